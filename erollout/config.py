@@ -1,0 +1,351 @@
+"""The configuration: every key, its default (written here and nowhere else) and its bounds.
+
+One YAML file plus dotted overrides (`optimizer.lr=1e-4`) become one frozen `Config`. Everything that can be checked without
+starting a process is checked here; the message names the key, the value and the fix. Where Megatron has an option of the
+same meaning, the key has Megatron's name.
+"""
+
+import difflib
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from erollout.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_section = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+
+@_section
+class ModelConfig:
+    path: str | None = None
+    """Hugging Face directory (config.json, safetensors, tokenizer) to start from."""
+    architecture: dict[str, Any] | None = None
+    """Instead of `path`: a Hugging Face style config (`model_type: llama`, `hidden_size: 64`, ...) for random weights."""
+    tokenizer: str | None = None
+    """Hugging Face tokenizer directory; default: `path`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Training parameters; with bfloat16, Megatron keeps float32 main parameters and gradients."""
+    max_position_embeddings: Positive | None = None
+    """Longest sequence; default: the architecture's."""
+
+
+@_section
+class ParallelConfig:
+    world_size: Positive | None = None
+    """Number of ranks. Without a launcher, `erollout train` starts that many here; under one, it must agree."""
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    sequence_parallel: bool = False
+    timeout_seconds: Positive = 1800
+    """Limit of any single collective."""
+
+
+@_section
+class RolloutConfig:
+    prompts_per_step: Positive = 32
+    group_size: Positive = 8
+    """Responses sampled from each prompt."""
+    tensor_model_parallel_size: Positive = 1
+    """Of a decode replica; the rest of the world are further replicas."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    temperature: NonNegative = 1.0
+    top_k: Count = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Fraction = 0.0
+    repetition_penalty: PositiveFloat = 1.0
+    max_prompt_tokens: Positive = 512
+    max_tokens: Positive = 256
+    """Longest response."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """Beside the model's end-of-sequence ids."""
+    ignore_eos: bool = False
+    block_size: Positive = 16
+    """Tokens per block of the paged KV cache."""
+    num_kv_blocks: Positive | None = None
+    """Blocks of the pool; default: what `kv_cache_gib` holds."""
+    kv_cache_gib: PositiveFloat = 0.5
+    """Memory for the KV cache of one rank, in GiB."""
+    max_num_seqs: Positive = 64
+    """Most sequences that decode at once on one replica."""
+    max_num_batched_tokens: Positive = 2048
+    """Most tokens in one forward pass: longer prompts are prefilled in chunks."""
+    kernels: Literal["auto", "prepacked", "torch"] = "auto"
+    """Linear layers of the decode model: `prepacked` (bf16 on CPU), `torch` (any device), `auto` (resolved once, logged)."""
+
+
+@_section
+class SpeculationConfig:
+    mode: Literal["off"] = "off"
+    """Only autoregressive decoding is built so far."""
+
+
+@_section
+class AlgorithmConfig:
+    name: Literal["grpo"] = "grpo"
+    clip_ratio_low: NonNegative = 0.2
+    clip_ratio_high: NonNegative = 0.2
+    normalize_advantages: bool = True
+    """Divide a group's advantages by its standard deviation."""
+    kl_coefficient: NonNegative = 0.0
+    """0: no reference model is kept."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_placement: Literal["loss", "reward"] = "loss"
+    entropy_coefficient: float = 0.0
+    aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
+
+
+@_section
+class RewardsConfig:
+    function: str | None = None
+    """`package.module:name` of a function (prompt: Prompt, response: str) -> float; default: the task's own scorer."""
+    num_workers: Positive = 1
+    """Scoring processes per decode replica."""
+    timeout_seconds: PositiveFloat = 5.0
+    """For one response."""
+    error_value: float = 0.0
+    """Reward of a response whose scorer raised or timed out."""
+    threshold: float | None = None
+    """When set: reward 1 at or above it, else 0 (some scorers give garbage a little more than 0)."""
+
+
+@_section
+class TaskConfig:
+    name: str
+    """A reasoning-gym task (`chain_sum`), or a name for a dataset file."""
+    weight: PositiveFloat = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the reasoning-gym task."""
+
+
+@_section
+class DataConfig:
+    kind: Literal["reasoning_gym", "chain_sum_cot", "file"] = "reasoning_gym"
+    """`chain_sum_cot`: the demo's chain sums with a written-out running sum."""
+    tasks: tuple[TaskConfig, ...] = ()
+    train_files: tuple[str, ...] = ()
+    """JSONL or parquet, for kind `file`."""
+    test_files: tuple[str, ...] = ()
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    system_prompt: str | None = None
+    instruction: str = "{prompt}"
+    """How a question becomes a user message; must contain {prompt}."""
+    chat_template: bool = True
+    """Apply the tokenizer's chat template, when it has one."""
+    train_seed: Count = 20_000_000
+    train_size: Positive = 1_000_000
+    test_seed: Count = 10_000_000
+    test_size: Positive = 200
+    """Generated items are seeded by seed + index, so [seed, seed + size) of train and test must not overlap."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Of kind `chain_sum_cot`: min_terms, continue_probability, max_terms."""
+
+
+@_section
+class EvaluationConfig:
+    interval: Count = 0
+    """Steps between held-out evaluations; one runs before the first and after the last step; 0: none."""
+    num_prompts: Positive = 100
+    samples_per_prompt: Positive = 1
+    temperature: NonNegative = 1.0
+
+
+@_section
+class OptimizerConfig:
+    lr: PositiveFloat = 1e-6
+    min_lr: NonNegative = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: Count = 0
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: NonNegative = 1.0
+    """Global gradient norm; 0: no clipping."""
+    use_distributed_optimizer: bool = False
+
+
+@_section
+class TrainConfig:
+    steps: Positive = 100
+    seed: Count = 1234
+    global_batch_size: Positive | None = None
+    """Samples per optimizer step; default: all of a rollout (one on-policy update)."""
+    max_tokens_per_micro_batch: Positive = 4096
+    """Padded tokens of one micro-batch."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    output_dir: str = "runs/default"
+
+
+@_section
+class SupervisedConfig:
+    steps: Positive = 100
+    batch_size: Positive = 64
+    """Sequences per optimizer step."""
+
+
+@_section
+class TrackingConfig:
+    enabled: bool = True
+    uri: str | None = None
+    """MLflow store; default: a SQLite file in train.output_dir."""
+    experiment: str = "erollout"
+    run_name: str | None = None
+    num_sample_rollouts: Count = 8
+    """Rollouts written to the samples table at each evaluation."""
+    system_metrics: bool = True
+
+
+@_section
+class CheckpointConfig:
+    directory: str | None = None
+    """Default: <train.output_dir>/checkpoints."""
+    interval: Count = 0
+    """Steps between checkpoints; one is saved at the end; 0: none at all."""
+    keep_last: Positive = 2
+    resume: bool = True
+    """Go on from the newest complete checkpoint in the directory, when there is one."""
+    export_path: str | None = None
+    """Where to write the final policy as a Hugging Face directory."""
+
+
+@_section
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def checkpoint_directory(self) -> Path:
+        return Path(self.checkpoint.directory or Path(self.train.output_dir) / "checkpoints")
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.model.tokenizer or self.model.path or ""
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `key=value` overrides and validate. Raises UserError."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UserError(f"can't read config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path} must be a mapping of sections, not {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return build_config(tree, str(path))
+
+
+def build_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """Validate a nested dict of sections. Raises UserError; `source` is named in the message."""
+    try:
+        config = _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_describe(error)}") from None
+    _check_consistency(config)
+    return config
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} must look like section.key=value")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {' '.join(str(error).split())}") from error
+
+
+def _describe(error: ValidationError) -> str:
+    """The first problem, as one line with the key, the value and the fix."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        near = _nearest(first["loc"])
+        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; see erollout/config.py for the keys")
+    value = "" if first["type"] == "missing" else f" = {first['input']!r}"
+    return f"{key}{value}: {first['msg']}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str | None:
+    """The known key closest to an unknown one: in its own section first, then in any section."""
+    *parents, name = [str(part) for part in location]
+    keys = _known_keys()
+    own = [key for key in keys if key.split(".")[:-1] == parents]
+    for candidates in ({key.split(".")[-1]: key for key in own}, {key.split(".")[-1]: key for key in keys}):
+        if close := difflib.get_close_matches(name, candidates, n=1, cutoff=0.6):
+            return candidates[close[0]]
+    return None
+
+
+def _known_keys() -> list[str]:
+    tree = Config().to_dict()
+    return [*tree, *(f"{section}.{key}" for section, keys in tree.items() for key in keys)]
+
+
+def _check_consistency(config: Config) -> None:
+    """What no single key can be checked for."""
+    model, data, rollout = config.model, config.data, config.rollout
+    if (model.path is None) == (model.architecture is None):
+        raise UserError("set exactly one of model.path (a Hugging Face directory) and model.architecture (random weights)")
+    if not config.tokenizer_path:
+        raise UserError("model.tokenizer is not set and there is no model.path to take it from; set model.tokenizer")
+    if data.kind == "file" and not data.train_files:
+        raise UserError("data.train_files is empty but data.kind = file; name at least one JSONL or parquet file")
+    if data.kind == "reasoning_gym" and not data.tasks:
+        raise UserError("data.tasks is empty but data.kind = reasoning_gym; name at least one task")
+    if "{prompt}" not in data.instruction:
+        raise UserError(f"data.instruction = {data.instruction!r} must contain {{prompt}}")
+    if data.train_seed < data.test_seed + data.test_size and data.test_seed < data.train_seed + data.train_size:
+        raise UserError(
+            f"data: train items [{data.train_seed}, {data.train_seed + data.train_size}) and test items "
+            f"[{data.test_seed}, {data.test_seed + data.test_size}) overlap; move data.test_seed"
+        )
+    batch = config.train.global_batch_size
+    if batch and config.samples_per_step % batch:
+        raise UserError(
+            f"train.global_batch_size = {batch} does not divide rollout.prompts_per_step x rollout.group_size = "
+            f"{config.samples_per_step}"
+        )
+    if rollout.temperature == 0 and rollout.group_size > 1:
+        raise UserError("rollout.temperature = 0 makes every response of a group the same; raise it or set group_size = 1")

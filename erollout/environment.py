@@ -1,0 +1,31 @@
+"""Everything read from the process environment, and nothing else: no other module of the project reads it."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LauncherEnvironment:
+    """What torchrun (or srun, or Ray) tells a rank."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    restart_count: int
+
+
+def launcher_environment() -> LauncherEnvironment | None:
+    """The launcher's variables, or None in a process that no launcher started."""
+    if "RANK" not in os.environ:
+        return None
+    return LauncherEnvironment(
+        rank=int(os.environ["RANK"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        restart_count=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+
+
+def set_default(name: str, value: str) -> None:
+    """Set a variable for this process and its children unless the user has set it."""
+    os.environ.setdefault(name, value)

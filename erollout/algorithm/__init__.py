@@ -1,0 +1,27 @@
+"""Algorithms by name; the trainer knows only this interface."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from erollout.algorithm.grpo import GRPO
+from erollout.config import AlgorithmConfig
+from erollout.policy.batch import MicroBatch, TrainSample
+
+
+class Algorithm(Protocol):
+    metric_names: tuple[str, ...]
+    uses_reference: bool
+    aggregation: str
+
+    def advantages(self, rewards: Sequence[float], groups: Sequence[int], samples: Sequence[TrainSample]) -> list[float]: ...
+
+    def token_loss(self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+_ALGORITHMS: dict[str, type[GRPO]] = {"grpo": GRPO}
+
+
+def build_algorithm(config: AlgorithmConfig) -> Algorithm:
+    return _ALGORITHMS[config.name](config)

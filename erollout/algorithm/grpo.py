@@ -1,0 +1,80 @@
+"""GRPO: group-relative advantages and the clipped policy-gradient loss (arXiv 2402.03300), with separate clip bounds (2503.14476)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from erollout.algorithm.kl import ESTIMATORS
+from erollout.config import AlgorithmConfig
+from erollout.policy.batch import MicroBatch, TrainSample
+
+_EPSILON = 1e-6
+
+
+class GRPO:
+    """What the trainer needs from an algorithm: advantages of samples, and a loss for each token."""
+
+    metric_names = ("loss", "entropy", "ratio", "clip_fraction_low", "clip_fraction_high", "approx_kl", "kl_reference")
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        self.config = config
+        self.uses_reference = config.kl_coefficient > 0
+        self.aggregation = config.aggregation
+        self._kl = ESTIMATORS[config.kl_estimator]
+
+    def advantages(self, rewards: Sequence[float], groups: Sequence[int], samples: Sequence[TrainSample]) -> list[float]:
+        """The advantage of each sample: its reward against the other samples of its group.
+
+        Args:
+            rewards: one per sample.
+            groups: the prompt that each sample answers; samples of one group need not be adjacent.
+            samples: with old_logprobs and ref_logprobs where the KL is in the reward.
+        """
+        shaped = torch.tensor(rewards, dtype=torch.float64)
+        if self.uses_reference and self.config.kl_placement == "reward":
+            shaped -= self.config.kl_coefficient * torch.tensor([self._sequence_kl(s) for s in samples], dtype=torch.float64)
+        return group_relative(shaped, torch.tensor(groups), self.config.normalize_advantages).tolist()
+
+    def token_loss(self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each token [B, S] (averaging is the caller's) and what to report, each [B, S] too."""
+        config = self.config
+        log_ratio = (logprobs - batch.old_logprobs) * batch.mask
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high)
+        loss = -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+        kl = torch.zeros_like(loss)
+        if self.uses_reference:
+            kl = self._kl(logprobs * batch.mask, batch.ref_logprobs)
+            if config.kl_placement == "loss":
+                loss = loss + config.kl_coefficient * kl
+        loss = loss - config.entropy_coefficient * entropy
+        report = {
+            "loss": loss,
+            "entropy": entropy,
+            "ratio": ratio,
+            "clip_fraction_low": ((ratio < clipped) & (batch.advantages < 0)).float(),
+            "clip_fraction_high": ((ratio > clipped) & (batch.advantages > 0)).float(),
+            "approx_kl": ratio - 1.0 - log_ratio,
+            "kl_reference": kl,
+        }
+        return loss, report
+
+    def _sequence_kl(self, sample: TrainSample) -> float:
+        old, ref = torch.tensor(sample.old_logprobs), torch.tensor(sample.ref_logprobs)
+        return float(self._kl(old, ref).sum())
+
+
+def group_relative(rewards: Tensor, groups: Tensor, normalize: bool) -> Tensor:
+    """rewards [n] minus the mean of their group [n], divided by the group's standard deviation if `normalize`.
+
+    A group whose rewards are all equal has advantage 0 throughout.
+    """
+    _, member = groups.unique(return_inverse=True)
+    count = torch.zeros(int(member.max()) + 1, dtype=rewards.dtype).index_add_(0, member, torch.ones_like(rewards))
+    mean = torch.zeros_like(count).index_add_(0, member, rewards) / count
+    centred = rewards - mean[member]
+    if not normalize:
+        return centred
+    variance = torch.zeros_like(count).index_add_(0, member, centred.square()) / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + _EPSILON)[member]

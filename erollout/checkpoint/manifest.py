@@ -1,0 +1,45 @@
+"""Which checkpoints are complete: a manifest lists every file with its size and is written last. Pure file handling."""
+
+import json
+import os
+from pathlib import Path
+
+from erollout.errors import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+def write_manifest(directory: Path) -> None:
+    """List all files of a finished checkpoint, flushed to disk."""
+    sizes = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
+    with open(directory / MANIFEST, "w") as file:
+        json.dump(sizes, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoint directories with a manifest, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(p for p in directory.glob("step_*") if p.suffix != ".partial" and (p / MANIFEST).is_file())
+
+
+def verify(checkpoint: Path) -> None:
+    """Raise UserError, naming the file, unless every file of the manifest is there with its size."""
+    if not (checkpoint / MANIFEST).is_file():
+        raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} is missing")
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text())
+    except ValueError as error:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {MANIFEST} is not valid JSON") from error
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(f"checkpoint {checkpoint} is damaged: {name} is missing; remove the directory to use the one before")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes instead of {size}; "
+                "remove the directory to use the one before"
+            )

@@ -1,0 +1,120 @@
+"""Starts torch.distributed and Megatron's groups, and holds what a rank knows about its place."""
+
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from erollout.config import Config
+from erollout.environment import launcher_environment
+from erollout.errors import UserError
+from erollout.megatron_patches import apply_all
+from erollout.parallel.layout import DecodeLayout, TrainLayout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelContext:
+    """A rank's place in both layouts, its device and the decode group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    train: TrainLayout
+    decode: DecodeLayout
+    decode_group: dist.ProcessGroup | None
+    """Ranks of this decode replica; None when it is this rank alone."""
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.train.coordinates(self.rank)[1]
+
+    @property
+    def is_decode_leader(self) -> bool:
+        """The one rank of its decode replica that reports the replica's rollouts."""
+        return self.decode.tensor_rank(self.rank) == 0
+
+    @property
+    def is_replica_leader(self) -> bool:
+        """The one rank of its training model replica that holds the loss: tensor rank 0 of the last pipeline stage."""
+        tensor, _, pipeline = self.train.coordinates(self.rank)
+        return tensor == 0 and pipeline == self.train.pipeline - 1
+
+
+def resolve_layouts(config: Config, world_size: int) -> tuple[TrainLayout, DecodeLayout]:
+    """Both layouts on `world_size` ranks. Raises UserError where they don't divide it."""
+    parallel = config.parallel
+    train = TrainLayout(world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    batch = config.train.global_batch_size or config.samples_per_step
+    if batch < train.data:
+        raise UserError(f"train.global_batch_size = {batch} is fewer samples than the {train.data} data-parallel ranks; raise it")
+    return train, DecodeLayout(world_size, config.rollout.tensor_model_parallel_size)
+
+
+def expected_world_size(config: Config) -> int:
+    """The ranks that the launcher started, or that `erollout train` would start. Raises UserError when they disagree."""
+    launcher, wanted = launcher_environment(), config.parallel.world_size
+    if launcher is None:
+        return wanted or config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    if wanted not in (None, launcher.world_size):
+        raise UserError(
+            f"parallel.world_size = {wanted} but the launcher started {launcher.world_size} ranks; unset it or start {wanted}"
+        )
+    return launcher.world_size
+
+
+def initialize(config: Config) -> ParallelContext:
+    """Join the world (torchrun's rendezvous, or a world of one) and create the training and decode groups."""
+    patches = apply_all()
+    from megatron.core import parallel_state
+
+    launcher = launcher_environment()
+    world_size = expected_world_size(config)
+    train, decode = resolve_layouts(config, world_size)
+    device = _device(launcher.local_rank if launcher else 0)
+    timeout = timedelta(seconds=config.parallel.timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if launcher:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(train.tensor, train.pipeline, distributed_timeout_minutes=_minutes(timeout))
+    decode_group = _decode_group(decode, timeout)
+    logger.info("%s: %s; decode %s; %s", backend, train, decode, patches)
+    return ParallelContext(dist.get_rank(), world_size, device, train, decode, decode_group)
+
+
+def shut_down() -> None:
+    """Leave the groups; safe to call when none were created."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # two ranks with several threads each on few cores are ten times slower
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _decode_group(decode: DecodeLayout, timeout: timedelta) -> dist.ProcessGroup | None:
+    if decode.tensor == 1:
+        return None
+    mine = None
+    for replica in range(decode.replicas):  # every rank creates every group, in the same order
+        group = dist.new_group(list(decode.ranks(replica)), timeout=timeout)
+        if replica == decode.replica(dist.get_rank()):
+            mine = group
+    return mine
+
+
+def _minutes(timeout: timedelta) -> int:
+    return max(1, round(timeout.total_seconds() / 60))

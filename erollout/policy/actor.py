@@ -1,0 +1,200 @@
+"""The policy in its training layout: log-probs and updates through Megatron's pipeline schedules."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+from torch.nn import Module
+
+from erollout.config import Config
+from erollout.parallel.groups import ParallelContext
+from erollout.parallel.placement import Placement
+from erollout.policy.architecture import Architecture
+from erollout.policy.batch import MicroBatch, TrainSample, collate, cut_micro_batches
+from erollout.policy.logprobs import VocabShard, logprobs_and_entropy, vocab_shard
+from erollout.policy.model import build_model, load_policy_weights, transformer_config
+from erollout.policy.optimizer import build_optimizer
+from erollout.policy.placement import training_placement
+
+
+class TokenLoss(Protocol):
+    """What an update asks of an algorithm."""
+
+    metric_names: tuple[str, ...]
+
+    def token_loss(self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class Actor:
+    """This rank's shard of the policy, its optimizer and, if asked for, the frozen reference."""
+
+    def __init__(
+        self, config: Config, architecture: Architecture, context: ParallelContext, total_steps: int, with_reference: bool = False
+    ) -> None:
+        self.config = config
+        self.architecture = architecture
+        self.context = context
+        tensor_parallel.model_parallel_cuda_manual_seed(config.train.seed)
+        self.transformer = transformer_config(architecture, config.model, config.parallel, config.train.recompute_granularity)
+        self.placement: Placement = training_placement(architecture, context.train, context.rank)
+        self.module = self._load_model()
+        self.reference = self._load_model().requires_grad_(False) if with_reference else None
+        wrapped = Float16Module(self.transformer, self.module) if config.model.dtype == "bfloat16" else self.module
+        self.model = DistributedDataParallel(
+            self.transformer,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=config.optimizer.use_distributed_optimizer, grad_reduce_in_fp32=True
+            ),
+            wrapped,
+        )
+        self.optimizer, self.scheduler = build_optimizer(config, self.model, total_steps)
+        self.transformer.finalize_model_grads_func = finalize_model_grads
+        self.transformer.grad_scale_func = self.optimizer.scale_loss
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        """The parameters by their names in the placement: what resharding and export read."""
+        return {name: parameter.data for name, parameter in self.module.named_parameters()}
+
+    def sleep(self) -> None:
+        """Give the gradient buffers' memory to the rollout."""
+        self.model.offload_grad_buffers(synchronize=False, empty_cache=self.context.device.type == "cuda")
+
+    def wake_up(self) -> None:
+        self.model.restore_grad_buffers(synchronize=False)
+
+    def compute_logprobs(self, samples: Sequence[TrainSample], reference: bool = False) -> list[list[float]]:
+        """Log-probs of every response token of this data-parallel rank's samples, at the rollout's temperature.
+
+        Args:
+            samples: the same list on every rank of the model replica; may be empty.
+            reference: of the reference instead of the policy.
+
+        Returns:
+            One list per sample, the same on every rank of the model replica.
+        """
+        if not samples:
+            return []
+        model = self.reference if reference else self.model
+        assert model is not None, "built without a reference"
+        batches = self._micro_batches(samples, [0.0] * len(samples))
+        collected = self._run_schedule(model, batches, self._collect_logprobs, forward_only=True)
+        return self._share_logprobs(samples, batches, collected)
+
+    def update(self, samples: Sequence[TrainSample], weights: Sequence[float], algorithm: TokenLoss) -> dict[str, float]:
+        """One optimizer step. Returns the algorithm's metrics over the whole global batch, and gradient norm and rate.
+
+        Args:
+            samples: this data-parallel rank's share, the same on every rank of the model replica.
+            weights: each sample's weight per response token; over all data-parallel ranks' tokens they sum to 1.
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        batches = self._micro_batches(samples, weights)
+        # The schedule divides by the number of micro-batches and the gradient reduction by the data-parallel size.
+        scale = len(batches) * self.context.train.data
+        collected = self._run_schedule(self.model, batches, partial(self._weighted_loss, algorithm, scale), forward_only=False)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        succeeded, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        metrics = self._sum_metrics(algorithm.metric_names, collected)
+        return metrics | {
+            "grad_norm": float(grad_norm or 0.0),
+            "learning_rate": learning_rate,
+            "update_skipped": float(not succeeded),
+        }
+
+    def _load_model(self) -> Module:
+        model = build_model(self.architecture, self.transformer).to(self.context.device)
+        load_policy_weights(model, self.architecture, self.config.model, self.placement, self.config.train.seed)
+        return model
+
+    def _micro_batches(self, samples: Sequence[TrainSample], weights: Sequence[float]) -> list[MicroBatch]:
+        multiple = self.context.train.tensor if self.config.parallel.sequence_parallel else 1
+        groups = cut_micro_batches([sample.length for sample in samples], self.config.train.max_tokens_per_micro_batch)
+        return [collate(samples, group, weights, multiple) for group in groups]
+
+    def _run_schedule(
+        self, model: Module, batches: list[MicroBatch], loss: Callable[[MicroBatch, Tensor], Any], forward_only: bool
+    ) -> list[Any]:
+        """What `loss` returned for each micro-batch: on the last pipeline stage; empty on the others."""
+
+        def forward_step(iterator: Iterator[MicroBatch], stage: Module) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(iterator)
+            device = self.context.device
+            output = stage(batch.tokens.to(device), batch.position_ids.to(device), None)
+
+            def loss_function(logits: Tensor, non_loss_data: bool = False) -> Any:
+                return loss(batch, logits)
+
+            return output, loss_function
+
+        run = get_forward_backward_func()
+        with torch.set_grad_enabled(not forward_only):
+            return run(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches),
+                model=model,
+                num_microbatches=len(batches),
+                seq_length=batches[0].tokens.shape[1],  # of the first: shapes travel with the activations
+                micro_batch_size=batches[0].tokens.shape[0],
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+    def _logprobs(self, batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        temperature = self.config.rollout.temperature or 1.0
+        return logprobs_and_entropy(logits, batch.labels.to(logits.device), self._vocab_shard(logits), temperature)
+
+    def _vocab_shard(self, logits: Tensor) -> VocabShard:
+        group = parallel_state.get_tensor_model_parallel_group()
+        return vocab_shard(group, self.architecture.vocab_size, logits.shape[-1])
+
+    def _collect_logprobs(self, batch: MicroBatch, logits: Tensor) -> Tensor:
+        return self._logprobs(batch, logits)[0]
+
+    def _weighted_loss(self, algorithm: TokenLoss, scale: int, batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss for the schedule, the weighted sum of every metric [metrics])."""
+        logprobs, entropy = self._logprobs(batch, logits)
+        losses, report = algorithm.token_loss(logprobs, entropy, batch_to(batch, logits.device))
+        weights = batch.weights.to(logits.device)
+        sums = torch.stack([(report[name].detach() * weights).sum() for name in algorithm.metric_names])
+        return (losses * weights).sum() * scale, sums
+
+    def _share_logprobs(
+        self, samples: Sequence[TrainSample], batches: list[MicroBatch], collected: list[Tensor]
+    ) -> list[list[float]]:
+        """From the last pipeline stage to all stages, cut into samples."""
+        lengths = [len(sample.response_ids) for sample in samples]
+        flat = torch.zeros(sum(lengths), device=self.context.device)
+        order = [index for batch in batches for index in batch.indices]
+        if collected:
+            masked = [lp[batch.mask.bool().to(lp.device)] for batch, lp in zip(batches, collected, strict=True)]
+            flat.copy_(torch.cat(masked))
+        if self.context.train.pipeline > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(flat, last, group=parallel_state.get_pipeline_model_parallel_group())
+        result: list[list[float]] = [[] for _ in samples]
+        for index, part in zip(order, flat.cpu().split([lengths[i] for i in order]), strict=True):
+            result[index] = part.tolist()
+        return result
+
+    def _sum_metrics(self, names: tuple[str, ...], collected: list[Tensor]) -> dict[str, float]:
+        """Weighted sums over all micro-batches and data-parallel ranks, the same on every rank."""
+        total = torch.zeros(len(names), device=self.context.device)
+        if self.context.is_replica_leader:
+            total += torch.stack(collected).sum(0)
+        dist.all_reduce(total)
+        return dict(zip(names, total.tolist(), strict=True))
+
+
+def batch_to(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The same micro-batch with the tensors that a loss reads on `device`."""
+    moved = {name: getattr(batch, name).to(device) for name in MicroBatch.__slots__ if name != "indices"}
+    return MicroBatch(indices=batch.indices, **moved)

@@ -1,0 +1,47 @@
+"""Megatron's Adam and its learning-rate schedule from our configuration."""
+
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.nn import Module
+
+from erollout.config import Config
+
+
+def build_optimizer(config: Config, model: Module, total_steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Optimizer and schedule for a DistributedDataParallel-wrapped model; one schedule unit is one optimizer step."""
+    options = config.optimizer
+    bf16 = config.model.dtype == "bfloat16"
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.adam_beta1,
+            adam_beta2=options.adam_beta2,
+            adam_eps=options.adam_eps,
+            clip_grad=options.clip_grad,
+            use_distributed_optimizer=options.use_distributed_optimizer,
+            bf16=bf16,
+            params_dtype=next(model.parameters()).dtype,
+        ),
+        [model],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_steps,
+        lr_decay_steps=max(total_steps, options.lr_warmup_steps + 1),
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=max(1, total_steps),
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    scheduler.step(1)  # Megatron's step k trains with the rate of k; without this the first update would be of rate 0 in warm-up
+    return optimizer, scheduler

@@ -23,17 +23,21 @@ class GRPO:
         self.aggregation = config.aggregation
         self._kl = ESTIMATORS[config.kl_estimator]
 
-    def advantages(self, rewards: Sequence[float], groups: Sequence[int], samples: Sequence[TrainSample]) -> list[float]:
-        """The advantage of each sample: its reward against the other samples of its group.
+    def shaped_reward(self, reward: float, sample: TrainSample) -> float:
+        """The reward of a sample (with its log-probs), less its KL to the reference where that belongs in the reward."""
+        if not (self.uses_reference and self.config.kl_placement == "reward"):
+            return reward
+        old, ref = torch.tensor(sample.old_logprobs), torch.tensor(sample.ref_logprobs)
+        return reward - self.config.kl_coefficient * float(self._kl(old, ref).sum())
+
+    def advantages(self, rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
+        """The advantage of each sample: its (shaped) reward against the other samples of its group.
 
         Args:
-            rewards: one per sample.
+            rewards: one per sample of the whole batch.
             groups: the prompt that each sample answers; samples of one group need not be adjacent.
-            samples: with old_logprobs and ref_logprobs where the KL is in the reward.
         """
         shaped = torch.tensor(rewards, dtype=torch.float64)
-        if self.uses_reference and self.config.kl_placement == "reward":
-            shaped -= self.config.kl_coefficient * torch.tensor([self._sequence_kl(s) for s in samples], dtype=torch.float64)
         return group_relative(shaped, torch.tensor(groups), self.config.normalize_advantages).tolist()
 
     def token_loss(self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -59,10 +63,6 @@ class GRPO:
             "kl_reference": kl,
         }
         return loss, report
-
-    def _sequence_kl(self, sample: TrainSample) -> float:
-        old, ref = torch.tensor(sample.old_logprobs), torch.tensor(sample.ref_logprobs)
-        return float(self._kl(old, ref).sum())
 
 
 def group_relative(rewards: Tensor, groups: Tensor, normalize: bool) -> Tensor:

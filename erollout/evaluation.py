@@ -1,0 +1,39 @@
+"""Held-out evaluation: pass@1, pass@k and response lengths on prompts that are never trained on. Pure but for the rollout."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from math import comb
+
+from erollout.types import ScoredRollout
+
+_CORRECT = 1.0 - 1e-6
+"""A response is right when its reward is (numerically) 1."""
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k draws is right, from `correct` of `samples` (arXiv 2107.03374, eq. 1)."""
+    return 1.0 - comb(samples - correct, k) / comb(samples, k)
+
+
+def evaluation_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
+    """pass@1 and, with k samples per prompt, pass@k: over all prompts and by task; mean response length."""
+    by_prompt: dict[tuple[str, int], list[bool]] = defaultdict(list)
+    for sample in scored:
+        by_prompt[sample.task, sample.rollout.prompt_index].append(sample.reward >= _CORRECT)
+    metrics = _pass_rates(list(by_prompt.values()), "eval/")
+    tasks = {task for task, _ in by_prompt}
+    if len(tasks) > 1:
+        for task in sorted(tasks):
+            metrics |= _pass_rates([hits for (name, _), hits in by_prompt.items() if name == task], f"eval/{task}/")
+    lengths = [len(sample.rollout.response_ids) for sample in scored]
+    metrics["eval/response_length_mean"] = sum(lengths) / max(1, len(lengths))
+    metrics["eval/truncated_fraction"] = sum(s.rollout.finish_reason == "length" for s in scored) / max(1, len(scored))
+    return metrics
+
+
+def _pass_rates(prompts: Sequence[Sequence[bool]], prefix: str) -> dict[str, float]:
+    k = min(len(hits) for hits in prompts)
+    rates = {f"{prefix}pass@1": sum(pass_at_k(len(h), sum(h), 1) for h in prompts) / len(prompts)}
+    if k > 1:
+        rates[f"{prefix}pass@{k}"] = sum(pass_at_k(len(h), sum(h), k) for h in prompts) / len(prompts)
+    return rates

@@ -1,0 +1,136 @@
+"""The rollout of one step on all decode replicas: refit, generate, score while generating, gather."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from erollout.config import Config
+from erollout.engine.engine import Engine
+from erollout.engine.placement import decode_placement
+from erollout.engine.random import request_seed
+from erollout.parallel.collectives import all_gather
+from erollout.parallel.groups import ParallelContext
+from erollout.policy.architecture import Architecture
+from erollout.resharding.executor import ReshardStats, Resharder
+from erollout.resharding.planner import plan_for_rank
+from erollout.resharding.transport import ProcessGroupTransport
+from erollout.rewards.pool import RewardPool
+from erollout.types import Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutResult:
+    """What every rank knows after a rollout."""
+
+    scored: list[ScoredRollout]
+    """All replicas' samples, ordered by prompt and sample."""
+    reports: list[dict[str, float]]
+    """One per decode replica: tokens, seconds, scoring errors."""
+
+
+class RolloutWorker:
+    """This rank's part of a decode replica. All methods are collective over the world."""
+
+    def __init__(
+        self, config: Config, architecture: Architecture, context: ParallelContext, tokenizer: PreTrainedTokenizerBase, rewards: RewardPool
+    ) -> None:
+        self.config = config
+        self.context = context
+        self.tokenizer = tokenizer
+        self.rewards = rewards
+        self.engine = Engine(
+            architecture,
+            config.rollout,
+            context.decode_group,
+            context.device,
+            tokenizer,
+            max_model_len=config.model.max_position_embeddings or architecture.max_position_embeddings,
+        )
+        self.resharder = self._build_resharder(architecture)
+
+    def refit(self, policy: dict[str, Tensor], policy_version: int) -> ReshardStats:
+        """Take over the policy's weights from the training layout."""
+        stats = self.resharder.run(policy, self.engine.local_tensors())
+        self.engine.weights_updated(policy_version)
+        return stats
+
+    def rollout(self, prompts: Sequence[Prompt], sampling: SamplingParams, group_size: int, stream: int, step: int) -> RolloutResult:
+        """Sample every prompt group_size times and score the samples.
+
+        Args:
+            prompts: of the whole cluster, the same on every rank; replica r takes prompts r, r + replicas, ...
+            stream: separates random numbers of training (0) and evaluation (1).
+        """
+        replica = self.context.decode.replica(self.context.rank)
+        mine = prompts[replica :: self.context.decode.replicas]
+        seed = self.config.train.seed * 2 + stream
+        requests = [
+            RolloutRequest(p.index, p.prompt_ids, group_size, sampling, request_seed(seed, step, p.index)) for p in mine
+        ]
+        self.engine.wake_up()
+        rollouts = self._generate(requests, {p.index: p for p in mine})
+        self.engine.sleep()
+        return self._gather(rollouts, {p.index: p for p in prompts})
+
+    def sampling_params(self, temperature: float | None = None) -> SamplingParams:
+        """The configured distribution; evaluation may have its own temperature."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            temperature=rollout.temperature if temperature is None else temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            min_p=rollout.min_p,
+            repetition_penalty=rollout.repetition_penalty,
+            max_tokens=rollout.max_tokens,
+            stop_token_ids=self._stop_token_ids(),
+            stop=rollout.stop,
+            ignore_eos=rollout.ignore_eos,
+        )
+
+    def _generate(self, requests: list[RolloutRequest], prompts: dict[int, Prompt]) -> list[Rollout]:
+        if not self.context.is_decode_leader:
+            return self.engine.generate(requests)
+        return self.engine.generate(requests, on_finished=lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r)))
+
+    def text(self, rollout: Rollout) -> str:
+        """The response as the scorer sees it."""
+        return self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)
+
+    def _gather(self, rollouts: list[Rollout], prompts: dict[int, Prompt]) -> RolloutResult:
+        """Every replica's rollouts and rewards to every rank."""
+        contribution: tuple[list[Rollout], dict[tuple[int, int], Reward], dict[str, float]] | None = None
+        if self.context.is_decode_leader:
+            rewards = self.rewards.collect()
+            contribution = (rollouts, rewards, self._report(rollouts, rewards))
+        scored: list[ScoredRollout] = []
+        reports: list[dict[str, float]] = []
+        for part in all_gather(contribution):
+            if part is None:
+                continue
+            reports.append(part[2])
+            for rollout in part[0]:
+                reward = part[1][rollout.prompt_index, rollout.sample_index]
+                scored.append(ScoredRollout(rollout, reward.value, prompts[rollout.prompt_index].task))
+        order = {index: position for position, index in enumerate(prompts)}
+        scored.sort(key=lambda s: (order[s.rollout.prompt_index], s.rollout.sample_index))
+        return RolloutResult(scored, reports)
+
+    def _report(self, rollouts: list[Rollout], rewards: dict[tuple[int, int], Reward]) -> dict[str, float]:
+        stats = self.engine.stats
+        return {
+            "seconds": stats.seconds,
+            "tokens": float(sum(len(r.response_ids) for r in rollouts)),
+            "preemptions": float(stats.preemptions),
+            "decode_steps": float(stats.steps),
+            "scoring_errors": float(sum(r.error is not None for r in rewards.values())),
+        }
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        eos = self.tokenizer.eos_token_id
+        ends = (*self.engine.architecture.eos_token_ids, *(() if eos is None else (eos,)), *self.config.rollout.stop_token_ids)
+        return tuple(dict.fromkeys(ends))
+
+    def _build_resharder(self, architecture: Architecture) -> Resharder:
+        raise NotImplementedError

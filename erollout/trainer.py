@@ -1,0 +1,132 @@
+"""The synchronous, colocated training loop: refit, rollout, log-probs, update. Every rank runs it; only rank 0 tracks."""
+
+from dataclasses import dataclass, field
+
+from erollout.algorithm import Algorithm
+from erollout.algorithm.minibatch import MiniBatch, split
+from erollout.algorithm.mismatch import mismatch_metrics
+from erollout.checkpoint.checkpointer import Checkpointer, RunState
+from erollout.config import Config
+from erollout.data.prompts import PromptDataset
+from erollout.evaluation import evaluation_metrics
+from erollout.parallel.collectives import all_sum
+from erollout.parallel.groups import ParallelContext
+from erollout.policy.actor import Actor
+from erollout.reporting import rollout_metrics
+from erollout.rollout import RolloutResult, RolloutWorker
+from erollout.tracking.metrics import PhaseTimer
+from erollout.tracking.tracker import Tracker
+from erollout.types import ScoredRollout
+
+_TRAIN, _EVALUATION = 0, 1
+"""Streams of random numbers."""
+
+
+@dataclass
+class Trainer:
+    """The parts of a run and its position. All methods are collective."""
+
+    config: Config
+    context: ParallelContext
+    train_data: PromptDataset
+    test_data: PromptDataset
+    actor: Actor
+    worker: RolloutWorker
+    algorithm: Algorithm
+    tracker: Tracker
+    checkpointer: Checkpointer
+    step: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Train to the configured number of steps, evaluating and saving on the way."""
+        if self.step == 0:
+            self.evaluate()
+        while self.step < self.config.train.steps:
+            self.train_step()
+            if self._due(self.config.evaluation.interval):
+                self.evaluate()
+            if self._due(self.config.checkpoint.interval):
+                self.checkpointer.save(RunState(self.step, self.tracker.run_id, tuple(self.evaluations)))
+
+    def train_step(self) -> None:
+        """One RL step (the order of phases is the method's)."""
+        timer = PhaseTimer()
+        prompts = self.train_data.batch(self.step, self.config.rollout.prompts_per_step)
+        with timer.phase("refit"):
+            self.actor.sleep()
+            reshard = self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
+        with timer.phase("rollout"):
+            sampling, group_size = self.worker.sampling_params(), self.config.rollout.group_size
+            result = self.worker.rollout(prompts, sampling, group_size, _TRAIN, self.step)
+        with timer.phase("logprobs"):
+            self.actor.wake_up()
+            batches = self._with_logprobs(self._split(result.scored))
+        with timer.phase("update"):
+            metrics = self._update(batches, result.scored)
+        self.step += 1
+        metrics |= rollout_metrics(result, timer.seconds, reshard)
+        self.tracker.log_step(self.step, metrics | timer.metrics())
+
+    def evaluate(self) -> None:
+        """Held-out accuracy of the present policy."""
+        options = self.config.evaluation
+        if not options.interval:
+            return
+        prompts = self.test_data.batch(0, options.num_prompts)
+        self.actor.sleep()
+        self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
+        sampling = self.worker.sampling_params(options.temperature)
+        result = self.worker.rollout(prompts, sampling, options.samples_per_prompt, _EVALUATION, self.step)
+        self.actor.wake_up()
+        metrics = evaluation_metrics(result.scored)
+        self.evaluations.append({"step": float(self.step), **metrics})
+        self.tracker.log_evaluation(self.step, metrics, self._sample_rows(result))
+
+    def _split(self, scored: list[ScoredRollout]) -> list[MiniBatch]:
+        size = self.config.train.global_batch_size or len(scored)
+        return split(scored, size, self.context.train.data, self.context.data_parallel_rank, self.algorithm.aggregation)
+
+    def _with_logprobs(self, batches: list[MiniBatch]) -> list[MiniBatch]:
+        """The same mini-batches with old (and reference) log-probs, before any of them changes the policy."""
+        for batch in batches:
+            old = self.actor.compute_logprobs(batch.samples)
+            ref = self.actor.compute_logprobs(batch.samples, reference=True) if self.algorithm.uses_reference else old
+            for sample, old_logprobs, ref_logprobs in zip(batch.samples, old, ref, strict=True):
+                sample.old_logprobs, sample.ref_logprobs = old_logprobs, ref_logprobs
+        return batches
+
+    def _update(self, batches: list[MiniBatch], scored: list[ScoredRollout]) -> dict[str, float]:
+        """One optimizer step per mini-batch; metrics are the mean over them."""
+        local = [sample for batch in batches for sample in batch.samples] if self.context.is_replica_leader else []
+        metrics = mismatch_metrics(local, self.context.device)
+        self._set_advantages(batches, scored)
+        updates = [self.actor.update(batch.samples, batch.weights, self.algorithm) for batch in batches]
+        return metrics | {f"train/{name}": sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+
+    def _set_advantages(self, batches: list[MiniBatch], scored: list[ScoredRollout]) -> None:
+        shaped = [0.0] * len(scored)
+        if self.context.is_replica_leader:  # each sample's log-probs are known to one model replica only
+            for batch in batches:
+                for index, sample in zip(batch.indices, batch.samples, strict=True):
+                    shaped[index] = self.algorithm.shaped_reward(scored[index].reward, sample)
+        groups = [s.rollout.prompt_index for s in scored]
+        advantages = self.algorithm.advantages(all_sum(shaped, self.context.device), groups)
+        for batch in batches:
+            for index, sample in zip(batch.indices, batch.samples, strict=True):
+                sample.advantage = advantages[index]
+
+    def _sample_rows(self, result: RolloutResult) -> list[dict[str, object]]:
+        chosen = result.scored[: self.config.tracking.num_sample_rollouts]
+        return [
+            {
+                "prompt": self.worker.tokenizer.decode(list(s.rollout.prompt_ids)),
+                "response": self.worker.text(s.rollout),
+                "reward": s.reward,
+                "finish_reason": s.rollout.finish_reason,
+            }
+            for s in chosen
+        ]
+
+    def _due(self, interval: int) -> bool:
+        return bool(interval) and (self.step % interval == 0 or self.step == self.config.train.steps)

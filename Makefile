@@ -1,0 +1,44 @@
+# The newcomer's two commands are `make demo` and `make test`; both install what they need into .venv first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+# pip's own index options stay the user's: set PIP_INDEX_URL and the like as usual.
+
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo demo-tp2 demo-tp2pp2 test test-unit check lint clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/erollout demo --config configs/demo.yaml
+
+demo-tp2: install
+	$(BIN)/erollout demo --config configs/demo-tp2.yaml
+
+demo-tp2pp2: install
+	$(BIN)/erollout demo --config configs/demo-tp2pp2.yaml
+
+test: install
+	$(BIN)/pytest
+
+test-unit: install
+	$(BIN)/pytest -m "not distributed and not end_to_end"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test-unit
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

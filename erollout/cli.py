@@ -1,0 +1,121 @@
+"""The `erollout` command. Errors that a user can mend are one line on stderr and exit status 2."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from erollout.config import Config, load_config
+from erollout.environment import launcher_environment
+from erollout.errors import UserError
+
+_SPEAK_AFTER_SECONDS = 2.0
+"""An error of all ranks is printed by rank 0 alone: the others wait this long, and are usually ended before."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options, arguments)
+    except UserError as error:
+        _print_error(error)
+        return 2
+    except KeyboardInterrupt:
+        print("erollout: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="erollout", description="RL post-training on Megatron-core with fast rollouts.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    train = _command(commands, "train", _train, "train a policy by reinforcement learning")
+    train.add_argument("--dry-run", action="store_true", help="print layouts, sizes and memory, and check everything, then stop")
+    _command(commands, "sft", _sft, "fine-tune a policy on prompts with given answers")
+    rollout = _command(commands, "rollout", _rollout, "sample responses to held-out prompts and score them")
+    rollout.add_argument("--out", required=True, help="JSONL file to write, one line per response")
+    demo = _command(commands, "demo", _demo, "the whole demo: tokenizer, warm-up, reinforcement learning, table")
+    demo.add_argument("--warm-start", default="configs/demo-sft.yaml", help="config of the supervised warm-up")
+    plot = commands.add_parser("plot", help="draw the curves of a run")
+    plot.add_argument("--run", required=True, dest="directory", help="train.output_dir of the run")
+    plot.add_argument("--out", required=True, help="PNG file to write")
+    plot.set_defaults(run=_plot)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text)
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout import session
+    from erollout.preflight import describe, preflight
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        print(describe(config, preflight(config)))
+        return 0
+    return _on_ranks(config, arguments, lambda: session.train(config))
+
+
+def _sft(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout import session
+
+    config = load_config(options.config, options.overrides)
+    return _on_ranks(config, arguments, lambda: session.supervised(config))
+
+
+def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout import session
+
+    config = load_config(options.config, options.overrides)
+    return _on_ranks(config, arguments, lambda: session.rollout(config, options.out))
+
+
+def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.demo import run_demo
+
+    return run_demo(options.config, options.warm_start, options.overrides)
+
+
+def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.tracking.plots import plot_run
+
+    plot_run(options.directory, options.out)
+    return 0
+
+
+def _on_ranks(config: Config, arguments: list[str], work: Callable[[], None]) -> int:
+    """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine."""
+    if launcher_environment() is not None:
+        work()
+        return 0
+    from erollout.parallel.groups import expected_world_size
+    from erollout.preflight import preflight
+
+    preflight(config)
+    world_size = expected_world_size(config)
+    if world_size == 1:
+        work()
+        return 0
+    from erollout.launch.local import launch_local
+
+    return launch_local(arguments, world_size)
+
+
+def _print_error(error: UserError) -> None:
+    environment = launcher_environment()
+    prefix = "erollout: "
+    if environment is not None and environment.rank > 0:
+        time.sleep(_SPEAK_AFTER_SECONDS)
+        prefix = f"erollout (rank {environment.rank}): "
+    print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -38,7 +38,7 @@ class GRPO:
             groups: the prompt that each sample answers; samples of one group need not be adjacent.
         """
         shaped = torch.tensor(rewards, dtype=torch.float64)
-        return group_relative(shaped, torch.tensor(groups), self.config.normalize_advantages).tolist()
+        return group_relative(shaped, torch.tensor(groups, dtype=torch.int64), self.config.normalize_advantages).tolist()
 
     def token_loss(self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each token [B, S] (averaging is the caller's) and what to report, each [B, S] too."""
@@ -68,10 +68,12 @@ class GRPO:
 def group_relative(rewards: Tensor, groups: Tensor, normalize: bool) -> Tensor:
     """rewards [n] minus the mean of their group [n], divided by the group's standard deviation if `normalize`.
 
-    A group whose rewards are all equal has advantage 0 throughout.
+    A group whose rewards are all equal has advantage 0 throughout, exactly.
     """
-    _, member = groups.unique(return_inverse=True)
-    count = torch.zeros(int(member.max()) + 1, dtype=rewards.dtype).index_add_(0, member, torch.ones_like(rewards))
+    names, member = groups.unique(return_inverse=True)
+    count = rewards.new_zeros(len(names)).index_add_(0, member, torch.ones_like(rewards))
+    lowest = rewards.new_zeros(len(names)).scatter_reduce_(0, member, rewards, "amin", include_self=False)
+    rewards = rewards - lowest[member]  # the mean of equal numbers may round, the mean of zeros does not
     mean = torch.zeros_like(count).index_add_(0, member, rewards) / count
     centred = rewards - mean[member]
     if not normalize:

@@ -78,12 +78,13 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
 def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Sequence[float], pad_multiple: int) -> MicroBatch:
     """Pad samples[i] for i in `indices` to their longest (rounded up to pad_multiple); weights[i] is per response token of i."""
     chosen = [samples[i] for i in indices]
-    longest = max(sample.length for sample in chosen) - 1
+    longest = max(2, *(sample.length for sample in chosen)) - 1
     width = -(-longest // pad_multiple) * pad_multiple
     tokens = torch.zeros(len(chosen), width, dtype=torch.int64)
     labels = torch.zeros_like(tokens)
     mask, weight, old, ref, rollout = (torch.zeros(len(chosen), width) for _ in range(5))
     for row, (index, sample) in enumerate(zip(indices, chosen, strict=True)):
+        assert len(sample.prompt_ids), "the first response token has no position that predicts it"
         ids = torch.tensor([*sample.prompt_ids, *sample.response_ids])
         tokens[row, : len(ids) - 1], labels[row, : len(ids) - 1] = ids[:-1], ids[1:]
         response = slice(len(sample.prompt_ids) - 1, len(ids) - 1)
@@ -91,6 +92,7 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
         weight[row, response] = weights[index]
         for target, values in ((old, sample.old_logprobs), (ref, sample.ref_logprobs), (rollout, sample.rollout_logprobs)):
             if len(values):
+                assert len(values) == len(sample.response_ids), "one log-prob per response id"
                 target[row, response] = torch.tensor(values, dtype=torch.float32)
     return MicroBatch(
         indices=tuple(indices),
@@ -99,7 +101,7 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
         position_ids=torch.arange(width).expand(len(chosen), -1).contiguous(),
         mask=mask,
         weights=weight,
-        advantages=torch.tensor([[sample.advantage] for sample in chosen]),
+        advantages=torch.tensor([[sample.advantage] for sample in chosen], dtype=torch.float32),
         old_logprobs=old,
         ref_logprobs=ref,
         rollout_logprobs=rollout,

@@ -106,8 +106,8 @@ def _local_labels(labels: Tensor, start: int, columns: int) -> tuple[Tensor, Ten
 
 
 def _shifted(logits: Tensor, rows: slice, shard: VocabShard, temperature: float, shift: Tensor) -> Tensor:
-    """logits / temperature - shift in float32, without the padding columns."""
-    return logits[rows, : shard.size].float().div_(temperature).sub_(shift[rows, None])
+    """logits / temperature - shift in float32, without the padding columns; a copy whatever the dtype of the logits."""
+    return logits[rows, : shard.size].to(torch.float32, copy=True).div_(temperature).sub_(shift[rows, None])
 
 
 def _chunks(logits: Tensor) -> list[slice]:

@@ -1,0 +1,70 @@
+"""The model families that can be trained, and the way from a Hugging Face config to an Architecture and back. Pure."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from erollout.config import ModelConfig
+from erollout.errors import UserError
+from erollout.policy.architecture import Architecture
+from erollout.policy.families.family import Family, token_ids
+from erollout.policy.families.llama import LLAMA
+from erollout.policy.families.qwen2 import QWEN2
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2)}
+
+
+def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
+    """The architecture of a Hugging Face config (config.json, or model.architecture in our YAML).
+
+    Raises UserError for a model_type that is not supported and for any field that would change the logits but is not computed;
+    `source` is named in the message.
+    """
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(f"{source}: model_type = {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[name].read(config, source)
+
+
+def hf_config(architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """The config.json of an exported policy. `dtype`: float32 or bfloat16, of the weights beside it."""
+    return FAMILIES[architecture.family].write(architecture, dtype)
+
+
+def policy_architecture(model: ModelConfig) -> Architecture:
+    """The architecture that `model.path` or `model.architecture` asks for. Raises UserError.
+
+    generation_config.json may name more end-of-sequence ids than config.json: all of them count.
+    """
+    if model.path is None:
+        return _checked_length(read_architecture(model.architecture or {}, "model.architecture"), model)
+    directory = Path(model.path)
+    architecture = read_architecture(_read_json(directory / "config.json"), str(directory / "config.json"))
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        more = token_ids(_read_json(generation).get("eos_token_id"))
+        architecture = replace(architecture, eos_token_ids=tuple(dict.fromkeys((*architecture.eos_token_ids, *more))))
+    return _checked_length(architecture, model)
+
+
+def _checked_length(architecture: Architecture, model: ModelConfig) -> Architecture:
+    longest = model.max_position_embeddings
+    if longest is not None and longest > architecture.max_position_embeddings:
+        raise UserError(
+            f"model.max_position_embeddings = {longest} is beyond the model's {architecture.max_position_embeddings}; lower it"
+        )
+    return architecture
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}; model.path must be a Hugging Face directory") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content

@@ -1,0 +1,157 @@
+"""Hugging Face configs in and out, against transformers itself."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from erollout.config import ModelConfig
+from erollout.errors import UserError
+from erollout.policy.architecture import RopeScaling
+from erollout.policy.families import hf_config, policy_architecture, read_architecture
+from erollout.policy.rotary import inverse_frequencies
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA = {"model_type": "llama", **SMALL}
+QWEN2 = {"model_type": "qwen2", **SMALL}
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    for config, theirs in ((LLAMA, LlamaConfig(**SMALL)), (QWEN2, Qwen2Config(**SMALL))):
+        architecture = read_architecture(config, "test")
+        assert architecture.max_position_embeddings == theirs.max_position_embeddings
+        assert architecture.norm_epsilon == theirs.rms_norm_eps
+        assert architecture.rotary_base == theirs.rope_parameters["rope_theta"]
+        assert architecture.tie_word_embeddings == theirs.tie_word_embeddings
+        assert architecture.kv_channels == 16 and architecture.num_query_groups == 2
+        assert architecture.add_qkv_bias == (config is QWEN2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=3, eos_token_id=[4, 5]),
+        LlamaConfig(**SMALL, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_theta": 5e5, **LLAMA3}),
+        Qwen2Config(**SMALL, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, eos_token_id=7),
+    ],
+    ids=["llama", "llama3", "qwen2"],
+)
+def test_a_config_of_transformers_survives_both_ways(config, tmp_path) -> None:
+    architecture = read_architecture(json.loads(config.to_json_string(use_diff=False)), "test")
+    assert architecture == read_architecture(json.loads(config.to_json_string()), "test")
+    written = hf_config(architecture, "bfloat16")
+    assert read_architecture(written, "test") == architecture
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    reloaded = AutoConfig.from_pretrained(tmp_path)
+    assert reloaded.dtype == torch.bfloat16 and type(reloaded) is type(config)
+    assert reloaded.rope_parameters == {"rope_type": "default", **config.rope_parameters}
+    for name in ("hidden_size", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "eos_token_id", "bos_token_id"):
+        assert getattr(reloaded, name) == getattr(config, name), name
+
+
+def test_logical_tensors_are_those_of_transformers() -> None:
+    for config, tied in ((LLAMA, False), (LLAMA, True), (QWEN2, True)):
+        config = {**config, "tie_word_embeddings": tied}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        assert read_architecture(config, "test").logical_tensors() == shapes
+
+
+def test_old_and_new_spelling_of_rope_agree() -> None:
+    expected = RopeScaling(8.0, 1.0, 4.0, 64)
+    old = {**LLAMA, "rope_theta": 500000, "rope_scaling": LLAMA3}
+    older = {**old, "rope_scaling": {**{k: v for k, v in LLAMA3.items() if k != "rope_type"}, "type": "llama3"}}
+    new = {**LLAMA, "rope_parameters": {"rope_theta": 500000, **LLAMA3}}
+    for config in (old, older, new):
+        architecture = read_architecture(config, "test")
+        assert (architecture.rope_scaling, architecture.rotary_base) == (expected, 500000.0)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        LLAMA3,
+        {**LLAMA3, "factor": 32.0, "low_freq_factor": 1.5, "high_freq_factor": 5.0, "original_max_position_embeddings": 777},
+    ],
+    ids=["default", "llama3", "llama3-other"],
+)
+@pytest.mark.parametrize("theta", [10000.0, 500000])
+def test_inverse_frequencies_are_bit_equal_to_transformers(rope: dict, theta: float) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_theta": theta, **rope}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**SMALL, head_dim=128, max_position_embeddings=4096, rope_parameters=dict(rope)))
+    ours = inverse_frequencies(read_architecture({**LLAMA, "head_dim": 128, "rope_parameters": rope}, "test"))
+    assert torch.equal(ours, theirs.inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "mistral"}, "model_type = 'mistral'"),
+        ({"model_type": None}, "model_type = None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"sliding_window": 128}, "sliding_window = 128"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"logit_scale": 0.5}, "logit_scale = 0.5"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type = 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type = 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is missing"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+        ({"rope_theta": "1e6"}, "rope_theta = '1e6'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"hidden_size": 66}, "hidden_size = 66"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"head_dim": 15}, "head_dim = 15"),
+        ({"vocab_size": 0}, "vocab_size = 0"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
+    ],
+)
+def test_what_would_change_the_result_is_refused_by_name(change: dict, named: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_architecture({**LLAMA, **change}, "some/config.json")
+    assert named in str(error.value) and "some/config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_qwen2_sliding_window_counts_only_when_it_is_used() -> None:
+    off = {**QWEN2, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1}
+    assert read_architecture(off, "test") == read_architecture(QWEN2, "test")
+    for on in ({"use_sliding_window": True}, {"layer_types": ["full_attention", "sliding_attention"]}):
+        with pytest.raises(UserError, match=next(iter(on))):
+            read_architecture({**off, **on}, "test")
+
+
+def test_policy_architecture_reads_a_directory(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "eos_token_id": 5}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 5]}))
+    assert policy_architecture(ModelConfig(path=str(tmp_path))).eos_token_ids == (5, 6)
+    with pytest.raises(UserError, match="max_position_embeddings = 4096"):
+        policy_architecture(ModelConfig(path=str(tmp_path), max_position_embeddings=4096))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        policy_architecture(ModelConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match="can't read"):
+        policy_architecture(ModelConfig(path=str(tmp_path / "none")))
+    assert policy_architecture(ModelConfig(architecture=LLAMA)) == read_architecture(LLAMA, "test")

@@ -1,4 +1,4 @@
-"""GRPO: group-relative advantages and the clipped policy-gradient loss (arXiv 2402.03300), with separate clip bounds (2503.14476)."""
+"""GRPO: group-relative advantages, clipped policy-gradient loss (arXiv 2402.03300), separate clip bounds (2503.14476)."""
 
 from collections.abc import Sequence
 

@@ -76,7 +76,7 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Sequence[float], pad_multiple: int) -> MicroBatch:
-    """Pad samples[i] for i in `indices` to their longest (rounded up to pad_multiple); weights[i] is per response token of i."""
+    """Pad samples[i] for i in `indices` to their longest, rounded up to pad_multiple; weights[i] is of each response token."""
     chosen = [samples[i] for i in indices]
     longest = max(2, *(sample.length for sample in chosen)) - 1
     width = -(-longest // pad_multiple) * pad_multiple

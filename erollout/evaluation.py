@@ -20,20 +20,20 @@ def evaluation_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
     by_prompt: dict[tuple[str, int], list[bool]] = defaultdict(list)
     for sample in scored:
         by_prompt[sample.task, sample.rollout.prompt_index].append(sample.reward >= _CORRECT)
-    metrics = _pass_rates(list(by_prompt.values()), "eval/")
+    metrics = _pass_rates(list(by_prompt.values()), "evaluation/")
     tasks = {task for task, _ in by_prompt}
     if len(tasks) > 1:
         for task in sorted(tasks):
-            metrics |= _pass_rates([hits for (name, _), hits in by_prompt.items() if name == task], f"eval/{task}/")
+            metrics |= _pass_rates([hits for (name, _), hits in by_prompt.items() if name == task], f"evaluation/{task}/")
     lengths = [len(sample.rollout.response_ids) for sample in scored]
-    metrics["eval/response_length_mean"] = sum(lengths) / max(1, len(lengths))
-    metrics["eval/truncated_fraction"] = sum(s.rollout.finish_reason == "length" for s in scored) / max(1, len(scored))
+    metrics["evaluation/response_length_mean"] = sum(lengths) / max(1, len(lengths))
+    metrics["evaluation/truncated_fraction"] = sum(s.rollout.finish_reason == "length" for s in scored) / max(1, len(scored))
     return metrics
 
 
 def _pass_rates(prompts: Sequence[Sequence[bool]], prefix: str) -> dict[str, float]:
     k = min(len(hits) for hits in prompts)
-    rates = {f"{prefix}pass@1": sum(pass_at_k(len(h), sum(h), 1) for h in prompts) / len(prompts)}
+    rates = {f"{prefix}pass_at_1": sum(pass_at_k(len(h), sum(h), 1) for h in prompts) / len(prompts)}
     if k > 1:
-        rates[f"{prefix}pass@{k}"] = sum(pass_at_k(len(h), sum(h), k) for h in prompts) / len(prompts)
+        rates[f"{prefix}pass_at_{k}"] = sum(pass_at_k(len(h), sum(h), k) for h in prompts) / len(prompts)
     return rates

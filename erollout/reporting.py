@@ -1,14 +1,12 @@
 """The numbers of one step, from what its phases returned. Pure."""
 
-from collections.abc import Mapping
-
 from erollout.resharding.executor import ReshardStats
 from erollout.rollout import RolloutResult
 from erollout.tracking.metrics import summarize_lengths
 
 
-def rollout_metrics(result: RolloutResult, seconds: Mapping[str, float], reshard: ReshardStats) -> dict[str, float]:
-    """Rewards, lengths and speeds of a step."""
+def rollout_metrics(result: RolloutResult, seconds: float, reshard: ReshardStats) -> dict[str, float]:
+    """Rewards, lengths and speeds of a step whose rollout phase took `seconds`."""
     scored = result.scored
     rewards = [s.reward for s in scored]
     lengths = [len(s.rollout.response_ids) for s in scored]
@@ -20,7 +18,7 @@ def rollout_metrics(result: RolloutResult, seconds: Mapping[str, float], reshard
         "reward/scoring_errors": sum(report["scoring_errors"] for report in result.reports),
         "rollout/truncated_fraction": sum(s.rollout.finish_reason == "length" for s in scored) / len(scored),
         "rollout/tokens": float(tokens),
-        "rollout/tokens_per_second": tokens / max(seconds["rollout"], 1e-9),
+        "rollout/tokens_per_second": tokens / max(seconds, 1e-9),
         "rollout/preemptions": sum(report["preemptions"] for report in result.reports),
         "rollout/slowest_replica_seconds": max(report["seconds"] for report in result.reports),
         "rollout/fastest_replica_seconds": min(report["seconds"] for report in result.reports),

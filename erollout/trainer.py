@@ -1,5 +1,6 @@
 """The synchronous, colocated training loop: refit, rollout, log-probs, update. Every rank runs it; only rank 0 tracks."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from erollout.algorithm import Algorithm
@@ -14,7 +15,7 @@ from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
 from erollout.reporting import rollout_metrics
 from erollout.rollout import RolloutResult, RolloutWorker
-from erollout.tracking.metrics import PhaseTimer
+from erollout.tracking.metrics import PhaseTimer, memory_metrics
 from erollout.tracking.tracker import Tracker
 from erollout.types import ScoredRollout
 
@@ -29,12 +30,15 @@ class Trainer:
     config: Config
     context: ParallelContext
     train_data: PromptDataset
-    test_data: PromptDataset
+    test_data: PromptDataset | None
     actor: Actor
     worker: RolloutWorker
     algorithm: Algorithm
     tracker: Tracker
     checkpointer: Checkpointer
+    run_id: str
+    report: Callable[[int, Mapping[str, float]], None]
+    """Shows a finished step on the console."""
     step: int = 0
     evaluations: list[dict[str, float]] = field(default_factory=list)
 
@@ -47,33 +51,37 @@ class Trainer:
             if self._due(self.config.evaluation.interval):
                 self.evaluate()
             if self._due(self.config.checkpoint.interval):
-                self.checkpointer.save(RunState(self.step, self.tracker.run_id, tuple(self.evaluations)))
+                self.checkpointer.save(RunState(self.step, self.run_id, tuple(self.evaluations)))
 
     def train_step(self) -> None:
         """One RL step (the order of phases is the method's)."""
         timer = PhaseTimer()
-        prompts = self.train_data.batch(self.step, self.config.rollout.prompts_per_step)
-        with timer.phase("refit"):
+        first, count = self.step * self.config.rollout.prompts_per_step, self.config.rollout.prompts_per_step
+        prompts = [self.train_data.prompt(first + i) for i in range(count)]
+        with timer("refit"):
             self.actor.sleep()
             reshard = self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
-        with timer.phase("rollout"):
+        with timer("rollout"):
             sampling, group_size = self.worker.sampling_params(), self.config.rollout.group_size
             result = self.worker.rollout(prompts, sampling, group_size, _TRAIN, self.step)
-        with timer.phase("logprobs"):
+        with timer("logprobs"):
             self.actor.wake_up()
             batches = self._with_logprobs(self._split(result.scored))
-        with timer.phase("update"):
+        with timer("update"):
             metrics = self._update(batches, result.scored)
         self.step += 1
-        metrics |= rollout_metrics(result, timer.seconds, reshard)
-        self.tracker.log_step(self.step, metrics | timer.metrics())
+        seconds = timer.collect()
+        metrics |= rollout_metrics(result, seconds["seconds/rollout"], reshard)
+        metrics |= seconds | memory_metrics(self.context.device.type)
+        self.tracker.log_metrics(self.step, metrics)
+        self.report(self.step, metrics)
 
     def evaluate(self) -> None:
         """Held-out accuracy of the present policy."""
         options = self.config.evaluation
-        if not options.interval:
+        if not options.interval or self.test_data is None:
             return
-        prompts = self.test_data.batch(0, options.num_prompts)
+        prompts = [self.test_data.prompt(i) for i in range(min(options.num_prompts, len(self.test_data)))]
         self.actor.sleep()
         self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
         sampling = self.worker.sampling_params(options.temperature)
@@ -81,7 +89,8 @@ class Trainer:
         self.actor.wake_up()
         metrics = evaluation_metrics(result.scored)
         self.evaluations.append({"step": float(self.step), **metrics})
-        self.tracker.log_evaluation(self.step, metrics, self._sample_rows(result))
+        self.tracker.log_metrics(self.step, metrics)
+        self.tracker.log_samples(self.step, self._sample_rows(result))
 
     def _split(self, scored: list[ScoredRollout]) -> list[MiniBatch]:
         size = self.config.train.global_batch_size or len(scored)

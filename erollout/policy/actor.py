@@ -36,7 +36,12 @@ class Actor:
     """This rank's shard of the policy, its optimizer and, if asked for, the frozen reference."""
 
     def __init__(
-        self, config: Config, architecture: Architecture, context: ParallelContext, total_steps: int, with_reference: bool = False
+        self,
+        config: Config,
+        architecture: Architecture,
+        context: ParallelContext,
+        total_steps: int,
+        with_reference: bool = False,
     ) -> None:
         self.config = config
         self.architecture = architecture

@@ -43,5 +43,5 @@ def build_optimizer(config: Config, model: Module, total_steps: int) -> tuple[Me
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
-    scheduler.step(1)  # Megatron's step k trains with the rate of k; without this the first update would be of rate 0 in warm-up
+    scheduler.step(1)  # the rate for step k is that of k - 1: without this, warm-up would begin with an update of rate 0
     return optimizer, scheduler

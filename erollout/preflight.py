@@ -1,0 +1,126 @@
+"""Everything about a run that can be checked and worked out before a process group starts."""
+
+from dataclasses import dataclass
+from math import prod
+
+from erollout.config import Config
+from erollout.data.build import build_datasets
+from erollout.data.prompts import PromptLimits
+from erollout.data.tokenizer import load_tokenizer
+from erollout.engine.placement import decode_placement
+from erollout.errors import UserError
+from erollout.parallel.groups import expected_world_size, resolve_layouts
+from erollout.parallel.layout import DecodeLayout, TrainLayout
+from erollout.parallel.placement import Placement
+from erollout.policy.architecture import Architecture
+from erollout.policy.families import policy_architecture
+from erollout.policy.hf_io import check_weights
+from erollout.policy.placement import training_placement
+from erollout.rewards import build_scorer
+from erollout.tracking.tracker import check_store
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What the configuration comes to on this world."""
+
+    architecture: Architecture
+    train: TrainLayout
+    decode: DecodeLayout
+    trained_parameters: int
+    """Of the rank that holds most."""
+    decoded_parameters: int
+    training_bytes: int
+    """Weights, float32 gradients and Adam's state of the rank that holds most; activations come on top."""
+    decoding_bytes: int
+    """Decode weights and KV cache of one rank."""
+
+
+def preflight(config: Config) -> Resolved:
+    """Check model, tokenizer, layouts, data, scorer and tracking store. Raises UserError for the first thing that is wrong."""
+    architecture = policy_architecture(config.model)
+    train, decode = resolve_layouts(config, expected_world_size(config))
+    check_context(config, architecture)
+    tokenizer = load_tokenizer(config.tokenizer_path, architecture.vocab_size)
+    trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
+    decoded = _parameters(decode_placement(architecture, decode.tensor, 0))
+    if config.model.path is not None:
+        check_weights(config.model.path, architecture)
+    build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
+    build_scorer(config.rewards, config.data)
+    if config.tracking.enabled:
+        check_store(config.tracking, config.train.output_dir)
+    return Resolved(
+        architecture,
+        train,
+        decode,
+        trained_parameters=trained,
+        decoded_parameters=decoded,
+        training_bytes=trained * _training_bytes_per_parameter(config, train),
+        decoding_bytes=decoded * _BYTES[config.rollout.dtype] + round(config.rollout.kv_cache_gib * 2**30),
+    )
+
+
+def prompt_limits(config: Config, architecture: Architecture) -> PromptLimits:
+    context = config.model.max_position_embeddings or architecture.max_position_embeddings
+    return PromptLimits(config.rollout.max_prompt_tokens, context)
+
+
+def check_context(config: Config, architecture: Architecture) -> None:
+    """Prompt and response must fit the model's context together."""
+    context = prompt_limits(config, architecture).context_tokens
+    wanted = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+    if wanted > context:
+        raise UserError(
+            f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one of them"
+        )
+
+
+def describe(config: Config, resolved: Resolved) -> str:
+    """The page that `--dry-run` prints."""
+    train, decode, architecture = resolved.train, resolved.decode, resolved.architecture
+    batch = config.train.global_batch_size or config.samples_per_step
+    lines = {
+        "model": f"{architecture.family}, {architecture.num_parameters():,} parameters, {architecture.num_layers} layers",
+        "training": f"{train.world_size} ranks = tensor {train.tensor} x data {train.data} x pipeline {train.pipeline}",
+        "decoding": f"{decode.replicas} replicas of {decode.tensor} ranks",
+        "step": f"{config.rollout.prompts_per_step} prompts x {config.rollout.group_size} responses, "
+        f"{config.samples_per_step // batch} optimizer steps of {batch} samples",
+        "parameters per rank": f"{resolved.trained_parameters:,} trained, {resolved.decoded_parameters:,} decoded",
+        "memory per rank": f"{_gib(resolved.training_bytes)} training state, {_gib(resolved.decoding_bytes)} rollout "
+        f"(weights + KV cache), activations of {config.train.max_tokens_per_micro_batch} tokens",
+        "output": config.train.output_dir,
+        "tracking": config.tracking.uri or f"SQLite in {config.train.output_dir}" if config.tracking.enabled else "off",
+        "checkpoints": f"{config.checkpoint_directory} every {config.checkpoint.interval} steps"
+        if config.checkpoint.interval
+        else "none",
+    }
+    width = max(map(len, lines))
+    rows = [f"{name:<{width}}  {value}" for name, value in lines.items()]
+    for replica in range(decode.replicas):
+        rows.append(f"{'decode replica ' + str(replica):<{width}}  ranks {', '.join(map(str, decode.ranks(replica)))}")
+    return "\n".join(rows)
+
+
+def _distinct_ranks(layout: TrainLayout) -> tuple[int, ...]:
+    """One rank for every different shard."""
+    return layout.model_replica(0)
+
+
+def _parameters(placement: Placement) -> int:
+    return sum(prod(tensor.shape) for tensor in placement)
+
+
+def _training_bytes_per_parameter(config: Config, train: TrainLayout) -> int:
+    """Weights, float32 gradient, two Adam moments and, for bfloat16, a float32 main copy."""
+    weights = _BYTES[config.model.dtype]
+    optimizer = 8 + (4 if config.model.dtype == "bfloat16" else 0)
+    if config.optimizer.use_distributed_optimizer:
+        optimizer = -(-optimizer // train.data)
+    return weights + 4 + optimizer
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,53 @@
+"""Supervised fine-tuning: prompts with given responses, the same actor, schedules and checkpoints as the RL loop."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from erollout.algorithm.supervised import Supervised
+from erollout.checkpoint.checkpointer import Checkpointer, RunState
+from erollout.config import Config
+from erollout.data.prompts import PromptDataset
+from erollout.parallel.groups import ParallelContext
+from erollout.policy.actor import Actor
+from erollout.policy.batch import TrainSample, balance, token_weights
+from erollout.tracking.metrics import PhaseTimer, memory_metrics
+from erollout.tracking.tracker import Tracker
+
+
+@dataclass
+class SupervisedTrainer:
+    """The parts of a supervised run and its position. All methods are collective."""
+
+    config: Config
+    context: ParallelContext
+    data: PromptDataset
+    actor: Actor
+    tracker: Tracker
+    checkpointer: Checkpointer
+    run_id: str
+    report: Callable[[int, Mapping[str, float]], None]
+    step: int = 0
+
+    def run(self) -> None:
+        steps, interval = self.config.supervised.steps, self.config.checkpoint.interval
+        while self.step < steps:
+            self.train_step()
+            if interval and (self.step % interval == 0 or self.step == steps):
+                self.checkpointer.save(RunState(self.step, self.run_id))
+
+    def train_step(self) -> None:
+        """One optimizer step on the next batch_size examples."""
+        timer = PhaseTimer()
+        size = self.config.supervised.batch_size
+        examples = [self.data.supervised_example(self.step * size + i) for i in range(size)]
+        samples = [TrainSample(prompt_ids, response_ids) for prompt_ids, response_ids in examples]
+        algorithm = Supervised()
+        weights = token_weights([len(s.response_ids) for s in samples], algorithm.aggregation)
+        mine = balance([s.length for s in samples], self.context.train.data)[self.context.data_parallel_rank]
+        with timer("update"):
+            metrics = self.actor.update([samples[i] for i in mine], [weights[i] for i in mine], algorithm)
+        self.step += 1
+        figures = {f"train/{name}": value for name, value in metrics.items()}
+        figures |= memory_metrics(self.context.device.type) | timer.collect()
+        self.tracker.log_metrics(self.step, figures)
+        self.report(self.step, figures)

@@ -6,23 +6,32 @@ same meaning, the key has Megatron's name.
 """
 
 import difflib
-from dataclasses import asdict, field
+from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from erollout.errors import UserError
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
-_section = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic takes true for 1
+        raise ValueError("Input should be a number")
+    return value
+
+
+_Number = BeforeValidator(_number)
+Positive = Annotated[int, Field(ge=1), _Number]
+Count = Annotated[int, Field(ge=0), _Number]
+PositiveFloat = Annotated[float, Field(gt=0), _Number]
+NonNegative = Annotated[float, Field(ge=0), _Number]
+Fraction = Annotated[float, Field(ge=0, le=1), _Number]
+Decay = Annotated[float, Field(ge=0, lt=1), _Number]
+
+_section = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
 
 @_section
@@ -168,8 +177,8 @@ class OptimizerConfig:
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: Count = 0
     weight_decay: NonNegative = 0.0
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.95
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.95
     adam_eps: PositiveFloat = 1e-8
     clip_grad: NonNegative = 1.0
     """Global gradient norm; 0: no clipping."""
@@ -261,6 +270,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         tree = yaml.safe_load(Path(path).read_text()) or {}
     except OSError as error:
         raise UserError(f"can't read config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -298,18 +309,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _describe(error: ValidationError) -> str:
     """The first problem, as one line with the key, the value and the fix."""
-    first = error.errors()[0]
+    problems = error.errors()
+    unknown = [p for p in problems if p["type"] == "unexpected_keyword_argument"]  # a misspelt key may be a missing one too
+    first = (unknown or problems)[0]
     key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "unexpected_keyword_argument":
+    if unknown:
         near = _nearest(first["loc"])
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; see erollout/config.py for the keys")
     value = "" if first["type"] == "missing" else f" = {first['input']!r}"
-    return f"{key}{value}: {first['msg']}"
+    return f"{key}{value}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _nearest(location: tuple[int | str, ...]) -> str | None:
     """The known key closest to an unknown one: in its own section first, then in any section."""
-    *parents, name = [str(part) for part in location]
+    *parents, name = [part for part in location if isinstance(part, str)]
     keys = _known_keys()
     own = [key for key in keys if key.split(".")[:-1] == parents]
     for candidates in ({key.split(".")[-1]: key for key in own}, {key.split(".")[-1]: key for key in keys}):
@@ -320,7 +333,8 @@ def _nearest(location: tuple[int | str, ...]) -> str | None:
 
 def _known_keys() -> list[str]:
     tree = Config().to_dict()
-    return [*tree, *(f"{section}.{key}" for section, keys in tree.items() for key in keys)]
+    keys = [f"{section}.{key}" for section, keys in tree.items() for key in keys]
+    return [*tree, *keys, *(f"data.tasks.{key.name}" for key in fields(TaskConfig))]
 
 
 def _check_consistency(config: Config) -> None:
@@ -340,6 +354,12 @@ def _check_consistency(config: Config) -> None:
         raise UserError(
             f"data: train items [{data.train_seed}, {data.train_seed + data.train_size}) and test items "
             f"[{data.test_seed}, {data.test_seed + data.test_size}) overlap; move data.test_seed"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise UserError(f"optimizer.min_lr = {config.optimizer.min_lr} is above optimizer.lr = {config.optimizer.lr}; lower it")
+    if config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size == 1:
+        raise UserError(
+            "parallel.sequence_parallel = True needs parallel.tensor_model_parallel_size above 1; raise it or unset it"
         )
     batch = config.train.global_batch_size
     if batch and config.samples_per_step % batch:

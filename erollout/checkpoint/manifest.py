@@ -12,7 +12,8 @@ STATE = "state.json"
 
 def write_manifest(directory: Path) -> None:
     """List all files of a finished checkpoint, flushed to disk."""
-    sizes = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
+    files = [f for f in sorted(directory.rglob("*")) if f.is_file() and f != directory / MANIFEST]
+    sizes = {str(f.relative_to(directory)): f.stat().st_size for f in files}
     with open(directory / MANIFEST, "w") as file:
         json.dump(sizes, file, indent=1)
         file.flush()
@@ -37,7 +38,9 @@ def verify(checkpoint: Path) -> None:
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file():
-            raise UserError(f"checkpoint {checkpoint} is damaged: {name} is missing; remove the directory to use the one before")
+            raise UserError(
+                f"checkpoint {checkpoint} is damaged: {name} is missing; remove the directory to use the one before"
+            )
         if file.stat().st_size != size:
             raise UserError(
                 f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes instead of {size}; "

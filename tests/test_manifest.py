@@ -1,0 +1,130 @@
+"""A checkpoint counts only when it is whole, and damage is found and named."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from erollout.checkpoint.manifest import MANIFEST, STATE, complete_checkpoints, verify, write_manifest
+from erollout.errors import UserError
+
+FILES = {STATE: b"{}", "metadata.json": b"abc", "shards/__0_0.distcp": bytes(1000), "shards/__1_0.distcp": bytes(500)}
+
+
+def _write_files(directory: Path) -> Path:
+    for name, content in FILES.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def _saved(root: Path, name: str = "step_00000010") -> Path:
+    """A checkpoint as it is published: files, manifest, then the name."""
+    partial = _write_files(root / f"{name}.partial")
+    write_manifest(partial)
+    return partial.rename(root / name)
+
+
+def _error(checkpoint: Path) -> str:
+    with pytest.raises(UserError) as raised:
+        verify(checkpoint)
+    message = str(raised.value)
+    assert str(checkpoint) in message and "\n" not in message
+    return message
+
+
+def test_a_whole_checkpoint_passes(tmp_path: Path) -> None:
+    checkpoint = _saved(tmp_path)
+    verify(checkpoint)
+    assert complete_checkpoints(tmp_path) == [checkpoint]
+
+
+def test_a_moved_checkpoint_passes(tmp_path: Path) -> None:
+    verify(_saved(tmp_path).rename(tmp_path / "elsewhere"))
+
+
+def test_a_manifest_may_be_written_again(tmp_path: Path) -> None:
+    checkpoint = _saved(tmp_path)
+    (checkpoint / STATE).write_bytes(b'{"longer": 1}')
+    write_manifest(checkpoint)
+    verify(checkpoint)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    checkpoint = _saved(tmp_path)
+    (checkpoint / name).unlink()
+    message = _error(checkpoint)
+    assert f"{name} is missing" in message and "remove the directory" in message
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_of_another_size_is_named(tmp_path: Path, name: str, change: int) -> None:
+    checkpoint = _saved(tmp_path)
+    size = len(FILES[name])
+    (checkpoint / name).write_bytes(bytes(size + change))
+    assert f"{name} has {size + change} bytes instead of {size}" in _error(checkpoint)
+
+
+def test_a_file_replaced_by_a_directory_is_missing(tmp_path: Path) -> None:
+    checkpoint = _saved(tmp_path)
+    (checkpoint / STATE).unlink()
+    (checkpoint / STATE).mkdir()
+    assert f"{STATE} is missing" in _error(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"state.json": 2', b"[]", b"{}", b"null", b"\xff\xfe"], ids=repr)
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
+    checkpoint = _saved(tmp_path)
+    (checkpoint / MANIFEST).write_bytes(content)
+    assert MANIFEST in _error(checkpoint)
+
+
+def test_a_truncated_manifest_is_never_taken_for_a_shorter_one(tmp_path: Path) -> None:
+    checkpoint = _saved(tmp_path)
+    whole = (checkpoint / MANIFEST).read_bytes()
+    for length in range(len(whole)):
+        (checkpoint / MANIFEST).write_bytes(whole[:length])
+        _error(checkpoint)
+
+
+def test_no_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoint = _saved(tmp_path)
+    (checkpoint / MANIFEST).unlink()
+    assert complete_checkpoints(tmp_path) == []
+    assert "is not a complete checkpoint" in _error(checkpoint)
+    assert "is not a complete checkpoint" in _error(tmp_path / "step_00000099")
+
+
+def test_a_crash_at_any_point_of_a_save_leaves_what_was_there(tmp_path: Path) -> None:
+    before = _saved(tmp_path, "step_00000010")
+    partial = tmp_path / "step_00000020.partial"
+    for written in range(len(FILES) + 1):  # the process ends after so many files
+        partial.mkdir()
+        for name in list(FILES)[:written]:
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(FILES[name])
+        assert complete_checkpoints(tmp_path) == [before]
+        shutil.rmtree(partial)
+    write_manifest(_write_files(partial))
+    assert complete_checkpoints(tmp_path) == [before]  # not renamed yet
+    after = partial.rename(tmp_path / "step_00000020")
+    assert complete_checkpoints(tmp_path) == [before, after]
+    verify(before)
+    verify(after)
+
+
+def test_checkpoints_are_listed_oldest_first(tmp_path: Path) -> None:
+    names = ["step_00000100", "step_00000020", "step_00001000"]
+    for name in names:
+        _saved(tmp_path, name)
+    (tmp_path / "step_notes.txt").write_text("a file")
+    _saved(tmp_path, "other")
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000020", "step_00000100", "step_00001000"]
+
+
+def test_a_directory_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
+    assert complete_checkpoints(tmp_path / "none") == []
+    (tmp_path / "file").write_text("")
+    assert complete_checkpoints(tmp_path / "file") == []

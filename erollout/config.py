@@ -246,7 +246,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self)  # type: ignore[call-overload]  # mypy does not see through _section
 
     @property
     def samples_per_step(self) -> int:
@@ -334,7 +334,7 @@ def _nearest(location: tuple[int | str, ...]) -> str | None:
 def _known_keys() -> list[str]:
     tree = Config().to_dict()
     keys = [f"{section}.{key}" for section, keys in tree.items() for key in keys]
-    return [*tree, *keys, *(f"data.tasks.{key.name}" for key in fields(TaskConfig))]
+    return [*tree, *keys, *(f"data.tasks.{key.name}" for key in fields(TaskConfig))]  # type: ignore[arg-type]
 
 
 def _check_consistency(config: Config) -> None:

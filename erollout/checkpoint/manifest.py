@@ -31,18 +31,23 @@ def verify(checkpoint: Path) -> None:
     """Raise UserError, naming the file, unless every file of the manifest is there with its size."""
     if not (checkpoint / MANIFEST).is_file():
         raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} is missing")
-    try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())
-    except ValueError as error:
-        raise UserError(f"checkpoint {checkpoint} is damaged: {MANIFEST} is not valid JSON") from error
-    for name, size in sizes.items():
+    for name, size in _listed_sizes(checkpoint).items():
         file = checkpoint / name
         if not file.is_file():
-            raise UserError(
-                f"checkpoint {checkpoint} is damaged: {name} is missing; remove the directory to use the one before"
-            )
+            raise _damaged(checkpoint, f"{name} is missing")
         if file.stat().st_size != size:
-            raise UserError(
-                f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes instead of {size}; "
-                "remove the directory to use the one before"
-            )
+            raise _damaged(checkpoint, f"{name} has {file.stat().st_size} bytes instead of {size}")
+
+
+def _listed_sizes(checkpoint: Path) -> dict[str, int]:
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text())
+    except ValueError as error:  # not JSON, or not even text
+        raise _damaged(checkpoint, f"{MANIFEST} is not valid JSON") from error
+    if not isinstance(sizes, dict) or STATE not in sizes:
+        raise _damaged(checkpoint, f"{MANIFEST} does not list {STATE}")
+    return sizes
+
+
+def _damaged(checkpoint: Path, what: str) -> UserError:
+    return UserError(f"checkpoint {checkpoint} is damaged: {what}; remove the directory to use the one before")

@@ -15,7 +15,7 @@ from erollout.parallel.layout import TrainLayout
 from erollout.policy.architecture import Architecture
 from erollout.policy.families import policy_architecture, read_architecture
 from erollout.policy.hf_export import export_policy, plan_shards
-from erollout.policy.hf_io import load_weights
+from erollout.policy.hf_io import check_weights, load_weights
 from erollout.policy.initialization import initialize_weights
 from erollout.policy.placement import training_placement
 
@@ -179,6 +179,8 @@ def test_truncated_files_are_refused(checkpoints: Path, tmp_path: Path, keep: in
     victim.write_bytes(victim.read_bytes()[:keep])
     with pytest.raises(UserError, match=f"{victim.name} is truncated"):
         _load(folder)
+    with pytest.raises(UserError, match=f"{victim.name} is truncated"):
+        check_weights(folder, policy_architecture(ModelConfig(path=str(folder))))
 
 
 def test_incomplete_directories_are_refused(checkpoints: Path, tmp_path: Path) -> None:

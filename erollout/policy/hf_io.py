@@ -36,14 +36,10 @@ def load_weights(
     At most one slice is in memory beside the destination. Raises UserError, naming file and tensor, for files that are missing,
     truncated or of another model.
     """
-    folder = Path(directory)
-    files = _tensor_files(folder)
-    _check_names(folder, architecture, files)
-    by_file: dict[Path, list[tuple[LocalTensor, Piece]]] = {path: [] for path in sorted(set(files.values()))}
+    files = check_weights(directory, architecture)
+    by_file: dict[Path, list[tuple[LocalTensor, Piece]]] = {}
     for local, piece in pieces_by_tensor(placement):
-        by_file[files[piece.tensor]].append((local, piece))
-    for path in by_file:
-        _check_shapes(path, architecture, [name for name, holder in files.items() if holder == path])
+        by_file.setdefault(files[piece.tensor], []).append((local, piece))
     if architecture.tie_word_embeddings and OUTPUT in files:
         _check_tied(files, [piece for _, piece in pieces_by_tensor(placement) if piece.tensor == EMBEDDING])
     with torch.no_grad():
@@ -52,6 +48,19 @@ def load_weights(
                 tensors[local.name].zero_()
         for path, pieces in by_file.items():
             _copy_pieces(path, pieces, tensors)
+
+
+def check_weights(directory: str | Path, architecture: Architecture) -> dict[str, Path]:
+    """The file of every tensor of a checkpoint that this architecture can load, from the files' headers alone.
+
+    Raises UserError, naming file and tensor, for files that are missing, truncated or of another model.
+    """
+    folder = Path(directory)
+    files = _tensor_files(folder)
+    _check_names(folder, architecture, files)
+    for path in sorted(set(files.values())):
+        _check_shapes(path, architecture, [name for name, holder in files.items() if holder == path])
+    return files
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -65,7 +65,7 @@ def transformer_config(
 
 
 def build_model(architecture: Architecture, config: TransformerConfig) -> GPTModel:
-    """This rank's shard, with arbitrary weights, on Megatron's current device.
+    """This rank's shard with arbitrary weights. Linear layers are on Megatron's current device, norms on torch's default one.
 
     Needs parallel_state and Megatron's random-number tracker (model_parallel_cuda_manual_seed) to be initialised. The model
     returns logits [batch, sequence, padded vocabulary / tensor-parallel size] on the last pipeline stage.

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 from erollout.config import Config, load_config
@@ -16,6 +17,8 @@ _SPEAK_AFTER_SECONDS = 2.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Megatron says at import which GPU libraries it does without, and torch which of its own names are deprecated.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     options = _parser().parse_args(arguments)
     try:
         return options.run(options, arguments)
@@ -31,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="erollout", description="RL post-training on Megatron-core with fast rollouts.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     train = _command(commands, "train", _train, "train a policy by reinforcement learning")
-    train.add_argument("--dry-run", action="store_true", help="print layouts, sizes and memory, and check everything, then stop")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print layouts, sizes and memory, and check everything, then stop"
+    )
     _command(commands, "sft", _sft, "fine-tune a policy on prompts with given answers")
     rollout = _command(commands, "rollout", _rollout, "sample responses to held-out prompts and score them")
     rollout.add_argument("--out", required=True, help="JSONL file to write, one line per response")
@@ -67,7 +72,7 @@ def _sft(options: argparse.Namespace, arguments: list[str]) -> int:
     from erollout import session
 
     config = load_config(options.config, options.overrides)
-    return _on_ranks(config, arguments, lambda: session.supervised(config))
+    return _on_ranks(config, arguments, lambda: session.supervised(config), rolls_out=False)
 
 
 def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -90,7 +95,7 @@ def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def _on_ranks(config: Config, arguments: list[str], work: Callable[[], None]) -> int:
+def _on_ranks(config: Config, arguments: list[str], work: Callable[[], None], rolls_out: bool = True) -> int:
     """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine."""
     if launcher_environment() is not None:
         work()
@@ -98,7 +103,7 @@ def _on_ranks(config: Config, arguments: list[str], work: Callable[[], None]) ->
     from erollout.parallel.groups import expected_world_size
     from erollout.preflight import preflight
 
-    preflight(config)
+    preflight(config, rolls_out)
     world_size = expected_world_size(config)
     if world_size == 1:
         work()

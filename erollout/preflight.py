@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
 from erollout.data.build import build_datasets
-from erollout.data.prompts import PromptLimits
+from erollout.data.prompts import PromptDataset, PromptLimits
 from erollout.data.tokenizer import load_tokenizer
 from erollout.engine.placement import decode_placement
+from erollout.environment import launcher_environment
 from erollout.errors import UserError
 from erollout.parallel.groups import expected_world_size, resolve_layouts
 from erollout.parallel.layout import DecodeLayout, TrainLayout
@@ -16,8 +20,8 @@ from erollout.policy.architecture import Architecture
 from erollout.policy.families import policy_architecture
 from erollout.policy.hf_io import check_weights
 from erollout.policy.placement import training_placement
-from erollout.rewards import build_scorer
-from erollout.tracking.tracker import check_store
+from erollout.rewards.scorers import Scorer, build_scorer
+from erollout.tracking.store import MlflowStore
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -29,6 +33,10 @@ class Resolved:
     architecture: Architecture
     train: TrainLayout
     decode: DecodeLayout
+    tokenizer: PreTrainedTokenizerBase
+    train_data: PromptDataset
+    test_data: PromptDataset | None
+    scorer: Scorer
     trained_parameters: int
     """Of the rank that holds most."""
     decoded_parameters: int
@@ -38,24 +46,33 @@ class Resolved:
     """Decode weights and KV cache of one rank."""
 
 
-def preflight(config: Config) -> Resolved:
-    """Check model, tokenizer, layouts, data, scorer and tracking store. Raises UserError for the first thing that is wrong."""
+def preflight(config: Config, rolls_out: bool = True) -> Resolved:
+    """Check model, tokenizer, layouts, data, scorer and tracking store. Raises UserError for the first thing that is wrong.
+
+    rolls_out: whether the command samples; a supervised run needs no room for responses.
+    """
     architecture = policy_architecture(config.model)
     train, decode = resolve_layouts(config, expected_world_size(config))
-    check_context(config, architecture)
+    if rolls_out:
+        check_context(config, architecture)
     tokenizer = load_tokenizer(config.tokenizer_path, architecture.vocab_size)
     trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
     decoded = _parameters(decode_placement(architecture, decode.tensor, 0))
     if config.model.path is not None:
         check_weights(config.model.path, architecture)
-    build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
-    build_scorer(config.rewards, config.data)
-    if config.tracking.enabled:
-        check_store(config.tracking, config.train.output_dir)
+    _check_export(config)
+    train_data, test_data = build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
+    launcher = launcher_environment()
+    if config.tracking.enabled and config.tracking.uri and (launcher is None or launcher.rank == 0):
+        MlflowStore(config.tracking.uri).check()
     return Resolved(
         architecture,
         train,
         decode,
+        tokenizer,
+        train_data,
+        test_data,
+        build_scorer(config.rewards, config.data),
         trained_parameters=trained,
         decoded_parameters=decoded,
         training_bytes=trained * _training_bytes_per_parameter(config, train),
@@ -76,6 +93,15 @@ def check_context(config: Config, architecture: Architecture) -> None:
         raise UserError(
             f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one of them"
         )
+
+
+def _check_export(config: Config) -> None:
+    """The export replaces its directory, so it must not be one that the run reads."""
+    export = config.checkpoint.export_path
+    sources = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+    for key, source in sources.items():
+        if export and source and Path(export).resolve() == Path(source).resolve():
+            raise UserError(f"checkpoint.export_path = {export} is also {key}; choose another directory")
 
 
 def describe(config: Config, resolved: Resolved) -> str:
@@ -124,3 +150,15 @@ def _training_bytes_per_parameter(config: Config, train: TrainLayout) -> int:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+def resolved_facts(resolved: Resolved) -> dict[str, str | int | float]:
+    """What is tracked beside the configuration."""
+    return {
+        "world_size": resolved.train.world_size,
+        "data_parallel_size": resolved.train.data,
+        "decode_replicas": resolved.decode.replicas,
+        "parameters": resolved.architecture.num_parameters(),
+        "trained_parameters_per_rank": resolved.trained_parameters,
+        "decoded_parameters_per_rank": resolved.decoded_parameters,
+    }

@@ -1,8 +1,16 @@
 """The numbers of one step, from what its phases returned. Pure."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from erollout.config import Config
 from erollout.resharding.executor import ReshardStats
 from erollout.rollout import RolloutResult
 from erollout.tracking.metrics import summarize_lengths
+from erollout.tracking.store import redact
+
+_FEW = 5
+"""Steps that the first and the last reward are averaged over."""
 
 
 def rollout_metrics(result: RolloutResult, seconds: float, reshard: ReshardStats) -> dict[str, float]:
@@ -32,3 +40,31 @@ def rollout_metrics(result: RolloutResult, seconds: float, reshard: ReshardStats
             mine = [s.reward for s in scored if s.task == task]
             metrics[f"reward/{task}"] = sum(mine) / len(mine)
     return metrics
+
+
+def summary_rows(
+    history: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]], config: Config, run_id: str
+) -> list[tuple[str, object]]:
+    """The table at the end of a run: reward first and last, held-out accuracy before and after, seconds, where to look."""
+    steps = [row for row in history if "reward/mean" in row]
+    rows: list[tuple[str, object]] = [("steps", len(steps))]
+    if steps:
+        few = steps[:_FEW], steps[-_FEW:]
+        first, last = (sum(row["reward/mean"] for row in part) / len(part) for part in few)
+        rows.append((f"reward, first and last {len(few[0])} steps", f"{first:.3f} -> {last:.3f}"))
+    if evaluations:
+        before, after = evaluations[0]["evaluation/pass_at_1"], evaluations[-1]["evaluation/pass_at_1"]
+        rows.append(
+            ("held-out accuracy, before and after", f"{before:.3f} -> {after:.3f} ({100 * (after - before):+.1f} points)")
+        )
+    phases = sorted({name for row in steps for name in row if name.startswith("seconds/")})
+    for phase in phases:
+        total = sum(row.get(phase, 0.0) for row in steps)
+        rows.append(
+            (f"{phase.removeprefix('seconds/')} seconds, in all and per step", f"{total:.1f}, {total / len(steps):.3f}")
+        )
+    if config.tracking.enabled:
+        store = config.tracking.uri or f"sqlite:///{Path(config.train.output_dir).absolute()}/mlflow.db"
+        rows.append(("MLflow run", run_id))
+        rows.append(("look at it with", f"mlflow ui --backend-store-uri {redact(store)}"))
+    return rows

@@ -19,6 +19,9 @@ from erollout.resharding.transport import ProcessGroupTransport
 from erollout.rewards.pool import RewardPool
 from erollout.types import Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
 
+TRAINING_STREAM, EVALUATION_STREAM = 0, 1
+"""Streams of random numbers: evaluation never repeats the noise of training."""
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutResult:
@@ -34,7 +37,12 @@ class RolloutWorker:
     """This rank's part of a decode replica. All methods are collective over the world."""
 
     def __init__(
-        self, config: Config, architecture: Architecture, context: ParallelContext, tokenizer: PreTrainedTokenizerBase, rewards: RewardPool
+        self,
+        config: Config,
+        architecture: Architecture,
+        context: ParallelContext,
+        tokenizer: PreTrainedTokenizerBase,
+        rewards: RewardPool,
     ) -> None:
         self.config = config
         self.context = context
@@ -56,12 +64,14 @@ class RolloutWorker:
         self.engine.weights_updated(policy_version)
         return stats
 
-    def rollout(self, prompts: Sequence[Prompt], sampling: SamplingParams, group_size: int, stream: int, step: int) -> RolloutResult:
+    def rollout(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, group_size: int, stream: int, step: int
+    ) -> RolloutResult:
         """Sample every prompt group_size times and score the samples.
 
         Args:
             prompts: of the whole cluster, the same on every rank; replica r takes prompts r, r + replicas, ...
-            stream: separates random numbers of training (0) and evaluation (1).
+            stream: TRAINING_STREAM or EVALUATION_STREAM.
         """
         replica = self.context.decode.replica(self.context.rank)
         mine = prompts[replica :: self.context.decode.replicas]
@@ -92,7 +102,9 @@ class RolloutWorker:
     def _generate(self, requests: list[RolloutRequest], prompts: dict[int, Prompt]) -> list[Rollout]:
         if not self.context.is_decode_leader:
             return self.engine.generate(requests)
-        return self.engine.generate(requests, on_finished=lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r)))
+        return self.engine.generate(
+            requests, on_finished=lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r))
+        )
 
     def text(self, rollout: Rollout) -> str:
         """The response as the scorer sees it."""

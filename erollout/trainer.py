@@ -14,13 +14,10 @@ from erollout.parallel.collectives import all_sum
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
 from erollout.reporting import rollout_metrics
-from erollout.rollout import RolloutResult, RolloutWorker
+from erollout.rollout import EVALUATION_STREAM, TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.tracking.metrics import PhaseTimer, memory_metrics
 from erollout.tracking.tracker import Tracker
 from erollout.types import ScoredRollout
-
-_TRAIN, _EVALUATION = 0, 1
-"""Streams of random numbers."""
 
 
 @dataclass
@@ -63,7 +60,7 @@ class Trainer:
             reshard = self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
         with timer("rollout"):
             sampling, group_size = self.worker.sampling_params(), self.config.rollout.group_size
-            result = self.worker.rollout(prompts, sampling, group_size, _TRAIN, self.step)
+            result = self.worker.rollout(prompts, sampling, group_size, TRAINING_STREAM, self.step)
         with timer("logprobs"):
             self.actor.wake_up()
             batches = self._with_logprobs(self._split(result.scored))
@@ -85,7 +82,7 @@ class Trainer:
         self.actor.sleep()
         self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
         sampling = self.worker.sampling_params(options.temperature)
-        result = self.worker.rollout(prompts, sampling, options.samples_per_prompt, _EVALUATION, self.step)
+        result = self.worker.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, self.step)
         self.actor.wake_up()
         metrics = evaluation_metrics(result.scored)
         self.evaluations.append({"step": float(self.step), **metrics})

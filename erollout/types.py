@@ -64,9 +64,9 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
-    """Processed: of the distribution that was sampled (after temperature, penalties, top-k, top-p, min-p). One per response id."""
+    """Processed: of the distribution sampled from (after penalties, temperature, top-k, top-p, min-p); one per response id."""
     raw_logprobs: tuple[float, ...]
-    """Of the target's softmax without any processing. One per response id."""
+    """Of the target's softmax without any processing; one per response id."""
     finish_reason: FinishReason
     policy_version: int
 

@@ -83,7 +83,17 @@ def initialize(config: Config) -> ParallelContext:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(train.tensor, train.pipeline, distributed_timeout_minutes=_minutes(timeout))
     decode_group = _decode_group(decode, timeout)
-    logger.info("%s: %s; decode %s; %s", backend, train, decode, patches)
+    logger.info("%s", patches.describe())
+    logger.info(
+        "%s on %s: training tensor %d x data %d x pipeline %d, decoding %d replicas of %d",
+        backend,
+        device,
+        train.tensor,
+        train.data,
+        train.pipeline,
+        decode.replicas,
+        decode.tensor,
+    )
     return ParallelContext(dist.get_rank(), world_size, device, train, decode, decode_group)
 
 

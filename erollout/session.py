@@ -1,0 +1,193 @@
+"""Builds a run from its configuration, on every rank, and sees it to its end: train, supervised, rollout."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from erollout.algorithm import build_algorithm
+from erollout.checkpoint.checkpointer import Checkpointer, RunState
+from erollout.config import Config
+from erollout.environment import launcher_environment
+from erollout.errors import UserError
+from erollout.evaluation import evaluation_metrics
+from erollout.parallel.groups import ParallelContext, initialize, shut_down
+from erollout.policy.actor import Actor
+from erollout.policy.hf_export import export_policy
+from erollout.preflight import Resolved, preflight, resolved_facts
+from erollout.reporting import summary_rows
+from erollout.rewards.pool import RewardPool
+from erollout.rollout import EVALUATION_STREAM, RolloutWorker
+from erollout.supervised import SupervisedTrainer
+from erollout.tracking.console import StepReporter, print_summary
+from erollout.tracking.journal import journal_path, read_history
+from erollout.tracking.log import configure_logging
+from erollout.tracking.plots import phase_seconds, response_lengths, reward_curve
+from erollout.tracking.tracker import Tracker, create_tracker
+from erollout.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+def train(config: Config) -> None:
+    """The RL run of a configuration, from its newest checkpoint if it has one, to the last step."""
+    with _world(config) as (resolved, context):
+        algorithm = build_algorithm(config.algorithm)
+        updates = config.train.steps * (config.samples_per_step // (config.train.global_batch_size or config.samples_per_step))
+        actor = Actor(config, resolved.architecture, context, updates, with_reference=algorithm.uses_reference)
+        checkpointer, state = _restore(config, actor)
+        with _rewards(config, resolved) as rewards, _tracked(config, resolved, context, state, config.train.steps) as tracked:
+            tracker, run_id, report = tracked
+            trainer = Trainer(
+                config,
+                context,
+                resolved.train_data,
+                resolved.test_data,
+                actor,
+                RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards),
+                algorithm,
+                tracker,
+                checkpointer,
+                run_id,
+                report,
+                step=state.step,
+                evaluations=list(state.history),
+            )
+            trainer.run()
+            _export(config, resolved, actor)
+            _log_figures(config, context, tracker)
+        if context.rank == 0:
+            print_summary(summary_rows(_history(config), trainer.evaluations, config, run_id), title=config.train.output_dir)
+
+
+def supervised(config: Config) -> None:
+    """Supervised fine-tuning on the training data's written solutions."""
+    with _world(config, rolls_out=False) as (resolved, context):
+        actor = Actor(config, resolved.architecture, context, config.supervised.steps)
+        checkpointer, state = _restore(config, actor)
+        with _tracked(config, resolved, context, state, config.supervised.steps) as (tracker, run_id, report):
+            data = resolved.train_data
+            SupervisedTrainer(config, context, data, actor, tracker, checkpointer, run_id, report, step=state.step).run()
+            _export(config, resolved, actor)
+
+
+def rollout(config: Config, out: str) -> None:
+    """Sample the held-out prompts with the policy as it is, score them, and write one JSON line per response."""
+    with _world(config) as (resolved, context), _rewards(config, resolved) as rewards:
+        if resolved.test_data is None:
+            raise UserError("data.test_files is empty: `erollout rollout` samples the test prompts; name at least one file")
+        actor = Actor(config, resolved.architecture, context, total_steps=1)
+        _, state = _restore(config, actor)
+        worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
+        actor.sleep()
+        worker.refit(actor.local_tensors(), state.step)
+        options = config.evaluation
+        prompts = [resolved.test_data.prompt(i) for i in range(min(options.num_prompts, len(resolved.test_data)))]
+        sampling = worker.sampling_params(options.temperature)
+        result = worker.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, state.step)
+        if context.rank == 0:
+            rows = [
+                {"reward": s.reward, "task": s.task, "text": worker.text(s.rollout), **asdict(s.rollout)} for s in result.scored
+            ]
+            _write_lines(Path(out), rows)
+            seconds = max(report["seconds"] for report in result.reports)
+            tokens = sum(report["tokens"] for report in result.reports)
+            speed = {"responses": len(rows), "tokens": int(tokens), "seconds": seconds, "tokens/s": tokens / seconds}
+            print_summary([*evaluation_metrics(result.scored).items(), *speed.items(), ("written to", out)])
+
+
+@contextmanager
+def _world(config: Config, rolls_out: bool = True) -> Iterator[tuple[Resolved, ParallelContext]]:
+    """Check everything, join the world, leave it at the end."""
+    launcher = launcher_environment()
+    configure_logging(launcher.rank if launcher else 0)
+    resolved = preflight(config, rolls_out)
+    context = initialize(config)
+    try:
+        yield resolved, context
+    finally:
+        shut_down()
+
+
+@contextmanager
+def _rewards(config: Config, resolved: Resolved) -> Iterator[RewardPool]:
+    options = config.rewards
+    pool = RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@contextmanager
+def _tracked(
+    config: Config, resolved: Resolved, context: ParallelContext, state: RunState, total_steps: int
+) -> Iterator[tuple[Tracker, str, Report]]:
+    """A started tracker, its run id and the console's reporter; the run's status follows from how the block ends."""
+    tracker = create_tracker(context.rank)
+    facts = resolved_facts(resolved)
+    run_id = tracker.start(config, facts, state.run_id, config.train.output_dir)
+    tracker.log_config_artifacts(config, facts)
+    data = json.dumps(config.to_dict()["data"], sort_keys=True)
+    source = ", ".join(config.data.train_files) or f"{config.data.kind}, seeds from {config.data.train_seed}"
+    tracker.log_dataset(config.data.kind, source, hashlib.sha256(data.encode()).hexdigest()[:32])
+    status = "FAILED"
+    try:
+        if context.rank == 0:
+            with StepReporter(total_steps, state.step) as reporter:
+                yield tracker, run_id, reporter.update
+        else:
+            yield tracker, run_id, _silent
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def _silent(step: int, values: Mapping[str, float]) -> None:
+    """The console of every rank but the first."""
+
+
+def _restore(config: Config, actor: Actor) -> tuple[Checkpointer, RunState]:
+    checkpointer = Checkpointer(config.checkpoint_directory, config.checkpoint.keep_last, actor)
+    newest = checkpointer.newest() if config.checkpoint.resume else None
+    if newest is None:
+        return checkpointer, RunState(0, None)
+    state = checkpointer.load(newest)
+    logger.info("resumed from %s: step %d", newest, state.step)
+    return checkpointer, state
+
+
+def _export(config: Config, resolved: Resolved, actor: Actor) -> None:
+    path = config.checkpoint.export_path
+    if path is None:
+        return
+    export_policy(path, resolved.architecture, resolved.train, actor.local_tensors(), config.model.dtype, config.tokenizer_path)
+    logger.info("exported the policy to %s", path)
+
+
+def _log_figures(config: Config, context: ParallelContext, tracker: Tracker) -> None:
+    if context.rank:
+        return
+    history = _history(config)
+    for name, draw in (("reward", reward_curve), ("response_lengths", response_lengths), ("phase_seconds", phase_seconds)):
+        tracker.log_figure(name, draw(history))
+
+
+def _history(config: Config) -> list[dict[str, float]]:
+    return read_history(journal_path(config.train.output_dir))
+
+
+def _write_lines(path: Path, rows: list[dict[str, object]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from error

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import logging.handlers
+import queue
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from ranks import RankPool
 
 from erollout.errors import UserError
 from erollout.megatron_patches import LocalRMSNorm, apply_all
@@ -190,3 +193,33 @@ def test_local_rms_norm() -> None:
     config.normalization = "LayerNorm"
     with pytest.raises(UserError, match="normalization = 'LayerNorm'"):
         LocalRMSNorm(config, hidden_size=8)
+
+
+def draw() -> tuple[list[list[float]], list[list[float]], int]:
+    """Random numbers outside and inside forks of the tensor-parallel state, and the number of warnings about it."""
+    apply_all()
+    from megatron.core import parallel_state, tensor_parallel
+
+    warnings: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    handler = logging.handlers.QueueHandler(warnings)
+    logging.getLogger("megatron.core.tensor_parallel.random").addHandler(handler)
+    parallel_state.initialize_model_parallel(2)
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    outside, inside = [], []
+    for _ in range(2):
+        outside.append(torch.rand(4).tolist())
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            inside.append(torch.rand(4).tolist())
+    logging.getLogger("megatron.core.tensor_parallel.random").removeHandler(handler)
+    return outside, inside, warnings.qsize()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks what happens without a GPU")
+@pytest.mark.distributed
+def test_forks_draw_from_a_stream_of_their_own_on_each_tensor_rank(rank_pool: RankPool) -> None:
+    (outside, inside, warnings), (other_outside, other_inside, other_warnings) = rank_pool.run(2, draw)
+    torch.manual_seed(7)
+    assert outside == other_outside == [torch.rand(4).tolist(), torch.rand(4).tolist()]  # as if there were no forks
+    streams = [*outside, *inside, *other_inside]
+    assert len({tuple(numbers) for numbers in streams}) == len(streams)
+    assert warnings == other_warnings == 0

@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# ARGS are configuration overrides: make demo ARGS="train.steps=20 optimizer.lr=1e-4".
 # pip's own index options stay the user's: set PIP_INDEX_URL and the like as usual.
 
 INSTALLED := $(VENV)/.installed
@@ -19,13 +20,13 @@ $(INSTALLED): setup.py pyproject.toml
 	touch $@
 
 demo: install
-	$(BIN)/erollout demo --config configs/demo.yaml
+	$(BIN)/erollout demo --config configs/demo.yaml $(ARGS)
 
 demo-tp2: install
-	$(BIN)/erollout demo --config configs/demo-tp2.yaml
+	$(BIN)/erollout demo --config configs/demo-tp2.yaml $(ARGS)
 
 demo-tp2pp2: install
-	$(BIN)/erollout demo --config configs/demo-tp2pp2.yaml
+	$(BIN)/erollout demo --config configs/demo-tp2pp2.yaml $(ARGS)
 
 test: install
 	$(BIN)/pytest

@@ -91,7 +91,7 @@ def check_context(config: Config, architecture: Architecture) -> None:
     wanted = config.rollout.max_prompt_tokens + config.rollout.max_tokens
     if wanted > context:
         raise UserError(
-            f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one of them"
+            f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one"
         )
 
 

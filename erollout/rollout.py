@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -13,11 +14,13 @@ from erollout.engine.random import request_seed
 from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.architecture import Architecture
-from erollout.resharding.executor import ReshardStats, Resharder
+from erollout.resharding.executor import Resharder, ReshardStats, wire_dtype
 from erollout.resharding.planner import plan_for_rank
 from erollout.resharding.transport import ProcessGroupTransport
 from erollout.rewards.pool import RewardPool
 from erollout.types import Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1
 """Streams of random numbers: evaluation never repeats the noise of training."""
@@ -145,4 +148,6 @@ class RolloutWorker:
         return tuple(dict.fromkeys(ends))
 
     def _build_resharder(self, architecture: Architecture) -> Resharder:
-        raise NotImplementedError
+        context, sent = self.context, wire_dtype(DTYPES[self.config.model.dtype], DTYPES[self.config.rollout.dtype])
+        plan = plan_for_rank(architecture, context.train, context.decode, context.rank, decode_placement, sent.itemsize)
+        return Resharder(plan, ProcessGroupTransport(None, context.device), sent, context.device)

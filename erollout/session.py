@@ -114,14 +114,9 @@ def _world(config: Config, rolls_out: bool = True) -> Iterator[tuple[Resolved, P
         shut_down()
 
 
-@contextmanager
-def _rewards(config: Config, resolved: Resolved) -> Iterator[RewardPool]:
+def _rewards(config: Config, resolved: Resolved) -> RewardPool:
     options = config.rewards
-    pool = RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
-    try:
-        yield pool
-    finally:
-        pool.close()
+    return RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Tracking: a local journal of every figure, delivered to MLflow; the console; figures."""

@@ -1,0 +1,135 @@
+"""Brings the journal to the tracking store from a background thread: in order, in batches, for as long as it takes."""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from erollout.tracking.journal import Entry, Journal
+
+logger = logging.getLogger(__name__)
+
+METRICS_PER_BATCH = 1000
+"""MLflow's limit of one call."""
+
+
+class RejectedError(Exception):
+    """The store answered that it will never take these records."""
+
+
+class Delivery:
+    """Sends what the journal holds behind its delivered offset.
+
+    A store that does not answer is said once, asked again after growing pauses, and said once more when it is back. A record
+    that the store refuses for good is counted and left out, so that it can't hold up those behind it.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        send: Callable[[list[dict[str, Any]]], None],
+        store_name: str,
+        interval: float = 1.0,
+        longest_pause: float = 60.0,
+    ) -> None:
+        """`interval`, `longest_pause`: seconds between deliveries, and between attempts while the store does not answer."""
+        self._journal = journal
+        self._send = send
+        self._store_name = store_name
+        self._interval = interval
+        self._longest_pause = longest_pause
+        self._wake = threading.Event()
+        self._finishing = False
+        self._away = False
+        self.rejected = 0
+        self._thread = threading.Thread(target=self._run, name="tracking-delivery", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self, timeout_seconds: float) -> int:
+        """Deliver what is left, with one attempt and a time limit. Returns how many records are undelivered."""
+        self._finishing = True
+        self._wake.set()
+        self._thread.join(timeout_seconds)
+        return self._journal.undelivered()
+
+    def _run(self) -> None:
+        pause = self._interval
+        while True:
+            self._wake.wait(pause)
+            self._wake.clear()
+            last = self._finishing
+            pause = self._interval if self._deliver_all() else min(self._longest_pause, 2 * pause)
+            if last:
+                return
+
+    def _deliver_all(self) -> bool:
+        """False when the store does not answer.
+
+        Whatever a tracking client, its database driver or its network stack raises must not end this thread, let alone
+        training: hence the broad except, which reports and tries again.
+        """
+        try:
+            while entries := self._journal.read(self._journal.delivered, limit=1000):
+                for batch in group_entries(entries):
+                    self._deliver(batch)
+        except Exception as error:
+            self._say_away(error)
+            return False
+        return True
+
+    def _deliver(self, batch: list[Entry]) -> None:
+        records = [entry.record for entry in batch if entry.record is not None]
+        try:
+            if records:
+                self._send(records)
+        except RejectedError as error:
+            if len(batch) > 1:
+                for entry in batch:
+                    self._deliver([entry])
+                return
+            self._say_rejected(records[0], error)
+        else:
+            self._say_back()
+        self._journal.mark_delivered(batch[-1].end)
+
+    def _say_away(self, error: Exception) -> None:
+        if not self._away:
+            logger.warning(
+                "tracking store %s does not answer; training goes on, metrics are kept in %s and delivered later (%s)",
+                self._store_name,
+                self._journal.path,
+                _one_line(error),
+            )
+        self._away = True
+
+    def _say_back(self) -> None:
+        if self._away:
+            logger.warning("tracking store %s answers again; delivering what was kept", self._store_name)
+        self._away = False
+
+    def _say_rejected(self, record: dict[str, Any], error: RejectedError) -> None:
+        if not self.rejected:
+            logger.warning("tracking store %s refuses a %s record (%s)", self._store_name, record["kind"], _one_line(error))
+        self.rejected += 1
+
+
+def group_entries(entries: list[Entry]) -> list[list[Entry]]:
+    """Neighbouring metrics records together, up to the limit of one call; anything else alone. Keeps the order."""
+    groups: list[list[Entry]] = []
+    room = 0
+    for entry in entries:
+        size = len(entry.record["values"]) if entry.record and entry.record["kind"] == "metrics" else 0
+        if groups and 0 < size <= room:
+            groups[-1].append(entry)
+            room -= size
+        else:
+            groups.append([entry])
+            room = METRICS_PER_BATCH - size if size else 0
+    return groups
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"

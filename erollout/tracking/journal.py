@@ -1,0 +1,143 @@
+"""The local record of a run: an append-only file of JSON lines, and how far it has been delivered.
+
+Every line is written with a single write call before anything else happens to it, so a killed process loses nothing and a
+crash of the machine loses what the kernel had not flushed. A torn line is skipped when reading.
+"""
+
+import json
+import math
+import os
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+def journal_path(output_dir: str | Path) -> Path:
+    """Where the journal of the run in an output directory lies."""
+    return Path(output_dir).absolute() / "tracking" / FILE_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    record: dict[str, Any] | None
+    """None: the line can't be read (torn by a crash or a full disk)."""
+    end: int
+    """Byte offset behind the line."""
+
+
+class Journal:
+    """Appends from any thread, reads from one. Raises OSError when the file can't be opened."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._offset_path = path.with_name(path.name + ".delivered")
+        self._lock = threading.Lock()
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+        size = os.fstat(self._file).st_size
+        self._torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+        self._delivered = self._load_delivered(size)
+
+    @property
+    def delivered(self) -> int:
+        """Byte offset up to which the store has everything."""
+        return self._delivered
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Write one record. Raises OSError when the disk takes no more; later records are still readable then."""
+        record = {"kind": kind, "time": int(time.time() * 1000), **fields}
+        line = json.dumps(_encode(record), allow_nan=False).encode() + b"\n"
+        with self._lock:
+            data = b"\n" + line if self._torn else line
+            self._torn = True
+            if os.write(self._file, data) != len(data):
+                raise OSError(f"{self.path}: only a part of a line could be written")
+            self._torn = False
+
+    def read(self, offset: int, limit: int) -> list[Entry]:
+        """Up to `limit` complete lines from a byte offset."""
+        entries: list[Entry] = []
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n") or len(entries) == limit:
+                    break
+                offset += len(line)
+                entries.append(Entry(_decode(line), offset))
+        return entries
+
+    def records(self) -> list[dict[str, Any]]:
+        """Everything readable, oldest first."""
+        return [entry.record for entry in self.read(0, limit=2**62) if entry.record is not None]
+
+    def undelivered(self) -> int:
+        """Records that the store does not have yet."""
+        return sum(entry.record is not None for entry in self.read(self._delivered, limit=2**62))
+
+    def mark_delivered(self, offset: int) -> None:
+        """Everything before `offset` need not be sent again. The file is replaced, so it is never half written.
+
+        On a full disk only this process knows the offset: a later one sends some records again, which is harmless.
+        """
+        self._delivered = offset
+        temporary = self._offset_path.with_suffix(".tmp")
+        with suppress(OSError):
+            temporary.write_text(str(offset))
+            os.replace(temporary, self._offset_path)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._file >= 0:
+                with suppress(OSError):  # what a failing disk holds of the journal is all there is; the run must still end well
+                    os.fsync(self._file)
+                os.close(self._file)
+                self._file = -1
+
+    def _load_delivered(self, size: int) -> int:
+        """0 where the offset is lost or does not fit the journal: sending a record twice is harmless, skipping one is not."""
+        try:
+            offset = int(self._offset_path.read_text())
+        except (OSError, ValueError):
+            return 0
+        return offset if 0 <= offset <= size else 0
+
+
+def read_history(path: str | Path) -> list[dict[str, float]]:
+    """One dict per step, ascending, of `step` and all its metrics except system metrics.
+
+    Where a step was run again after a crash, its last run counts. Raises OSError when there is no journal.
+    """
+    history: dict[int, dict[str, float]] = {}
+    with open(path, "rb") as file:
+        for record in filter(None, map(_decode, file)):
+            if record.get("kind") == "metrics":
+                row = history.setdefault(record["step"], {"step": record["step"]})
+                row.update({name: float(value) for name, value in (record["values"] | record.get("repeated", {})).items()})
+    rows = [
+        {name: value for name, value in history[step].items() if not name.startswith("system/")} for step in sorted(history)
+    ]
+    return [row for row in rows if len(row) > 1]
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no NaN: non-finite numbers become the strings that float() reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    return value

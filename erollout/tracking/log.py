@@ -1,0 +1,29 @@
+"""Standard logging, set up once per process."""
+
+import logging
+import sys
+from typing import TextIO
+
+QUIET = {"alembic": logging.WARNING, "mlflow": logging.WARNING, "matplotlib": logging.WARNING, "urllib3": logging.ERROR}
+"""Libraries that log every migration and every retry: the delivery says once what matters."""
+
+
+class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what sys.stderr is at that moment, so that lines appear above a live progress line and not through it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
+def configure_logging(rank: int) -> None:
+    """Rank 0 logs from INFO on, other ranks from WARNING on, each line with time and, unless rank 0, the rank."""
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler = _CurrentStderr()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)

@@ -1,0 +1,186 @@
+"""The MLflow store: opens it with bounded waits, and turns journal records into MLflow calls. Only this file imports mlflow.
+
+Every call may be made twice with the same effect: MLflow's stores keep one point per (name, step, time, value), one value per
+parameter and tag, one input per dataset digest, one file per artifact path.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from erollout.environment import set_default
+from erollout.errors import UserError
+from erollout.tracking.delivery import METRICS_PER_BATCH, RejectedError
+
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; MLflow waits 120 by default
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow retries for minutes; the delivery has its own, patient, loop
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a training cluster reports nothing to third parties
+}
+CONNECT_SECONDS = (3.0, 5.0)
+"""Longest wait, when a run starts, for a connection to the server and for its answer."""
+PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
+"""MLflow error codes of a call that fails however often it is made."""
+FORBIDDEN_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-. :/]")
+LONGEST_VALUE = 5000
+"""Characters of a parameter or tag; MLflow takes 6000 and 8000."""
+
+
+class MlflowStore:
+    """One tracking store, by URI."""
+
+    def __init__(self, uri: str) -> None:
+        for name, value in MLFLOW_ENVIRONMENT.items():
+            set_default(name, value)
+        self.uri = uri
+        self.name = redact(uri)
+
+    def check(self) -> None:
+        """Raises UserError, within seconds, unless the store answers."""
+        if self.uri.startswith(("http://", "https://")):
+            self._check_server()
+        try:
+            self._client().search_experiments(max_results=1)
+        except Exception as error:  # drivers and network stacks raise what they like; each means the store can't be used
+            raise self._unusable(error) from error
+
+    def has_run(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client().get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                return False
+            raise self._unusable(error) from error
+
+    def create_run(self, experiment: str, run_name: str | None, artifacts: Path, tags: dict[str, str]) -> str:
+        """Returns the run id. `artifacts` is where files go when no server stores them and the experiment is new."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client().get_experiment_by_name(experiment)
+            if found and found.lifecycle_stage != "active":
+                raise UserError(
+                    f"tracking.experiment = {experiment!r} is deleted in {self.name}; restore it or choose another name"
+                )
+            location = None if self.uri.startswith(("http", "databricks")) else artifacts.as_uri()
+            identifier = (
+                found.experiment_id if found else self._client().create_experiment(experiment, artifact_location=location)
+            )
+            return self._client().create_run(identifier, tags=tags, run_name=run_name).info.run_id
+        except MlflowException as error:
+            raise self._unusable(error) from error
+
+    def send(self, run_id: str, records: list[dict[str, Any]], directory: Path) -> None:
+        """Make the calls for journal records: several of metrics, or one of another kind. `directory` holds the files named.
+
+        Raises RejectedError for what the store will never take, MLflow's or the driver's own errors for anything else.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if records[0]["kind"] == "metrics":
+                self._send_metrics(run_id, records)
+            else:
+                self._send_one(run_id, records[0], directory)
+        except MlflowException as error:
+            if error.error_code in PERMANENT or self._fails_alone(run_id, records[0]):
+                raise RejectedError(str(error)) from error
+            raise
+        except Exception as error:  # an artifact store's client raises what it likes
+            if self._fails_alone(run_id, records[0]):
+                raise RejectedError(str(error)) from error
+            raise
+
+    def _fails_alone(self, run_id: str, record: dict[str, Any]) -> bool:
+        """Whether a file or dataset failed while the store answers.
+
+        Missing credentials of an artifact store, or a server too old for datasets, must not hold up the metrics behind it.
+        """
+        return record["kind"] in {"artifact", "dataset"} and self._client().get_run(run_id) is not None
+
+    def _send_metrics(self, run_id: str, records: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(FORBIDDEN_IN_NAMES.sub("_", name), float(value), record["time"], record["step"])
+            for record in records
+            for name, value in record["values"].items()
+        ]
+        for first in range(0, len(metrics), METRICS_PER_BATCH):
+            self._client().log_batch(run_id, metrics=metrics[first : first + METRICS_PER_BATCH])
+
+    def _send_one(self, run_id: str, record: dict[str, Any], directory: Path) -> None:
+        from mlflow.entities import Param, RunTag
+
+        match record["kind"]:
+            case "params":
+                params = [Param(_name(name), str(value)[:LONGEST_VALUE]) for name, value in record["values"].items()]
+                for first in range(0, len(params), 100):  # MLflow's limit of one call
+                    self._client().log_batch(run_id, params=params[first : first + 100])
+            case "tags":
+                tags = [RunTag(_name(name), str(value)[:LONGEST_VALUE]) for name, value in record["values"].items()]
+                self._client().log_batch(run_id, tags=tags)
+            case "artifact":
+                self._client().log_artifact(run_id, str(directory / record["file"]), record["folder"] or None)
+            case "dataset":
+                self._send_dataset(run_id, record)
+            case "status":
+                self._send_status(record.get("run_id", run_id), record)
+
+    def _send_dataset(self, run_id: str, record: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=record["name"],
+            digest=record["digest"][:36],  # MLflow's limit
+            source_type="local" if os.path.exists(record["source"]) else "generated",
+            source=json.dumps({"uri": record["source"]}),
+        )
+        self._client().log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])])])
+
+    def _send_status(self, run_id: str, record: dict[str, Any]) -> None:
+        if record["status"] == "RUNNING":
+            self._client().update_run(run_id, status="RUNNING")
+        else:
+            self._client().set_terminated(run_id, status=record["status"], end_time=record["time"])
+
+    def _client(self) -> Any:
+        """An mlflow.MlflowClient. MLflow caches the store behind it; constructing one opens the store."""
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=self.uri)
+
+    def _check_server(self) -> None:
+        """A plain request first: it is bounded whatever the user has set for MLflow's own."""
+        import requests
+
+        try:
+            requests.get(self.uri.rstrip("/") + "/health", timeout=CONNECT_SECONDS)
+        except requests.exceptions.SSLError:
+            return  # MLflow has its own settings for certificates: its call decides
+        except requests.RequestException as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).replace(self.uri, self.name).split())[:200]
+        return UserError(
+            f"tracking.uri = {self.name} can't be used ({type(error).__name__}: {reason}); start the server "
+            "there, correct the URI, leave it out for a SQLite file in train.output_dir, or set tracking.enabled = false"
+        )
+
+
+def redact(uri: str) -> str:
+    """The URI without user name and password, fit for logs, parameters and files."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def _name(name: str) -> str:
+    return FORBIDDEN_IN_NAMES.sub("_", name)[:250]

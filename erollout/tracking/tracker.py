@@ -1,0 +1,308 @@
+"""Tracking of a run, as the trainer sees it.
+
+Rank 0 writes everything to a local journal at once; a background thread brings it to MLflow. Nothing after `start` waits for
+the store or fails because of it, and a resumed run goes on where the journal ends.
+"""
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import yaml
+
+from erollout.config import Config
+from erollout.errors import UserError
+from erollout.tracking.delivery import Delivery
+from erollout.tracking.journal import Journal, journal_path
+from erollout.tracking.provenance import source_tags
+from erollout.tracking.store import MlflowStore, redact
+from erollout.tracking.system import SystemMonitor
+
+logger = logging.getLogger(__name__)
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+Resolved = Mapping[str, str | int | float]
+SAMPLES_FILE = "samples.json"
+
+
+class Tracker(Protocol):
+    """What the trainer calls, on every rank alike."""
+
+    def start(self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path) -> str:
+        """Begin a run, or go on with `run_id`. Returns the run id. Raises UserError when the store can't be used."""
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Figures of a step. A name that has a later or equal step already keeps the earlier value in MLflow."""
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of the samples table: prompt, response, reward, finish_reason, ..."""
+
+    def log_config_artifacts(self, config: Config, resolved: Resolved) -> None:
+        """The complete configuration (loadable again) and what was resolved from it, as YAML files."""
+
+    def log_figure(self, name: str, figure: Any) -> None:
+        """A matplotlib figure as figures/<name>.png."""
+
+    def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
+        """Lineage: a dataset that the run reads. `source`: path, or what generates it. `digest`: at most 36 characters."""
+
+    def finish(self, status: RunStatus, timeout_seconds: float = 30.0) -> None:
+        """End the run; waits at most that long for the store and says what it does not have yet."""
+
+
+def create_tracker(rank: int) -> Tracker:
+    """The tracker of a rank: rank 0 records, the others do nothing."""
+    return JournalTracker() if rank == 0 else NullTracker()
+
+
+class NullTracker:
+    """Records nothing."""
+
+    def start(self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path) -> str:
+        return run_id or ""
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def log_config_artifacts(self, config: Config, resolved: Resolved) -> None:
+        pass
+
+    def log_figure(self, name: str, figure: Any) -> None:
+        pass
+
+    def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
+        pass
+
+    def finish(self, status: RunStatus, timeout_seconds: float = 30.0) -> None:
+        pass
+
+
+class JournalTracker:
+    """Records to the journal in <output_dir>/tracking and delivers to MLflow (with tracking.enabled=false: only records)."""
+
+    def __init__(self) -> None:
+        self._journal: Journal
+        self._delivery: Delivery | None = None
+        self._monitor: SystemMonitor | None = None
+        self._store_name = ""
+        self._abandoned: str | None = None
+        self._last_step: dict[str, int] = {}
+        self._lost = 0
+
+    def start(self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path) -> str:
+        past = self._open_journal(output_dir, run_id)
+        starts = [record for record in past if record["kind"] == "start"]
+        attempt = len(starts) + 1
+        uri = config.tracking.uri or f"sqlite:///{Path(output_dir).absolute()}/mlflow.db"
+        tags = {**source_tags(), "erollout.attempt": str(attempt)}
+        store = MlflowStore(uri) if config.tracking.enabled else None
+        known = bool(run_id) and any(start["uri"] == redact(uri) for start in starts)
+        identity = (
+            self._resolve_run(store, config, run_id, Path(output_dir), tags, known) if store else run_id or uuid.uuid4().hex
+        )
+        self._append("start", run_id=identity, uri=redact(uri) if store else "", attempt=attempt)
+        if store and self._abandoned and store.has_run(self._abandoned):
+            self._append("status", run_id=self._abandoned, status="KILLED")
+        self._record_setup(config, resolved, tags, past, attempt)
+        if store:
+            self._start_delivery(store, identity)
+        if config.tracking.system_metrics and config.tracking.enabled:
+            self._monitor = SystemMonitor(self._log_system_metrics)
+            self._monitor.start()
+        return identity
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        fresh, repeated = {}, {}
+        for name, value in values.items():
+            if step > self._last_step.get(name, -1):
+                self._last_step[name] = step
+                fresh[name] = float(value)
+            else:
+                repeated[name] = float(value)
+        self._append("metrics", step=step, values=fresh, **({"repeated": repeated} if repeated else {}))
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One table for the whole run, in the form of MLflow's own tables; a step that is run again replaces its rows."""
+        path = self._directory / SAMPLES_FILE
+        table: dict[str, list[Any]] = {"columns": ["step"], "data": []}
+        with suppress(OSError, ValueError):
+            table = json.loads(path.read_text())
+        earlier = [dict(zip(table["columns"], row, strict=False)) for row in table["data"] if row[0] != step]
+        everything = [*earlier, *({"step": step, **row} for row in rows)]
+        columns = list(dict.fromkeys(name for row in everything for name in row)) or ["step"]
+        text = json.dumps(
+            {"columns": columns, "data": [[row.get(name) for name in columns] for row in everything]}, default=str
+        )
+        if self._write(path, text.encode()):
+            self._append("artifact", file=SAMPLES_FILE, folder="")
+            self._append("tags", values={"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES_FILE, "type": "table"}])})
+
+    def log_config_artifacts(self, config: Config, resolved: Resolved) -> None:
+        tree = json.loads(json.dumps(config.to_dict()))  # tuples become lists: plain YAML
+        tree["tracking"]["uri"] = redact(config.tracking.uri) if config.tracking.uri else None
+        for name, content in (("config.yaml", tree), ("resolved.yaml", dict(resolved))):
+            if self._write(self._directory / name, yaml.safe_dump(content, sort_keys=False).encode()):
+                self._append("artifact", file=name, folder="config")
+
+    def log_figure(self, name: str, figure: Any) -> None:
+        file = Path("figures") / f"{name}.png"
+        try:
+            (self._directory / file).parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(self._directory / file, dpi=120)
+        except OSError as error:
+            self._say_lost(error)
+        else:
+            self._append("artifact", file=str(file), folder="figures")
+
+    def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
+        self._append("dataset", name=name, source=source, digest=digest, context=context)
+
+    def finish(self, status: RunStatus, timeout_seconds: float = 30.0) -> None:
+        if self._monitor:
+            self._monitor.finish()
+        self._append("status", status=status)
+        if self._delivery:
+            undelivered = self._delivery.finish(timeout_seconds)
+            if undelivered:
+                logger.warning(
+                    "%d tracking records are not in %s yet; they are kept in %s and delivered when the run is resumed",
+                    undelivered,
+                    self._store_name,
+                    self._journal.path,
+                )
+            if self._delivery.rejected:
+                logger.warning("%d tracking records were refused by %s", self._delivery.rejected, self._store_name)
+        if self._lost:
+            logger.warning("%d tracking records could not be written to %s", self._lost, self._directory)
+        self._journal.close()
+
+    @property
+    def _directory(self) -> Path:
+        return self._journal.path.parent
+
+    def _open_journal(self, output_dir: str | Path, run_id: str | None) -> list[dict[str, Any]]:
+        """Open the journal and return its records. One of another run is moved aside together with its files."""
+        path = journal_path(output_dir)
+        try:
+            self._journal = Journal(path)
+            past = self._journal.records()
+            owner = next((record["run_id"] for record in reversed(past) if record["kind"] == "start"), None)
+            if past and owner != run_id:
+                self._abandoned = owner if past[-1]["kind"] != "status" else None
+                self._journal.close()
+                aside = _free_name(path.parent.with_name(f"tracking-{owner or 'unknown'}"))
+                path.parent.rename(aside)
+                logger.info("the records of run %s in %s are now in %s", owner, output_dir, aside)
+                self._journal, past = Journal(path), []
+        except OSError as error:
+            raise UserError(
+                f"train.output_dir = {output_dir} can't be written ({error.strerror}); choose another directory"
+            ) from error
+        for record in past:
+            if record["kind"] == "metrics":
+                self._last_step.update({name: max(record["step"], self._last_step.get(name, -1)) for name in record["values"]})
+        return past
+
+    def _resolve_run(
+        self, store: MlflowStore, config: Config, run_id: str | None, output_dir: Path, tags: dict[str, str], known: bool
+    ) -> str:
+        """The run to record to. A store that this run has used before (`known`) may be away; a new one must answer."""
+        try:
+            store.check()
+            if run_id and store.has_run(run_id):
+                return run_id
+        except UserError as error:
+            if run_id and known:
+                logger.warning("going on with run %s although its store does not answer: %s", run_id, error)
+                return run_id
+            raise
+        if run_id:
+            tags = {**tags, "erollout.resumed_from": run_id}
+            logger.warning("%s has no run %s: a new run there gets everything the journal holds", store.name, run_id)
+            self._journal.mark_delivered(0)
+        artifacts = output_dir.absolute() / "mlartifacts"
+        return store.create_run(config.tracking.experiment, config.tracking.run_name, artifacts, tags)
+
+    def _record_setup(
+        self, config: Config, resolved: Resolved, tags: dict[str, str], past: list[dict[str, Any]], attempt: int
+    ) -> None:
+        """Parameters once, as MLflow never changes one; what a later attempt changes becomes a tag of that attempt."""
+        params = {**flatten(config.to_dict()), **{f"resolved.{name}": str(value) for name, value in resolved.items()}}
+        if config.tracking.uri:
+            params["tracking.uri"] = redact(config.tracking.uri)
+        before: dict[str, str] = {}
+        for record in past:
+            if record["kind"] == "params":
+                before |= record["values"] | record["changed"]
+        changed = {name: value for name, value in params.items() if before.get(name, value) != value}
+        fresh = {name: value for name, value in params.items() if name not in before}
+        self._append("params", values=fresh, changed=changed)
+        if changed:
+            tags = {**tags, f"erollout.changed_in_attempt_{attempt}": json.dumps(changed)}
+        self._append("tags", values=tags)
+        if attempt > 1:
+            self._append("status", status="RUNNING")
+
+    def _start_delivery(self, store: MlflowStore, run_id: str) -> None:
+        directory = self._directory
+        self._store_name = store.name
+        self._delivery = Delivery(self._journal, lambda records: store.send(run_id, records, directory), store.name)
+        self._delivery.start()
+
+    def _log_system_metrics(self, values: dict[str, float]) -> None:
+        """Counted by their own steps, as MLflow does; on resume the count goes on."""
+        step = 1 + max((last for name, last in self._last_step.items() if name.startswith("system/")), default=-1)
+        self.log_metrics(step, values)
+
+    def _append(self, kind: str, **fields: Any) -> None:
+        """A full disk costs records, said once, and never the run."""
+        try:
+            self._journal.append(kind, **fields)
+        except OSError as error:
+            self._say_lost(error)
+
+    def _write(self, path: Path, content: bytes) -> bool:
+        """Replace a file in one go: the delivery thread may be reading it."""
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        except OSError as error:
+            self._say_lost(error)
+            return False
+        return True
+
+    def _say_lost(self, error: OSError) -> None:
+        if not self._lost:
+            logger.warning(
+                "tracking records can't be written to %s (%s): they are lost", self._directory, error.strerror or error
+            )
+        self._lost += 1
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted names with string values."""
+    flat: dict[str, str] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat
+
+
+def _free_name(path: Path) -> Path:
+    taken = 1
+    candidate = path
+    while candidate.exists():
+        taken += 1
+        candidate = path.with_name(f"{path.name}-{taken}")
+    return candidate

@@ -1,0 +1,550 @@
+"""Tracking against real MLflow stores: a SQLite file, and a server process that is killed and started again."""
+
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from erollout.config import Config, build_config, load_config
+from erollout.errors import UserError
+from erollout.tracking.console import StepReporter, format_duration, print_summary
+from erollout.tracking.delivery import METRICS_PER_BATCH, group_entries
+from erollout.tracking.journal import Entry, Journal, journal_path, read_history
+from erollout.tracking.log import configure_logging
+from erollout.tracking.metrics import PhaseTimer, memory_metrics, percentiles, summarize_lengths
+from erollout.tracking.plots import phase_seconds, plot_run, response_lengths, reward_curve
+from erollout.tracking.store import redact
+from erollout.tracking.tracker import NullTracker, Tracker, create_tracker
+
+LAYOUT: dict[str, str | int | float] = {"layout": "PP2", "rollout_replicas": 2}
+
+
+def make_config(output_dir: Path, **tracking: Any) -> Config:
+    tree = {
+        "model": {"architecture": {"model_type": "llama"}, "tokenizer": "tok"},
+        "data": {"tasks": [{"name": "chain_sum"}]},
+        "train": {"output_dir": str(output_dir)},
+        "tracking": {"system_metrics": False, **tracking},
+    }
+    return build_config(tree)
+
+
+def begin(output_dir: Path, run_id: str | None = None, **tracking: Any) -> tuple[Tracker, str]:
+    tracker = create_tracker(rank=0)
+    return tracker, tracker.start(make_config(output_dir, **tracking), LAYOUT, run_id, output_dir)
+
+
+def client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def steps_of(uri: str, run_id: str, name: str = "reward/mean") -> list[int]:
+    return sorted(point.step for point in client(uri).get_metric_history(run_id, name))
+
+
+@pytest.fixture(scope="module")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store: MLflow takes seconds to make its tables."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path, sqlite_template: Path) -> Path:
+    """An output directory whose default store has its tables already."""
+    shutil.copy(sqlite_template, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+class Server:
+    """`mlflow server` on a fixed free port; ended with its workers by their process group."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.directory = directory
+
+    def start(self) -> None:
+        command = ["server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        stores = [
+            "--backend-store-uri",
+            f"sqlite:///{self.directory}/server.db",
+            "--artifacts-destination",
+            f"{self.directory}/files",
+        ]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with open(self.directory / "server.log", "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", *command, *stores],
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 90
+        while not self._answers():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                self.kill()
+                pytest.fail(f"mlflow server did not start: {(self.directory / 'server.log').read_text()[-2000:]}")
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+    def _answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=1).status == 200
+        except OSError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("server")
+    shutil.copy(sqlite_template, directory / "server.db")
+    running = Server(directory)
+    running.start()
+    yield running
+    running.kill()
+
+
+# --- a whole run in the SQLite store ---------------------------------------------------------------------------------------
+
+
+def test_sqlite_run_holds_params_metrics_tags_samples_files_and_lineage(output_dir: Path) -> None:
+    import mlflow
+    from matplotlib.figure import Figure
+
+    config = make_config(output_dir, run_name="first")
+    tracker = create_tracker(0)
+    run_id = tracker.start(config, LAYOUT, None, output_dir)
+    tracker.log_config_artifacts(config, LAYOUT)
+    tracker.log_metrics(1, {"reward/mean": 0.25, "mismatch/max_ratio": math.inf, "mismatch/kl": math.nan, "odd@name": 1})
+    tracker.log_samples(1, [{"prompt": "1+1=", "response": "2", "reward": 1.0, "finish_reason": "stop"}])
+    tracker.log_samples(2, [{"prompt": "1+2=", "response": "four", "reward": 0.0, "finish_reason": "length"}])
+    tracker.log_figure("reward", Figure())
+    tracker.log_dataset("chain_sum", "x" * 5000, "seed-20000000")  # longer than any path
+    tracker.finish("FINISHED")
+
+    store = client(f"sqlite:///{output_dir}/mlflow.db")
+    run = store.get_run(run_id)
+    assert run.info.status == "FINISHED" and run.info.run_name == "first"
+    assert run.data.params["rollout.group_size"] == "8" and run.data.params["resolved.layout"] == "PP2"
+    assert run.data.metrics["reward/mean"] == 0.25 and run.data.metrics["odd_name"] == 1
+    assert math.isnan(run.data.metrics["mismatch/kl"]) and run.data.metrics["mismatch/max_ratio"] > 1e300
+    assert run.data.tags["erollout.attempt"] == "1" and run.data.tags["erollout.version"]
+    (lineage,) = run.inputs.dataset_inputs
+    assert (lineage.dataset.name, lineage.dataset.digest) == ("chain_sum", "seed-20000000")
+
+    mlflow.set_tracking_uri(f"sqlite:///{output_dir}/mlflow.db")  # load_table looks only there
+    table = store.load_table(run.info.experiment_id, "samples.json", run_ids=[run_id])
+    assert table.to_dict("records")[1] == {
+        "step": 2,
+        "prompt": "1+2=",
+        "response": "four",
+        "reward": 0.0,
+        "finish_reason": "length",
+    }
+    saved = load_config(store.download_artifacts(run_id, "config/config.yaml", str(output_dir)))
+    assert saved == config
+    assert [file.path for file in store.list_artifacts(run_id, "figures")] == ["figures/reward.png"]
+    assert (output_dir / "mlartifacts").is_dir()
+
+
+def test_samples_of_a_step_that_is_run_again_are_replaced(tmp_path: Path) -> None:
+    tracker, _ = begin(tmp_path, enabled=False)
+    tracker.log_samples(0, [{"response": "a"}])
+    tracker.log_samples(5, [{"response": "b"}, {"response": "c"}])
+    tracker.log_samples(5, [{"response": "d", "reward": 1.0}])
+    tracker.finish("FINISHED")
+    table = json.loads((tmp_path / "tracking" / "samples.json").read_text())
+    assert table == {"columns": ["step", "response", "reward"], "data": [[0, "a", None], [5, "d", 1.0]]}
+
+
+def test_resumed_run_goes_on_and_repeats_no_step(output_dir: Path) -> None:
+    uri = f"sqlite:///{output_dir}/mlflow.db"
+    tracker, run_id = begin(output_dir)
+    for step in range(1, 8):
+        tracker.log_metrics(step, {"reward/mean": step / 10})
+    tracker.finish("KILLED")
+
+    tracker, again = begin(output_dir, run_id, num_sample_rollouts=3)
+    for step in range(5, 11):  # the checkpoint was of step 4
+        tracker.log_metrics(step, {"reward/mean": step / 100})
+    tracker.finish("FINISHED")
+
+    assert again == run_id
+    assert steps_of(uri, run_id) == list(range(1, 11))
+    run = client(uri).get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.tags["erollout.attempt"] == "2"
+    assert run.data.params["tracking.num_sample_rollouts"] == "8"
+    assert json.loads(run.data.tags["erollout.changed_in_attempt_2"]) == {"tracking.num_sample_rollouts": "3"}
+    history = read_history(journal_path(output_dir))
+    assert [row["reward/mean"] for row in history] == [0.1, 0.2, 0.3, 0.4, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1]
+
+
+def test_new_run_in_a_used_directory_moves_the_old_records_aside(output_dir: Path) -> None:
+    tracker, old = begin(output_dir)
+    tracker.log_metrics(1, {"reward/mean": 0.5})  # no finish: as if the process had been killed
+    tracker, new = begin(output_dir)
+    tracker.log_metrics(1, {"reward/mean": 0.7})
+    tracker.finish("FINISHED")
+    assert old != new
+    assert read_history(journal_path(output_dir)) == [{"step": 1, "reward/mean": 0.7}]
+    assert read_history(output_dir / f"tracking-{old}" / "metrics.jsonl") == [{"step": 1, "reward/mean": 0.5}]
+    assert client(f"sqlite:///{output_dir}/mlflow.db").get_run(old).info.status == "KILLED"
+
+
+def test_store_without_the_run_gets_the_whole_journal(output_dir: Path, sqlite_template: Path) -> None:
+    tracker, run_id = begin(output_dir)
+    tracker.log_metrics(1, {"reward/mean": 0.1})
+    tracker.finish("KILLED")
+    other = output_dir / "other.db"
+    shutil.copy(sqlite_template, other)
+    tracker, moved = begin(output_dir, run_id, uri=f"sqlite:///{other}")
+    tracker.log_metrics(2, {"reward/mean": 0.2})
+    tracker.finish("FINISHED")
+    assert moved != run_id and steps_of(f"sqlite:///{other}", moved) == [1, 2]
+    assert client(f"sqlite:///{other}").get_run(moved).data.tags["erollout.resumed_from"] == run_id
+
+
+def test_refused_record_does_not_hold_up_the_others(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker, run_id = begin(output_dir)
+    tracker.log_metrics(1, {"reward/mean": 0.1})
+    tracker.log_metrics(2, {"x" * 300: 1.0})  # MLflow refuses names that long
+    tracker.log_metrics(3, {"reward/mean": 0.3})
+    tracker.finish("FINISHED")
+    uri = f"sqlite:///{output_dir}/mlflow.db"
+    assert steps_of(uri, run_id) == [1, 3] and client(uri).get_run(run_id).info.status == "FINISHED"
+    assert "1 tracking records were refused" in caplog.text
+
+
+def test_system_metrics_are_recorded(output_dir: Path) -> None:
+    tracker, run_id = begin(output_dir, system_metrics=True)
+    tracker.finish("FINISHED")
+    metrics = client(f"sqlite:///{output_dir}/mlflow.db").get_run(run_id).data.metrics
+    assert metrics["system/system_memory_usage_megabytes"] > 0 and "system/cpu_utilization_percentage" in metrics
+    assert read_history(journal_path(output_dir)) == []
+
+
+def test_other_ranks_do_nothing(tmp_path: Path) -> None:
+    tracker = create_tracker(rank=3)
+    assert isinstance(tracker, NullTracker)
+    assert tracker.start(make_config(tmp_path), LAYOUT, "abc", tmp_path) == "abc"
+    tracker.log_metrics(1, {"a": 1})
+    tracker.finish("FINISHED")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disabled_tracking_still_keeps_the_journal(tmp_path: Path) -> None:
+    tracker, run_id = begin(tmp_path, enabled=False)
+    tracker.log_metrics(1, {"reward/mean": 0.5})
+    tracker.finish("FINISHED")
+    assert run_id and read_history(journal_path(tmp_path)) == [{"step": 1, "reward/mean": 0.5}]
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+# --- a server that goes away -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.end_to_end
+def test_server_that_goes_away_gets_everything_later(tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    tracker, run_id = begin(tmp_path, uri=server.uri)
+    tracker.log_metrics(1, {"reward/mean": 0.1, "mismatch/kl": math.nan, "mismatch/max_ratio": math.inf})
+    tracker.log_samples(1, [{"prompt": "p", "response": "r"}])
+    wait_until(lambda: steps_of(server.uri, run_id) == [1])
+
+    # away in the middle: nothing waits for it, it is said once, and the end of the run is bounded
+    server.kill()
+    began = time.monotonic()
+    for step in (2, 3):
+        tracker.log_metrics(step, {"reward/mean": step / 10})
+    assert time.monotonic() - began < 1  # a bound on blocking, not on speed: MLflow's own calls would wait for seconds
+    wait_until(lambda: "does not answer;" in caplog.text)
+    tracker.log_metrics(4, {"reward/mean": 0.4})
+    time.sleep(3)  # several more attempts
+    tracker.finish("KILLED", timeout_seconds=20)
+    assert caplog.text.count("does not answer;") == 1 and "tracking records are not in" in caplog.text
+
+    # still away at the next start of the same run, then back: delivered in order, once, by the running process
+    caplog.clear()
+    tracker, same = begin(tmp_path, run_id, uri=server.uri)
+    assert same == run_id and "although its store does not answer" in caplog.text
+    tracker.log_metrics(5, {"reward/mean": 0.5})
+    wait_until(lambda: "does not answer;" in caplog.text)
+    server.start()
+    wait_until(lambda: "answers again" in caplog.text)
+    tracker.log_metrics(6, {"reward/mean": 0.6})
+    tracker.finish("FINISHED")
+    assert caplog.text.count("does not answer;") == 1 and caplog.text.count("answers again") == 1
+    assert steps_of(server.uri, run_id) == [1, 2, 3, 4, 5, 6]
+    run = client(server.uri).get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.tags["erollout.attempt"] == "2"
+    assert math.isnan(run.data.metrics["mismatch/kl"])
+    assert [file.path for file in client(server.uri).list_artifacts(run_id)] == ["samples.json"]
+
+
+def run_until_killed(output_dir: str, uri: str) -> None:
+    """Runs in a process of its own: two steps, delivered; two more, recorded only; then SIGKILL in the middle of a line."""
+    tracker, run_id = begin(Path(output_dir), uri=uri)
+    for step in (1, 2):
+        tracker.log_metrics(step, {"reward/mean": step / 10})
+    wait_until(lambda: steps_of(uri, run_id) == [1, 2])
+    tracker._delivery._send = lambda records: threading.Event().wait()  # type: ignore[attr-defined]  # the store hangs
+    for step in (3, 4):
+        tracker.log_metrics(step, {"reward/mean": step / 10})
+    with open(journal_path(output_dir), "a") as file:
+        file.write('{"kind": "metrics", "step": 5, "val')
+    print(run_id, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_process_loses_nothing_it_logged(output_dir: Path) -> None:
+    uri = f"sqlite:///{output_dir}/mlflow.db"
+    code = f"import test_tracking; test_tracking.run_until_killed({str(output_dir)!r}, {uri!r})"
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    assert child.returncode == -signal.SIGKILL
+    run_id = child.stdout.strip()
+    assert steps_of(uri, run_id) == [1, 2]
+
+    journal_path(output_dir).with_name("metrics.jsonl.delivered").write_text("0")  # even the record of deliveries is lost
+    tracker, _ = begin(output_dir, run_id, uri=uri)
+    for step in (3, 4, 5):
+        tracker.log_metrics(step, {"reward/mean": 1.0})
+    tracker.finish("FINISHED")
+    assert steps_of(uri, run_id) == [1, 2, 3, 4, 5]
+
+
+def wait_until(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent", "no such host", "directory", "unknown scheme"])
+def test_unusable_store_at_start_is_a_user_error(tmp_path: Path, kind: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        if kind == "silent":
+            listener.listen()
+        uri = {
+            "refused": f"http://127.0.0.1:{port}",
+            "silent": f"http://me:secret@127.0.0.1:{port}",
+            "no such host": "http://tracking.invalid:5000",
+            "directory": f"sqlite:///{tmp_path}/missing/mlflow.db",
+            "unknown scheme": "ftp://tracking/store",
+        }[kind]
+        if kind == "directory":
+            (tmp_path / "missing").write_text("a file, so the store can't make its directory")
+        with pytest.raises(UserError) as caught:
+            begin(tmp_path, uri=uri)
+    message = str(caught.value)
+    assert message.startswith(f"tracking.uri = {redact(uri)} can't be used") and "\n" not in message
+    assert "correct the URI" in message and "secret" not in message
+
+
+# --- journal ---------------------------------------------------------------------------------------------------------------
+
+
+def test_journal_reads_around_torn_lines_and_keeps_non_finite_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "metrics", "step": 1, "values": {"a": 1}}\n{"kind": "met')
+    journal = Journal(path)
+    journal.append("metrics", step=2, values={"a": math.nan, "b": -math.inf})
+    assert [record["step"] for record in journal.records()] == [1, 2] and journal.undelivered() == 2
+    first, torn, last = journal.read(0, limit=10)
+    assert torn.record is None and last.end == path.stat().st_size
+    journal.mark_delivered(first.end)
+    journal.close()
+    reopened = Journal(path)
+    assert reopened.delivered == first.end and reopened.undelivered() == 1
+    reopened.close()
+    history = read_history(path)
+    assert math.isnan(history[1]["a"]) and history[1]["b"] == -math.inf
+    assert all(json.loads(line) for line in path.read_text().splitlines() if "values" in line)
+
+
+def test_full_disk_costs_records_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker, _ = begin(tmp_path, enabled=False)
+    os.dup2(full := os.open("/dev/full", os.O_WRONLY), tracker._journal._file)  # type: ignore[attr-defined]
+    tracker.log_metrics(1, {"a": 1.0})
+    tracker.log_metrics(2, {"a": 1.0})
+    tracker.finish("FINISHED")
+    os.close(full)
+    assert caplog.text.count("can't be written") == 1 and "3 tracking records could not be written" in caplog.text
+
+
+def test_groups_keep_order_and_respect_the_limit_of_a_call() -> None:
+    def entry(kind: str, size: int = 0) -> Entry:
+        return Entry({"kind": kind, "values": {str(name): 0.0 for name in range(size)}}, end=0)
+
+    half = METRICS_PER_BATCH // 2
+    entries = [
+        entry("params"),
+        *(entry("metrics", half) for _ in range(3)),
+        entry("status"),
+        entry("metrics", 1),
+        Entry(None, 0),
+    ]
+    groups = group_entries(entries)
+    assert [len(group) for group in groups] == [1, 2, 1, 1, 1, 1]
+    assert [item for group in groups for item in group] == entries
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------------
+
+
+def test_percentiles_interpolate() -> None:
+    assert percentiles([4, 1, 3, 2], (0, 50, 90, 100)) == pytest.approx([1.0, 2.5, 3.7, 4.0])
+    assert percentiles([7], (50, 99)) == [7.0, 7.0]
+    with pytest.raises(ValueError, match="no values"):
+        percentiles([], (50,))
+    assert summarize_lengths([]) == {}
+    assert summarize_lengths(list(range(101))) == {
+        "mean": 50.0,
+        "p50": 50.0,
+        "p90": 90.0,
+        "p99": 99.0,
+        "max": 100.0,
+    }
+
+
+def test_phase_timer_counts_every_second_once() -> None:
+    now = [0.0]
+    timer = PhaseTimer(clock=lambda: now[0])
+    now[0] += 1
+    with timer("rollout"):
+        now[0] += 2
+        with timer("reward"):
+            now[0] += 4
+        now[0] += 8
+    for _ in range(2):
+        with pytest.raises(RuntimeError), timer("update"):
+            now[0] += 16
+            raise RuntimeError
+    assert timer.collect() == {"seconds/rollout": 10, "seconds/reward": 4, "seconds/update": 32, "seconds/step": 47}
+    now[0] += 3
+    assert timer.collect() == {"seconds/step": 3}
+
+
+def test_memory_metrics_follow_what_is_allocated() -> None:
+    before = memory_metrics()["memory/peak_rss_gib"]
+    block = b"x" * (int(before * 2**30) + 2**26)
+    assert memory_metrics()["memory/peak_rss_gib"] > before + 0.03 and block
+
+
+# --- console, logging, figures ---------------------------------------------------------------------------------------------
+
+
+STEP = {
+    "reward/mean": 0.5,
+    "response_length/mean": 30.25,
+    "rollout/tokens_per_second": 812.4,
+    "mismatch/kl": 1.2e-5,
+    "seconds/step": 4.0,
+    "seconds/rollout": 3.0,
+    "seconds/update": 0.5,
+}
+
+
+def test_log_file_gets_one_line_a_step() -> None:
+    out = io.StringIO()
+    with StepReporter(100, console=Console(file=out, width=40)) as reporter:
+        reporter.update(1, STEP)
+        reporter.update(2, {"reward/mean": 0.75})
+    first, second = out.getvalue().splitlines()
+    assert first[20:] == (
+        "step=1/100 reward=0.500 length=30.2 tokens_per_s=812 mismatch_kl=1.2e-05 s_per_step=4.00 "
+        "phases=rollout:75%,update:12% eta=6m36s"
+    )
+    assert second[20:].startswith("step=2/100 reward=0.750 eta=")
+
+
+def test_terminal_gets_a_progress_line_and_a_table() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=160)
+    with StepReporter(100, console=console) as reporter:
+        reporter.update(42, STEP)
+    print_summary([("held-out accuracy", 0.5), ("MLflow run", "abc")], "Demo", console)
+    assert "42/100" in out.getvalue() and "reward 0.500" in out.getvalue() and "held-out accuracy" in out.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (200, "3m20s"), (7500, "2h05m"), (273600, "3d04h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_logging_levels_and_rank_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        for rank in (0, 2):
+            configure_logging(rank)
+            logging.getLogger("erollout.x").info("hello from %d", rank)
+            logging.getLogger("erollout.x").warning("careful %d", rank)
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    printed = capsys.readouterr().err
+    assert "INFO erollout.x: hello from 0" in printed and "hello from 2" not in printed
+    assert "WARNING [rank 2] erollout.x: careful 2" in printed and "[rank 0]" not in printed
+
+
+def test_figures_show_the_history(tmp_path: Path) -> None:
+    tracker, _ = begin(tmp_path, enabled=False)
+    for step in range(1, 31):
+        accuracy = {"evaluation/pass_at_1": step / 40} if step % 10 == 0 else {}
+        lengths = {f"response_length/{name}": value for name, value in summarize_lengths([step, 2 * step]).items()}
+        tracker.log_metrics(step, STEP | {"reward/mean": step / 30} | accuracy | lengths)
+    tracker.finish("FINISHED")
+    history = read_history(journal_path(tmp_path))
+    reward = reward_curve(history).axes[0]
+    assert [len(line.get_xdata()) for line in reward.lines] == [30, 30, 3]
+    assert reward.get_xlabel() == "step" and reward.get_ylabel()
+    assert [text.get_text() for text in response_lengths(history).axes[0].get_legend().get_texts()] == [
+        "p99",
+        "p90",
+        "p50",
+        "mean",
+    ]
+    phases = phase_seconds(history).axes[0]
+    assert [text.get_text() for text in phases.get_legend().get_texts()] == ["rollout", "update", "other"]
+    assert phases.dataLim.y1 == pytest.approx(4.0)
+
+    plot_run(tmp_path, tmp_path / "docs" / "reward.png")
+    assert (tmp_path / "docs" / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(UserError, match="can't write the figure"):
+        plot_run(journal_path(tmp_path), tmp_path / "reward.nonsense")
+    with pytest.raises(UserError, match="can't read the metrics"):
+        plot_run(tmp_path / "nothing.jsonl", tmp_path / "x.png")
+
+
+def test_redaction_keeps_everything_but_the_credentials() -> None:
+    assert redact("https://me:secret@host:5000/path?q=1") == "https://host:5000/path?q=1"
+    assert redact("sqlite:////tmp/a@b/mlflow.db") == "sqlite:////tmp/a@b/mlflow.db"

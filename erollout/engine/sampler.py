@@ -1,0 +1,164 @@
+"""Drawing the next token: Gumbel-max over processed logits, with noise keyed by (sequence seed, position, token id).
+
+The token is argmax(logit + noise), the lowest id where equal. Since the noise is a pure function of the key, a row's token
+does not depend on the other rows, on the batch or on the vocabulary's sharding, given equal logits. Only blocks of tokens
+whose largest logit plus largest noise reaches a value already found are looked at: the same token as with noise for all.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from erollout.engine.logits import ShardLogits, gather, process_logits, shard_logits
+from erollout.engine.random import COLUMNS, LANES, TILE, block_exponentials, stream_keys, token_exponentials
+from erollout.types import SamplingParams
+
+_NO_TOKEN = 1 << 40
+"""Above any token id, exact in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What a row of logits is sampled with."""
+
+    params: SamplingParams
+    seed: int
+    """Of the sequence, in [0, 2^63): random.sequence_seed."""
+    position: int
+    """Index in the sequence (prompt and response) of the token to be drawn."""
+    context_ids: Sequence[int] | None = None
+    """Prompt and response so far; needed with a repetition penalty only."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One of each per row, the same on every tensor-parallel rank."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Under the distribution that was sampled: processed, renormalised over the kept tokens. Of a greedy row: as raw."""
+    raw_logprobs: list[float]
+    """Under the softmax of the logits as they came."""
+
+
+class NonFiniteLogits(ArithmeticError):
+    """A row of logits that has no softmax: it contains NaN or +inf, or nothing but -inf."""
+
+
+class Sampler:
+    """Samples from logits whose columns may be sharded over a tensor-parallel group."""
+
+    def __init__(self, vocab_size: int, vocab_start: int = 0, group: dist.ProcessGroup | None = None) -> None:
+        """The ids from vocab_size on are padding and never sampled; vocab_start is this rank's first id."""
+        self.vocab_size = vocab_size
+        self.vocab_start = vocab_start
+        self.group = group
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
+        """One token for each row of logits [n, V_local]. Collective over the group: equal rows on every rank.
+
+        Raises NonFiniteLogits, on every rank, for a row with NaN or without any finite logit.
+        """
+        if not rows:
+            return SampledTokens([], [], [])
+        raw = shard_logits(logits, self.vocab_size, self.vocab_start, self.group)
+        processed = process_logits(raw, [r.params for r in rows], [r.context_ids for r in rows])
+        value, token = draw(processed, rows)
+        shards = gather(_facts(raw, processed, value, token), self.group)
+        return _decide(shards, rows)
+
+
+def draw(processed: ShardLogits, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
+    """This rank's best token of each row: logit + noise (float64 [n]) and id (int64 [n]); -inf where it has no token."""
+    x = processed.values
+    device = x.device
+    keys = stream_keys(
+        torch.tensor([r.seed for r in rows], device=device), torch.tensor([r.position for r in rows], device=device)
+    )
+    noisy = torch.tensor([float(r.params.temperature > 0) for r in rows], dtype=torch.float64, device=device)
+    return _Search(x, processed.first_id, keys, noisy).best()
+
+
+class _Search:
+    """Gumbel-max over blocks: a bound for each block first, then the tokens of those blocks that can win."""
+
+    def __init__(self, x: Tensor, first_id: int, keys: Tensor, noisy: Tensor) -> None:
+        self.x, self.first_id, self.keys, self.noisy = x, first_id, keys, noisy
+        self.first_block = first_id // TILE * COLUMNS
+        blocks = torch.arange(self.first_block, self.first_block + x.shape[1] // LANES, device=x.device)
+        self.smallest, self.lane = block_exponentials(keys.unsqueeze(-1), blocks)  # [n, blocks]
+        self.noise = self.smallest.log().neg_().mul_(noisy.unsqueeze(-1))
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        n = self.x.shape[0]
+        tiles = self.x.view(n, -1, LANES, COLUMNS)
+        lead = tiles.gather(2, self.lane.view(n, -1, 1, COLUMNS)).view(n, -1).add(self.noise).amax(-1)
+        bound = tiles.amax(2).view(n, -1).add(self.noise)  # torch promotes to float64
+        every = torch.arange(n, device=self.x.device)
+        _, values = self._tokens(every, bound.argmax(-1))
+        reached = torch.maximum(lead, values.amax(-1))
+        row, block = ((bound >= reached.unsqueeze(-1)) & (bound > -math.inf)).nonzero(as_tuple=True)
+        ids, values = self._tokens(row, block)
+        value = torch.full_like(reached, -math.inf).scatter_reduce_(0, row, values.amax(-1), "amax")
+        ids = ids.masked_fill(values != value[row].unsqueeze(-1), _NO_TOKEN)
+        return value, torch.full_like(every, _NO_TOKEN).scatter_reduce_(0, row, ids.amin(-1), "amin")
+
+    def _tokens(self, row: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and noisy logits [m, LANES] of blocks [m] (counted from this shard's first) in rows [m]."""
+        lanes = torch.arange(LANES, device=self.x.device)
+        column = block // COLUMNS * TILE + block % COLUMNS
+        columns = column.unsqueeze(-1) + lanes * COLUMNS
+        ids = columns + self.first_id
+        is_smallest = lanes == self.lane[row, block].unsqueeze(-1)
+        exponential = token_exponentials(
+            self.keys[row].unsqueeze(-1), ids, self.smallest[row, block].unsqueeze(-1), is_smallest
+        )
+        noise = exponential.log_().neg_().mul_(self.noisy[row].unsqueeze(-1))
+        return ids, noise.add_(self.x[row.unsqueeze(-1), columns])
+
+
+def _facts(raw: ShardLogits, processed: ShardLogits, value: Tensor, token: Tensor) -> Tensor:
+    """What a shard tells the others, float64 [n, 6]: its best value and id, that id's logits and its normalizers."""
+    column = (token - raw.first_id).clamp(0, raw.values.shape[1] - 1).unsqueeze(-1)
+    normalizer = raw.local_normalizer()
+    same = processed is raw
+    return torch.stack(
+        [
+            value,
+            token.double(),
+            raw.values.gather(-1, column).squeeze(-1).double(),
+            normalizer,
+            processed.values.gather(-1, column).squeeze(-1).double(),
+            normalizer if same else processed.local_normalizer(),
+        ],
+        dim=-1,
+    )
+
+
+def _decide(shards: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
+    """The winner of each row from all shards' facts [ranks, n, 6]."""
+    shards = shards.cpu()
+    normalizers = shards[:, :, 3].logsumexp(0)
+    _check_finite(normalizers, rows)
+    value = shards[:, :, 0]
+    token = shards[:, :, 1].masked_fill(value != value.amax(0), _NO_TOKEN)
+    winner = token.argmin(0)  # ids differ between shards, so the smallest one is unique
+    chosen = shards[winner, torch.arange(len(rows))]
+    raw = (chosen[:, 2] - normalizers).tolist()
+    processed = (chosen[:, 4] - shards[:, :, 5].logsumexp(0)).tolist()
+    logprobs = [r if row.params.temperature == 0 else p for row, r, p in zip(rows, raw, processed, strict=True)]
+    return SampledTokens([int(i) for i in chosen[:, 1].tolist()], logprobs, raw)
+
+
+def _check_finite(normalizers: Tensor, rows: Sequence[SamplingRow]) -> None:
+    if bool(normalizers.isfinite().all()):
+        return
+    bad = int((~normalizers.isfinite()).nonzero()[0])
+    raise NonFiniteLogits(
+        f"row {bad} of {len(rows)} (sequence seed {rows[bad].seed}, position {rows[bad].position}): the logits have no softmax "
+        "(NaN, +inf or only -inf); look at the weights and the learning rate"
+    )

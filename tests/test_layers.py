@@ -39,7 +39,7 @@ LIBRARIES = {
         "tracking.metrics",
     ),
     "megatron": ("checkpoint.checkpointer", "megatron_patches", "parallel.groups", "policy"),
-    "transformers": ("data", "preflight", "rollout"),
+    "transformers": ("data", "engine.engine", "preflight", "rollout"),
     "mlflow": ("tracking",),
     "matplotlib": ("tracking",),
     "modelopt": ("drafter",),

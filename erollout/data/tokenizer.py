@@ -1,0 +1,53 @@
+"""Hugging Face tokenizers: loading one for a model, and making the demo's character tokenizer."""
+
+import string
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from erollout.errors import UserError
+
+CHARACTERS = "\n " + string.digits + string.ascii_lowercase + "+-*/=#().,:;?!<>'\"%^_[]"
+"""With three special tokens, 64 in all."""
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+
+
+def load_tokenizer(path: str | Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Load from a local directory; `vocab_size` is the model's.
+
+    Raises UserError for a directory without a readable tokenizer and for a vocabulary that exceeds the model's.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f"tokenizer {path} is not a directory; set model.tokenizer to one with tokenizer.json")
+    if not any(
+        (Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        raise UserError(f"tokenizer directory {path} has no tokenizer.json; set model.tokenizer to one that has")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise UserError(f"can't load the tokenizer in {path}: {' '.join(str(error).split())[:300]}") from error
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if needed > vocab_size:
+        raise UserError(
+            f"tokenizer {path} has {needed} tokens but the model's vocab_size is {vocab_size}; "
+            "use the model's own tokenizer or a larger vocab_size"
+        )
+    return tokenizer
+
+
+def save_character_tokenizer(directory: str | Path) -> None:
+    """Write a tokenizer with one token for each of CHARACTERS, loadable by AutoTokenizer.
+
+    Decoding gives back exactly the text that was encoded; a character that it does not know is an error, never dropped.
+    """
+    vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *CHARACTERS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+    fast.save_pretrained(str(directory))

@@ -1,0 +1,172 @@
+"""Scoring beside the rollout: responses go in as they finish, rewards come out once all are done."""
+
+import queue
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from erollout.rewards.scorers import Scorer
+from erollout.rewards.worker import Outcome, Worker, WorkerDied
+from erollout.types import Prompt, Reward, Rollout
+
+Key = tuple[int, int]
+"""(prompt_index, sample_index)"""
+
+MAX_FAILED_STARTS = 3
+"""In a row; then responses are failed at once instead of waiting for one more start each, until the next `collect`."""
+
+
+@dataclass(slots=True)
+class ScoringCounts:
+    """Of the responses of one `collect`."""
+
+    scored: int = 0
+    errors: int = 0
+    """Scorer raised, ended its process, or could not be started."""
+    timeouts: int = 0
+    first_error: str | None = None
+    """Of an error or time-out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    key: Key
+    prompt: Prompt
+    response: str
+
+
+class RewardPool:
+    """Scoring processes with a hard time limit for each response.
+
+    One thread per process hands it work and waits for the answer, so a stuck process is killed and replaced without a word
+    to the others. Whatever a scorer does costs its sample the reward, which becomes `error_value`; nothing is raised here.
+    Processes start with the first response. Use as a context manager: leaving it kills them.
+    """
+
+    def __init__(self, scorer: Scorer, num_workers: int, timeout_seconds: float, error_value: float) -> None:
+        self._scorer = scorer
+        self._num_workers = num_workers
+        self._timeout_seconds = timeout_seconds
+        self._error_value = error_value
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._state = threading.Condition()  # guards all below
+        self._workers: dict[int, Worker] = {}
+        self._pending: set[Key] = set()
+        self._rewards: dict[Key, Reward] = {}
+        self._collecting = ScoringCounts()
+        self._failed_starts = 0
+        self._start_failure = "the pool is closed"
+        self._closed = False
+        self.counts = ScoringCounts()
+        """Of the latest `collect`."""
+
+    def submit(self, prompt: Prompt, rollout: Rollout, response: str) -> None:
+        """Score a response in the background; returns at once."""
+        key = (rollout.prompt_index, rollout.sample_index)
+        with self._state:
+            assert not self._closed, "the pool is closed"
+            assert key not in self._pending and key not in self._rewards, f"{key} was submitted twice"
+            self._pending.add(key)
+        self._tasks.put(_Task(key, prompt, response))
+        if not self._threads:
+            self._start_threads()
+
+    def collect(self) -> dict[Key, Reward]:
+        """Wait for all that was submitted since the last call. Takes no longer than the time limits add up to."""
+        with self._state:
+            self._state.wait_for(lambda: not self._pending or self._closed)
+            rewards, self._rewards = self._rewards, {}
+            self.counts, self._collecting = self._collecting, ScoringCounts()
+            self._failed_starts = 0
+        return rewards
+
+    def close(self) -> None:
+        """Kill the processes; what is not collected is lost. Idempotent."""
+        with self._state:
+            self._closed = True
+            for worker in self._workers.values():
+                worker.kill()
+            self._state.notify_all()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def worker_pids(self) -> list[int]:
+        with self._state:
+            return [worker.pid for worker in self._workers.values()]
+
+    def _start_threads(self) -> None:
+        for slot in range(self._num_workers):
+            thread = threading.Thread(target=self._serve, args=(slot,), name=f"scoring-{slot}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _serve(self, slot: int) -> None:
+        """A thread's life: one process, replaced when it is lost.
+
+        The broad except keeps the thread alive through what nobody foresaw: without it, `collect` would wait forever.
+        """
+        while (task := self._tasks.get()) is not None and not self._closed:
+            try:
+                outcome = self._score(slot, task)
+            except Exception as error:
+                outcome = Outcome(error=f"scoring failed: {type(error).__name__}: {error}", worker_lost=True)
+            if outcome.worker_lost:
+                self._drop(slot)
+            self._finish(task, outcome)
+        self._drop(slot)
+
+    def _score(self, slot: int, task: _Task) -> Outcome:
+        """A process that is killed from outside while it starts or idles is no fault of the response: another takes it."""
+        while not self._closed and self._failed_starts < MAX_FAILED_STARTS:
+            try:
+                outcome = self._ready_worker(slot).score(task.prompt, task.response, self._timeout_seconds)
+            except WorkerDied as error:
+                self._drop(slot)
+                with self._state:
+                    self._failed_starts += 1
+                    self._start_failure = str(error)
+            else:
+                self._failed_starts = 0
+                return outcome
+        return Outcome(error=self._start_failure)
+
+    def _ready_worker(self, slot: int) -> Worker:
+        """The slot's process, started if need be. Raises WorkerDied when it does not come up."""
+        with self._state:
+            if slot in self._workers:
+                return self._workers[slot]
+            if self._closed:
+                raise WorkerDied("the pool is closed")
+            worker = self._workers[slot] = Worker(self._scorer)
+        worker.wait_until_ready()
+        return worker
+
+    def _drop(self, slot: int) -> None:
+        with self._state:
+            worker = self._workers.pop(slot, None)
+        if worker is not None:
+            worker.close()
+
+    def _finish(self, task: _Task, outcome: Outcome) -> None:
+        value = self._error_value if outcome.value is None else outcome.value
+        with self._state:
+            self._rewards[task.key] = Reward(*task.key, value=value, error=outcome.error)
+            counts = self._collecting
+            counts.scored += outcome.error is None
+            counts.timeouts += outcome.timed_out
+            counts.errors += outcome.error is not None and not outcome.timed_out
+            counts.first_error = counts.first_error or outcome.error
+            self._pending.discard(task.key)
+            self._state.notify_all()

@@ -1,0 +1,148 @@
+"""One scoring process: both ends of it.
+
+The process is a fresh interpreter, started by exec: nothing is forked from a rank with its threads and sockets, and the
+rank's main module is not imported again, as multiprocessing would. It leads a session of its own, so that killing it
+takes along whatever a scorer has started, and Ctrl-C in the terminal reaches only the ranks.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+from erollout.rewards.scorers import Scorer
+from erollout.types import Prompt
+
+START_TIMEOUT_SECONDS = 120.0
+"""For the interpreter and the scorer's imports; a loaded machine takes a few seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one response: a value, or why there is none."""
+
+    value: float | None = None
+    error: str | None = None
+    timed_out: bool = False
+    worker_lost: bool = False
+    """The process is dead or stuck and must be closed."""
+
+
+class WorkerDied(Exception):
+    """The process is gone, and nothing was scored; the message says when it went."""
+
+
+class Worker:
+    """A scoring process, seen from the rank. For one thread, but for `kill`."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        """Returns before the process is ready: see `wait_until_ready`. Raises WorkerDied when there can't be one.
+
+        The calling thread must live as long as the process: see `_die_with`.
+        """
+        self._scorer = scorer
+        self._kill_lock = threading.Lock()
+        try:
+            self._connection, theirs = Pipe()
+            with theirs:
+                self._process = _start(theirs.fileno())
+        except OSError as error:
+            raise WorkerDied(f"scoring process can't be started: {error}") from error
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_until_ready(self) -> None:
+        """Until it has loaded the scorer. Raises WorkerDied when it never will."""
+        try:
+            self._connection.send((self._scorer, os.getpid()))
+            if not self._connection.poll(START_TIMEOUT_SECONDS):
+                raise WorkerDied(f"scoring process did not start in {START_TIMEOUT_SECONDS:.0f} s")
+            error: str | None = self._connection.recv()
+        except (EOFError, OSError) as died:
+            raise WorkerDied("scoring process died while it started") from died
+        if error is not None:
+            raise WorkerDied(error)
+
+    def score(self, prompt: Prompt, response: str, timeout_seconds: float) -> Outcome:
+        """Raises WorkerDied when the process was gone before it got the response."""
+        try:
+            self._connection.send((prompt, response))
+        except OSError as error:
+            raise WorkerDied("scoring process died while it waited") from error
+        except Exception as error:  # pickling an item runs foreign code
+            return Outcome(error=f"the item can't be sent to a scoring process: {type(error).__name__}: {error}")
+        try:
+            if not self._connection.poll(timeout_seconds):
+                return Outcome(error=f"scorer took more than {timeout_seconds:g} s", timed_out=True, worker_lost=True)
+            outcome: Outcome = self._connection.recv()
+            return outcome
+        except (EOFError, OSError):
+            return Outcome(error="scorer ended its process", worker_lost=True)
+
+    def kill(self) -> None:
+        """End the process and all that it started; idempotent."""
+        with self._kill_lock:
+            if self._process.returncode is None:  # not yet reaped, so the id is still its own, even when it is dead
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self._connection.close()
+
+
+def _start(descriptor: int) -> "subprocess.Popen[bytes]":
+    """A fresh interpreter that finds the same modules and talks through the descriptor."""
+    command = f"import sys; sys.path[:] = {sys.path!r}; from erollout.rewards.worker import main; main({descriptor})"
+    return subprocess.Popen(
+        [sys.executable, "-c", command], pass_fds=[descriptor], stdin=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def main(descriptor: int) -> None:
+    """The process itself: load the scorer, then score until the rank hangs up."""
+    os.set_inheritable(descriptor, False)
+    connection = Connection(descriptor)
+    scorer, parent = connection.recv()
+    _die_with(parent)
+    os.dup2(2, 1)  # what a scorer prints must not mix with the rank's output
+    connection.send(_load(scorer))
+    while True:
+        try:
+            prompt, response = connection.recv()
+        except (EOFError, OSError):
+            return
+        connection.send(_outcome(scorer, prompt, response))
+
+
+def _load(scorer: Scorer) -> str | None:
+    """Broad on purpose: importing runs foreign code, and the rank is to hear why it failed."""
+    try:
+        scorer.load()
+    except Exception as error:
+        return f"scoring process could not load {scorer.function}: {type(error).__name__}: {error}"
+    return None
+
+
+def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> Outcome:
+    """Broad on purpose: a scorer is foreign code, and whatever it raises costs one sample its reward, no more."""
+    try:
+        return Outcome(value=scorer(prompt, response))
+    except Exception as error:
+        return Outcome(error=f"{type(error).__name__}: {error}"[:500])
+
+
+def _die_with(parent: int) -> None:
+    """A scorer stuck in a loop would outlive a killed rank; Linux can end it then."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit()

@@ -1,0 +1,39 @@
+"""A scorer that does what the response says. By itself, because scoring processes import it: it must be light."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from erollout.types import Prompt
+
+
+def scripted(prompt: Prompt, response: str) -> float:
+    """A scorer that does what the response says; run in scoring processes."""
+    command, _, argument = response.partition(" ")
+    if command == "sleep":
+        time.sleep(float(argument))
+    if command == "ignore_sigterm_and_sleep":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    if command == "raise":
+        raise RuntimeError(argument)
+    if command == "sys_exit":
+        sys.exit(3)
+    if command == "exit":
+        os._exit(3)
+    if command == "child":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        Path(argument).write_text(str(child.pid))
+        time.sleep(600)
+    if command == "pid":
+        return float(os.getpid())
+    if command == "print":
+        print("a scorer's own output")
+    return float(argument or 0.5)
+
+
+def wrong_signature(prompt: Prompt) -> float:
+    return 0.0

@@ -1,0 +1,279 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from erollout.config import DataConfig, RewardsConfig, TaskConfig
+from erollout.data.tasks import ReasoningGymSource
+from erollout.errors import UserError
+from erollout.rewards import RewardPool, Scorer, ScoringCounts, build_scorer
+from erollout.rewards.answers import exact_match, final_answer
+from erollout.types import Prompt, Rollout
+
+TASKS = [
+    *("basic_arithmetic", "calendar_arithmetic", "chain_sum", "gsm_symbolic", "leg_counting", "letter_counting"),
+    *("number_sorting", "simple_equations", "spell_backward", "syllogism", "acre", "word_ladder"),
+]
+
+
+@pytest.fixture
+def pool() -> Iterator[RewardPool]:
+    with RewardPool(Scorer("scripted_scorer:scripted"), num_workers=2, timeout_seconds=60.0, error_value=-1.0) as pool:
+        yield pool
+
+
+@pytest.fixture
+def hasty_pool() -> Iterator[RewardPool]:
+    """With a limit that scorers are meant to exceed."""
+    with RewardPool(Scorer("scripted_scorer:scripted"), num_workers=2, timeout_seconds=1.5, error_value=-1.0) as pool:
+        yield pool
+
+
+def score(pool: RewardPool, *responses: object, prompt: Prompt | None = None) -> list[float]:
+    for index, response in enumerate(responses):
+        rollout = Rollout(7, index, (), (), (), (), "stop", 0)
+        pool.submit(prompt or Prompt(7, (), "", "t"), rollout, response)  # type: ignore[arg-type]
+    rewards = pool.collect()
+    assert sorted(rewards) == [(7, index) for index in range(len(responses))]
+    return [rewards[7, index].value for index in range(len(responses))]
+
+
+def test_pool_returns_each_score_under_its_key(pool: RewardPool) -> None:
+    values = [index / 10 for index in range(30)]
+    assert score(pool, *(f"value {value}" for value in values)) == values
+    assert pool.counts == ScoringCounts(scored=30)
+    assert pool.collect() == {}
+    assert score(pool, "value 3") == [3.0], "the same key may come again after a collect"
+
+
+def test_pool_uses_every_worker_and_keeps_them(pool: RewardPool) -> None:
+    assert pool.worker_pids == []
+    score(pool, *["sleep 0.1"] * 8)
+    workers = set(pool.worker_pids)
+    assert len(workers) == 2
+    assert set(score(pool, *["pid"] * 20)) <= {float(pid) for pid in workers}
+    assert set(pool.worker_pids) == workers
+
+
+def test_responses_are_scored_while_others_are_still_sampled(hasty_pool: RewardPool, tmp_path: Path) -> None:
+    hasty_pool.submit(Prompt(1, (), "", "t"), Rollout(1, 0, (), (), (), (), "stop", 0), f"child {tmp_path / 'started'}")
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    assert list(hasty_pool.collect()) == [(1, 0)]
+
+
+@pytest.mark.parametrize("stuck", ["sleep 600", "ignore_sigterm_and_sleep"])
+def test_a_stuck_scorer_is_killed_and_replaced(hasty_pool: RewardPool, stuck: str) -> None:
+    score(hasty_pool, *["sleep 0.1"] * 8)
+    before = set(hasty_pool.worker_pids)
+    assert score(hasty_pool, "value 1", stuck, "value 2", "value 3") == [1.0, -1.0, 2.0, 3.0]
+    assert hasty_pool.counts == ScoringCounts(scored=3, timeouts=1, first_error="scorer took more than 1.5 s")
+    score(hasty_pool, *["sleep 0.1"] * 8)
+    lost = before - set(hasty_pool.worker_pids)
+    assert len(lost) == 1
+    assert not any(psutil.pid_exists(pid) for pid in lost)
+
+
+def test_killing_a_scorer_takes_along_what_it_started(hasty_pool: RewardPool, tmp_path: Path) -> None:
+    assert score(hasty_pool, f"child {tmp_path / 'pid'}") == [-1.0]
+    child = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(child)
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        ("raise no such thing", "RuntimeError: no such thing"),
+        ("exit", "scorer ended its process"),
+        ("sys_exit", "scorer ended its process"),
+        ("value nan", "ValueError: scripted_scorer:scripted returned nan"),
+        ("value two", "ValueError: could not convert"),
+    ],
+)
+def test_a_failing_scorer_costs_only_its_own_sample(pool: RewardPool, response: str, message: str) -> None:
+    values = score(pool, *["value 1"] * 5, response, *["value 2"] * 5, response)
+    assert values == [1.0] * 5 + [-1.0] + [2.0] * 5 + [-1.0]
+    assert (pool.counts.scored, pool.counts.errors, pool.counts.timeouts) == (10, 2, 0)
+    assert pool.counts.first_error is not None
+    assert message in pool.counts.first_error
+    assert score(pool, "value 3") == [3.0]
+
+
+def test_a_worker_killed_while_idle_costs_nothing(pool: RewardPool) -> None:
+    score(pool, *["sleep 0.1"] * 4)
+    for pid in pool.worker_pids:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.1)
+    assert score(pool, *["value 1"] * 6) == [1.0] * 6
+    assert pool.counts == ScoringCounts(scored=6)
+
+
+def test_an_item_that_cannot_be_pickled_costs_only_its_own_sample(pool: RewardPool) -> None:
+    prompt = Prompt(7, (), "", "t", {"generator": (number for number in range(3))})
+    assert score(pool, "value 1", prompt=prompt) == [-1.0]
+    assert "can't be sent" in str(pool.counts.first_error)
+    assert score(pool, "value 1") == [1.0]
+
+
+def test_a_scorer_that_does_not_load_in_the_worker_is_counted() -> None:
+    with RewardPool(Scorer("scripted_scorer:missing"), num_workers=1, timeout_seconds=60.0, error_value=0.0) as pool:
+        assert score(pool, "a", "b") == [0.0, 0.0]
+        assert pool.counts.errors == 2
+        assert "missing" in str(pool.counts.first_error)
+
+
+def test_workers_are_light_and_keep_off_standard_output(pool: RewardPool, capfd: pytest.CaptureFixture[str]) -> None:
+    scorer = Scorer("erollout.rewards.answers:exact_match")
+    code = (
+        "import sys; from erollout.rewards.worker import main; print(sorted({'torch', 'pydantic', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    with RewardPool(scorer, num_workers=1, timeout_seconds=60.0, error_value=0.0) as exact:
+        assert score(exact, "42", prompt=Prompt(7, (), "", "t", {"answer": "42"})) == [1.0]
+    assert score(pool, "print 1") == [1.0]
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "a scorer's own output" in captured.err
+
+
+def test_processes_end_with_the_pool_even_in_an_exception() -> None:
+    with pytest.raises(KeyError), RewardPool(Scorer("scripted_scorer:scripted"), 2, 30.0, 0.0) as pool:
+        score(pool, *["sleep 0.1"] * 4)
+        pids = pool.worker_pids
+        pool.submit(Prompt(1, (), "", "t"), Rollout(1, 0, (), (), (), (), "stop", 0), "sleep 600")
+        raise KeyError
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    pool.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_stuck_scorer_does_not_outlive_a_killed_rank(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_rewards import *
+pool = RewardPool(Scorer("scripted_scorer:scripted"), 1, 600.0, 0.0)
+score(pool, "value 1")
+pool.submit(Prompt(1, (), "", "t"), Rollout(1, 0, (), (), (), (), "stop", 0), "ignore_sigterm_and_sleep")
+Path({str(started)!r}).write_text(str(pool.worker_pids[0]))
+time.sleep(600)
+"""
+    rank = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while not (started.exists() and started.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    worker = int(started.read_text())
+    assert is_running(worker)
+    rank.kill()
+    rank.wait()
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(worker)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("scripted_scorer", "package.module:function"),
+        (":scripted", "package.module:function"),
+        ("no_such_module:score", "No module named 'no_such_module'"),
+        ("scripted_scorer:no_such_function", "no_such_function"),
+        ("scripted_scorer:wrong_signature", "callable as function"),
+        ("scripted_scorer:__name__", "callable"),
+    ],
+)
+def test_a_reward_function_that_cannot_be_used_is_refused_at_start(function: str, message: str) -> None:
+    with pytest.raises(UserError, match=r"rewards\.function") as error:
+        build_scorer(RewardsConfig(function=function), DataConfig())
+    assert message in str(error.value)
+
+
+def test_threshold_turns_scores_into_zero_or_one() -> None:
+    scorer = build_scorer(RewardsConfig(function="scripted_scorer:scripted", threshold=0.5), DataConfig())
+    prompt = Prompt(0, (), "", "t")
+    assert [scorer(prompt, f"value {value}") for value in (0.49, 0.5, 2.0)] == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (" 42 \n", "42"),
+        ("so <answer>41</answer> no, <answer> 42\n</answer> #### 7", "42"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
+        (r"cut off \boxed{\frac{1}{2", r"cut off \boxed{\frac{1}{2"),
+        ("2 + 3 = 5\n#### 5", "5"),
+        ("2+3=5\n#5", "5"),
+        ("##.\n.#.", "##.\n.#."),
+        ("it is C# 7", "it is C# 7"),
+        ("", ""),
+    ],
+)
+def test_final_answer(response: str, answer: str) -> None:
+    assert final_answer(response) == answer
+    assert exact_match(Prompt(0, (), "", "t", {"answer": f"{answer} "}), response) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reference", "response", "value"),
+    [
+        ("1/2", r"It is \boxed{0.5}", 1.0),
+        (r"\frac{1}{2}", "<answer>1/2</answer>", 1.0),
+        (r"$\sqrt{8}$", r"Thus the answer is $2\sqrt{2}$.", 1.0),
+        ("9 - 2 = 7\n#### 72", "9 x 8 = 72\n#### 72", 1.0),
+        ("1,234", "The final answer is 1234.", 1.0),
+        ("x^2 - 1", r"\boxed{(x-1)(x+1)}", 1.0),
+        ("72", "71", 0.0),
+        ("72", "", 0.0),
+        ("72", r"\boxed{", 0.0),
+        ("(1, 2)", r"\boxed{(2, 1)}", 0.0),
+    ],
+)
+def test_math_scorer(reference: str, response: str, value: float) -> None:
+    scorer = build_scorer(RewardsConfig(), DataConfig(kind="file", train_files=("x.jsonl",)))
+    assert scorer(Prompt(0, (), "", "t", {"answer": reference}), response) == value
+
+
+def test_math_scorer_needs_a_readable_reference() -> None:
+    scorer = build_scorer(RewardsConfig(), DataConfig(kind="file", train_files=("x.jsonl",)))
+    with pytest.raises(ValueError, match="reference answer"):
+        scorer(Prompt(0, (), "", "t", {"answer": ""}), "1")
+
+
+def test_reasoning_gym_tasks_score_their_own_answers() -> None:
+    scorer = build_scorer(RewardsConfig(), DataConfig())
+    for name in TASKS:
+        source = ReasoningGymSource((TaskConfig(name),), seed=20_000_000, size=1_000_000)
+        for index in (0, 1, 777_777):
+            item = source.item(index)
+            prompt = Prompt(index, (), "", item.task, item.record)
+            assert scorer(prompt, str(item.solution)) == 1.0, name
+            assert scorer(prompt, f"thinking\n<answer>{item.solution}</answer>") == 1.0, name
+            assert scorer(prompt, "no idea") < 1.0, name
+            assert json.dumps(item.record["args"])
+
+
+def test_reasoning_gym_scores_by_the_arguments_of_the_task_in_the_pool() -> None:
+    task = TaskConfig("chain_sum", args={"min_terms": 7, "max_terms": 7})
+    item = ReasoningGymSource((task,), seed=0, size=10).item(3)
+    with RewardPool(build_scorer(RewardsConfig(), DataConfig()), 1, 20.0, 0.0) as pool:
+        prompt = Prompt(7, (), "", item.task, item.record)
+        assert score(pool, f"#### {item.solution}", "#### 1000000", prompt=prompt) == [1.0, 0.0]

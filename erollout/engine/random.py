@@ -13,14 +13,13 @@ cannot win, and still use exactly the noise that drawing everything would give i
 Integers are the same on every device; -log(-log u) is float64, so that the last bit of a device's log cannot matter.
 """
 
-import torch
 from torch import Tensor
 
 LANES = 16
 """Tokens of a block; they lie COLUMNS ids apart, so that a maximum over a block is a vertical one, which vectorises."""
 COLUMNS = 64
 TILE = LANES * COLUMNS
-"""Consecutive ids that hold COLUMNS whole blocks: id = tile * TILE + lane * COLUMNS + column, block = tile * COLUMNS + column."""
+"""Ids of COLUMNS whole blocks: id = tile * TILE + lane * COLUMNS + column lies in block tile * COLUMNS + column."""
 
 _GAMMA = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9

@@ -1,0 +1,53 @@
+"""Finding stop strings in a response while it is being generated, token by token."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from erollout.errors import UserError
+
+_INCOMPLETE = "\ufffd"
+"""What a decoder puts in the place of bytes that are no whole UTF-8 character (yet)."""
+_MAX_PENDING = 16
+"""Tokens to wait for the rest of a character, which has at most 4 bytes; after that the bytes are taken as invalid for good."""
+
+
+class StopStringDetector:
+    """Tells when one of the stop strings has appeared in a response's text. Only for sequences that have stop strings.
+
+    The text is what the tokenizer decodes the response to, special tokens skipped. A token's own text depends on what stands
+    before it (a character's first bytes; a leading space, which SentencePiece drops at the start), so a short window of tokens
+    is decoded with and without the new one, and the difference is new text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        if not stop or not all(stop):
+            raise UserError(f"rollout.stop = {list(stop)!r} must hold non-empty strings; remove the empty one")
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._keep = max(map(len, stop)) - 1
+        self._tail = ""  # the end of the settled text: a stop string that is not complete in it may begin there
+        self._window: list[int] = []  # tokens of the last settled text, then the pending ones
+        self._settled = 0
+        self._settled_text = ""  # of the window's first `settled` tokens
+
+    def feed(self, token_id: int) -> bool:
+        """Append a token of the response; True if its text now holds a stop string."""
+        self._window.append(token_id)
+        new = self._decode(self._window)[len(self._settled_text) :]
+        text = self._tail + new
+        if any(stop in text for stop in self._stop):
+            return True
+        pending = len(self._window) - self._settled
+        if new and (not new.endswith(_INCOMPLETE) or pending > _MAX_PENDING):
+            self._settle(text)
+        return False
+
+    def _settle(self, text: str) -> None:
+        self._tail = text[-self._keep :] if self._keep else ""
+        self._window = self._window[self._settled :]
+        self._settled = len(self._window)
+        self._settled_text = self._decode(self._window)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

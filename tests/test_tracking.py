@@ -28,7 +28,7 @@ from erollout.tracking.journal import Entry, Journal, journal_path, read_history
 from erollout.tracking.log import configure_logging
 from erollout.tracking.metrics import PhaseTimer, memory_metrics, percentiles, summarize_lengths
 from erollout.tracking.plots import phase_seconds, plot_run, response_lengths, reward_curve
-from erollout.tracking.store import redact
+from erollout.tracking.redaction import redact
 from erollout.tracking.tracker import NullTracker, Tracker, create_tracker
 
 LAYOUT: dict[str, str | int | float] = {"layout": "PP2", "rollout_replicas": 2}
@@ -534,7 +534,7 @@ def test_figures_show_the_history(tmp_path: Path) -> None:
         "mean",
     ]
     phases = phase_seconds(history).axes[0]
-    assert [text.get_text() for text in phases.get_legend().get_texts()] == ["rollout", "update", "other"]
+    assert [text.get_text() for text in phases.get_legend().get_texts()] == ["other", "update", "rollout"]
     assert phases.dataLim.y1 == pytest.approx(4.0)
 
     plot_run(tmp_path, tmp_path / "docs" / "reward.png")
@@ -547,4 +547,5 @@ def test_figures_show_the_history(tmp_path: Path) -> None:
 
 def test_redaction_keeps_everything_but_the_credentials() -> None:
     assert redact("https://me:secret@host:5000/path?q=1") == "https://host:5000/path?q=1"
+    assert redact("no answer from http://me:secret@host/api (twice)") == "no answer from http://host/api (twice)"
     assert redact("sqlite:////tmp/a@b/mlflow.db") == "sqlite:////tmp/a@b/mlflow.db"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from erollout.tracking.journal import Entry, Journal
+from erollout.tracking.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -131,5 +132,5 @@ def group_entries(entries: list[Entry]) -> list[list[Entry]]:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = redact(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:200]}"

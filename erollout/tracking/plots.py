@@ -36,6 +36,8 @@ def reward_curve(history: History) -> "Figure":
                 textcoords="offset points",
                 ha="center",
                 color=ORANGE,
+                fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
             )
     _legend(axes)
     return figure
@@ -49,7 +51,7 @@ def response_lengths(history: History) -> "Figure":
         if steps:
             axes.plot(steps, values, color=color, linewidth=1.8, label=name)
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    _legend(axes, beside=True)
     return figure
 
 
@@ -76,7 +78,7 @@ def phase_seconds(history: History) -> "Figure":
             colors=[*BANDS[: len(bands)], BANDS[-1]],
             alpha=0.85,
         )
-    _legend(axes)
+    _legend(axes, beside=True, stacked=True)
     return figure
 
 
@@ -119,8 +121,13 @@ def _figure(title: str, ylabel: str) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def _legend(axes: "Axes") -> None:
-    if axes.get_legend_handles_labels()[1]:
+def _legend(axes: "Axes", beside: bool = False, stacked: bool = False) -> None:
+    """Inside where there is room, or to the right of the axes; of stacked bands the topmost first."""
+    if not axes.get_legend_handles_labels()[1]:
+        return
+    if beside:
+        axes.legend(frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=stacked)
+    else:
         axes.legend(frameon=False, labelcolor=INK, loc="best")
 
 

@@ -9,17 +9,18 @@ import os
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from erollout.environment import set_default
 from erollout.errors import UserError
 from erollout.tracking.delivery import METRICS_PER_BATCH, RejectedError
+from erollout.tracking.redaction import redact
 
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; MLflow waits 120 by default
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow retries for minutes; the delivery has its own, patient, loop
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # MLflow sets its loggers up when imported, after ours
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a training cluster reports nothing to third parties
 }
 CONNECT_SECONDS = (3.0, 5.0)
@@ -169,17 +170,11 @@ class MlflowStore:
             raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).replace(self.uri, self.name).split())[:200]
+        reason = redact(" ".join(str(error).split()))[:200]
         return UserError(
             f"tracking.uri = {self.name} can't be used ({type(error).__name__}: {reason}); start the server "
             "there, correct the URI, leave it out for a SQLite file in train.output_dir, or set tracking.enabled = false"
         )
-
-
-def redact(uri: str) -> str:
-    """The URI without user name and password, fit for logs, parameters and files."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 def _name(name: str) -> str:

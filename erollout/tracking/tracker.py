@@ -20,7 +20,8 @@ from erollout.errors import UserError
 from erollout.tracking.delivery import Delivery
 from erollout.tracking.journal import Journal, journal_path
 from erollout.tracking.provenance import source_tags
-from erollout.tracking.store import MlflowStore, redact
+from erollout.tracking.redaction import redact
+from erollout.tracking.store import MlflowStore
 from erollout.tracking.system import SystemMonitor
 
 logger = logging.getLogger(__name__)

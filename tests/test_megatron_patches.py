@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from ranks import RankPool
+from tiny_megatron import Case, build
 
 from erollout.errors import UserError
 from erollout.megatron_patches import LocalRMSNorm, apply_all
@@ -193,6 +194,34 @@ def test_local_rms_norm() -> None:
     config.normalization = "LayerNorm"
     with pytest.raises(UserError, match="normalization = 'LayerNorm'"):
         LocalRMSNorm(config, hidden_size=8)
+
+
+def test_mixed_precision_keeps_fp32_parameters_as_they_are() -> None:
+    apply_all()
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half, full = (torch.nn.Parameter(torch.ones(2, dtype=dtype, device=device)) for dtype in (torch.bfloat16, torch.float32))
+    config = OptimizerConfig(bf16=True, params_dtype=torch.bfloat16)
+    optimizer = Float16OptimizerWithFloat16Params(torch.optim.AdamW([half, full]), config, None, None)
+    assert [group[0] is full for group in optimizer.fp32_from_fp32_groups] == [True]
+    assert [group[0] is half for group in optimizer.float16_groups] == [True]
+    assert half.main_param.dtype == torch.float32
+
+
+def count_main_parameters(case: Case) -> tuple[int, int, int]:
+    """Parameters, those marked as having an fp32 copy, those whose copy (or a part of it) lies on this rank."""
+    model, _, _ = build(case, None)
+    marked = [parameter for parameter in model.parameters() if getattr(parameter, "main_param_sharded", False)]
+    return len(list(model.parameters())), len(marked), sum(parameter.main_param is not None for parameter in marked)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a gloo world of CPU tensors")
+@pytest.mark.distributed
+def test_distributed_optimizer_marks_half_parameters_whose_copy_lies_elsewhere(rank_pool: RankPool) -> None:
+    for parameters, marked, here in rank_pool.run(2, count_main_parameters, Case(bf16=True, distributed_optimizer=True)):
+        assert marked == parameters > here > 0
 
 
 def draw() -> tuple[list[list[float]], list[list[float]], int]:

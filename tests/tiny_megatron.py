@@ -78,8 +78,8 @@ def whole(shards: list[Shard]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def train(case: Case, weights: dict[str, np.ndarray] | None, resume: str | None = None, save: str | None = None) -> Outcome:
-    """Train on the current world; from `weights`, or from random ones when None; `resume` and `save` are checkpoint folders."""
+def build(case: Case, weights: dict[str, np.ndarray] | None) -> tuple[Any, Any, Any]:
+    """(model, the model in Megatron's DDP, optimizer) on the current world; random weights when None are given."""
     from erollout.megatron_patches import apply_all
 
     apply_all()
@@ -93,7 +93,12 @@ def train(case: Case, weights: dict[str, np.ndarray] | None, resume: str | None 
     if weights is not None:
         for tensor in _sharded_tensors(model):
             tensor.data.detach().copy_(torch.from_numpy(np.asarray(weights[tensor.key][tensor.global_slice()])))
-    wrapped, optimizer = _wrap(case, config, model)
+    return model, *_wrap(case, config, model)
+
+
+def train(case: Case, weights: dict[str, np.ndarray] | None, resume: str | None = None, save: str | None = None) -> Outcome:
+    """Train on the current world from `weights`, or from random ones; `resume` and `save` are checkpoint folders."""
+    model, wrapped, optimizer = build(case, weights)
     if resume is not None:
         _load(model, optimizer, resume)
     losses, norms, gradients = [], [], []

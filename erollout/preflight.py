@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.config import Config
 from erollout.data.build import build_datasets
 from erollout.data.prompts import PromptDataset, PromptLimits
@@ -62,9 +63,7 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
         check_weights(config.model.path, architecture)
     _check_export(config)
     train_data, test_data = build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
-    launcher = launcher_environment()
-    if config.tracking.enabled and config.tracking.uri and (launcher is None or launcher.rank == 0):
-        MlflowStore(config.tracking.uri).check()
+    _check_store(config)
     return Resolved(
         architecture,
         train,
@@ -93,6 +92,15 @@ def check_context(config: Config, architecture: Architecture) -> None:
         raise UserError(
             f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one"
         )
+
+
+def _check_store(config: Config) -> None:
+    """A new run's tracking store must answer; a resumed one keeps its records until the store is back."""
+    launcher = launcher_environment()
+    asks = launcher is None or launcher.rank == 0
+    resumes = config.checkpoint.resume and complete_checkpoints(config.checkpoint_directory)
+    if asks and config.tracking.enabled and config.tracking.uri and not resumes:
+        MlflowStore(config.tracking.uri).check()
 
 
 def _check_export(config: Config) -> None:

@@ -66,5 +66,5 @@ def summary_rows(
     if config.tracking.enabled:
         store = config.tracking.uri or f"sqlite:///{Path(config.train.output_dir).absolute()}/mlflow.db"
         rows.append(("MLflow run", run_id))
-        rows.append(("look at it with", f"mlflow ui --backend-store-uri {redact(store)}"))
+        rows.append(("MLflow store", redact(store)))
     return rows

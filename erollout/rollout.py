@@ -111,7 +111,7 @@ class RolloutWorker:
 
     def text(self, rollout: Rollout) -> str:
         """The response as the scorer sees it."""
-        return self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True))
 
     def _gather(self, rollouts: list[Rollout], prompts: dict[int, Prompt]) -> RolloutResult:
         """Every replica's rollouts and rewards to every rank."""

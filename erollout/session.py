@@ -26,7 +26,7 @@ from erollout.tracking.console import StepReporter, print_summary
 from erollout.tracking.journal import journal_path, read_history
 from erollout.tracking.log import configure_logging
 from erollout.tracking.plots import phase_seconds, response_lengths, reward_curve
-from erollout.tracking.tracker import Tracker, create_tracker
+from erollout.tracking.tracker import RunStatus, Tracker, create_tracker
 from erollout.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def _tracked(
     data = json.dumps(config.to_dict()["data"], sort_keys=True)
     source = ", ".join(config.data.train_files) or f"{config.data.kind}, seeds from {config.data.train_seed}"
     tracker.log_dataset(config.data.kind, source, hashlib.sha256(data.encode()).hexdigest()[:32])
-    status = "FAILED"
+    status: RunStatus = "FAILED"
     try:
         if context.rank == 0:
             with StepReporter(total_steps, state.step) as reporter:

@@ -15,12 +15,12 @@ _EPSILON = 1e-6
 class GRPO:
     """What the trainer needs from an algorithm: advantages of samples, and a loss for each token."""
 
-    metric_names = ("loss", "entropy", "ratio", "clip_fraction_low", "clip_fraction_high", "approx_kl", "kl_reference")
+    metric_names: tuple[str, ...] = ("loss", "entropy", "ratio", "clip_fraction_low", "clip_fraction_high", "approx_kl", "kl_reference")
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
         self.uses_reference = config.kl_coefficient > 0
-        self.aggregation = config.aggregation
+        self.aggregation: str = config.aggregation
         self._kl = ESTIMATORS[config.kl_estimator]
 
     def shaped_reward(self, reward: float, sample: TrainSample) -> float:

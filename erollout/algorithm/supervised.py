@@ -6,7 +6,7 @@ from erollout.policy.batch import MicroBatch
 
 
 class Supervised:
-    metric_names = ("loss", "entropy")
+    metric_names: tuple[str, ...] = ("loss", "entropy")
     aggregation = "token-mean"
 
     def token_loss(self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:

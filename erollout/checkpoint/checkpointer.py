@@ -83,7 +83,7 @@ class Checkpointer:
         return RunState(document["step"], document["run_id"], tuple(document["history"]))
 
     def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
-        model = self.actor.module.sharded_state_dict()
+        model: dict[str, Any] = self.actor.module.sharded_state_dict()  # type: ignore[operator]
         optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
         return {"model": model, "optimizer": optimizer}
 

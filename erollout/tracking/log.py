@@ -4,7 +4,13 @@ import logging
 import sys
 from typing import TextIO
 
-QUIET = {"alembic": logging.WARNING, "mlflow": logging.WARNING, "matplotlib": logging.WARNING, "urllib3": logging.ERROR}
+QUIET = {
+    "alembic": logging.WARNING,
+    "megatron": logging.WARNING,
+    "mlflow": logging.WARNING,
+    "matplotlib": logging.WARNING,
+    "urllib3": logging.ERROR,
+}
 """Libraries that log every migration and every retry: the delivery says once what matters."""
 
 

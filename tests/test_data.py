@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -243,6 +245,7 @@ def test_a_mixture_follows_its_weights(byte_tokenizer: PreTrainedTokenizerBase) 
     ("task", "message"),
     [
         (TaskConfig("chain_sums"), r"data\.tasks\.0\.name = 'chain_sums' .* did you mean chain_sum\?"),
+        (TaskConfig("codeio"), r"data\.tasks\.0\.name = 'codeio': its items differ between ranks and runs"),
         (TaskConfig("composite"), r"'composite' .* data\.tasks with weights"),
         (TaskConfig("chain_sum", args={"max_term": 3}), r"data\.tasks\.0\.args\.max_term .* did you mean max_terms\?"),
         (TaskConfig("chain_sum", args={"seed": 3}), r"data\.tasks\.0\.args\.seed .* data\.train_seed"),
@@ -253,6 +256,20 @@ def test_a_mixture_follows_its_weights(byte_tokenizer: PreTrainedTokenizerBase) 
 def test_tasks_that_cannot_be_had_are_refused(task: TaskConfig, message: str, byte_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=message):
         gym(byte_tokenizer, task)
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "1"])
+def test_tasks_that_depend_on_string_hashes_need_them_fixed(hash_seed: str) -> None:
+    code = (
+        "from erollout.config import TaskConfig; from erollout.data.tasks import ReasoningGymSource;"
+        "print(ReasoningGymSource((TaskConfig('word_ladder'),), 0, 1_000_000).item(30_000).origin)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True)
+    if hash_seed == "0":
+        assert run.stdout == "word_ladder item 30000\n"
+    else:
+        assert "UserError: data.tasks.0.name = 'word_ladder'" in run.stderr
+        assert "PYTHONHASHSEED=0" in run.stderr
 
 
 # -- files --

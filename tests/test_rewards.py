@@ -19,7 +19,7 @@ from erollout.types import Prompt, Rollout
 
 TASKS = [
     *("basic_arithmetic", "calendar_arithmetic", "chain_sum", "gsm_symbolic", "leg_counting", "letter_counting"),
-    *("number_sorting", "simple_equations", "spell_backward", "syllogism", "acre", "word_ladder"),
+    *("number_sorting", "simple_equations", "spell_backward", "syllogism", "acre", "caesar_cipher"),
 ]
 
 

@@ -4,11 +4,14 @@ reasoning-gym draws most items from seed + index, but three tasks (acre, gsm_sym
 dataset from its seed and size, acre in time proportional to the size, and word_ladder refuses more than 20,000 items.
 So items come in blocks: a block is a dataset of its own whose seed is the seed of its first item. Ranges of seeds that
 don't overlap then give items that don't, for every task.
+
+Every rank must see the same item at an index, and so must a restarted run. A few tasks break that: they are refused.
 """
 
 import difflib
 import itertools
 import random
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +23,10 @@ from erollout.data.items import TaskItem
 from erollout.errors import UserError
 
 BLOCK_SIZE = 500
+HASH_DEPENDENT = frozenset({"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"})
+"""They walk through sets of strings, whose order differs between processes unless Python's hashing is fixed."""
+UNREPEATABLE = frozenset({"codeio"})
+"""It runs snippets that draw from an unseeded generator."""
 _MANAGED = {"seed": "data.train_seed and data.test_seed", "size": "data.train_size and data.test_size"}
 
 
@@ -70,6 +77,10 @@ def _check(position: int, task: TaskConfig) -> None:
         near = difflib.get_close_matches(task.name, known, n=1, cutoff=0.0)[0]
         hint = "; list its parts in data.tasks with weights" if task.name == "composite" else f"; did you mean {near}?"
         raise UserError(f"{key}.name = {task.name!r} is not a reasoning-gym task{hint}")
+    if task.name in UNREPEATABLE:
+        raise UserError(f"{key}.name = {task.name!r}: its items differ between ranks and runs; use another task")
+    if task.name in HASH_DEPENDENT and sys.flags.hash_randomization:
+        raise UserError(f"{key}.name = {task.name!r}: its items depend on Python's string hashes; start with PYTHONHASHSEED=0")
     for name in _MANAGED.keys() & task.args.keys():
         raise UserError(f"{key}.args.{name} can't be set for one task; use {_MANAGED[name]}")
     config_class = DATASETS[task.name][1]

@@ -1,0 +1,162 @@
+"""The decode model: a lean pre-norm, rotary, grouped-query, SwiGLU decoder over a rank's local tensors.
+
+Arithmetic and rounding follow transformers' Llama and Qwen2 (norms in float32, rotation in the model's dtype), so that the
+logits of both agree up to the order of summation. Tensor parallelism sums over the ranks after the embedding, o_proj and
+down_proj; the logits stay cut by vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from erollout.engine.attention import AttentionPlan, PagedAttention
+from erollout.engine.kv_cache import KVCache
+from erollout.engine.linear import LINEAR_KERNELS, Linear
+from erollout.engine.placement import decode_placement, vocabulary_rows_per_rank
+from erollout.policy.architecture import Architecture
+from erollout.policy.rotary import inverse_frequencies
+
+
+class DecodeLayer:
+    """One transformer block of one rank."""
+
+    def __init__(
+        self, tensors: dict[str, Tensor], prefix: str, kernel: Callable[[Tensor, Tensor | None], Linear], epsilon: float
+    ):
+        def linear(name: str) -> Linear:
+            return kernel(tensors[f"{prefix}.{name}.weight"], tensors.get(f"{prefix}.{name}.bias"))
+
+        self.input_norm = tensors[f"{prefix}.input_norm.weight"]
+        self.post_attention_norm = tensors[f"{prefix}.post_attention_norm.weight"]
+        self.qkv_proj = linear("qkv_proj")
+        self.o_proj = linear("o_proj")
+        self.gate_up_proj = linear("gate_up_proj")
+        self.down_proj = linear("down_proj")
+        self.epsilon = epsilon
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """down(silu(gate) * up) of the normalised hidden states: this rank's part of the sum."""
+        gate, up = self.gate_up_proj(rms_norm(hidden, self.post_attention_norm, self.epsilon)).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up))
+
+
+class DecodeModel:
+    """All layers of one rank; `tensors` are the destination of the reshard and keep their addresses."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        group: dist.ProcessGroup | None,
+        kernel: str,
+        cache: KVCache,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        self.architecture = architecture
+        self.group = group if size > 1 else None
+        self.cache = cache
+        self.dtype = dtype
+        placement = decode_placement(architecture, size, rank)
+        self.tensors = {local.name: torch.zeros(local.shape, dtype=dtype, device=device) for local in placement}
+        self.num_heads = architecture.num_attention_heads // size
+        self.num_kv_heads = architecture.num_query_groups // size
+        self.attention = PagedAttention(self.num_heads, cache, self.num_kv_heads, architecture.kv_channels)
+        make = LINEAR_KERNELS[kernel]
+        layers = range(architecture.num_layers)
+        self.layers = [DecodeLayer(self.tensors, f"layers.{i}", make, architecture.norm_epsilon) for i in layers]
+        self.embedding = self.tensors["embed_tokens.weight"]
+        self.norm = self.tensors["norm.weight"]
+        self.lm_head = make(self.tensors.get("lm_head.weight", self.embedding), None)
+        self.vocab_start = rank * vocabulary_rows_per_rank(architecture, size)
+        self.cosine, self.sine = _rotation(architecture, max_model_len, dtype, device)
+
+    def prepare(self) -> None:
+        """Derive the kernels' own forms of the current weights."""
+        for linear in self._linears():
+            linear.prepare()
+
+    def release(self) -> None:
+        """Drop what `prepare` made."""
+        for linear in self._linears():
+            linear.release()
+
+    def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, logit_rows: Tensor) -> Tensor:
+        """Run new tokens through the model; their keys and values go into the cache.
+
+        Args:
+            token_ids, positions: int64 [tokens].
+            slots: int64 [tokens], block x block_size + offset where each token's keys and values go.
+            plan: attention plan of the same tokens.
+            logit_rows: int64 [rows], the tokens whose logits are wanted.
+
+        Returns: logits of this rank's part of the vocabulary, [rows, vocabulary rows per rank].
+        """
+        hidden = self._embed(token_ids)
+        cosine, sine = self.cosine.index_select(0, positions), self.sine.index_select(0, positions)
+        for index, layer in enumerate(self.layers):
+            attended = self._attend(layer, hidden, (cosine, sine), slots, self.cache.layer(index), plan)
+            hidden = self._sum(layer.o_proj(attended)).add_(hidden)
+            hidden = self._sum(layer.feed_forward(hidden)).add_(hidden)
+        return self.lm_head(rms_norm(hidden.index_select(0, logit_rows), self.norm, self.architecture.norm_epsilon))
+
+    def _attend(
+        self,
+        layer: DecodeLayer,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        slots: Tensor,
+        cache: Tensor,
+        plan: AttentionPlan,
+    ) -> Tensor:
+        """[tokens, num_heads x head_size], before o_proj."""
+        head_size = self.architecture.kv_channels
+        cosine, sine = rotation
+        qkv = layer.qkv_proj(rms_norm(hidden, layer.input_norm, layer.epsilon)).view(hidden.shape[0], -1, head_size)
+        rotated = self.num_heads + self.num_kv_heads
+        query_key = qkv[:, :rotated]
+        query_key = (query_key * cosine).add_(torch.roll(query_key, head_size // 2, -1).mul_(sine))
+        flat = cache.view(cache.shape[0], -1, head_size)
+        flat[: self.num_kv_heads].index_copy_(1, slots, query_key[:, self.num_heads :].transpose(0, 1))
+        flat[self.num_kv_heads :].index_copy_(1, slots, qkv[:, rotated:].transpose(0, 1))
+        return self.attention(query_key[:, : self.num_heads], cache, plan)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        if self.group is None:
+            return self.embedding.index_select(0, token_ids)
+        local = token_ids - self.vocab_start
+        elsewhere = (local < 0) | (local >= self.embedding.shape[0])
+        rows = self.embedding.index_select(0, local.masked_fill(elsewhere, 0))
+        return self._sum(rows.masked_fill_(elsewhere[:, None], 0))
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        """Sum over the ranks of the replica, in place."""
+        if self.group is not None:
+            dist.all_reduce(partial, group=self.group)
+        return partial
+
+    def _linears(self) -> list[Linear]:
+        return [*(linear for layer in self.layers for linear in layer.linears), self.lm_head]
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension; statistics in float32, the product in x's dtype."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
+    return (wide * scale).to(x.dtype).mul_(weight)
+
+
+def _rotation(architecture: Architecture, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position, [length, 1, head_size]; the sine's first half carries the rotation's minus sign."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse_frequencies(architecture))
+    cosine = torch.cat((angles, angles), -1).cos()
+    sine = torch.cat((-angles.sin(), angles.sin()), -1)
+    return cosine.to(dtype).unsqueeze(1).to(device), sine.to(dtype).unsqueeze(1).to(device)

@@ -1,0 +1,181 @@
+"""Which sequences run in the next forward pass, and with how many tokens. Pure.
+
+One rule: every sequence's num_computed_tokens must catch up with its num_tokens. A prompt is a sequence that lags by many
+tokens (and may catch up in chunks), a decoding sequence lags by one. Sequences are served in order of arrival; when the
+pool runs out of blocks, the latest one gives its own back and later computes its tokens again. Every decision depends on
+equal integers on all ranks of a tensor-parallel group, so all ranks take the same one.
+"""
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from erollout.engine.block_manager import BlockCopy, BlockManager
+from erollout.engine.sequence import Sequence, SequenceState
+from erollout.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Positions [start, start + num_tokens) of a sequence, to be computed in this pass."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def catches_up(self) -> bool:
+        """The pass computes the last known token, so that the next one can be sampled."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(slots=True)
+class Batch:
+    """One forward pass."""
+
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    """Block copies to make before it, in this order."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+class Scheduler:
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.waiting: list[Sequence] = []
+        """In order of arrival."""
+        self.running: list[Sequence] = []
+        """In order of arrival."""
+        self.num_preemptions = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+        """Raise UserError for a request that could never be served."""
+        if prompt_tokens == 0:
+            raise UserError("a prompt has no tokens; give every prompt at least one")
+        if prompt_tokens + max_tokens > self.max_model_len:
+            raise UserError(
+                f"a prompt of {prompt_tokens} tokens and rollout.max_tokens = {max_tokens} exceed the model's "
+                f"{self.max_model_len} positions; lower rollout.max_tokens or raise model.max_position_embeddings"
+            )
+        needed = self.blocks.blocks_for(prompt_tokens + max_tokens - 1)  # the last token is never computed
+        if needed > self.blocks.num_blocks:
+            raise UserError(
+                f"a prompt of {prompt_tokens} tokens and rollout.max_tokens = {max_tokens} need {needed} KV blocks but the "
+                f"pool has {self.blocks.num_blocks}; raise rollout.kv_cache_gib or rollout.num_kv_blocks"
+            )
+
+    def add(self, group: Iterable[Sequence]) -> None:
+        """Queue the samples of one prompt: the first computes it, the others wait for that."""
+        leader, *followers = group
+        leader.followers = followers
+        self._wait(leader)
+
+    def schedule(self) -> Batch:
+        """The next pass. Not empty while there is something unfinished."""
+        batch = Batch()
+        budget = self.max_num_batched_tokens
+        preemptions = self.num_preemptions
+        for sequence in list(self.running):
+            if budget and sequence.state is SequenceState.RUNNING:
+                budget -= self._schedule_running(sequence, budget, batch)
+        pool_suffices = self.num_preemptions == preemptions
+        while budget and pool_suffices and self._can_admit():
+            budget -= self._admit(budget, batch)
+        assert batch.scheduled or not self.has_unfinished, "nothing can run"
+        return batch
+
+    def computed(self, item: ScheduledSequence) -> list[Sequence]:
+        """Record that a scheduled sequence's pass is done.
+
+        Returns the sequences whose next token can be sampled from its last position: itself once it has caught up and, when
+        it leads a group whose prompt is now complete, every sibling, which shares its blocks from here on.
+        """
+        sequence = item.sequence
+        sequence.num_computed_tokens = item.end
+        if not item.catches_up:
+            return []
+        followers, sequence.followers = sequence.followers, []
+        for follower in followers:
+            follower.block_table = self.blocks.fork(sequence.block_table)
+            follower.num_computed_tokens = sequence.num_computed_tokens
+            self._wait(follower)
+        return [sequence, *followers]
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a finished sequence out and give its blocks back."""
+        queue = self.running if sequence.state is SequenceState.RUNNING else self.waiting
+        queue.remove(sequence)
+        sequence.state = SequenceState.FINISHED
+        self.blocks.truncate(sequence.block_table, 0)
+
+    def _schedule_running(self, sequence: Sequence, budget: int, batch: Batch) -> int:
+        """Schedule a running sequence, preempting later ones for its blocks; 0 tokens when it had to give way itself."""
+        start = sequence.num_computed_tokens
+        num_tokens = min(sequence.num_tokens - start, budget)
+        while not self._fits(sequence, start + num_tokens):
+            victim = self._latest_holder()
+            self._preempt(victim)
+            if victim is sequence:
+                return 0
+        return self._take(sequence, num_tokens, batch)
+
+    def _can_admit(self) -> bool:
+        """The first waiting sequence fits, with all of its tokens."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return False
+        first = self.waiting[0]
+        while not (fits := self._fits(first, first.num_tokens)) and not self.running:
+            self._preempt(self._latest_holder())  # siblings that only wait must not keep the last sequence from running
+        return fits
+
+    def _fits(self, sequence: Sequence, end: int) -> bool:
+        """The pool has the blocks to compute a sequence's tokens up to `end`."""
+        return self.blocks.missing(sequence.block_table, sequence.num_computed_tokens, end) <= self.blocks.num_free
+
+    def _admit(self, budget: int, batch: Batch) -> int:
+        sequence = self.waiting.pop(0)
+        sequence.state = SequenceState.RUNNING
+        insort(self.running, sequence, key=_arrival)
+        return self._take(sequence, min(sequence.num_tokens - sequence.num_computed_tokens, budget), batch)
+
+    def _take(self, sequence: Sequence, num_tokens: int, batch: Batch) -> int:
+        start = sequence.num_computed_tokens
+        batch.copies += self.blocks.reserve(sequence.block_table, start, start + num_tokens)
+        batch.scheduled.append(ScheduledSequence(sequence, start, num_tokens))
+        return num_tokens
+
+    def _latest_holder(self) -> Sequence:
+        """The latest sequence that holds blocks, running or waiting (a sibling that waits holds its group's prompt)."""
+        holders = [queue for queue in (self.running, [s for s in self.waiting if s.block_table]) if queue]
+        return max((queue[-1] for queue in holders), key=_arrival)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give a sequence's blocks back; it computes all of its tokens again when it is next admitted."""
+        self.blocks.truncate(sequence.block_table, 0)
+        sequence.num_computed_tokens = 0
+        self.num_preemptions += 1
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+            self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.WAITING
+        insort(self.waiting, sequence, key=_arrival)
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.order

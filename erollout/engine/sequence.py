@@ -1,0 +1,54 @@
+"""One response on its way: its tokens, how far they are computed, and where its keys and values lie. Pure."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from erollout.types import FinishReason, SamplingParams
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"
+    """Not admitted: no forward pass runs it. It may still hold the blocks of its group's prompt."""
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Sample `sample_index` of a request, from prompt to finish."""
+
+    order: int
+    """Arrival: earlier sequences are served first and preempted last."""
+    request_index: int
+    """Position of the request in the call to generate."""
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    response_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    """Leading tokens whose keys and values are in the cache. It catches up with num_tokens, whatever they are."""
+    block_table: list[int] = field(default_factory=list)
+    """Block i holds the keys and values of tokens [i * block_size, (i + 1) * block_size)."""
+    followers: list["Sequence"] = field(default_factory=list)
+    """Siblings that wait for this sequence, the leader of their group, to compute the prompt they share."""
+    state: SequenceState = SequenceState.WAITING
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids at positions [start, end) of prompt and response."""
+        prompt = len(self.prompt_ids)
+        if start >= prompt:
+            return self.response_ids[start - prompt : end - prompt]
+        return [*self.prompt_ids[start:end], *self.response_ids[: max(0, end - prompt)]]
+
+    def append(self, token_id: int, logprob: float, raw_logprob: float) -> None:
+        self.response_ids.append(token_id)
+        self.logprobs.append(logprob)
+        self.raw_logprobs.append(raw_logprob)

@@ -6,7 +6,7 @@ setup(
     description="RL post-training on Megatron-core with fast rollouts that don't change what is sampled",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    # launch/ and megatron_patches/ stand at the top of the tree and install inside the package: no common top-level name is taken.
+    # launch/ and megatron_patches/ stand at the top of the tree and install inside the package, under no common name.
     packages=[
         *find_packages(include=["erollout", "erollout.*"]),
         "erollout.launch",
@@ -24,17 +24,20 @@ setup(
         "pydantic>=2.11,<3",  # typed, bounded configuration with located errors
         "pyyaml>=6.0",
         "reasoning-gym==0.1.25",
-        "math-verify[antlr4_9_3]==0.9.0",
-        "mlflow==3.17.2",  # 3.18.0 asks for a mlflow-skinny that does not exist
+        "math-verify==0.9.0",
+        "mlflow-skinny==3.17.2",  # 3.18.0 of mlflow asks for a mlflow-skinny that does not exist
+        "sqlalchemy>=2.0",  # with alembic: the SQLite store without the server
+        "alembic>=1.13",
         "psutil>=6.0",
         "rich>=14.0",
-        "matplotlib>=3.9",
+        "packaging>=24",
         "pyarrow>=19.0",
         "jinja2>=3.1",  # chat templates
     ],
     extras_require={
         # importing megatron.core with the bare transformer-engine package raises: only with its CUDA parts
-        "gpu": ["transformer-engine[core_cu13,pytorch]==2.11.0"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]==2.11.0", "nvidia-ml-py>=13"],
+        "mlflow": ["mlflow==3.17.2", "matplotlib>=3.9"],  # server, pages and figures
         "modelopt": ["nvidia-modelopt==0.47.0", "requests"],
         "deepspeed": ["deepspeed==0.19.8"],
         "ray": ["ray==2.60.0"],

@@ -166,6 +166,7 @@ class EvaluationConfig:
     interval: Count = 0
     """Steps between held-out evaluations; one runs before the first and after the last step; 0: none."""
     num_prompts: Positive = 100
+    """At most: a test file may have fewer."""
     samples_per_prompt: Positive = 1
     temperature: NonNegative = 1.0
 
@@ -224,7 +225,7 @@ class CheckpointConfig:
     """Steps between checkpoints; one is saved at the end; 0: none at all."""
     keep_last: Positive = 2
     resume: bool = True
-    """Go on from the newest complete checkpoint in the directory, when there is one."""
+    """Go on from the newest complete checkpoint in the directory, when there is one; false: refuse to mix two runs."""
     export_path: str | None = None
     """Where to write the final policy as a Hugging Face directory."""
 
@@ -361,11 +362,25 @@ def _check_consistency(config: Config) -> None:
         raise UserError(
             "parallel.sequence_parallel = True needs parallel.tensor_model_parallel_size above 1; raise it or unset it"
         )
+    if config.evaluation.interval and data.kind == "file" and not data.test_files:
+        raise UserError(
+            f"evaluation.interval = {config.evaluation.interval} but data.test_files is empty; name a file or set it to 0"
+        )
+    if data.kind != "file" and config.evaluation.num_prompts > data.test_size:
+        raise UserError(
+            f"evaluation.num_prompts = {config.evaluation.num_prompts} is above data.test_size = {data.test_size}; raise that"
+        )
     batch = config.train.global_batch_size
     if batch and config.samples_per_step % batch:
         raise UserError(
             f"train.global_batch_size = {batch} does not divide rollout.prompts_per_step x rollout.group_size = "
             f"{config.samples_per_step}"
+        )
+    truncates = rollout.top_k or rollout.top_p < 1 or rollout.min_p > 0 or rollout.repetition_penalty != 1
+    if truncates and rollout.temperature != 1:
+        raise UserError(
+            f"rollout.temperature = {rollout.temperature} together with top_k, top_p, min_p or repetition_penalty: the actor "
+            "could not compute the log-probs of what was sampled; set the temperature to 1 or the others to their defaults"
         )
     if rollout.temperature == 0 and rollout.group_size > 1:
         raise UserError("rollout.temperature = 0 makes every response of a group the same; raise it or set group_size = 1")

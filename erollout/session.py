@@ -152,9 +152,13 @@ def _silent(step: int, values: Mapping[str, float]) -> None:
 
 def _restore(config: Config, actor: Actor) -> tuple[Checkpointer, RunState]:
     checkpointer = Checkpointer(config.checkpoint_directory, config.checkpoint.keep_last, actor)
-    newest = checkpointer.newest() if config.checkpoint.resume else None
+    newest = checkpointer.newest()
     if newest is None:
         return checkpointer, RunState(0, None)
+    if not config.checkpoint.resume:
+        raise UserError(
+            f"checkpoint.resume = false but {newest} is there; set it to true, or checkpoint.directory to a new place"
+        )
     state = checkpointer.load(newest)
     logger.info("resumed from %s: step %d", newest, state.step)
     return checkpointer, state

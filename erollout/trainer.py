@@ -91,7 +91,9 @@ class Trainer:
 
     def _split(self, scored: list[ScoredRollout]) -> list[MiniBatch]:
         size = self.config.train.global_batch_size or len(scored)
-        return split(scored, size, self.context.train.data, self.context.data_parallel_rank, self.algorithm.aggregation)
+        # The actor's log-probs know the temperature but no truncation; of a truncated distribution the raw ones compare.
+        raw = self.worker.sampling_params().truncates
+        return split(scored, size, self.context.train.data, self.context.data_parallel_rank, self.algorithm.aggregation, raw)
 
     def _with_logprobs(self, batches: list[MiniBatch]) -> list[MiniBatch]:
         """The same mini-batches with old (and reference) log-probs, before any of them changes the policy."""

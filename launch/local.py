@@ -19,6 +19,7 @@ def launch_local(arguments: Sequence[str], world_size: int) -> int:
         Exit status: 0, or that of the first rank that failed.
     """
     set_default("OMP_NUM_THREADS", "1")
+    set_default("PYTHONHASHSEED", "0")  # some tasks draw from sets: their items must be the same on every rank
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report their own errors
     config = LaunchConfig(
         min_nodes=1,

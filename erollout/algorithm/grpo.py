@@ -15,7 +15,15 @@ _EPSILON = 1e-6
 class GRPO:
     """What the trainer needs from an algorithm: advantages of samples, and a loss for each token."""
 
-    metric_names: tuple[str, ...] = ("loss", "entropy", "ratio", "clip_fraction_low", "clip_fraction_high", "approx_kl", "kl_reference")
+    metric_names: tuple[str, ...] = (
+        "loss",
+        "entropy",
+        "ratio",
+        "clip_fraction_low",
+        "clip_fraction_high",
+        "approx_kl",
+        "kl_reference",
+    )
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import CheckpointException
 
 from erollout.checkpoint.manifest import MANIFEST, STATE, complete_checkpoints, verify, write_manifest
 from erollout.errors import UserError
@@ -22,6 +23,9 @@ from erollout.parallel.collectives import from_rank_zero
 from erollout.policy.actor import Actor
 
 logger = logging.getLogger(__name__)
+
+_FAILURES = (OSError, RuntimeError, KeyError, CheckpointingException, CheckpointException)
+"""What the two checkpoint libraries raise for files they can't write or read; the last is not even an Exception."""
 
 # Optimizer state that any layout can read back.
 _OPTIMIZER_METADATA = {
@@ -56,8 +60,8 @@ class Checkpointer:
         self._on_rank_zero(lambda: self._prepare(partial))
         try:
             dist_checkpointing.save(self._sharded_state(is_loading=False), str(partial), validate_access_integrity=False)
-        except (OSError, RuntimeError, CheckpointingException) as error:
-            raise UserError(f"can't save checkpoint {target}: {_first_line(error)}; earlier checkpoints are intact") from error
+        except _FAILURES as error:
+            raise UserError(f"can't save checkpoint {target}: {_reason(error)}; earlier checkpoints are intact") from error
         self._on_rank_zero(lambda: self._publish(partial, target, state))
         logger.info("saved checkpoint %s", target)
         return target
@@ -75,10 +79,11 @@ class Checkpointer:
         expected = self._sharded_state(is_loading=True)
         try:
             loaded = dist_checkpointing.load(expected, str(path))
-        except (OSError, RuntimeError, KeyError, CheckpointingException) as error:
-            raise UserError(f"can't load checkpoint {path}: {_first_line(error)}") from error
+        except _FAILURES as error:
+            raise UserError(f"can't load checkpoint {path}: {_reason(error)}") from error
         self.actor.module.load_state_dict(loaded["model"])
         self.actor.optimizer.load_state_dict(loaded["optimizer"])
+        self.actor.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
         self.actor.scheduler.load_state_dict(document["scheduler"])
         return RunState(document["step"], document["run_id"], tuple(document["history"]))
 
@@ -121,8 +126,8 @@ class Checkpointer:
         free = shutil.disk_usage(partial).free
         if free < needed:
             raise UserError(
-                f"no disk space for a checkpoint in {self.directory}: {needed / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free; "
-                "free some or lower checkpoint.keep_last"
+                f"no disk space for a checkpoint in {self.directory}: {needed / 2**20:.0f} MiB needed, "
+                f"{free / 2**20:.0f} MiB free; free some or lower checkpoint.keep_last"
             )
 
     def _publish(self, partial: Path, target: Path, state: RunState) -> None:
@@ -133,6 +138,7 @@ class Checkpointer:
             shutil.rmtree(target)
         partial.rename(target)
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
+            (old / MANIFEST).unlink()  # first: a crash in between leaves no directory that looks complete
             shutil.rmtree(old)
 
     def _on_rank_zero(self, action: Any) -> None:
@@ -141,12 +147,16 @@ class Checkpointer:
         if dist.get_rank() == 0:
             try:
                 action()
-            except (OSError, UserError) as error:
+            except (OSError, ValueError) as error:
                 failure = str(error)
         failure = from_rank_zero(failure)
         if failure:
             raise UserError(failure)
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """One line of what a checkpoint library raised; of a collective failure, the first rank's."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_reason(cause)}"
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,5 +1,7 @@
 """The policy in its training layout: log-probs and updates through Megatron's pipeline schedules."""
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -22,6 +24,8 @@ from erollout.policy.logprobs import VocabShard, logprobs_and_entropy, vocab_sha
 from erollout.policy.model import build_model, load_policy_weights, transformer_config
 from erollout.policy.optimizer import build_optimizer
 from erollout.policy.placement import training_placement
+
+logger = logging.getLogger(__name__)
 
 
 class TokenLoss(Protocol):
@@ -95,6 +99,8 @@ class Actor:
     def update(self, samples: Sequence[TrainSample], weights: Sequence[float], algorithm: TokenLoss) -> dict[str, float]:
         """One optimizer step. Returns the algorithm's metrics over the whole global batch, and gradient norm and rate.
 
+        A batch whose metrics are not finite changes nothing and counts as skipped.
+
         Args:
             samples: this data-parallel rank's share, the same on every rank of the model replica.
             weights: each sample's weight per response token; over all data-parallel ranks' tokens they sum to 1.
@@ -105,15 +111,14 @@ class Actor:
         # The schedule divides by the number of micro-batches and the gradient reduction by the data-parallel size.
         scale = len(batches) * self.context.train.data
         collected = self._run_schedule(self.model, batches, partial(self._weighted_loss, algorithm, scale), forward_only=False)
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        metrics = self._sum_metrics(algorithm.metric_names, collected)
+        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        if not all(map(math.isfinite, metrics.values())):  # equal on all ranks, so all skip
+            logger.warning("update skipped: %s", metrics)
+            return metrics | {"grad_norm": math.nan, "update_skipped": 1.0}
         succeeded, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
-        metrics = self._sum_metrics(algorithm.metric_names, collected)
-        return metrics | {
-            "grad_norm": float(grad_norm or 0.0),
-            "learning_rate": learning_rate,
-            "update_skipped": float(not succeeded),
-        }
+        return metrics | {"grad_norm": float(grad_norm or 0.0), "update_skipped": float(not succeeded)}
 
     def _load_model(self) -> Module:
         model = build_model(self.architecture, self.transformer).to(self.context.device)
@@ -133,7 +138,9 @@ class Actor:
         def forward_step(iterator: Iterator[MicroBatch], stage: Module) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(iterator)
             device = self.context.device
-            output = stage(batch.tokens.to(device), batch.position_ids.to(device), None)
+            # Whole logits in float32 would undo the chunking of logprobs_and_entropy, which converts a chunk at a time.
+            options = {"fp32_output": False} if isinstance(getattr(stage, "module", None), Float16Module) else {}
+            output = stage(batch.tokens.to(device), batch.position_ids.to(device), None, **options)
 
             def loss_function(logits: Tensor, non_loss_data: bool = False) -> Any:
                 return loss(batch, logits)

@@ -103,5 +103,5 @@ def test_invalid_bytes_do_not_grow_the_window() -> None:
 
 @pytest.mark.parametrize("stop", [[], ["a", ""]], ids=str)
 def test_empty_stop_strings_are_refused(stop: list[str]) -> None:
-    with pytest.raises(UserError, match="rollout.stop"):
+    with pytest.raises(UserError, match=r"rollout\.stop"):
         StopStringDetector(byte_level(), stop)

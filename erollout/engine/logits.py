@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ class ShardLogits:
     """Token id of column 0, a multiple of TILE."""
     group: dist.ProcessGroup | None
     """Ranks that hold the other columns; None when there are none."""
+    vocab_size: int
+    """Of all ranks together, without padding."""
 
     def local_normalizer(self) -> Tensor:
         """log of the sum of exponentials over this rank's columns, float64 [n]: -inf without any, NaN if a logit is NaN."""
@@ -50,7 +52,7 @@ def shard_logits(logits: Tensor, vocab_size: int, vocab_start: int = 0, group: d
     values[:, :margin] = -math.inf
     values[:, margin : margin + size] = logits[:, :size]
     values[:, margin + size :] = -math.inf
-    return ShardLogits(values, vocab_start - margin, group)
+    return ShardLogits(values, vocab_start - margin, group, vocab_size)
 
 
 def process_logits(raw: ShardLogits, params: Sequence[SamplingParams], contexts: Sequence[Sequence[int] | None]) -> ShardLogits:
@@ -65,7 +67,7 @@ def process_logits(raw: ShardLogits, params: Sequence[SamplingParams], contexts:
     """
     if not any(changes_logits(p) for p in params):
         return raw
-    out = ShardLogits(raw.values.clone(), raw.first_id, raw.group)
+    out = replace(raw, values=raw.values.clone())
     for row, (p, context) in enumerate(zip(params, contexts, strict=True)):
         if p.repetition_penalty != 1.0:
             assert context is not None, "a row with a repetition penalty needs its context ids"
@@ -90,9 +92,10 @@ def gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[...] of every rank as [ranks, ...]."""
     if group is None or group.size() == 1:
         return tensor.unsqueeze(0)
-    out = tensor.new_empty(group.size(), *tensor.shape)
-    dist.all_gather_into_tensor(out, tensor.contiguous(), group=group)
-    return out
+    flat = tensor.reshape(-1)
+    out = flat.new_empty(group.size() * flat.numel())
+    dist.all_gather_single(out, flat, group=group)
+    return out.view(group.size(), *tensor.shape)
 
 
 def _penalize(logits: ShardLogits, row: int, context: Sequence[int], penalty: float) -> None:
@@ -108,12 +111,12 @@ def _floors(logits: ShardLogits, params: Sequence[SamplingParams]) -> Tensor:
     """The smallest logit that each row keeps, float32 [n]."""
     x = logits.values
     floor = x.new_full((len(params),), -math.inf)
-    if (rows := _rows(x, params, lambda p: p.top_k > 0)) is not None:
+    if (rows := _rows(x, params, lambda p: 0 < p.top_k < logits.vocab_size)) is not None:
         floor[rows] = _top_k_floor(x[rows], [params[i].top_k for i in rows.tolist()], logits.group)
     largest = gather(x.amax(-1), logits.group).amax(0)
     if (rows := _rows(x, params, lambda p: p.top_p < 1)) is not None:
         top_p = _column([params[i].top_p for i in rows.tolist()], x, torch.float64)
-        floor[rows] = _top_p_floor(x[rows], top_p, floor[rows], largest[rows], logits.group)
+        floor[rows] = _top_p_floor(x[rows], top_p, floor[rows], largest[rows], logits.vocab_size, logits.group)
     if (rows := _rows(x, params, lambda p: p.min_p > 0)) is not None:
         log_min_p = _column([params[i].min_p for i in rows.tolist()], x, torch.float64).log().squeeze(-1)
         floor[rows] = torch.maximum(floor[rows], (largest[rows].double() + log_min_p).float())
@@ -121,7 +124,7 @@ def _floors(logits: ShardLogits, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def _top_k_floor(x: Tensor, top_k: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
-    """The k-th largest logit of each row over all shards; -inf where the vocabulary has fewer."""
+    """The k-th largest logit of each row over all shards."""
     most = max(top_k)
     local = _padded(x.topk(min(most, x.shape[1])).values, most, -math.inf)
     largest = _side_by_side(gather(local, group)).topk(most).values
@@ -129,14 +132,16 @@ def _top_k_floor(x: Tensor, top_k: Sequence[int], group: dist.ProcessGroup | Non
     return largest.gather(-1, index).squeeze(-1)
 
 
-def _top_p_floor(x: Tensor, top_p: Tensor, floor: Tensor, largest: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _top_p_floor(
+    x: Tensor, top_p: Tensor, floor: Tensor, largest: Tensor, vocab_size: int, group: dist.ProcessGroup | None
+) -> Tensor:
     """The largest logit whose row, from it upwards, has at least the share top_p of the mass above `floor`.
 
     Looks at as few of each shard's largest logits as suffice. Exact up to float32 exponentials, and the same under any
     sharding: masses are integers, and a row is settled only by logits at least as large as any that were not looked at.
     """
-    kept = x.masked_fill(x < floor.unsqueeze(-1), -math.inf)
-    mass = (kept - largest.unsqueeze(-1)).exp_().double().mul_(_MASS_SCALE).round_()
+    kept = x.masked_fill(~(x >= floor.unsqueeze(-1)), -math.inf)
+    mass = (kept - largest.unsqueeze(-1)).exp_().nan_to_num_(0.0).double().mul_(_MASS_SCALE).round_()  # a row with NaN has none
     wanted = gather(mass.long().sum(-1), group).sum(0).double() * top_p.squeeze(-1)
     result = torch.full_like(floor, -math.inf)
     pending = torch.arange(x.shape[0], device=x.device)
@@ -148,7 +153,7 @@ def _top_p_floor(x: Tensor, top_p: Tensor, floor: Tensor, largest: Tensor, group
         settled = (first.squeeze(-1) < logit.shape[1]) & (settled_at >= unseen)
         result[pending[settled]] = settled_at[settled].float()
         pending = pending[~settled]
-        candidates *= 4
+        candidates = min(4 * candidates, vocab_size)
     return torch.maximum(result, floor)
 
 

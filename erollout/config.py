@@ -90,7 +90,7 @@ class RolloutConfig:
     max_num_batched_tokens: Positive = 2048
     """Most tokens in one forward pass: longer prompts are prefilled in chunks."""
     kernels: Literal["auto", "prepacked", "torch"] = "auto"
-    """Linear layers of the decode model: `prepacked` (bf16 on CPU), `torch` (any device), `auto` (resolved once, logged)."""
+    """Linear layers of the decode model: `prepacked` (CPU), `torch` (any device), `auto` (resolved once, logged)."""
 
 
 @_section

@@ -1,4 +1,4 @@
-"""Copy on write against a model of what every table must read: whatever is forked, written or freed, nobody sees another's writes."""
+"""Copy on write against a model of what every table must read: nobody ever sees what another holder of a block wrote."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

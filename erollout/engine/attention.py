@@ -5,7 +5,8 @@ which begins at a multiple of the chunk size. Every item is one matrix of a batc
 output, maximum and sum, as in flash-decoding) is combined over the chunks of a tile in their order. What an item computes and
 how it is combined depends on nothing but the query's position and its sequence, so a token's result is the same alone, among
 any neighbours, and in a prompt chunk of any length. That rests on products whose rows do not depend on the number of
-rows: true of oneDNN's bf16 product on the CPU, and of MKL's float32 product from MIN_ROWS rows on (tests check both).
+rows: true on the CPU of oneDNN's bf16 product, and of MKL's float32 product from MIN_ROWS rows on with one thread per rank,
+as the launcher sets it (tests check both).
 """
 
 from dataclasses import dataclass

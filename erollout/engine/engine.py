@@ -136,6 +136,7 @@ class Engine:
         self.stats.seconds = time.perf_counter() - started
         return [self._rollout(requests[sequence.request_index], sequence) for sequence in sequences]
 
+    @torch.inference_mode()
     def _step(self, scheduler: Scheduler) -> list[Sequence]:
         """One forward pass and the tokens it yields; the sequences that it finished."""
         batch = scheduler.schedule()

@@ -43,12 +43,21 @@ class ShardLogits:
         return self.values - normalizer.float().unsqueeze(-1)
 
 
-def shard_logits(logits: Tensor, vocab_size: int, vocab_start: int = 0, group: dist.ProcessGroup | None = None) -> ShardLogits:
-    """Logits [n, V_local] (any floating dtype) of ids vocab_start ... as a shard; columns from vocab_size on are padding."""
+def shard_logits(
+    logits: Tensor, vocab_size: int, vocab_start: int = 0, group: dist.ProcessGroup | None = None, buffer: Tensor | None = None
+) -> ShardLogits:
+    """Logits [n, V_local] (any floating dtype) of ids vocab_start ... as a shard; columns from vocab_size on are padding.
+
+    With a `buffer` (float32 [at least n, W]) the shard's values are its first rows: fresh megabytes cost more in page faults
+    than the copy itself.
+    """
     size = max(0, min(logits.shape[1], vocab_size - vocab_start))
     margin = vocab_start % TILE
     width = max(1, math.ceil((margin + size) / TILE)) * TILE
-    values = torch.empty(logits.shape[0], width, dtype=torch.float32, device=logits.device)
+    if buffer is None:
+        buffer = torch.empty(logits.shape[0], width, dtype=torch.float32, device=logits.device)
+    values = buffer[: logits.shape[0]]
+    assert values.shape == (logits.shape[0], width)
     values[:, :margin] = -math.inf
     values[:, margin : margin + size] = logits[:, :size]
     values[:, margin + size :] = -math.inf

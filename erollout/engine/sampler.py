@@ -57,6 +57,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.vocab_start = vocab_start
         self.group = group
+        self._buffer: Tensor | None = None
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
         """One token for each row of logits [n, V_local]. Collective over the group: equal rows on every rank.
@@ -65,11 +66,19 @@ class Sampler:
         """
         if not rows:
             return SampledTokens([], [], [])
-        raw = shard_logits(logits, self.vocab_size, self.vocab_start, self.group)
+        raw = self._shard(logits)
         processed = process_logits(raw, [r.params for r in rows], [r.context_ids for r in rows])
         value, token = draw(processed, rows)
         shards = gather(_facts(raw, processed, value, token), self.group)
         return _decide(shards, rows)
+
+    def _shard(self, logits: Tensor) -> ShardLogits:
+        """The logits as a shard, in a buffer that is kept between calls and grows with the number of rows."""
+        fits = self._buffer is not None and len(self._buffer) >= len(logits) and self._buffer.device == logits.device
+        shard = shard_logits(logits, self.vocab_size, self.vocab_start, self.group, self._buffer if fits else None)
+        if not fits:
+            self._buffer = shard.values
+        return shard
 
 
 def draw(processed: ShardLogits, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Runs a rank's reshard plan: copies, packs, sends, receives, unpacks, in place."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from erollout.errors import UserError
 from erollout.parallel.placement import Shape, box_slices
-from erollout.resharding.planner import Box, Bucket, LocalCopy, ReshardPlan
+from erollout.resharding.planner import Box, Bucket, LocalCopy, ReshardPlan, Step
 from erollout.resharding.transport import Message, Pending, Transport
 
-_IN_FLIGHT = 2
-"""Steps between start and finish: one is packed or unpacked while the other is on the wire."""
+_IN_FLIGHT = 8
+"""Most steps between start and finish."""
+_BUFFERS = 2
+"""Staging buffers per direction: one is packed or unpacked while the other is on the wire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,49 @@ class ReshardStats:
         return (self.bytes_local + self.bytes_received) / max(self.seconds, 1e-12) / 1e9
 
 
+class _Staging:
+    """The buffers that messages of one direction are packed into or unpacked from."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._free: list[Tensor] = []
+        self.release()
+
+    def release(self) -> None:
+        self._free = [torch.empty(0, dtype=self._dtype, device=self._device) for _ in range(_BUFFERS)]
+
+    @property
+    def available(self) -> bool:
+        return bool(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers that are not taken."""
+        return sum(buffer.nbytes for buffer in self._free)
+
+    def reserve(self, numel: int) -> None:
+        """Make every buffer hold `numel` elements at least; those that a failed run has not given back are replaced."""
+        if len(self._free) < _BUFFERS or self._free[0].numel() < numel:
+            self.release()
+            self._free = [torch.empty(numel, dtype=self._dtype, device=self._device) for _ in range(_BUFFERS)]
+
+    def take(self) -> Tensor:
+        """A buffer, to be given back."""
+        return self._free.pop()
+
+    def give_back(self, buffer: Tensor) -> None:
+        self._free.append(buffer)
+
+
 @dataclass(frozen=True, slots=True)
 class _Started:
+    """A step on its way, with the staging buffers that it holds."""
+
+    step: Step
     pending: Pending
+    packed: Tensor | None
     received: Tensor | None
-    """Staged message to unpack; None when it lands where it belongs, or when there is none."""
 
 
 def wire_dtype(source: torch.dtype, destination: torch.dtype) -> torch.dtype:
@@ -74,7 +114,8 @@ class Resharder:
         self._dtype = dtype
         self._device = device
         self._on_tensor_complete = on_tensor_complete
-        self._staging: dict[tuple[str, int], Tensor] = {}
+        self._sending = _Staging(dtype, device)
+        self._receiving = _Staging(dtype, device)
         self._missing: Counter[str] = Counter()
 
     @torch.no_grad()
@@ -90,58 +131,76 @@ class Resharder:
         self._check(source, destination)
         begin = time.perf_counter()
         self._expect_all()
-        steps = self._plan.steps
+        self._sending.reserve(self._largest_staged(self._plan.sends, source))
+        self._receiving.reserve(self._largest_staged(self._plan.receives, destination))
+        in_flight: deque[_Started] = deque()
         copied = 0
-        started: dict[int, _Started] = {}
-        for index in range(len(steps) + _IN_FLIGHT):
-            if index >= _IN_FLIGHT:
-                self._finish(index - _IN_FLIGHT, started.pop(index - _IN_FLIGHT), destination)
-            if index < len(steps):
-                started[index] = self._start(index, source, destination)
-            until = len(self._plan.local) * (index + 1) // (len(steps) + _IN_FLIGHT)  # spread: they run beside the messages
+        for number, step in enumerate(self._plan.steps, start=1):
+            while not self._has_room(step, in_flight, source, destination):
+                self._finish(in_flight.popleft(), destination)
+            in_flight.append(self._start(step, source, destination))
+            until = len(self._plan.local) * number // len(self._plan.steps)  # spread: they run beside the messages
             for copy in self._plan.local[copied:until]:
                 self._copy(copy, source, destination)
             copied = until
+        for copy in self._plan.local[copied:]:  # all of them when there is nothing to send
+            self._copy(copy, source, destination)
+        while in_flight:
+            self._finish(in_flight.popleft(), destination)
         self._synchronize()
         return self._stats(time.perf_counter() - begin, destination)
 
     def release(self) -> None:
         """Give the staging buffers back; the next run allocates them again."""
-        self._staging.clear()
+        self._sending.release()
+        self._receiving.release()
 
-    def _start(self, index: int, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> _Started:
-        step = self._plan.steps[index]
-        outgoing = incoming = staged = None
+    def _largest_staged(self, buckets: tuple[Bucket, ...], tensors: Mapping[str, Tensor]) -> int:
+        return max((bucket.numel for bucket in buckets if self._direct(bucket, tensors) is None), default=0)
+
+    def _has_room(
+        self, step: Step, in_flight: deque[_Started], source: Mapping[str, Tensor], destination: Mapping[str, Tensor]
+    ) -> bool:
+        """Whether a step can start before the oldest one in flight is finished: one without staging costs no memory."""
+        if not in_flight:
+            return True
+        stages_send = step.send is not None and self._direct(step.send, source) is None
+        stages_receive = step.receive is not None and self._direct(step.receive, destination) is None
+        buffers = (self._sending.available or not stages_send) and (self._receiving.available or not stages_receive)
+        return buffers and len(in_flight) < _IN_FLIGHT
+
+    def _start(self, step: Step, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> _Started:
+        outgoing = incoming = packed = received = None
         if step.send is not None:
-            outgoing = Message(self._outgoing(step.send, index, source), step.send.peer)
+            if (content := self._direct(step.send, source)) is None:
+                packed = self._sending.take()
+                content = self._pack(step.send, packed, source)
+            outgoing = Message(content, step.send.peer)
         if step.receive is not None:
-            into = self._direct(step.receive, destination)
-            if into is None:
-                into = staged = self._buffer("receive", index, step.receive)
+            if (into := self._direct(step.receive, destination)) is None:
+                received = self._receiving.take()
+                into = received[: step.receive.numel]
             incoming = Message(into, step.receive.peer)
-        return _Started(self._transport.start(outgoing, incoming), staged)
+        return _Started(step, self._transport.start(outgoing, incoming), packed, received)
 
-    def _finish(self, index: int, started: _Started, destination: Mapping[str, Tensor]) -> None:
+    def _finish(self, started: _Started, destination: Mapping[str, Tensor]) -> None:
         started.pending.wait()
-        bucket = self._plan.steps[index].receive
-        if bucket is None:
+        if started.packed is not None:
+            self._sending.give_back(started.packed)
+        if (bucket := started.step.receive) is None:
             return
         if started.received is not None:
-            parts = started.received.split([box.numel for box in bucket.boxes])
-            for box, part in zip(bucket.boxes, parts, strict=True):
-                _view(destination, box).copy_(part.view(box.shape))
+            for box, part in _parts(bucket, started.received):
+                _view(destination, box).copy_(part)
+            self._receiving.give_back(started.received)
         for box in bucket.boxes:
             self._landed(box.tensor)
 
-    def _outgoing(self, bucket: Bucket, index: int, source: Mapping[str, Tensor]) -> Tensor:
-        """The bucket's bytes: the source itself where it is as the wire wants it, else packed and converted."""
-        if (direct := self._direct(bucket, source)) is not None:
-            return direct
-        buffer = self._buffer("send", index, bucket)
-        parts = buffer.split([box.numel for box in bucket.boxes])
-        for box, part in zip(bucket.boxes, parts, strict=True):
-            part.view(box.shape).copy_(_view(source, box))
-        return buffer
+    def _pack(self, bucket: Bucket, buffer: Tensor, source: Mapping[str, Tensor]) -> Tensor:
+        """The bucket's elements, converted, at the beginning of the buffer."""
+        for box, part in _parts(bucket, buffer):
+            part.copy_(_view(source, box))
+        return buffer[: bucket.numel]
 
     def _direct(self, bucket: Bucket, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The memory of a bucket's only box when a message can lie there unconverted, else None."""
@@ -150,13 +209,6 @@ class Resharder:
         view = _view(tensors, bucket.boxes[0])
         usable = view.is_contiguous() and view.dtype == self._dtype and view.device.type == self._device.type
         return view if usable else None
-
-    def _buffer(self, direction: str, index: int, bucket: Bucket) -> Tensor:
-        """The staging memory of a step, grown to the largest bucket that needs one; the step _IN_FLIGHT later uses it again."""
-        key = (direction, index % _IN_FLIGHT)
-        if key not in self._staging or self._staging[key].numel() < bucket.numel:
-            self._staging[key] = torch.empty(bucket.numel, dtype=self._dtype, device=self._device)
-        return self._staging[key][: bucket.numel]
 
     def _copy(self, copy: LocalCopy, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
         _view(destination, copy.destination).copy_(_view(source, copy.source))
@@ -199,8 +251,15 @@ class Resharder:
             bytes_local=sum(copy.destination.numel for copy in self._plan.local) * itemsize,
             bytes_sent=sum(bucket.numel for bucket in self._plan.sends) * self._plan.itemsize,
             bytes_received=sum(bucket.numel for bucket in self._plan.receives) * self._plan.itemsize,
-            peak_extra_bytes=sum(buffer.nbytes for buffer in self._staging.values()),
+            peak_extra_bytes=self._sending.nbytes + self._receiving.nbytes,
         )
+
+
+def _parts(bucket: Bucket, buffer: Tensor) -> Iterator[tuple[Box, Tensor]]:
+    """Each box of a message with its place in the buffer, in the box's shape."""
+    sizes = [box.numel for box in bucket.boxes]
+    for box, part in zip(bucket.boxes, buffer[: sum(sizes)].split(sizes), strict=True):
+        yield box, part.view(box.shape)
 
 
 def _view(tensors: Mapping[str, Tensor], box: Box) -> Tensor:

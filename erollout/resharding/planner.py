@@ -23,7 +23,7 @@ from erollout.parallel.placement import LocalTensor, Piece, Placement, Shape, in
 from erollout.policy.architecture import Architecture
 from erollout.policy.placement import training_placement
 
-DEFAULT_BUCKET_BYTES = 32 * 2**20
+DEFAULT_BUCKET_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,10 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 from ranks import RankPool
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads: several on few cores are ten times slower
 
 
 @pytest.fixture(scope="session")

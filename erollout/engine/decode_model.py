@@ -150,7 +150,7 @@ class DecodeModel:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; statistics in float32, the product in x's dtype."""
     wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
+    scale = wide.pow(2).sum(-1, keepdim=True).div_(x.shape[-1]).add_(epsilon).rsqrt_()
     return (wide * scale).to(x.dtype).mul_(weight)
 
 

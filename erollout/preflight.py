@@ -12,9 +12,8 @@ from erollout.data.build import build_datasets
 from erollout.data.prompts import PromptDataset, PromptLimits
 from erollout.data.tokenizer import load_tokenizer
 from erollout.engine.placement import decode_placement
-from erollout.environment import launcher_environment
 from erollout.errors import UserError
-from erollout.parallel.groups import expected_world_size, resolve_layouts
+from erollout.parallel.groups import current_rank, expected_world_size, resolve_layouts
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 from erollout.parallel.placement import Placement
 from erollout.policy.architecture import Architecture
@@ -96,10 +95,8 @@ def check_context(config: Config, architecture: Architecture) -> None:
 
 def _check_store(config: Config) -> None:
     """A new run's tracking store must answer; a resumed one keeps its records until the store is back."""
-    launcher = launcher_environment()
-    asks = launcher is None or launcher.rank == 0
     resumes = config.checkpoint.resume and complete_checkpoints(config.checkpoint_directory)
-    if asks and config.tracking.enabled and config.tracking.uri and not resumes:
+    if current_rank() == 0 and config.tracking.enabled and config.tracking.uri and not resumes:
         MlflowStore(config.tracking.uri).check()
 
 

@@ -1,7 +1,6 @@
 """The numbers of one step, from what its phases returned. Pure."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from erollout.config import Config
 from erollout.resharding.executor import ReshardStats
@@ -9,7 +8,7 @@ from erollout.rollout import RolloutResult
 from erollout.tracking.metrics import summarize_lengths
 from erollout.tracking.store import redact
 
-_FEW = 5
+_FEW = 10
 """Steps that the first and the last reward are averaged over."""
 
 
@@ -64,7 +63,7 @@ def summary_rows(
             (f"{phase.removeprefix('seconds/')} seconds, in all and per step", f"{total:.1f}, {total / len(steps):.3f}")
         )
     if config.tracking.enabled:
-        store = config.tracking.uri or f"sqlite:///{Path(config.train.output_dir).absolute()}/mlflow.db"
+        store = config.tracking.uri or f"sqlite:///{config.train.output_dir}/mlflow.db"
         rows.append(("MLflow run", run_id))
         rows.append(("MLflow store", redact(store)))
     return rows

@@ -11,10 +11,9 @@ from pathlib import Path
 from erollout.algorithm import build_algorithm
 from erollout.checkpoint.checkpointer import Checkpointer, RunState
 from erollout.config import Config
-from erollout.environment import launcher_environment
 from erollout.errors import UserError
 from erollout.evaluation import evaluation_metrics
-from erollout.parallel.groups import ParallelContext, initialize, shut_down
+from erollout.parallel.groups import ParallelContext, current_rank, initialize, shut_down
 from erollout.policy.actor import Actor
 from erollout.policy.hf_export import export_policy
 from erollout.preflight import Resolved, preflight, resolved_facts
@@ -104,14 +103,13 @@ def rollout(config: Config, out: str) -> None:
 @contextmanager
 def _world(config: Config, rolls_out: bool = True) -> Iterator[tuple[Resolved, ParallelContext]]:
     """Check everything, join the world, leave it at the end."""
-    launcher = launcher_environment()
-    configure_logging(launcher.rank if launcher else 0)
+    configure_logging(current_rank())
     resolved = preflight(config, rolls_out)
     context = initialize(config)
     try:
         yield resolved, context
     finally:
-        shut_down()
+        shut_down(context)
 
 
 def _rewards(config: Config, resolved: Resolved) -> RewardPool:

@@ -101,7 +101,8 @@ class RankPool:
         context = mp.get_context("spawn")
         while len(self._workers) < world_size:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, len(self._workers)), daemon=False)  # a daemon may not start children
+            rank = len(self._workers)
+            process = context.Process(target=_serve, args=(theirs, rank), daemon=False)  # a daemon may not start children
             process.start()
             theirs.close()
             self._workers.append((process, ours))

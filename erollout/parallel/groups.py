@@ -27,6 +27,8 @@ class ParallelContext:
     decode: DecodeLayout
     decode_group: dist.ProcessGroup | None
     """Ranks of this decode replica; None when it is this rank alone."""
+    owns_world: bool
+    """Whether the default group was made here."""
 
     @property
     def data_parallel_rank(self) -> int:
@@ -50,24 +52,25 @@ def resolve_layouts(config: Config, world_size: int) -> tuple[TrainLayout, Decod
     train = TrainLayout(world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     batch = config.train.global_batch_size or config.samples_per_step
     if batch < train.data:
-        raise UserError(f"train.global_batch_size = {batch} is fewer samples than the {train.data} data-parallel ranks; raise it")
+        raise UserError(f"train.global_batch_size = {batch} is less than the {train.data} data-parallel ranks; raise it")
     return train, DecodeLayout(world_size, config.rollout.tensor_model_parallel_size)
 
 
 def expected_world_size(config: Config) -> int:
     """The ranks that the launcher started, or that `erollout train` would start. Raises UserError when they disagree."""
-    launcher, wanted = launcher_environment(), config.parallel.world_size
-    if launcher is None:
+    wanted, started = config.parallel.world_size, _started_ranks()
+    if started is None:
         return wanted or config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-    if wanted not in (None, launcher.world_size):
-        raise UserError(
-            f"parallel.world_size = {wanted} but the launcher started {launcher.world_size} ranks; unset it or start {wanted}"
-        )
-    return launcher.world_size
+    if wanted not in (None, started):
+        raise UserError(f"parallel.world_size = {wanted} but the launcher started {started} ranks; unset it or start {wanted}")
+    return started
 
 
 def initialize(config: Config) -> ParallelContext:
-    """Join the world (torchrun's rendezvous, or a world of one) and create the training and decode groups."""
+    """Join the world and create the training and decode groups.
+
+    The world is the default group if the caller has made one, else torchrun's rendezvous, else this process alone.
+    """
     patches = apply_all()
     from megatron.core import parallel_state
 
@@ -77,9 +80,10 @@ def initialize(config: Config) -> ParallelContext:
     device = _device(launcher.local_rank if launcher else 0)
     timeout = timedelta(seconds=config.parallel.timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if launcher:
+    owns_world = not dist.is_initialized()
+    if owns_world and launcher:
         dist.init_process_group(backend, timeout=timeout)
-    else:
+    elif owns_world:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(train.tensor, train.pipeline, distributed_timeout_minutes=_minutes(timeout))
     decode_group = _decode_group(decode, timeout)
@@ -94,17 +98,32 @@ def initialize(config: Config) -> ParallelContext:
         decode.replicas,
         decode.tensor,
     )
-    return ParallelContext(dist.get_rank(), world_size, device, train, decode, decode_group)
+    return ParallelContext(dist.get_rank(), world_size, device, train, decode, decode_group, owns_world)
 
 
-def shut_down() -> None:
-    """Leave the groups; safe to call when none were created."""
-    if not dist.is_initialized():
-        return
+def shut_down(context: ParallelContext) -> None:
+    """Leave the groups, and the world if `initialize` joined it."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if context.owns_world:
+        dist.destroy_process_group()
+
+
+def current_rank() -> int:
+    """This process's rank, before or after joining the world."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    launcher = launcher_environment()
+    return launcher.rank if launcher else 0
+
+
+def _started_ranks() -> int | None:
+    """The size of the world that is there already or that a launcher has started; None when there is neither."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    launcher = launcher_environment()
+    return launcher.world_size if launcher else None
 
 
 def _device(local_rank: int) -> torch.device:

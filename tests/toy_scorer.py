@@ -1,0 +1,23 @@
+"""Scorers for runs of untrained models. By themselves, because scoring processes import them: they must be light."""
+
+import os
+import time
+
+from erollout.types import Prompt
+
+
+def share_of_digits(prompt: Prompt, response: str) -> float:
+    """Between 0 and 1, different from response to response even for random text."""
+    return sum(character.isdigit() for character in response) / max(1, len(response))
+
+
+def troublesome(prompt: Prompt, response: str) -> float:
+    """Fails in every way that a scorer can, chosen by the response's length."""
+    match len(response) % 5:
+        case 0:
+            raise RuntimeError("no idea")
+        case 1:
+            os._exit(3)
+        case 2:
+            time.sleep(600)
+    return share_of_digits(prompt, response)

@@ -155,7 +155,10 @@ def test_attention_has_the_same_bits_in_any_company(dtype: str, heads: int, kv_h
 
 def test_blocks_that_do_not_divide_the_chunk() -> None:
     case = AttentionCase("float32", 4, 2, 16, block_size=24)
-    torch.testing.assert_close(case.run((0, 0, 300))[0], case.reference(0, 0, 300), atol=1e-5, rtol=0)
+    whole = case.run((0, 0, 300))[0]
+    torch.testing.assert_close(whole, case.reference(0, 0, 300), atol=1e-5, rtol=0)
+    for position in (0, 50, 299):
+        assert torch.equal(case.run((0, position, position + 1))[0][0], whole[position])
 
 
 def test_a_pass_writes_no_other_sequences_keys_and_values() -> None:

@@ -61,6 +61,11 @@ def without_cuda(host: Host) -> bool:
     return not host.cuda_available
 
 
+def on_every_host(host: Host) -> bool:
+    """The patch mends something that has nothing to do with the device."""
+    return True
+
+
 def source_changed(patch: str, location: str, version: str, problem: str) -> UserError:
     """The error of a patch whose target isn't what it was written for."""
     return UserError(

@@ -9,6 +9,7 @@ import torch
 
 from erollout.errors import UserError
 
+from .checkpoint_results_queue import CHECKPOINT_RESULTS_QUEUE
 from .device_proxy import DEVICE_PROXY
 from .distributed_optimizer_checkpoint import DISTRIBUTED_OPTIMIZER_CHECKPOINT
 from .distributed_optimizer_gather import DISTRIBUTED_OPTIMIZER_GATHER
@@ -24,6 +25,7 @@ PATCHES: tuple[Patch, ...] = (
     TIED_EMBEDDINGS,
     DISTRIBUTED_OPTIMIZER_GATHER,
     DISTRIBUTED_OPTIMIZER_CHECKPOINT,
+    CHECKPOINT_RESULTS_QUEUE,
 )
 
 

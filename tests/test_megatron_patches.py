@@ -136,9 +136,10 @@ def test_the_installed_release_is_tested_and_is_what_the_patches_expect() -> Non
 
 
 def test_nothing_is_patched_on_a_gpu_but_upstream_bugs() -> None:
-    assert select(PATCHES, Host(cuda_available=True, fused_adam_available=True)) == ()
+    with_fused_adam = select(PATCHES, Host(cuda_available=True, fused_adam_available=True))
+    assert [patch.name for patch in with_fused_adam] == ["checkpoint_results_queue"]
     bugs = select(PATCHES, Host(cuda_available=True, fused_adam_available=False))
-    assert [patch.name for patch in bugs] == ["distributed_optimizer_checkpoint"]
+    assert [patch.name for patch in bugs] == ["distributed_optimizer_checkpoint", "checkpoint_results_queue"]
     assert select(PATCHES, Host(cuda_available=False, fused_adam_available=False)) == PATCHES
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from erollout.config import Config, load_config
 from erollout.environment import launcher_environment
@@ -58,10 +59,10 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Callable[...,
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load_config(options.config, options.overrides)  # before the imports, which take seconds
     from erollout import session
     from erollout.preflight import describe, preflight
 
-    config = load_config(options.config, options.overrides)
     if options.dry_run:
         print(describe(config, preflight(config)))
         return 0
@@ -69,16 +70,18 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _sft(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load_config(options.config, options.overrides)
     from erollout import session
 
-    config = load_config(options.config, options.overrides)
     return _on_ranks(config, arguments, lambda: session.supervised(config), rolls_out=False)
 
 
 def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
-    from erollout import session
-
     config = load_config(options.config, options.overrides)
+    from erollout import session
+    from erollout.preflight import require_writable
+
+    require_writable("--out", Path(options.out).parent)
     return _on_ranks(config, arguments, lambda: session.rollout(config, options.out))
 
 

@@ -1,5 +1,8 @@
 """Everything about a run that can be checked and worked out before a process group starts."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +21,7 @@ from erollout.parallel.layout import DecodeLayout, TrainLayout
 from erollout.parallel.placement import Placement
 from erollout.policy.architecture import Architecture
 from erollout.policy.families import policy_architecture
+from erollout.policy.hf_export import check_destination
 from erollout.policy.hf_io import check_weights
 from erollout.policy.placement import training_placement
 from erollout.rewards.scorers import Scorer, build_scorer
@@ -56,11 +60,14 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
     if rolls_out:
         check_context(config, architecture)
     tokenizer = load_tokenizer(config.tokenizer_path, architecture.vocab_size)
-    trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
-    decoded = _parameters(decode_placement(architecture, decode.tensor, 0))
+    with _named(f"parallel.tensor_model_parallel_size = {train.tensor}, pipeline_model_parallel_size = {train.pipeline}"):
+        trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
+    with _named(f"rollout.tensor_model_parallel_size = {decode.tensor}"):
+        decoded = _parameters(decode_placement(architecture, decode.tensor, 0))
     if config.model.path is not None:
         check_weights(config.model.path, architecture)
     _check_export(config)
+    _check_outputs(config)
     train_data, test_data = build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
     _check_store(config)
     return Resolved(
@@ -76,6 +83,15 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
         training_bytes=trained * _training_bytes_per_parameter(config, train),
         decoding_bytes=decoded * _BYTES[config.rollout.dtype] + round(config.rollout.kv_cache_gib * 2**30),
     )
+
+
+@contextmanager
+def _named(keys: str) -> Iterator[None]:
+    """Says which keys a layout that doesn't fit the model comes from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{keys}: {error}") from error
 
 
 def prompt_limits(config: Config, architecture: Architecture) -> PromptLimits:
@@ -107,6 +123,26 @@ def _check_export(config: Config) -> None:
     for key, source in sources.items():
         if export and source and Path(export).resolve() == Path(source).resolve():
             raise UserError(f"checkpoint.export_path = {export} is also {key}; choose another directory")
+    if export:
+        check_destination(Path(export), Path(config.tokenizer_path))
+
+
+def _check_outputs(config: Config) -> None:
+    """Whatever the run writes can be written: better known now than at the first checkpoint."""
+    require_writable("train.output_dir", Path(config.train.output_dir))
+    if config.checkpoint.interval:
+        require_writable("checkpoint.directory", config.checkpoint_directory)
+    if config.checkpoint.export_path:
+        require_writable("checkpoint.export_path", Path(config.checkpoint.export_path).parent)
+
+
+def require_writable(key: str, directory: Path) -> None:
+    """Raise UserError unless the directory is there or can be made, and takes files. Makes nothing."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{key} = {directory} can't be a directory: {there} is a file; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key} = {directory} can't be written: no permission in {there}; choose another place")
 
 
 def describe(config: Config, resolved: Resolved) -> str:

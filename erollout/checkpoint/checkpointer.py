@@ -61,7 +61,10 @@ class Checkpointer:
         try:
             dist_checkpointing.save(self._sharded_state(is_loading=False), str(partial), validate_access_integrity=False)
         except _FAILURES as error:
-            raise UserError(f"can't save checkpoint {target}: {_reason(error)}; earlier checkpoints are intact") from error
+            raise UserError(
+                f"can't save checkpoint {target} ({shutil.disk_usage(self.directory).free / 2**20:.0f} MiB free there): "
+                f"{_reason(error)}; earlier checkpoints are intact"
+            ) from error
         self._on_rank_zero(lambda: self._publish(partial, target, state))
         logger.info("saved checkpoint %s", target)
         return target
@@ -74,7 +77,7 @@ class Checkpointer:
     def load(self, path: Path) -> RunState:
         """Restore model, optimizer and schedule in place. Collective. Raises UserError for a checkpoint that doesn't fit."""
         self._on_rank_zero(lambda: verify(path))
-        document = json.loads((path / STATE).read_text())
+        document = self._read_state(path)
         self._check_model(path, document)
         expected = self._sharded_state(is_loading=True)
         try:
@@ -100,6 +103,17 @@ class Checkpointer:
             "use_distributed_optimizer": self.actor.config.optimizer.use_distributed_optimizer,
         }
 
+    def _read_state(self, path: Path) -> dict[str, Any]:
+        try:
+            document: dict[str, Any] = json.loads((path / STATE).read_text())
+            if missing := {"step", "run_id", "history", "identity", "scheduler"} - document.keys():
+                raise ValueError(f"no {min(missing)}")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"checkpoint {path} is damaged: can't read {STATE} ({error}); remove the directory to use the one before"
+            ) from error
+        return document
+
     def _check_model(self, path: Path, document: dict[str, Any]) -> None:
         saved, mine = document["identity"], self._identity()
         if saved["architecture"] != mine["architecture"]:
@@ -113,8 +127,8 @@ class Checkpointer:
                 raise UserError(f"checkpoint {path} was saved with {section}.{key} = {saved[key]}; set it to that to resume")
 
     def _prepare(self, partial: Path) -> None:
-        if partial.exists():  # left by a crash
-            shutil.rmtree(partial)
+        for left in self.directory.glob("step_*.partial"):  # by a crash or a full disk
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
         self._require_space(partial)
 
@@ -135,11 +149,10 @@ class Checkpointer:
         (partial / STATE).write_text(json.dumps(document, indent=1))
         write_manifest(partial)
         if target.exists():  # the same step, saved again after a resume from an older one
-            shutil.rmtree(target)
+            _remove(target)
         partial.rename(target)
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
-            (old / MANIFEST).unlink()  # first: a crash in between leaves no directory that looks complete
-            shutil.rmtree(old)
+            _remove(old)
 
     def _on_rank_zero(self, action: Any) -> None:
         """Run on rank 0 while the others wait; its failure is every rank's failure, with the same message."""
@@ -147,16 +160,25 @@ class Checkpointer:
         if dist.get_rank() == 0:
             try:
                 action()
-            except (OSError, ValueError) as error:
+            except OSError as error:
+                failure = f"checkpoint.directory = {self.directory}: {error.strerror} ({error.filename})"
+            except ValueError as error:
                 failure = str(error)
         failure = from_rank_zero(failure)
         if failure:
             raise UserError(failure)
 
 
+def _remove(checkpoint: Path) -> None:
+    """The manifest goes first: a crash in between leaves no directory that looks complete."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
 def _reason(error: BaseException) -> str:
     """One line of what a checkpoint library raised; of a collective failure, the first rank's."""
     if isinstance(error, CheckpointException):
-        rank, (cause, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {_reason(cause)}"
+        for rank, (cause, _) in error.failures.items():
+            return f"rank {rank}: {_reason(cause)}"
+        return "rank 0 says why"  # saving tells the failures to the first rank only
     return str(error).strip().partition("\n")[0] or type(error).__name__

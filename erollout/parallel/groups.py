@@ -82,7 +82,7 @@ def initialize(config: Config) -> ParallelContext:
     backend = "nccl" if device.type == "cuda" else "gloo"
     owns_world = not dist.is_initialized()
     if owns_world and launcher:
-        dist.init_process_group(backend, timeout=timeout)
+        _join(backend, timeout)
     elif owns_world:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(train.tensor, train.pipeline, distributed_timeout_minutes=_minutes(timeout))
@@ -124,6 +124,17 @@ def _started_ranks() -> int | None:
         return dist.get_world_size()
     launcher = launcher_environment()
     return launcher.world_size if launcher else None
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Join the launcher's world. Raises UserError when the ranks can't meet: port taken, host unknown, address not given."""
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (dist.DistError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the ranks can't meet at MASTER_ADDR, MASTER_PORT: {reason}; set a reachable host and a free port"
+        ) from error
 
 
 def _device(local_rank: int) -> torch.device:

@@ -189,7 +189,7 @@ class _Writer:
     def begin(self, architecture: Architecture, dtype: str, tokenizer: Path | None) -> None:
         if self.replaced.exists() and not self.destination.exists():  # a process died between finish()'s two renames
             self.replaced.rename(self.destination)
-        self._check_destination(tokenizer)
+        check_destination(self.destination, tokenizer)
         shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier process that died
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(hf_config(architecture, dtype), indent=2) + "\n")
@@ -216,18 +216,17 @@ class _Writer:
         self.folder.rename(self.destination)
         shutil.rmtree(self.replaced, ignore_errors=True)
 
-    def _check_destination(self, tokenizer: Path | None) -> None:
-        """Only an earlier model may be replaced, and not the one that is being read from."""
-        if tokenizer and not any((tokenizer / name).exists() for name in _COMPANIONS):
-            raise UserError(f"{tokenizer} holds no tokenizer files to export; set model.tokenizer to a Hugging Face directory")
-        if not self.destination.exists():
-            return
-        if tokenizer and self.destination.samefile(tokenizer):
-            raise UserError(f"can't export to {self.destination}: the tokenizer is read from there; choose another export path")
-        if not self.destination.is_dir() or (
-            any(self.destination.iterdir()) and not (self.destination / "config.json").exists()
-        ):
-            raise UserError(f"can't export to {self.destination}: it exists and is not an exported model; choose another path")
+
+def check_destination(destination: Path, tokenizer: Path | None) -> None:
+    """Raise UserError unless `destination` is free or an earlier model, and not what is being read from."""
+    if tokenizer and not any((tokenizer / name).exists() for name in _COMPANIONS):
+        raise UserError(f"{tokenizer} holds no tokenizer files to export; set model.tokenizer to a Hugging Face directory")
+    if not destination.exists():
+        return
+    if tokenizer and destination.samefile(tokenizer):
+        raise UserError(f"can't export to {destination}: the tokenizer is read from there; choose another export path")
+    if not destination.is_dir() or (any(destination.iterdir()) and not (destination / "config.json").exists()):
+        raise UserError(f"can't export to {destination}: it exists and is not an exported model; choose another path")
 
 
 def _to_disk(path: Path) -> None:

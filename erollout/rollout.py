@@ -14,6 +14,7 @@ from erollout.engine.random import request_seed
 from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.architecture import Architecture
+from erollout.policy.initialization import first_weights
 from erollout.resharding.executor import Resharder, ReshardStats, wire_dtype
 from erollout.resharding.planner import plan_for_rank
 from erollout.resharding.transport import ProcessGroupTransport
@@ -66,6 +67,13 @@ class RolloutWorker:
         stats = self.resharder.run(policy, self.engine.local_tensors())
         self.engine.weights_updated(policy_version)
         return stats
+
+    def load_weights(self) -> None:
+        """Take the configured model's weights instead of a policy's: for sampling without training."""
+        architecture, decode = self.engine.architecture, self.context.decode
+        placement = decode_placement(architecture, decode.tensor, decode.tensor_rank(self.context.rank))
+        first_weights(self.engine.local_tensors(), architecture, self.config.model, placement, self.config.train.seed)
+        self.engine.weights_updated(0)
 
     def rollout(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, group_size: int, stream: int, step: int

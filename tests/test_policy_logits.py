@@ -133,7 +133,8 @@ def _build(model: ModelConfig, tensor: int, pipeline: int, sequence_parallel: bo
     from megatron.core import parallel_state, tensor_parallel
 
     from erollout.parallel.layout import TrainLayout
-    from erollout.policy.model import build_model, load_policy_weights, transformer_config
+    from erollout.policy.initialization import first_weights
+    from erollout.policy.model import build_model, local_tensors, transformer_config
     from erollout.policy.placement import training_placement
 
     if not parallel_state.is_initialized():
@@ -145,7 +146,7 @@ def _build(model: ModelConfig, tensor: int, pipeline: int, sequence_parallel: bo
     )
     placement = training_placement(architecture, TrainLayout(dist.get_world_size(), tensor, pipeline), dist.get_rank())
     module = build_model(architecture, transformer_config(architecture, model, parallel))
-    load_policy_weights(module, architecture, model, placement, seed=1)
+    first_weights(local_tensors(module), architecture, model, placement, seed=1)
     return module, placement
 
 

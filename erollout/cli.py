@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from erollout.config import Config, load_config
 from erollout.environment import launcher_environment
@@ -60,29 +61,25 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Callable[...,
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)  # before the imports, which take seconds
-    from erollout import session
     from erollout.preflight import describe, preflight
 
     if options.dry_run:
         print(describe(config, preflight(config)))
         return 0
-    return _on_ranks(config, arguments, lambda: session.train(config))
+    return _on_ranks(config, arguments, lambda session: session.train(config))
 
 
 def _sft(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)
-    from erollout import session
-
-    return _on_ranks(config, arguments, lambda: session.supervised(config), rolls_out=False)
+    return _on_ranks(config, arguments, lambda session: session.supervised(config), rolls_out=False)
 
 
 def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)
-    from erollout import session
     from erollout.preflight import require_writable
 
     require_writable("--out", Path(options.out).parent)
-    return _on_ranks(config, arguments, lambda: session.rollout(config, options.out))
+    return _on_ranks(config, arguments, lambda session: session.rollout(config, options.out))
 
 
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -98,10 +95,14 @@ def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def _on_ranks(config: Config, arguments: list[str], work: Callable[[], None], rolls_out: bool = True) -> int:
+def _on_ranks(config: Config, arguments: list[str], work: Callable[[ModuleType], None], rolls_out: bool = True) -> int:
     """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine."""
-    if launcher_environment() is not None:
-        work()
+    from erollout.launch.local import end_with_parent, launch_local
+
+    if (launcher := launcher_environment()) is not None:
+        if launcher.is_elastic:
+            end_with_parent()
+        work(_session())
         return 0
     from erollout.parallel.groups import expected_world_size
     from erollout.preflight import preflight
@@ -109,11 +110,16 @@ def _on_ranks(config: Config, arguments: list[str], work: Callable[[], None], ro
     preflight(config, rolls_out)
     world_size = expected_world_size(config)
     if world_size == 1:
-        work()
+        work(_session())
         return 0
-    from erollout.launch.local import launch_local
-
     return launch_local(arguments, world_size)
+
+
+def _session() -> ModuleType:
+    """Only ranks import it: with megatron-core it takes seconds."""
+    from erollout import session
+
+    return session
 
 
 def _print_error(error: UserError) -> None:

@@ -12,6 +12,8 @@ class LauncherEnvironment:
     local_rank: int
     world_size: int
     restart_count: int
+    is_elastic: bool
+    """torchrun, or our own local launcher: an agent process is this one's parent."""
 
 
 def launcher_environment() -> LauncherEnvironment | None:
@@ -23,6 +25,7 @@ def launcher_environment() -> LauncherEnvironment | None:
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ["WORLD_SIZE"]),
         restart_count=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        is_elastic="TORCHELASTIC_RUN_ID" in os.environ,
     )
 
 

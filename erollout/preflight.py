@@ -69,6 +69,7 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
     _check_export(config)
     _check_outputs(config)
     train_data, test_data = build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
+    _check_first_items(train_data, test_data, rolls_out)
     _check_store(config)
     return Resolved(
         architecture,
@@ -107,6 +108,17 @@ def check_context(config: Config, architecture: Architecture) -> None:
         raise UserError(
             f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one"
         )
+
+
+def _check_first_items(train_data: PromptDataset, test_data: PromptDataset | None, rolls_out: bool) -> None:
+    """Items are made and tokenized as they are needed: a task that the tokenizer can't write, or that has no solutions to
+    learn from, shows in its first ones.
+    """
+    train_data.prompt(0)
+    if test_data is not None:
+        test_data.prompt(0)
+    if not rolls_out:
+        train_data.supervised_example(0)
 
 
 def _check_store(config: Config) -> None:

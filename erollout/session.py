@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from erollout.algorithm import build_algorithm
-from erollout.checkpoint.checkpointer import Checkpointer, RunState
+from erollout.checkpoint.checkpointer import Checkpointer, RunKind, RunState
 from erollout.config import Config
 from erollout.errors import UserError
 from erollout.evaluation import evaluation_metrics
@@ -39,7 +39,7 @@ def train(config: Config) -> None:
         algorithm = build_algorithm(config.algorithm)
         updates = config.train.steps * (config.samples_per_step // (config.train.global_batch_size or config.samples_per_step))
         actor = Actor(config, resolved.architecture, context, updates, with_reference=algorithm.uses_reference)
-        checkpointer, state = _restore(config, actor)
+        checkpointer, state = _restore(config, actor, "reinforcement learning")
         with _rewards(config, resolved) as rewards, _tracked(config, resolved, context, state, config.train.steps) as tracked:
             tracker, run_id, report = tracked
             trainer = Trainer(
@@ -68,7 +68,7 @@ def supervised(config: Config) -> None:
     """Supervised fine-tuning on the training data's written solutions."""
     with _world(config, rolls_out=False) as (resolved, context):
         actor = Actor(config, resolved.architecture, context, config.supervised.steps)
-        checkpointer, state = _restore(config, actor)
+        checkpointer, state = _restore(config, actor, "supervised")
         with _tracked(config, resolved, context, state, config.supervised.steps) as (tracker, run_id, report):
             data = resolved.train_data
             SupervisedTrainer(config, context, data, actor, tracker, checkpointer, run_id, report, step=state.step).run()
@@ -76,19 +76,19 @@ def supervised(config: Config) -> None:
 
 
 def rollout(config: Config, out: str) -> None:
-    """Sample the held-out prompts with the policy as it is, score them, and write one JSON line per response."""
+    """Sample the held-out prompts with the model's weights, score them, and write one JSON line per response.
+
+    The weights go straight into the decode layout: nothing of training is built.
+    """
     with _world(config) as (resolved, context), _rewards(config, resolved) as rewards:
         if resolved.test_data is None:
             raise UserError("data.test_files is empty: `erollout rollout` samples the test prompts; name at least one file")
-        actor = Actor(config, resolved.architecture, context, total_steps=1)
-        _, state = _restore(config, actor)
         worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
-        actor.sleep()
-        worker.refit(actor.local_tensors(), state.step)
+        worker.load_weights()
         options = config.evaluation
         prompts = [resolved.test_data.prompt(i) for i in range(min(options.num_prompts, len(resolved.test_data)))]
         sampling = worker.sampling_params(options.temperature)
-        result = worker.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, state.step)
+        result = worker.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, step=0)
         if context.rank == 0:
             rows = [
                 {"reward": s.reward, "task": s.task, "text": worker.text(s.rollout), **asdict(s.rollout)} for s in result.scored
@@ -148,8 +148,8 @@ def _silent(step: int, values: Mapping[str, float]) -> None:
     """The console of every rank but the first."""
 
 
-def _restore(config: Config, actor: Actor) -> tuple[Checkpointer, RunState]:
-    checkpointer = Checkpointer(config.checkpoint_directory, config.checkpoint.keep_last, actor)
+def _restore(config: Config, actor: Actor, kind: RunKind) -> tuple[Checkpointer, RunState]:
+    checkpointer = Checkpointer(config.checkpoint_directory, config.checkpoint.keep_last, actor, kind)
     newest = checkpointer.newest()
     if newest is None:
         return checkpointer, RunState(0, None)

@@ -1,6 +1,8 @@
 """Starts the ranks of a run on this machine, as `torchrun --standalone` does, and reports how they ended."""
 
+import ctypes
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -12,6 +14,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from erollout.environment import set_default
 from erollout.errors import UserError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def launch_local(arguments: Sequence[str], world_size: int) -> int:
@@ -48,6 +52,14 @@ def launch_local(arguments: Sequence[str], world_size: int) -> int:
     except RendezvousError as error:
         raise UserError(f"the ranks can't meet on localhost: {error}; is another process using its ports?") from error
     return 0
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this rank when the launcher dies, however it dies: ranks that go on alone would write to the same
+    checkpoints as the run that is started next. Linux only; elsewhere they end at the next collective that misses someone.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _require_port() -> None:

@@ -139,6 +139,11 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["data.kind=reasoning_gym", "data.args={}", "data.tasks=[{name: chain_sun}]"],
         ["data.tasks.0.name = 'chain_sun'", "did you mean chain_sum?"],
     ),
+    "task with characters that the tokenizer lacks": (
+        _nothing,
+        ["data.kind=reasoning_gym", "data.args={}", "data.tasks=[{name: chain_sum}]"],
+        ["chain_sum item 20000000", "the tokenizer can't encode"],
+    ),
     "unknown scorer": (_nothing, ["rewards.function=no_such_module:score"], ["rewards.function = 'no_such_module:score'"]),
     "output directory in a file": (
         _file("taken", ""),

@@ -10,7 +10,7 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -35,6 +35,9 @@ _OPTIMIZER_METADATA = {
 }
 
 
+RunKind = Literal["reinforcement learning", "supervised"]
+
+
 @dataclass(frozen=True, slots=True)
 class RunState:
     """What a resumed run continues from, beside the tensors."""
@@ -48,10 +51,12 @@ class RunState:
 
 
 class Checkpointer:
-    def __init__(self, directory: Path, keep_last: int, actor: Actor) -> None:
+    def __init__(self, directory: Path, keep_last: int, actor: Actor, kind: RunKind) -> None:
+        """`kind`: what the run does with the policy, so that it does not go on with another kind's optimizer."""
         self.directory = directory
         self.keep_last = keep_last
         self.actor = actor
+        self.kind = kind
 
     def save(self, state: RunState) -> Path:
         """Collective. Raises UserError when the files can't be written; what was saved before is untouched."""
@@ -78,6 +83,7 @@ class Checkpointer:
         """Restore model, optimizer and schedule in place. Collective. Raises UserError for a checkpoint that doesn't fit."""
         self._on_rank_zero(lambda: verify(path))
         document = self._read_state(path)
+        self._check_kind(path, document["kind"])
         self._check_model(path, document)
         expected = self._sharded_state(is_loading=True)
         try:
@@ -106,13 +112,20 @@ class Checkpointer:
     def _read_state(self, path: Path) -> dict[str, Any]:
         try:
             document: dict[str, Any] = json.loads((path / STATE).read_text())
-            if missing := {"step", "run_id", "history", "identity", "scheduler"} - document.keys():
+            if missing := {"step", "run_id", "history", "kind", "identity", "scheduler"} - document.keys():
                 raise ValueError(f"no {min(missing)}")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
                 f"checkpoint {path} is damaged: can't read {STATE} ({error}); remove the directory to use the one before"
             ) from error
         return document
+
+    def _check_kind(self, path: Path, saved: RunKind) -> None:
+        if saved != self.kind:
+            raise UserError(
+                f"checkpoint {path} is of a {saved} run and this one is {self.kind}; set train.output_dir to another place "
+                "(a policy is handed on by checkpoint.export_path and model.path)"
+            )
 
     def _check_model(self, path: Path, document: dict[str, Any]) -> None:
         saved, mine = document["identity"], self._identity()
@@ -145,7 +158,11 @@ class Checkpointer:
             )
 
     def _publish(self, partial: Path, target: Path, state: RunState) -> None:
-        document = asdict(state) | {"identity": self._identity(), "scheduler": self.actor.scheduler.state_dict()}
+        document = asdict(state) | {
+            "kind": self.kind,
+            "identity": self._identity(),
+            "scheduler": self.actor.scheduler.state_dict(),
+        }
         (partial / STATE).write_text(json.dumps(document, indent=1))
         write_manifest(partial)
         if target.exists():  # the same step, saved again after a resume from an older one

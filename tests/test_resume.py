@@ -1,0 +1,274 @@
+"""Checkpoints that can't be used or saved: what was saved before is intact, and the run says what to do in one line."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ENVIRONMENT, Outcome, command, execute, invoke
+from ranks import RankPool
+from tiny_runs import history, tiny_tree, train_here, write_config
+
+from erollout.checkpoint.manifest import complete_checkpoints, verify
+from erollout.config import build_config
+from erollout.errors import UserError
+
+OLDER, NEWEST = "step_00000002", "step_00000004"
+
+
+def invoke_here(*arguments: str) -> Outcome:
+    """For RankPool.run(1, ...)."""
+    return invoke(*arguments)
+
+
+def failing_train(tree: dict[str, Any], largest_file: int | None = None) -> str:
+    """For RankPool.run: the message that a training run ends with; files may grow to `largest_file` bytes."""
+    from erollout import session
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
+        session.train(build_config(tree))
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return ""
+
+
+def _saving(folder: Path, steps: int, **parallel: int) -> dict[str, Any]:
+    return tiny_tree(folder, train={"steps": steps}, checkpoint={"interval": 2}, parallel=parallel)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def saved(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of four steps with two checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    rank_pool.run(1, train_here, _saving(folder, 4))
+    assert [path.name for path in complete_checkpoints(folder / "run" / "checkpoints")] == [OLDER, NEWEST]
+    return folder
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, with a configuration that goes on to step 6."""
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    write_config(folder, train={"steps": 6, "output_dir": str(folder / "run")}, checkpoint={"interval": 2})
+    return folder
+
+
+def _shard(checkpoint: Path) -> Path:
+    return max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def _truncate(checkpoint: Path) -> None:
+    shard = _shard(checkpoint)
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def _lose_a_shard(checkpoint: Path) -> None:
+    _shard(checkpoint).unlink()
+
+
+def _lose_the_index(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").unlink()
+
+
+def _scramble(name: str) -> Callable[[Path], None]:
+    def damage(checkpoint: Path) -> None:
+        path = checkpoint / name
+        path.write_bytes(b"?" * path.stat().st_size)  # of the right size
+
+    return damage
+
+
+def _nothing(checkpoint: Path) -> None:
+    """The configuration is what doesn't fit."""
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
+    "truncated": (_truncate, [], [".distcp has", "bytes instead of", "remove the directory"]),
+    "shard missing": (_lose_a_shard, [], [".distcp is missing", "remove the directory"]),
+    "index missing": (_lose_the_index, [], [".metadata is missing"]),
+    "state scrambled": (_scramble("state.json"), [], ["state.json", "remove the directory"]),
+    "manifest scrambled": (_scramble("manifest.json"), [], ["manifest.json", "remove the directory"]),
+    "another model": (_nothing, ["model.architecture.hidden_size=16"], ["another model", "hidden_size = 32 there, 16 here"]),
+    "another dtype": (_nothing, ["model.dtype=bfloat16"], ["model.dtype = float32"]),
+    "another optimizer": (_nothing, ["optimizer.use_distributed_optimizer=true"], ["use_distributed_optimizer = False"]),
+    "resuming is off": (_nothing, ["checkpoint.resume=false"], ["checkpoint.resume = false"]),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", DAMAGE)
+def test_checkpoint_that_can_not_be_used_is_named_and_nothing_is_harmed(name: str, rank_pool: RankPool, run: Path) -> None:
+    damage, overrides, words = DAMAGE[name]
+    checkpoints = run / "run" / "checkpoints"
+    damage(checkpoints / NEWEST)
+    before = _contents(checkpoints)
+    outcome: Outcome = rank_pool.run(1, invoke_here, "train", "--config", str(run / "config.yaml"), *overrides)[0]
+    line = outcome.error()
+    assert outcome.status == 2 and str(checkpoints / NEWEST) in line
+    for word in words:
+        assert word in line
+    assert _contents(checkpoints) == before
+
+
+@pytest.mark.distributed
+def test_scrambled_index_is_refused(rank_pool: RankPool, run: Path) -> None:
+    """torch logs a traceback of its own first; the last line is ours."""
+    _scramble(".metadata")(run / "run" / "checkpoints" / NEWEST)
+    outcome: Outcome = rank_pool.run(1, invoke_here, "train", "--config", str(run / "config.yaml"))[0]
+    last = outcome.stderr.splitlines()[-1]
+    assert outcome.status == 2 and last.startswith("erollout: error: can't load checkpoint") and NEWEST in last
+
+
+@pytest.mark.distributed
+def test_advice_to_remove_a_damaged_checkpoint_works(rank_pool: RankPool, run: Path) -> None:
+    shutil.rmtree(run / "run" / "checkpoints" / NEWEST)
+    outcome: Outcome = rank_pool.run(1, invoke_here, "train", "--config", str(run / "config.yaml"))[0]
+    assert outcome.status == 0, outcome.stderr
+    assert [row["step"] for row in history(run)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.distributed
+def test_every_rank_names_the_damage(rank_pool: RankPool, run: Path) -> None:
+    _truncate(run / "run" / "checkpoints" / NEWEST)
+    messages = rank_pool.run(2, failing_train, _saving(run, 6, tensor_model_parallel_size=2))
+    assert messages[0] == messages[1] and "bytes instead of" in messages[0]
+
+
+@pytest.mark.distributed
+def test_finished_run_may_be_started_again(rank_pool: RankPool, run: Path) -> None:
+    before, steps = _contents(run / "run" / "checkpoints"), history(run)
+    rank_pool.run(1, train_here, _saving(run, 4))
+    assert _contents(run / "run" / "checkpoints") == before and history(run) == steps
+
+
+@pytest.mark.distributed
+def test_save_that_fails_on_the_disk_costs_no_earlier_checkpoint(rank_pool: RankPool, run: Path) -> None:
+    """Files may not grow beyond a fifth of a shard: what a full disk or a quota does in the middle of writing."""
+    checkpoints = run / "run" / "checkpoints"
+    before = _contents(checkpoints)
+    limit = _shard(checkpoints / NEWEST).stat().st_size // 5
+    messages = rank_pool.run(2, failing_train, _saving(run, 6, pipeline_model_parallel_size=2), limit)
+    for message in messages:
+        assert "can't save checkpoint" in message and "step_00000006" in message and "\n" not in message
+    assert "rank 0: " in messages[0] and "rank 0 says why" in messages[1]
+    assert {name: data for name, data in _contents(checkpoints).items() if ".partial" not in name} == before
+    rank_pool.run(2, train_here, _saving(run, 6, pipeline_model_parallel_size=2))
+    assert [row["step"] for row in history(run)] == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [NEWEST, "step_00000006"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("first", ["train", "sft"])
+def test_run_of_another_kind_is_not_gone_on_with(first: str, rank_pool: RankPool, tmp_path: Path) -> None:
+    """Warm-up and reinforcement learning with the same output directory: neither takes the other's optimizer."""
+    second = {"train": "sft", "sft": "train"}[first]
+    config = str(
+        write_config(tmp_path, train={"steps": 1}, supervised={"steps": 1, "batch_size": 2}, checkpoint={"interval": 1})
+    )
+    done: Outcome = rank_pool.run(1, invoke_here, first, "--config", config)[0]
+    assert done.status == 0, done.stderr
+    before = _contents(tmp_path / "run" / "checkpoints")
+    line = rank_pool.run(1, invoke_here, second, "--config", config)[0].error()
+    assert "step_00000001 is of a" in line and "train.output_dir" in line
+    assert _contents(tmp_path / "run" / "checkpoints") == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A file system of so many KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(kib: int) -> Path:
+        options = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)]
+        if subprocess.run(options, capture_output=True).returncode:
+            pytest.skip("this user may not mount a file system")
+        return place
+
+    yield mount
+    subprocess.run(["umount", str(place)], capture_output=True)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("sizes", "words"), [(1.5, ["no disk space", "MiB needed"]), (0.5, ["can't save checkpoint", "step_00000002"])]
+)
+def test_no_disk_space(
+    sizes: float, words: list[str], rank_pool: RankPool, tmp_path: Path, saved: Path, small_disk: Callable[[int], Path]
+) -> None:
+    """A disk for one checkpoint and a half: the second is not begun. A disk for half of one: it can't be finished."""
+    one = sum(map(len, _contents(saved / "run" / "checkpoints" / NEWEST).values()))
+    place = small_disk(int(one * sizes) // 1024)
+    tree = tiny_tree(tmp_path, train={"steps": 4}, checkpoint={"interval": 2, "directory": str(place / "checkpoints")})
+    messages = rank_pool.run(1, failing_train, tree)
+    for word in words:
+        assert word in messages[0]
+    left = complete_checkpoints(place / "checkpoints")
+    assert [path.name for path in left] == ([OLDER] if sizes > 1 else [])
+    for checkpoint in left:
+        verify(checkpoint)
+
+
+@pytest.mark.end_to_end
+def test_killed_while_saving_and_gone_on_as_the_same_tracked_run(tmp_path: Path, rank_pool: RankPool) -> None:
+    """Killed as the second checkpoint appears. The same command ends the run: one MLflow run, every step once."""
+    import mlflow
+
+    sections = {
+        "train": {"steps": 6, "output_dir": str(tmp_path / "run")},
+        "checkpoint": {"interval": 2},
+        "tracking": {"enabled": True, "system_metrics": False},
+        "evaluation": {"interval": 3, "num_prompts": 2},
+    }
+    config = write_config(tmp_path, **sections)
+    _kill_when(tmp_path / "run" / "checkpoints", "step_00000004*", "train", "--config", str(config))
+    reached = len(history(tmp_path))
+    assert 2 <= reached < 6
+    again = execute("train", "--config", str(config))
+    assert again.status == 0, again.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/run/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert len(runs) == 1 and runs[0].info.status == "FINISHED"
+    tracked = client.get_metric_history(runs[0].info.run_id, "reward/mean")
+    assert [metric.step for metric in tracked] == [1, 2, 3, 4, 5, 6]
+    assert [m.step for m in client.get_metric_history(runs[0].info.run_id, "evaluation/pass_at_1")] == [0, 3, 6]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    rank_pool.run(1, train_here, tiny_tree(plain, **(sections | {"train": {"steps": 6, "output_dir": str(plain / "run")}})))
+    for mine, other in zip(history(tmp_path), history(plain), strict=True):
+        for name in ("train/loss", "reward/mean", "response_length/mean", "train/learning_rate"):
+            assert mine[name] == other[name], (mine["step"], name)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000006" / "state.json").read_text())
+    assert state["run_id"] == runs[0].info.run_id and [row["step"] for row in state["history"]] == [0, 3, 6]
+
+
+def _kill_when(directory: Path, pattern: str, *arguments: str, seconds: float = 200) -> None:
+    """Start the command and kill it once a file that matches appears."""
+    process = subprocess.Popen(
+        command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + seconds
+    try:
+        while not any(directory.glob(pattern)):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()

@@ -13,6 +13,7 @@ from erollout.checkpoint.checkpointer import Checkpointer, RunKind, RunState
 from erollout.config import Config
 from erollout.errors import UserError
 from erollout.evaluation import evaluation_metrics
+from erollout.parallel.collectives import from_rank_zero
 from erollout.parallel.groups import ParallelContext, current_rank, initialize, shut_down
 from erollout.policy.actor import Actor
 from erollout.policy.hf_export import export_policy
@@ -124,7 +125,7 @@ def _tracked(
     """A started tracker, its run id and the console's reporter; the run's status follows from how the block ends."""
     tracker = create_tracker(context.rank)
     facts = resolved_facts(resolved)
-    run_id = tracker.start(config, facts, state.run_id, config.train.output_dir)
+    run_id = _started(tracker, config, facts, state.run_id)
     tracker.log_config_artifacts(config, facts)
     data = json.dumps(config.to_dict()["data"], sort_keys=True)
     source = ", ".join(config.data.train_files) or f"{config.data.kind}, seeds from {config.data.train_seed}"
@@ -142,6 +143,19 @@ def _tracked(
         raise
     finally:
         tracker.finish(status)
+
+
+def _started(tracker: Tracker, config: Config, facts: Mapping[str, str | int | float], run_id: str | None) -> str:
+    """Start the tracker. What rank 0 can't honour is every rank's error: none is left behind in a collective."""
+    failure = None
+    try:
+        run_id = tracker.start(config, facts, run_id, config.train.output_dir)
+    except UserError as error:
+        failure = str(error)
+    failure, run_id = from_rank_zero((failure, run_id))
+    if failure:
+        raise UserError(failure)
+    return run_id or ""
 
 
 def _silent(step: int, values: Mapping[str, float]) -> None:

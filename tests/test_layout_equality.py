@@ -1,11 +1,12 @@
 """The same run on different layouts: one process, tensor, pipeline and data parallel, and combinations."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import RankPool
-from tiny_runs import history, tiny_tree, train_here
+from tiny_runs import history, rollout_here, tiny_tree, train_here
 
 LAYOUTS = {
     "tp2": (2, {"tensor_model_parallel_size": 2}, {}),
@@ -46,3 +47,27 @@ def test_first_step_equals_that_of_one_process(
             assert row[key] == pytest.approx(one_process[key], rel=1e-4, abs=1e-4), key
     assert row["mismatch/mean_abs_difference"] < 0.02
     assert row["train/entropy"] == pytest.approx(one_process["train/entropy"], rel=0.05)
+
+
+def _samples(pool: RankPool, folder: Path, world: int, tensor: int, dtype: str) -> list[tuple[list[int], list[float]]]:
+    """Response ids and raw log-probs of every sample of `erollout rollout`."""
+    folder.mkdir()
+    tree = tiny_tree(folder, evaluation={"num_prompts": 6, "samples_per_prompt": 4})
+    tree["rollout"] |= {"tensor_model_parallel_size": tensor, "dtype": dtype}
+    pool.run(world, rollout_here, tree, str(folder / "out.jsonl"))
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    return [(row["response_ids"], row["raw_logprobs"]) for row in rows]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_depend_neither_on_replicas_nor_on_tensor_parallelism(dtype: str, rank_pool: RankPool, tmp_path: Path) -> None:
+    """Replicas: bit for bit. Two ranks per replica sum in another order: in float32 the tokens are still the same."""
+    expected = _samples(rank_pool, tmp_path / "one", 1, 1, dtype)
+    assert len({tuple(ids) for ids, _ in expected}) > 12, "samples of a group must differ"
+    assert _samples(rank_pool, tmp_path / "replicas", 2, 1, dtype) == expected
+    if dtype == "float32":
+        for (ids, logprobs), (other_ids, other) in zip(
+            _samples(rank_pool, tmp_path / "tensor", 2, 2, dtype), expected, strict=True
+        ):
+            assert ids == other_ids and logprobs == pytest.approx(other, abs=1e-4)

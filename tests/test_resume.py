@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT, Outcome, command, execute, invoke
 from ranks import RankPool
-from tiny_runs import history, tiny_tree, train_here, write_config
+from tiny_runs import all_rows, history, sft_here, tiny_tree, train_here, write_config
 
 from erollout.checkpoint.manifest import complete_checkpoints, verify
 from erollout.config import build_config
@@ -187,6 +187,31 @@ def test_run_of_another_kind_is_not_gone_on_with(first: str, rank_pool: RankPool
     line = rank_pool.run(1, invoke_here, second, "--config", config)[0].error()
     assert "step_00000001 is of a" in line and "train.output_dir" in line
     assert _contents(tmp_path / "run" / "checkpoints") == before
+
+
+@pytest.mark.distributed
+def test_supervised_run_that_is_resumed_equals_an_unbroken_one(rank_pool: RankPool, tmp_path: Path) -> None:
+    losses = {}
+    for name, stops in {"broken": (2, 4), "whole": (4,)}.items():
+        for steps in stops:
+            supervised = {"steps": steps, "batch_size": 8}
+            output = {"output_dir": str(tmp_path / name)}
+            rank_pool.run(2, sft_here, tiny_tree(tmp_path, supervised=supervised, train=output, checkpoint={"interval": 2}))
+        losses[name] = [(row["step"], row["train/loss"]) for row in all_rows(tmp_path, name)]
+    assert losses["broken"] == losses["whole"] and len(losses["whole"]) == 4
+
+
+@pytest.mark.distributed
+def test_tracking_that_can_not_start_is_every_ranks_error(rank_pool: RankPool, tmp_path: Path) -> None:
+    """Only rank 0 talks to the store; a rank that knew nothing of its failure would wait, then end with a traceback."""
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path}/store.db"
+    client = mlflow.MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("gone"))
+    tracking = {"enabled": True, "uri": uri, "experiment": "gone"}
+    messages = rank_pool.run(2, failing_train, tiny_tree(tmp_path, tracking=tracking, train={"steps": 1}))
+    assert messages[0] == messages[1] and "tracking.experiment = 'gone'" in messages[0]
 
 
 @pytest.fixture

@@ -35,14 +35,15 @@ def _assert_same_run(folder: Path, unbroken: Path, exact: bool = True) -> None:
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     for mine, other in zip(ours, theirs, strict=True):
         for name in COMPARED:
-            assert mine[name] == (other[name] if exact else pytest.approx(other[name], rel=1e-3, abs=1e-4)), (mine["step"], name)
-    weights, expected = (load_file(path / "exported" / "model.safetensors") for path in (folder, unbroken))
-    assert weights.keys() == expected.keys()
+            expected = other[name] if exact else pytest.approx(other[name], rel=1e-3, abs=1e-4)
+            assert mine[name] == expected, (mine["step"], name)
+    weights, wanted = (load_file(path / "exported" / "model.safetensors") for path in (folder, unbroken))
+    assert weights.keys() == wanted.keys()
     for name in weights:
         if exact:
-            assert torch.equal(weights[name], expected[name]), name
+            assert torch.equal(weights[name], wanted[name]), name
         else:
-            torch.testing.assert_close(weights[name], expected[name], rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(weights[name], wanted[name], rtol=1e-2, atol=1e-3)
 
 
 @pytest.fixture(scope="module")

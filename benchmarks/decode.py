@@ -343,7 +343,7 @@ def _cpu_info() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=lambda text: [int(x) for x in text.split(",")], default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--tokens", type=int, default=48, help="response length of every sequence")
+    parser.add_argument("--tokens", type=int, default=40, help="response length of every sequence")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ragged-rounds", type=int, default=2)
     parser.add_argument(

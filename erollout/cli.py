@@ -1,18 +1,20 @@
 """The `erollout` command. Errors that a user can mend are one line on stderr and exit status 2."""
 
 import argparse
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from erollout.config import Config, load_config
 from erollout.environment import launcher_environment
 from erollout.errors import UserError
 
-_SPEAK_AFTER_SECONDS = 2.0
+_SPEAK_AFTER_SECONDS = 5.0
 """An error of all ranks is printed by rank 0 alone: the others wait this long, and are usually ended before."""
 
 
@@ -131,5 +133,14 @@ def _print_error(error: UserError) -> None:
     print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
+def _leave(status: int) -> NoReturn:
+    """A rank that failed ends at once: the launcher ends the others when it is gone, and Python's own end takes seconds."""
+    if status and launcher_environment() is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

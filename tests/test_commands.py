@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -151,6 +152,21 @@ def test_files_are_scored_by_their_own_scorer_and_reported_one_by_one(rank_pool:
         assert row["reward/scoring_errors"] == 0 and {"reward/train_plus", "reward/train_minus"} <= row.keys()
     evaluations = [row for row in all_rows(tmp_path) if "evaluation/test_plus/pass_at_1" in row]
     assert [row["step"] for row in evaluations] == [0, 2]
+
+
+@pytest.mark.end_to_end
+def test_error_of_all_ranks_is_one_line_and_a_busy_port_in_the_environment_is_none(rank_pool: RankPool, tmp_path: Path) -> None:
+    """The local launcher takes a port of its own, whatever MASTER_PORT says; the checkpoint is what the ranks refuse."""
+    sections = {"checkpoint": {"interval": 1}, "parallel": {"world_size": 2}}
+    rank_pool.run(2, train_here, tiny_tree(tmp_path, train={"steps": 1, "output_dir": str(tmp_path / "run")}, **sections))
+    config = str(write_config(tmp_path, **sections))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        outcome = execute("train", "--config", config, "model.architecture.hidden_size=16", **address)
+    assert "step_00000001 is of another model" in outcome.error() and outcome.status == 2
 
 
 @pytest.mark.end_to_end

@@ -32,7 +32,7 @@ test: install
 	$(BIN)/pytest
 
 test-unit: install
-	$(BIN)/pytest -m "not distributed and not end_to_end"
+	$(BIN)/pytest -n 2 -m "not distributed and not end_to_end"
 
 lint: install
 	$(BIN)/ruff check .

@@ -93,7 +93,8 @@ class Scheduler:
             if budget and sequence.state is SequenceState.RUNNING:
                 budget -= self._schedule_running(sequence, budget, batch)
         pool_suffices = self.num_preemptions == preemptions
-        while budget and pool_suffices and self._can_admit():
+        # After a preemption none is admitted, unless the last running sequence gave way to earlier ones that wait.
+        while budget and (pool_suffices or not batch.scheduled) and self._can_admit():
             budget -= self._admit(budget, batch)
         assert batch.scheduled or not self.has_unfinished, "nothing can run"
         return batch

@@ -41,7 +41,15 @@ setup(
         "modelopt": ["nvidia-modelopt==0.47.0", "requests"],
         "deepspeed": ["deepspeed==0.19.8"],
         "ray": ["ray==2.60.0"],
-        "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.115", "ruff>=0.8", "mypy>=1.13", "types-PyYAML"],
+        "dev": [
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.115",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML",
+        ],
         "benchmark": ["gguf>=0.17"],
         "openvino": ["openvino-genai==2026.4.1"],  # the strongest CPU peer, for benchmarks/decode.py
     },

@@ -92,6 +92,11 @@ class RolloutConfig:
     kernels: Literal["auto", "prepacked", "torch"] = "auto"
     """Linear layers of the decode model: `prepacked` (CPU), `torch` (any device), `auto` (resolved once, logged)."""
 
+    @property
+    def truncates(self) -> bool:
+        """Whether the sampled distribution differs from the softmax by more than the temperature."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
+
 
 @_section
 class SpeculationConfig:
@@ -376,8 +381,7 @@ def _check_consistency(config: Config) -> None:
             f"train.global_batch_size = {batch} does not divide rollout.prompts_per_step x rollout.group_size = "
             f"{config.samples_per_step}"
         )
-    truncates = rollout.top_k or rollout.top_p < 1 or rollout.min_p > 0 or rollout.repetition_penalty != 1
-    if truncates and rollout.temperature != 1:
+    if rollout.truncates and rollout.temperature != 1:
         raise UserError(
             f"rollout.temperature = {rollout.temperature} together with top_k, top_p, min_p or repetition_penalty: the actor "
             "could not compute the log-probs of what was sampled; set the temperature to 1 or the others to their defaults"

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
+from erollout.data.prompts import PromptDataset
 from erollout.engine.engine import Engine
 from erollout.engine.placement import decode_placement
 from erollout.engine.random import request_seed
@@ -94,6 +95,13 @@ class RolloutWorker:
         rollouts = self._generate(requests, {p.index: p for p in mine})
         self.engine.sleep()
         return self._gather(rollouts, {p.index: p for p in prompts})
+
+    def evaluate(self, data: PromptDataset, step: int) -> RolloutResult:
+        """Sample and score the held-out prompts as the evaluation section says."""
+        options = self.config.evaluation
+        prompts = [data.prompt(i) for i in range(min(options.num_prompts, len(data)))]
+        sampling = self.sampling_params(options.temperature)
+        return self.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, step)
 
     def sampling_params(self, temperature: float | None = None) -> SamplingParams:
         """The configured distribution; evaluation may have its own temperature."""

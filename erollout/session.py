@@ -20,7 +20,7 @@ from erollout.policy.hf_export import export_policy
 from erollout.preflight import Resolved, preflight, resolved_facts
 from erollout.reporting import summary_rows
 from erollout.rewards.pool import RewardPool
-from erollout.rollout import EVALUATION_STREAM, RolloutWorker
+from erollout.rollout import RolloutWorker
 from erollout.supervised import SupervisedTrainer
 from erollout.tracking.console import StepReporter, print_summary
 from erollout.tracking.journal import journal_path, read_history
@@ -86,10 +86,7 @@ def rollout(config: Config, out: str) -> None:
             raise UserError("data.test_files is empty: `erollout rollout` samples the test prompts; name at least one file")
         worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
         worker.load_weights()
-        options = config.evaluation
-        prompts = [resolved.test_data.prompt(i) for i in range(min(options.num_prompts, len(resolved.test_data)))]
-        sampling = worker.sampling_params(options.temperature)
-        result = worker.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, step=0)
+        result = worker.evaluate(resolved.test_data, step=0)
         if context.rank == 0:
             rows = [
                 {"reward": s.reward, "task": s.task, "text": worker.text(s.rollout), **asdict(s.rollout)} for s in result.scored

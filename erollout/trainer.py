@@ -14,7 +14,7 @@ from erollout.parallel.collectives import all_sum
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
 from erollout.reporting import rollout_metrics
-from erollout.rollout import EVALUATION_STREAM, TRAINING_STREAM, RolloutResult, RolloutWorker
+from erollout.rollout import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.tracking.metrics import PhaseTimer, memory_metrics
 from erollout.tracking.tracker import Tracker
 from erollout.types import ScoredRollout
@@ -75,14 +75,11 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out accuracy of the present policy."""
-        options = self.config.evaluation
-        if not options.interval or self.test_data is None:
+        if not self.config.evaluation.interval or self.test_data is None:
             return
-        prompts = [self.test_data.prompt(i) for i in range(min(options.num_prompts, len(self.test_data)))]
         self.actor.sleep()
         self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
-        sampling = self.worker.sampling_params(options.temperature)
-        result = self.worker.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, self.step)
+        result = self.worker.evaluate(self.test_data, self.step)
         self.actor.wake_up()
         metrics = evaluation_metrics(result.scored)
         self.evaluations.append({"step": float(self.step), **metrics})
@@ -92,7 +89,7 @@ class Trainer:
     def _split(self, scored: list[ScoredRollout]) -> list[MiniBatch]:
         size = self.config.train.global_batch_size or len(scored)
         # The actor's log-probs know the temperature but no truncation; of a truncated distribution the raw ones compare.
-        raw = self.worker.sampling_params().truncates
+        raw = self.config.rollout.truncates
         return split(scored, size, self.context.train.data, self.context.data_parallel_rank, self.algorithm.aggregation, raw)
 
     def _with_logprobs(self, batches: list[MiniBatch]) -> list[MiniBatch]:

@@ -26,11 +26,6 @@ class SamplingParams:
     ignore_eos: bool = False
     """Do not stop at stop_token_ids (strings still stop): for benchmarks with fixed lengths."""
 
-    @property
-    def truncates(self) -> bool:
-        """Whether the sampled distribution differs from the softmax by more than the temperature."""
-        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
-
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

@@ -99,9 +99,37 @@ class RolloutConfig:
 
 
 @_section
+class FormatOverrideConfig:
+    pattern: str
+    """Glob over linear layers of the decode model: `layers.0.*`, `*.down_proj`."""
+    format: str
+
+
+@_section
+class DrafterConfig:
+    format: str = "w4a16_clip"
+    """A name of erollout/drafter/formats.py, or `auto`: the choice per layer with the most predicted speed-up."""
+    group_size: Positive = 128
+    """Weights that share a scale, of the int4 formats; it must divide every layer's input size on a decode rank."""
+    lm_head: Literal["target", "w8a8"] = "target"
+    """The drafter's LM head: the target's own, or an INT8 copy of it."""
+    overrides: tuple[FormatOverrideConfig, ...] = ()
+    """Other formats for some layers; the last pattern that matches a layer counts."""
+    statistics_tokens: Count = 512
+    """Tokens of the last rollout that the activation statistics of w4a16_clip and the like are taken from; 0: none are."""
+    statistics_interval: Positive = 10
+    """Steps between two collections of these statistics."""
+
+
+@_section
 class SpeculationConfig:
-    mode: Literal["off"] = "off"
-    """Only autoregressive decoding is built so far."""
+    mode: Literal["off", "always"] = "off"
+    num_speculative_tokens: Positive = 3
+    """Tokens that the drafter proposes before the target verifies them all at once."""
+    verification: Literal["coupled", "rejection"] = "coupled"
+    """`coupled`: the samples are those of autoregressive decoding, token for token. `rejection`: the same distribution, with
+    the highest acceptance."""
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
 
 
 @_section
@@ -340,7 +368,12 @@ def _nearest(location: tuple[int | str, ...]) -> str | None:
 def _known_keys() -> list[str]:
     tree = Config().to_dict()
     keys = [f"{section}.{key}" for section, keys in tree.items() for key in keys]
-    return [*tree, *keys, *(f"data.tasks.{key.name}" for key in fields(TaskConfig))]  # type: ignore[arg-type]
+    lists = (
+        ("data.tasks", TaskConfig),
+        ("speculation.drafter", DrafterConfig),
+        ("speculation.drafter.overrides", FormatOverrideConfig),
+    )
+    return [*tree, *keys, *(f"{path}.{key.name}" for path, section in lists for key in fields(section))]  # type: ignore[arg-type]
 
 
 def _check_consistency(config: Config) -> None:

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("erollout", "errors", "environment"),
     ("config", "types", "megatron_patches"),
-    ("parallel", "tracking", "launch"),
+    ("parallel", "tracking", "launch", "kernels", "speculation"),
     ("policy", "rewards", "data"),
     ("resharding", "algorithm", "engine"),
+    ("drafter",),
     ("checkpoint", "evaluation", "rollout"),
     ("preflight", "reporting"),
     ("trainer", "supervised"),
@@ -28,7 +29,9 @@ LIBRARIES = {
     "torch": (
         "algorithm",
         "checkpoint.checkpointer",
+        "drafter",
         "engine",
+        "kernels",
         "launch",
         "megatron_patches",
         "parallel.collectives",
@@ -43,6 +46,7 @@ LIBRARIES = {
     "mlflow": ("tracking",),
     "matplotlib": ("tracking",),
     "modelopt": ("drafter",),
+    "triton": ("kernels",),
     "deepspeed": ("policy.optimizer",),
     "ray": ("launch", "rewards"),
     "reasoning_gym": ("data", "rewards"),
@@ -66,6 +70,7 @@ PURE = (
     "policy.architecture",
     "policy.placement",
     "resharding.planner",
+    "speculation.statistics",
     "types",
 )
 """Modules whose import loads none of FRAMEWORKS, not even through another module of erollout."""

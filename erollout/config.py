@@ -89,8 +89,9 @@ class RolloutConfig:
     """Most sequences that decode at once on one replica."""
     max_num_batched_tokens: Positive = 2048
     """Most tokens in one forward pass: longer prompts are prefilled in chunks."""
-    kernels: Literal["auto", "prepacked", "torch"] = "auto"
-    """Linear layers of the decode model: `prepacked` (CPU), `torch` (any device), `auto` (resolved once, logged)."""
+    kernels: Literal["auto", "native", "prepacked", "torch"] = "auto"
+    """Of the decode model: `native` (bfloat16 on a CPU with AVX-512 BF16), `prepacked` (oneDNN, CPU), `torch` (any device);
+    `auto` takes the first that runs here. Resolved once, logged."""
 
     @property
     def truncates(self) -> bool:

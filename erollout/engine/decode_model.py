@@ -5,17 +5,16 @@ logits of both agree up to the order of summation. Tensor parallelism sums over 
 down_proj; the logits stay cut by vocabulary.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from erollout.engine.attention import AttentionPlan, PagedAttention
+from erollout.engine.attention import AttentionPlan, PagedAttention, Span
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.linear import LINEAR_KERNELS, Linear
+from erollout.engine.linear import LINEAR_KERNELS, Linear, LinearFactory
 from erollout.engine.placement import decode_placement, vocabulary_rows_per_rank
+from erollout.parallel.placement import Placement
 from erollout.policy.architecture import Architecture
 from erollout.policy.rotary import inverse_frequencies
 
@@ -23,11 +22,10 @@ from erollout.policy.rotary import inverse_frequencies
 class DecodeLayer:
     """One transformer block of one rank."""
 
-    def __init__(
-        self, tensors: dict[str, Tensor], prefix: str, kernel: Callable[[Tensor, Tensor | None], Linear], epsilon: float
-    ):
+    def __init__(self, tensors: dict[str, Tensor], prefix: str, make: LinearFactory, epsilon: float):
         def linear(name: str) -> Linear:
-            return kernel(tensors[f"{prefix}.{name}.weight"], tensors.get(f"{prefix}.{name}.bias"))
+            path = f"{prefix}.{name}"
+            return make(path, tensors[f"{path}.weight"], tensors.get(f"{path}.bias"))
 
         self.input_norm = tensors[f"{prefix}.input_norm.weight"]
         self.post_attention_norm = tensors[f"{prefix}.post_attention_norm.weight"]
@@ -48,7 +46,11 @@ class DecodeLayer:
 
 
 class DecodeModel:
-    """All layers of one rank; `tensors` are the destination of the reshard and keep their addresses."""
+    """All layers of one rank, from torch operators around linear layers of any kernel.
+
+    `tensors` are the destination of the reshard and keep their addresses; a model that is given another's `tensors` shares
+    them, and has linear layers of its own, from `linears`.
+    """
 
     def __init__(
         self,
@@ -59,25 +61,36 @@ class DecodeModel:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        tensors: dict[str, Tensor] | None = None,
+        linears: LinearFactory | None = None,
     ) -> None:
         size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
         self.architecture = architecture
         self.group = group if size > 1 else None
         self.cache = cache
         self.dtype = dtype
-        placement = decode_placement(architecture, size, rank)
-        self.tensors = {local.name: torch.zeros(local.shape, dtype=dtype, device=device) for local in placement}
+        self.tensors = tensors if tensors is not None else _zeros(decode_placement(architecture, size, rank), dtype, device)
         self.num_heads = architecture.num_attention_heads // size
         self.num_kv_heads = architecture.num_query_groups // size
         self.attention = PagedAttention(self.num_heads, cache, self.num_kv_heads, architecture.kv_channels)
-        make = LINEAR_KERNELS[kernel]
+        make = linears or _own_linears(kernel)
         layers = range(architecture.num_layers)
         self.layers = [DecodeLayer(self.tensors, f"layers.{i}", make, architecture.norm_epsilon) for i in layers]
         self.embedding = self.tensors["embed_tokens.weight"]
         self.norm = self.tensors["norm.weight"]
-        self.lm_head = make(self.tensors.get("lm_head.weight", self.embedding), None)
+        self.lm_head = make("lm_head", self.tensors.get("lm_head.weight", self.embedding), None)
         self.vocab_start = rank * vocabulary_rows_per_rank(architecture, size)
         self.cosine, self.sine = _rotation(architecture, max_model_len, dtype, device)
+
+    @property
+    def min_rows(self) -> int:
+        """Fewest tokens of a pass, and fewest rows of logits: what is missing is filled with padding."""
+        return self.attention.min_rows
+
+    def plan(self, spans: list[Span], padding_rows: int) -> AttentionPlan:
+        """What a pass of these spans needs, prepared once. `spans` is in token order, those of a single token first; the
+        padding follows them."""
+        return self.attention.plan(spans, padding_rows)
 
     def prepare(self) -> None:
         """Derive the kernels' own forms of the current weights."""
@@ -95,7 +108,7 @@ class DecodeModel:
         Args:
             token_ids, positions: int64 [tokens].
             slots: int64 [tokens], block x block_size + offset where each token's keys and values go.
-            plan: attention plan of the same tokens.
+            plan: `plan` of the same tokens.
             logit_rows: int64 [rows], the tokens whose logits are wanted.
 
         Returns: logits of this rank's part of the vocabulary, [rows, vocabulary rows per rank].
@@ -147,11 +160,42 @@ class DecodeModel:
         return [*(linear for layer in self.layers for linear in layer.linears), self.lm_head]
 
 
+def build_decode_model(
+    kernel: str,
+    architecture: Architecture,
+    group: dist.ProcessGroup | None,
+    cache: KVCache,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tensors: dict[str, Tensor] | None = None,
+    linears: LinearFactory | None = None,
+) -> DecodeModel:
+    """The decode model of a kernel that `resolve_linear_kernel` named.
+
+    Args:
+        group: the ranks of the replica; None: one rank.
+        tensors: another model's tensors, to share (a drafter shares its target's); default: new ones, zeroed.
+        linears: makes each linear layer from its local name ("layers.3.qkv_proj", "lm_head"), weight and bias; default: the
+            kernel's own over the tensors.
+    """
+    return DecodeModel(architecture, group, kernel, cache, max_model_len, dtype, device, tensors, linears)
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; statistics in float32, the product in x's dtype."""
     wide = x.float()
     scale = wide.pow(2).sum(-1, keepdim=True).div_(x.shape[-1]).add_(epsilon).rsqrt_()
     return (wide * scale).to(x.dtype).mul_(weight)
+
+
+def _zeros(placement: Placement, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return {local.name: torch.zeros(local.shape, dtype=dtype, device=device) for local in placement}
+
+
+def _own_linears(kernel: str) -> LinearFactory:
+    make = LINEAR_KERNELS[kernel]
+    return lambda _, weight, bias: make(weight, bias)
 
 
 def _rotation(architecture: Architecture, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,10 @@ class Linear(Protocol):
         """Drop what was derived: `prepare` must run before the next call."""
 
 
+LinearFactory = Callable[[str, Tensor, Tensor | None], Linear]
+"""(local name without its ".weight", weight [out, in], bias) -> the layer."""
+
+
 class TorchLinear:
     """F.linear on the weights themselves: any device, any dtype."""
 

@@ -16,7 +16,7 @@ $(INSTALLED): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[mlflow,dev]"
+	$(BIN)/pip install --quiet -e ".[mlflow,modelopt,dev]"
 	touch $@
 
 demo: install

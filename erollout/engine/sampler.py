@@ -66,14 +66,18 @@ class Sampler:
         """
         if not rows:
             return SampledTokens([], [], [])
-        raw = self._shard(logits)
+        raw = self.shard(logits)
         processed = process_logits(raw, [r.params for r in rows], [r.context_ids for r in rows])
-        value, token = draw(processed, rows)
-        shards = gather(_facts(raw, processed, value, token), self.group)
-        return _decide(shards, rows)
+        return self.settle(raw, processed, *draw(processed, rows), rows)
 
-    def _shard(self, logits: Tensor) -> ShardLogits:
-        """The logits as a shard, in a buffer that is kept between calls and grows with the number of rows."""
+    def settle(
+        self, raw: ShardLogits, processed: ShardLogits, value: Tensor, token: Tensor, rows: Sequence[SamplingRow]
+    ) -> SampledTokens:
+        """The token of highest value among the ranks' own tokens [n], and its log-probs. Collective; raises NonFiniteLogits."""
+        return _decide(gather(_facts(raw, processed, value, token), self.group), rows)
+
+    def shard(self, logits: Tensor) -> ShardLogits:
+        """The logits as a shard, until the next call: its buffer is kept and grows with the number of rows."""
         fits = self._buffer is not None and len(self._buffer) >= len(logits) and self._buffer.device == logits.device
         shard = shard_logits(logits, self.vocab_size, self.vocab_start, self.group, self._buffer if fits else None)
         if not fits:

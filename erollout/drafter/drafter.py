@@ -1,0 +1,180 @@
+"""The drafter: the policy in fewer bits, made anew from the decode ranks' own shards at every policy update.
+
+It shares the target's embedding, norms, biases and KV cache, and has linear layers of its own. Layers whose format is `none`,
+and the LM head unless an int8 copy is asked for, are the target's own.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from erollout.drafter.assignment import LM_HEAD, assign_formats, summary
+from erollout.drafter.formats import check_shape
+from erollout.drafter.linears import QuantizedLinear, Shard, make_linear, resolve_matmul
+from erollout.drafter.quantizer import build_quantizer
+from erollout.drafter.statistics import InputStatistics
+from erollout.engine.decode_model import DecodeModel, build_decode_model
+from erollout.engine.linear import Linear
+from erollout.engine.proposer import DraftRequest, Drafts, Proposer
+
+logger = logging.getLogger(__name__)
+
+_AWQ_ROWS = 64
+"""Inputs per layer that AWQ's search measures its losses on."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequantizeStats:
+    """What one update of the drafter took."""
+
+    seconds: float
+    """Quantising and packing, of this rank."""
+    peak_extra_bytes: int
+    """Memory beside the weights and the drafter's own buffers, at its widest moment."""
+    buffer_bytes: int
+    """The drafter's own buffers: they stay."""
+
+
+class Drafter:
+    """A Proposer. At every policy update: `requantize_` for each tensor that landed, then `complete`."""
+
+    def __init__(
+        self,
+        target: DecodeModel,
+        make_proposer: Callable[[DecodeModel], Proposer],
+        max_model_len: int,
+        *,
+        format: str = "w4a16_clip",
+        group_size: int = 128,
+        lm_head: str = "target",
+        overrides: Sequence[tuple[str, str]] = (),
+        kernel: str = "auto",
+        quantizer: str = "auto",
+    ) -> None:
+        """
+        Args:
+            target: the model whose tensors the reshard fills.
+            make_proposer: the draft loop over a decode model.
+            format: of all layers but the LM head, see formats.py.
+            group_size: input features per scale, of the int4 formats.
+            lm_head: target | w8a8.
+            overrides: (pattern, format) pairs, see assignment.py.
+            kernel: auto | native | torch | prepacked, see linears.resolve_matmul.
+            quantizer: auto | modelopt, see quantizer.build_quantizer.
+
+        Raises UserError, naming layer, format and key, for whatever can't be held so.
+        """
+        self.policy_version: int | None = None
+        self._targets = _target_linears(target)
+        self.formats = assign_formats(self._targets, format, overrides, lm_head)
+        quantized = {layer: format for layer, format in self.formats.items() if format is not None}
+        tensors = {layer: _tensor_name(target, layer) for layer in quantized}
+        weights = {layer: target.tensors[tensor] for layer, tensor in tensors.items()}
+        self._layers = {tensor: layer for layer, tensor in tensors.items()}
+        self.linears: dict[str, QuantizedLinear] = {}
+        self.matmuls: dict[str, str] = {}
+        for layer, weight in weights.items():
+            rows, columns = weight.shape
+            bias = target.tensors.get(f"{layer}.bias")
+            shard = Shard(layer, rows, columns, bias, group_size, target.dtype, weight.device)
+            check_shape(layer, quantized[layer], (rows, columns), group_size)
+            self.matmuls[layer] = resolve_matmul(kernel, quantized[layer], shard)
+            self.linears[layer] = make_linear(self.matmuls[layer], quantized[layer], shard)
+        self._quantizer = build_quantizer(quantizer, weights, quantized, group_size)
+        self.model = _share(target, max_model_len, {**self._targets, **self.linears})
+        self._proposer = make_proposer(self.model)
+        self._statistics: Mapping[str, InputStatistics] = {}
+        self._missing = set(quantized)
+        self._seconds = 0.0
+        self._peak_bytes = 0
+        logger.info("drafter: %s; matmuls: %s (kernels = %s)", summary(self.formats), _counts(self.matmuls), kernel)
+
+    def use_statistics(self, statistics: Mapping[str, InputStatistics]) -> None:
+        """What the next requantisation weighs errors with, by layer; a layer without them is quantised unweighted."""
+        self._statistics = dict(statistics)
+
+    @property
+    def sample_rows(self) -> int:
+        """How many inputs per layer the formats want from `statistics.collect`."""
+        return _AWQ_ROWS if any(format.search == "awq" for format in self.formats.values() if format is not None) else 0
+
+    @property
+    def needs_statistics(self) -> bool:
+        return any(format.needs_statistics for format in self.formats.values() if format is not None)
+
+    @torch.no_grad()
+    def requantize_(self, tensor: str) -> None:
+        """Quantise and pack the layer that a target tensor belongs to, in place; other tensors are shared already.
+
+        The drafter belongs to no policy version from the first call on, until `complete`.
+        """
+        layer = self._layers.get(tensor)
+        if layer is None:
+            return
+        self.policy_version = None
+        start = time.perf_counter()
+        self.linears[layer].pack_(self._quantizer.quantize(layer, self._statistics.get(layer)))
+        self._seconds += time.perf_counter() - start
+        self._peak_bytes = max(self._peak_bytes, self._quantizer.scratch_bytes(layer))
+        self._missing.discard(layer)
+
+    def complete(self, policy_version: int) -> RequantizeStats:
+        """All tensors of a policy version have landed. Raises RuntimeError naming layers that were not requantised."""
+        if self._missing:
+            missing = ", ".join(sorted(self._missing))
+            raise RuntimeError(f"the drafter of policy version {policy_version} is not complete: {missing} not requantised")
+        stats = RequantizeStats(self._seconds, self._peak_bytes, self.buffer_bytes)
+        self.policy_version = policy_version
+        self._missing, self._seconds, self._peak_bytes = set(self._layers.values()), 0.0, 0
+        return stats
+
+    def require(self, policy_version: int) -> None:
+        if self.policy_version != policy_version:
+            mine = "is being requantised" if self.policy_version is None else f"is of policy version {self.policy_version}"
+            raise RuntimeError(f"the drafter {mine}, but drafts for policy version {policy_version} are wanted")
+
+    def propose(self, request: DraftRequest) -> Drafts:
+        return self._proposer.propose(request)
+
+    def sleep(self) -> None:
+        self._proposer.sleep()
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(buffer.nbytes for linear in self.linears.values() for buffer in linear.buffers())
+
+
+def _target_linears(target: DecodeModel) -> dict[str, Linear]:
+    """The target's own linear layers by local name."""
+    names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    layers = {f"layers.{i}.{name}": getattr(layer, name) for i, layer in enumerate(target.layers) for name in names}
+    return {**layers, LM_HEAD: target.lm_head}
+
+
+def _tensor_name(target: DecodeModel, layer: str) -> str:
+    """The target tensor that is a layer's weight: with tied embeddings the LM head's is the embedding."""
+    tied = layer == LM_HEAD and f"{LM_HEAD}.weight" not in target.tensors
+    return "embed_tokens.weight" if tied else f"{layer}.weight"
+
+
+def _share(target: DecodeModel, max_model_len: int, linears: Mapping[str, Linear]) -> DecodeModel:
+    """A decode model over the target's tensors and KV cache with these linear layers."""
+    return build_decode_model(
+        "torch",
+        target.architecture,
+        target.group,
+        target.cache,
+        max_model_len,
+        target.dtype,
+        target.embedding.device,
+        target.tensors,
+        lambda layer, weight, bias: linears[layer],
+    )
+
+
+def _counts(matmuls: Mapping[str, str]) -> str:
+    names = list(matmuls.values())
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "the target's"

@@ -1,0 +1,210 @@
+"""The drafter's linear layers: one interface over every matmul, packed in place.
+
+Buffers are made once, at a layer's construction, and keep their addresses: what captured a graph or holds a pointer stays
+valid over all policy updates.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erollout.drafter.formats import Format
+from erollout.errors import UserError
+from erollout.kernels.weights import QuantizedWeight
+
+logger = logging.getLogger(__name__)
+
+_INT4PACK_GROUPS = (32, 64, 128, 256)
+"""What torch's int4 matmul on the CPU takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What a layer's matmul has to know."""
+
+    layer: str
+    out_features: int
+    in_features: int
+    bias: Tensor | None
+    """The target's own: shared."""
+    group_size: int
+    dtype: torch.dtype
+    """Of activations."""
+    device: torch.device
+
+
+class QuantizedLinear(Protocol):
+    """An engine's Linear over quantised numbers."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[tokens, in_features] -> [tokens, out_features], in x's dtype."""
+
+    def pack_(self, weight: QuantizedWeight) -> None:
+        """Take new numbers, in place."""
+
+    def prepare(self) -> None:
+        """Nothing: `pack_` is when the numbers change."""
+
+    def release(self) -> None:
+        """Nothing: the buffers stay."""
+
+    def buffers(self) -> list[Tensor]:
+        """Everything that belongs to this layer alone."""
+
+
+class _Buffered:
+    """The parts of the interface that layers on torch's operators share."""
+
+    _buffers: list[Tensor]
+
+    def prepare(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def buffers(self) -> list[Tensor]:
+        return self._buffers
+
+
+class DequantizedLinear(_Buffered):
+    """The weight in 16 bit (or float32) again: every format, any device, no faster than the target.
+
+    Activations are rounded to int8 where the format says so; to fp8 they are not, which brings drafts nearer to the target.
+    """
+
+    def __init__(self, format: Format, shard: Shard) -> None:
+        self._shard = shard
+        self._group = {"int8_group": shard.group_size, "int8_token": shard.in_features}.get(format.activations)
+        self._weight = torch.zeros(shard.out_features, shard.in_features, dtype=shard.dtype, device=shard.device)
+        self._pre_scale = torch.ones(shard.in_features, dtype=shard.dtype, device=shard.device)
+        self._scaled = format.search == "awq"
+        self._buffers = [self._weight, self._pre_scale]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._scaled:
+            x = x * self._pre_scale
+        if self._group is not None:
+            values, scales = quantize_activations(x, self._group)
+            x = (values.view(*scales.shape, -1) * scales[..., None]).view(x.shape).to(x.dtype)
+        return F.linear(x, self._weight, self._shard.bias)
+
+    def pack_(self, weight: QuantizedWeight) -> None:
+        self._weight.copy_(dequantized(weight))
+        self._pre_scale.copy_(weight.pre_scale) if weight.pre_scale is not None else self._pre_scale.fill_(1)
+
+
+class Int4PackLinear(_Buffered):
+    """torch's weight-only int4 matmul on the CPU, for bfloat16 activations. It computes with bfloat16(value * scale)."""
+
+    def __init__(self, format: Format, shard: Shard) -> None:
+        rows, columns = shard.out_features, shard.in_features
+        self._bias = shard.bias
+        self._group_size = shard.group_size
+        self._packed = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+        self._scales = torch.zeros(columns // shard.group_size, rows, 2, dtype=torch.bfloat16)  # with an offset of zero
+        self._pre_scale = torch.ones(columns, dtype=torch.bfloat16) if format.search == "awq" else None
+        self._buffers = [self._packed, self._scales, *([self._pre_scale] if self._pre_scale is not None else [])]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._pre_scale is not None:
+            x = x * self._pre_scale
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self._packed, self._group_size, self._scales)
+        return y if self._bias is None else y.add_(self._bias)
+
+    def pack_(self, weight: QuantizedWeight) -> None:
+        unsigned = weight.values.to(torch.int32).add_(8)
+        self._packed.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1))
+        self._scales[..., 0].copy_(weight.scales.t())
+        if self._pre_scale is not None:
+            self._pre_scale.copy_(weight.pre_scale) if weight.pre_scale is not None else self._pre_scale.fill_(1)
+
+    @staticmethod
+    def fits(format: Format, shard: Shard) -> bool:
+        sizes = shard.group_size in _INT4PACK_GROUPS and shard.out_features % 16 == 0
+        weight_only = format.weight == "int4" and format.activations == "bf16" and not format.asymmetric
+        return sizes and weight_only and shard.device.type == "cpu" and shard.dtype == torch.bfloat16
+
+
+class Int8Linear(_Buffered):
+    """int8 weights per row times int8 activations per token, summed in int32 by torch, on the CPU."""
+
+    def __init__(self, format: Format, shard: Shard) -> None:
+        self._bias = shard.bias
+        self._values = torch.zeros(shard.out_features, shard.in_features, dtype=torch.int8)
+        self._scales = torch.zeros(shard.out_features)
+        self._buffers = [self._values, self._scales]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values, scales = quantize_activations(x, x.shape[-1])
+        y = torch._int_mm(values.to(torch.int8), self._values.t()).float().mul_(scales).mul_(self._scales).to(x.dtype)
+        return y if self._bias is None else y.add_(self._bias)
+
+    def pack_(self, weight: QuantizedWeight) -> None:
+        self._values.copy_(weight.values)
+        self._scales.copy_(weight.scales.view(-1))
+
+
+def quantize_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per token and group: whole float32 numbers in [-127, 127] of x's shape, and float32 scales
+    [tokens, groups]. A group of zeros has scale 1; what is not finite stays so."""
+    groups = x.float().view(x.shape[0], -1, group_size)
+    scales = groups.abs().amax(-1) / 127
+    scales = torch.where(scales == 0, 1.0, scales)
+    return (groups / scales[..., None]).round_().view(x.shape), scales
+
+
+def dequantized(weight: QuantizedWeight) -> Tensor:
+    """(values - zero_points) * scales in float32, [out_features, in_features]; without the pre_scale."""
+    values = weight.values.float()
+    groups = values.view(values.shape[0], -1, weight.group_size)
+    if weight.zero_points is not None:
+        groups = groups - weight.zero_points.float()[..., None]
+    return (groups * weight.scales.float()[..., None]).view(values.shape)
+
+
+_MakeLinear = Callable[[Format, Shard], QuantizedLinear]
+
+
+def resolve_matmul(kernel: str, format: Format, shard: Shard) -> str:
+    """Which matmul serves a layer: native | int4pack | int_mm | cuda | dequantized.
+
+    Args:
+        kernel: auto | native | torch | prepacked; the last two mean torch's operators.
+
+    Raises UserError, naming the layer and its format, when `native` was asked for and there is none.
+    """
+    if shard.device.type == "cuda":
+        return "cuda" if format.cuda is not None and shard.dtype == torch.bfloat16 else "dequantized"
+    reason = _why_not_native(format, shard) if kernel in ("auto", "native") else "not asked for"
+    if reason is None:
+        return "native"
+    if kernel == "native":
+        raise UserError(f"rollout.kernels = native has no matmul for drafter layer {shard.layer} as {format.name}: {reason}")
+    if Int4PackLinear.fits(format, shard):
+        return "int4pack"
+    return "int_mm" if format.weight == "int8" else "dequantized"
+
+
+def make_linear(matmul: str, format: Format, shard: Shard) -> QuantizedLinear:
+    """A layer whose numbers are zeros until `pack_`."""
+    return _MATMULS[matmul](format, shard)
+
+
+def _why_not_native(format: Format, shard: Shard) -> str | None:
+    """None when the native kernels can serve the layer."""
+    if format.native is None:
+        return f"on the CPU {format.name} is only dequantised; use auto or torch"
+    return "not built"
+
+
+_MATMULS: dict[str, _MakeLinear] = {
+    "dequantized": DequantizedLinear,
+    "int4pack": Int4PackLinear,
+    "int_mm": Int8Linear,
+}

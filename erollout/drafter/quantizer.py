@@ -1,0 +1,187 @@
+"""From a decode rank's shards to quantised numbers, by ModelOpt: the definition of the drafter's weights.
+
+A module tree of linear layers holds the shards themselves and is converted by `mtq.quantize` once per format. At every policy
+update each weight quantizer is calibrated anew, which gives its range (and, asymmetric, its bias), and ModelOpt's own real
+quantisation with that range gives the numbers: for int4 the one that ModelOpt exports checkpoints with, for int8 and fp8 its
+quantised tensors. INT4QTensor is not used: it takes each group's largest weight for the range, whatever was calibrated, and
+rounds in bfloat16, 2 % away from what ModelOpt's quantizers compute.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from erollout.drafter.formats import Format
+from erollout.drafter.statistics import InputStatistics
+from erollout.errors import UserError
+from erollout.kernels.weights import QuantizedWeight
+
+
+class Quantizer(Protocol):
+    """Makes the numbers of named layers from the weights as they are now."""
+
+    def quantize(self, layer: str, statistics: InputStatistics | None) -> QuantizedWeight:
+        """Raises UserError, naming the layer, when its weights are not all finite."""
+
+    def scratch_bytes(self, layer: str) -> int:
+        """Memory that `quantize` takes beside the weight, result included: an upper bound."""
+
+
+class ModelOptQuantizer:
+    def __init__(self, weights: Mapping[str, Tensor], formats: Mapping[str, Format], group_size: int) -> None:
+        """
+        Args:
+            weights: [out_features, in_features] of each layer, by its local name; kept, and read at every `quantize`.
+            formats: of the same layers.
+            group_size: of the grouped formats; it divides their in_features.
+
+        Raises UserError, naming the format, when ModelOpt is missing or refuses it.
+        """
+        self._weights = dict(weights)
+        self._formats = dict(formats)
+        self._group_size = group_size
+        self._pre_scales: dict[str, tuple[int, Tensor]] = {}
+        self._quantizers: dict[str, Any] = {}
+        for format in {format.name: format for format in formats.values()}.values():
+            names = [name for name, chosen in formats.items() if chosen == format]
+            self._quantizers |= _convert({name: weights[name] for name in names}, format, group_size)
+
+    @torch.no_grad()
+    def quantize(self, layer: str, statistics: InputStatistics | None) -> QuantizedWeight:
+        format, weight = self._formats[layer], self._weights[layer]
+        pre_scale = self._pre_scale(layer, statistics) if format.search == "awq" else None
+        if pre_scale is not None:
+            weight = smoothed(weight, pre_scale)
+        quantizer = self._quantizers[layer]
+        if format.search == "clip":
+            quantizer._calibrator.importance = None if statistics is None else statistics.mean_square
+        _calibrate(layer, quantizer, weight)
+        if format.weight == "int4":
+            return self._int4(quantizer, weight, pre_scale)
+        return _wide(quantizer, weight, format)
+
+    def scratch_bytes(self, layer: str) -> int:
+        """The widest moment is the clip search: five float64 or float32 copies of the weight."""
+        return self._weights[layer].numel() * (36 if self._formats[layer].search == "clip" else 20)
+
+    def _int4(self, quantizer: Any, weight: Tensor, pre_scale: Tensor | None) -> QuantizedWeight:
+        from modelopt.torch.export.model_config import QUANTIZATION_INT4_AWQ
+        from modelopt.torch.export.quant_utils import to_quantized_weight
+
+        rows, columns = weight.shape
+        scales = (quantizer.amax.float() / quantizer.maxbound).view(rows, columns // self._group_size)
+        zero_points = None
+        if quantizer.bias_value is not None:
+            bias = quantizer.bias_value.float().view(scales.shape)
+            zero_points = (-bias / scales).to(torch.int8)
+            weight = weight.float() - bias.repeat_interleave(self._group_size, dim=1)
+        packed = to_quantized_weight(weight.float(), scales, QUANTIZATION_INT4_AWQ, block_size=self._group_size)
+        low, high = (packed << 4).view(torch.int8) >> 4, packed.view(torch.int8) >> 4
+        values = torch.stack((low, high), dim=1).view(rows, columns)
+        return QuantizedWeight("int4", values, scales.to(torch.bfloat16), self._group_size, zero_points, pre_scale)
+
+    def _pre_scale(self, layer: str, statistics: InputStatistics | None) -> Tensor | None:
+        """AWQ's scaling for these statistics: searched when they are new, kept in between; None as long as there are none."""
+        if statistics is None or statistics.samples is None:
+            return None
+        known = self._pre_scales.get(layer)
+        if known is None or known[0] != statistics.generation:
+            scale = _search_awq(self._weights[layer], statistics.samples, self._formats[layer], self._group_size)
+            known = self._pre_scales[layer] = (statistics.generation, scale)
+        return known[1]
+
+
+def build_quantizer(kind: str, weights: Mapping[str, Tensor], formats: Mapping[str, Format], group_size: int) -> Quantizer:
+    """The quantizer of these layers: `modelopt`, or `auto`: the fastest with the same numbers."""
+    assert kind in ("auto", "modelopt"), kind
+    return ModelOptQuantizer(weights, formats, group_size)
+
+
+def smoothed(weight: Tensor, pre_scale: Tensor) -> Tensor:
+    """The weight that takes activations times `pre_scale`, in the weight's dtype; ModelOpt's arithmetic."""
+    return (weight * (1.0 / pre_scale.float())).to(weight.dtype)
+
+
+def _convert(weights: Mapping[str, Tensor], format: Format, group_size: int) -> dict[str, Any]:
+    """The weight quantizer of each layer, of a module tree that ModelOpt converted."""
+    mtq = _import_modelopt()
+    from erollout.drafter.calibrators import install_calibrators
+
+    tree = nn.ModuleDict({name.replace(".", "/"): _linear(weight) for name, weight in weights.items()})
+    with _quiet():
+        try:
+            mtq.quantize(tree, format.config(group_size))
+        except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+            layers = ", ".join(weights)
+            raise UserError(f"ModelOpt can't quantise {layers} as {format.name} on this device: {error}") from error
+    quantizers = {name: tree[name.replace(".", "/")].weight_quantizer for name in weights}
+    for quantizer in quantizers.values():
+        install_calibrators(quantizer, format)
+    return quantizers
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A module over the very tensor."""
+    linear = nn.Linear(0, 0, bias=False, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _calibrate(layer: str, quantizer: Any, weight: Tensor) -> None:
+    from modelopt.torch.quantization.model_calib import max_calibrate
+
+    check_finite(layer, weight)
+    quantizer._calibrator.reset()
+    max_calibrate(quantizer, lambda quantizer: quantizer(weight), distributed_sync=False)
+
+
+def _wide(quantizer: Any, weight: Tensor, format: Format) -> QuantizedWeight:
+    """int8 and fp8: one scale per row, or for the whole tensor."""
+    from modelopt.torch.quantization.qtensor import FP8QTensor, INT8QTensor
+
+    scales = (quantizer.amax.float() / quantizer.maxbound).view(-1, 1)
+    tensor = INT8QTensor if format.weight == "int8" else FP8QTensor
+    quantized, _ = tensor.quantize(weight.float(), scales=scales)
+    return QuantizedWeight(format.weight, quantized._quantized_data, scales, weight.shape[1])
+
+
+def _search_awq(weight: Tensor, samples: Tensor, format: Format, group_size: int) -> Tensor:
+    """ModelOpt's awq_lite on a copy of the layer: bfloat16 [in_features], what activations are multiplied by."""
+    mtq = _import_modelopt()
+    layer: Any = _linear(weight.clone())  # awq_lite scales the weight itself
+    tree = nn.ModuleDict({"layer": layer})
+    config = {**format.config(group_size), "algorithm": {"method": "awq_lite"}}
+    with _quiet():
+        mtq.quantize(tree, config, lambda _: layer(samples.to(weight.dtype)))
+    return layer.input_quantizer.pre_quant_scale.to(torch.bfloat16).view(-1).clone()
+
+
+def check_finite(layer: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():  # the sum of finite numbers can overflow
+        raise UserError(f"the policy's {layer} has weights that are not finite: no drafter can be made of them")
+
+
+def _import_modelopt() -> Any:
+    with _quiet():
+        try:
+            import modelopt.torch.quantization as mtq
+        except ImportError as error:
+            raise UserError(
+                f"speculation.drafter quantises with NVIDIA ModelOpt, which can't be imported ({error}); "
+                "install it: pip install 'erollout[modelopt]'"
+            ) from error
+    return mtq
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what ModelOpt prints and warns about."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from smollm2 import ANSWER, QUESTION, model_directory, openvino_directory
+from smollm2 import ANSWER, QUESTION, openvino_directory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, logging
 
 from erollout.config import RolloutConfig
+from erollout.data.smollm2 import model_directory
 from erollout.engine.engine import Engine
 from erollout.engine.linear import Linear
 from erollout.engine.placement import decode_placement

@@ -1,4 +1,71 @@
-from setuptools import find_packages, setup
+import os
+import platform
+import sys
+from glob import glob
+from multiprocessing.pool import ThreadPool
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE = "erollout/kernels/cpp"
+# Named one by one, not -march=native: erollout/kernels/native.py loads the extension where /proc/cpuinfo has them all.
+INSTRUCTION_SETS = ("f", "bw", "vl", "dq", "vnni", "bf16", "vbmi")
+NATIVE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    *(f"-mavx512{name}" for name in INSTRUCTION_SETS),
+    "-mgfni",
+    "-mfma",
+    "-fno-math-errno",
+    "-ffp-contract=off",  # instances of one template must not differ in rounding
+    "-pthread",
+    "-g0",
+    "-Wno-uninitialized",  # GCC 12 warns of its own AVX-512 intrinsics
+    "-Wno-maybe-uninitialized",
+]
+
+
+class BuildNative(build_ext):
+    """Compiles the sources side by side, and only those that changed: for `python setup.py build_ext --inplace`."""
+
+    def build_extension(self, extension: Extension) -> None:
+        compiler, compile_all = self.compiler, self.compiler.compile
+
+        def compile_one(source: str, **options: object) -> list[str]:
+            (target,) = compiler.object_filenames([source], output_dir=self.build_temp)
+            newest = max(os.path.getmtime(path) for path in [source, "setup.py", *extension.depends])
+            if os.path.exists(target) and os.path.getmtime(target) > newest:
+                return [target]
+            return compile_all([source], **options)
+
+        def compile_changed(sources: list[str], **options: object) -> list[str]:
+            with ThreadPool(os.cpu_count()) as pool:
+                return sum(pool.map(lambda source: compile_one(source, **options), sources), [])
+
+        compiler.compile = compile_changed
+        try:
+            super().build_extension(extension)
+        finally:
+            compiler.compile = compile_all
+
+
+def native_extension() -> list[Extension]:
+    """The CPU kernels; optional: without a compiler the install succeeds and `rollout.kernels` says what it lost."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return []
+    sources, headers = sorted(glob(f"{NATIVE}/*.cpp")), sorted(glob(f"{NATIVE}/*.h"))
+    return [
+        Extension(
+            "erollout.kernels._native",
+            sources,
+            depends=headers,
+            language="c++",
+            extra_compile_args=NATIVE_FLAGS,
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ]
+
 
 setup(
     name="erollout",
@@ -12,6 +79,8 @@ setup(
         "erollout.launch",
         "erollout.megatron_patches",
     ],
+    ext_modules=native_extension(),
+    cmdclass={"build_ext": BuildNative},
     package_dir={"erollout.launch": "launch", "erollout.megatron_patches": "megatron_patches"},
     # Versions that were installed and tested together on CPU; torch's CUDA build of the same version serves GPUs.
     install_requires=[

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "threads.h"
+
 namespace erollout {
 
 using bf16 = uint16_t;
@@ -18,18 +20,17 @@ struct Linear {
   int32_t format;
   int32_t out_features;
   int32_t in_features;
-  int32_t group_size;      // of int4
+  int32_t group_size;      // of int4: 32, 64 or 128, and divides in_features
   int32_t asymmetric;      // int4: the stream holds zero points
   int32_t reserved;
-  const void* weight;      // packed, 64-byte aligned
+  const void* weight;      // packed (packed.h), 64-byte aligned
   const float* scale;      // int8: [out_features]; else null
   const bf16* bias;        // [out_features] or null
-  const bf16* pre_scale;   // [in_features] or null: x is multiplied by it first
+  const bf16* pre_scale;   // [in_features] or null: x is multiplied by it first, rounded to bf16
 };
 
-class Threads;  // threads.h: a pool of this process; parallel_for(tasks, function(task))
-
 // y[r] = x[r] W^T + bias for r in [0, rows). A row's bits depend on that row of x alone: not on rows, its place or the threads.
+// Strides in elements. x and y need no alignment and must not overlap. Not callable from inside a parallel_for.
 void linear(const Linear& layer, const bf16* x, int64_t x_stride, int64_t rows, bf16* y, int64_t y_stride, Threads& threads);
 
 }  // namespace erollout

@@ -1,0 +1,203 @@
+"""The compiled CPU kernels (erollout/kernels/cpp), called through their C interface: no torch headers, any Python.
+
+The extension is optional: it is built where a compiler is, and loaded where the processor has what it was compiled for.
+"""
+
+import ctypes
+import functools
+import platform
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from erollout.errors import UserError
+from erollout.kernels.weights import QuantizedWeight
+
+INSTRUCTION_SETS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "avx512_vbmi", "gfni", "fma")
+"""What setup.py compiles for, as /proc/cpuinfo calls it; a test compares the two."""
+
+NativeFormat = Literal["bf16", "int4", "int4_a8", "int8"]
+"""int4 is exact weight-only; int4_a8 and int8 quantise the activations to int8, per token and group, and per token."""
+FORMATS: tuple[NativeFormat, ...] = ("bf16", "int4", "int4_a8", "int8")
+GROUP_SIZES = (32, 64, 128)
+
+
+class LinearStruct(ctypes.Structure):
+    """`Linear` of cpp/linear.h. Its address is stable while the NativeLinear lives."""
+
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("out_features", ctypes.c_int32),
+        ("in_features", ctypes.c_int32),
+        ("group_size", ctypes.c_int32),
+        ("asymmetric", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("pre_scale", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """None where the native kernels run; otherwise one line that says what is missing."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"native kernels are for x86-64 Linux, and this is {platform.machine()} {platform.system()}"
+    missing = [name for name in INSTRUCTION_SETS if name not in _processor_flags()]
+    if missing:
+        return f"native kernels need {', '.join(missing)}, which this processor lacks"
+    if not _library_path():
+        return "the native extension was not built: install a C++ compiler and reinstall erollout"
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded extension. Raises UserError where why_unavailable() has a reason."""
+    if reason := why_unavailable():
+        raise UserError(reason)
+    path = _library_path()
+    assert path is not None
+    loaded = ctypes.CDLL(str(path))
+    for name, result, *arguments in _SIGNATURES:
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+@functools.cache
+def threads(count: int) -> int:
+    """Handle (C++ `Threads*`) of this process's pool of `count` threads, the caller included; it lives as long as the process.
+
+    One caller at a time may use it. A forked child may use its parent's handle: its threads start anew.
+    """
+    assert count >= 1, count
+    return library().erollout_threads_create(count)
+
+
+class NativeLinear:
+    """y = x W^T + bias on packed weights, in bfloat16: x [..., in_features] -> [..., out_features].
+
+    A row's bits depend on that row of x alone: not on the other rows, their number or the number of threads. With a format that
+    quantises activations, a row with an infinite or NaN activation becomes NaN as a whole.
+    """
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        format: NativeFormat,
+        group_size: int = 0,
+        asymmetric: bool = False,
+        bias: Tensor | None = None,
+        has_pre_scale: bool = False,
+        num_threads: int = 1,
+    ) -> None:
+        """Shapes only; `pack_` must run before the first call. `bias` is read in place. Raises UserError for what no kernel does."""
+        _check_shape(out_features, in_features, format, group_size, asymmetric)
+        if bias is not None:
+            assert bias.shape == (out_features,) and bias.dtype == torch.bfloat16 and bias.is_contiguous(), bias
+        self.out_features = out_features
+        self.in_features = in_features
+        self.format = format
+        self.group_size = group_size
+        self.asymmetric = asymmetric
+        self.has_pre_scale = has_pre_scale
+        self.struct = LinearStruct(FORMATS.index(format), out_features, in_features, group_size, int(asymmetric))
+        self.address = ctypes.addressof(self.struct)
+        self._run = library().erollout_linear
+        self._threads = threads(num_threads)
+        self._bias = bias
+        self.struct.bias = None if bias is None else bias.data_ptr()
+        self._weight: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._pre_scale: Tensor | None = None
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed weight, which a call reads once."""
+        return library().erollout_linear_packed_bytes(self.address)
+
+    def pack_(self, weight: Tensor | QuantizedWeight) -> None:
+        """Pack in place, into the same buffers at the same addresses (made by the first call, and by the first after release)."""
+        if self._weight is None:
+            self._allocate()
+        assert self._weight is not None
+        if self.format == "bf16":
+            assert isinstance(weight, Tensor) and weight.dtype == torch.bfloat16 and weight.device.type == "cpu", weight
+            assert weight.shape == (self.out_features, self.in_features) and weight.stride(1) == 1, weight.shape
+            library().erollout_linear_pack_bf16(
+                self.address, weight.data_ptr(), weight.stride(0), self._weight.data_ptr(), self._threads
+            )
+            return
+        raise NotImplementedError(self.format)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features, (x.dtype, x.shape)
+        assert self._weight is not None, "pack_ must run before the first call, and after release"
+        rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, self.in_features).contiguous()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        self._run(self.address, rows.data_ptr(), rows.stride(0), rows.shape[0], y.data_ptr(), self.out_features, self._threads)
+        return y
+
+    def release(self) -> None:
+        """Free the packed buffers: `pack_` must run before the next call."""
+        self._weight = self._scale = self._pre_scale = None
+        self.struct.weight = self.struct.scale = self.struct.pre_scale = None
+
+    def _allocate(self) -> None:
+        self._weight = _aligned_bytes(self.packed_bytes)
+        self.struct.weight = self._weight.data_ptr()
+        if self.format == "int8":
+            self._scale = torch.empty(self.out_features)
+            self.struct.scale = self._scale.data_ptr()
+        if self.has_pre_scale:
+            self._pre_scale = torch.empty(self.in_features, dtype=torch.bfloat16)
+            self.struct.pre_scale = self._pre_scale.data_ptr()
+
+
+def _check_shape(out_features: int, in_features: int, format: str, group_size: int, asymmetric: bool) -> None:
+    assert format in FORMATS, format
+    assert out_features > 0 and in_features > 0, (out_features, in_features)
+    if not format.startswith("int4"):
+        assert group_size in (0, in_features) and not asymmetric, (format, group_size, asymmetric)
+        return
+    if group_size not in GROUP_SIZES:
+        raise UserError(f"native {format} kernels have groups of 32, 64 and 128, not {group_size}: choose one of them")
+    if in_features % group_size:
+        raise UserError(
+            f"native {format} kernels need in_features to be a multiple of the group: {in_features} is not one of {group_size}; "
+            "use a smaller group or less tensor parallelism"
+        )
+
+
+def _aligned_bytes(count: int) -> Tensor:
+    """uint8 [count] that starts on a cache line."""
+    buffer = torch.empty(count + 64, dtype=torch.uint8)
+    offset = -buffer.data_ptr() % 64
+    return buffer[offset : offset + count]
+
+
+def _processor_flags() -> set[str]:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _library_path() -> Path | None:
+    return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
+
+
+_POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_SIGNATURES = (
+    ("erollout_threads_create", _POINTER, _INT32),
+    ("erollout_threads_destroy", None, _POINTER),
+    ("erollout_linear_struct_bytes", _INT64),
+    ("erollout_linear_packed_bytes", _INT64, _POINTER),
+    ("erollout_linear_pack_bf16", None, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
+    ("erollout_linear", None, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER),
+)

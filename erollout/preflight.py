@@ -1,5 +1,6 @@
 """Everything about a run that can be checked and worked out before a process group starts."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from erollout.config import Config
 from erollout.data.build import build_datasets
 from erollout.data.prompts import PromptDataset, PromptLimits
 from erollout.data.tokenizer import load_tokenizer
+from erollout.drafter.assignment import LM_HEAD, assign_formats
+from erollout.drafter.formats import check_shape
 from erollout.engine.placement import decode_placement
 from erollout.errors import UserError
 from erollout.parallel.groups import current_rank, expected_world_size, resolve_layouts
@@ -63,7 +66,10 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
     with _named(f"parallel.tensor_model_parallel_size = {train.tensor}, pipeline_model_parallel_size = {train.pipeline}"):
         trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
     with _named(f"rollout.tensor_model_parallel_size = {decode.tensor}"):
-        decoded = _parameters(decode_placement(architecture, decode.tensor, 0))
+        decoded_placement = decode_placement(architecture, decode.tensor, 0)
+        decoded = _parameters(decoded_placement)
+    if rolls_out:
+        check_drafter(config, decoded_placement)
     if config.model.path is not None:
         check_weights(config.model.path, architecture)
     _check_export(config)
@@ -108,6 +114,25 @@ def check_context(config: Config, architecture: Architecture) -> None:
         raise UserError(
             f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one"
         )
+
+
+def check_drafter(config: Config, placement: Placement) -> None:
+    """The drafter's formats are known, ModelOpt is there to make them, and they fit the shards of a decode rank."""
+    if config.speculation.mode == "off":
+        return
+    if importlib.util.find_spec("modelopt") is None:
+        raise UserError(
+            f"speculation.mode = {config.speculation.mode} needs NVIDIA ModelOpt, which makes the drafter; "
+            "install it: pip install 'erollout[modelopt]', or set speculation.mode = off"
+        )
+    options = config.speculation.drafter
+    shapes = {t.name.removesuffix(".weight"): t.shape for t in placement if len(t.shape) == 2}
+    embedding = shapes.pop("embed_tokens")
+    shapes.setdefault(LM_HEAD, embedding)
+    overrides = [(override.pattern, override.format) for override in options.overrides]
+    for layer, format in assign_formats(shapes, options.format, overrides, options.lm_head).items():
+        if format is not None:
+            check_shape(layer, format, (shapes[layer][0], shapes[layer][1]), options.group_size)
 
 
 def _check_first_items(train_data: PromptDataset, test_data: PromptDataset | None, rolls_out: bool) -> None:
@@ -170,6 +195,7 @@ def describe(config: Config, resolved: Resolved) -> str:
         "parameters per rank": f"{resolved.trained_parameters:,} trained, {resolved.decoded_parameters:,} decoded",
         "memory per rank": f"{_gib(resolved.training_bytes)} training state, {_gib(resolved.decoding_bytes)} rollout "
         f"(weights + KV cache), activations of {config.train.max_tokens_per_micro_batch} tokens",
+        "speculation": _speculation(config),
         "output": config.train.output_dir,
         "tracking": config.tracking.uri or f"SQLite in {config.train.output_dir}" if config.tracking.enabled else "off",
         "checkpoints": f"{config.checkpoint_directory} every {config.checkpoint.interval} steps"
@@ -181,6 +207,14 @@ def describe(config: Config, resolved: Resolved) -> str:
     for replica in range(decode.replicas):
         rows.append(f"{'decode replica ' + str(replica):<{width}}  ranks {', '.join(map(str, decode.ranks(replica)))}")
     return "\n".join(rows)
+
+
+def _speculation(config: Config) -> str:
+    options = config.speculation
+    if options.mode == "off":
+        return "off"
+    drafter = f"{options.drafter.format}, LM head {options.drafter.lm_head}"
+    return f"{options.mode}, {options.num_speculative_tokens} tokens, {options.verification}, drafter {drafter}"
 
 
 def _distinct_ranks(layout: TrainLayout) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from erollout.config import Config
-from erollout.resharding.executor import ReshardStats
-from erollout.rollout import RolloutResult
+from erollout.drafter.drafter import RequantizeStats
+from erollout.rollout import RefitStats, RolloutResult
+from erollout.speculation.statistics import SpeculationStatistics
 from erollout.tracking.metrics import summarize_lengths
 from erollout.tracking.store import redact
 
@@ -12,8 +13,9 @@ _FEW = 10
 """Steps that the first and the last reward are averaged over."""
 
 
-def rollout_metrics(result: RolloutResult, seconds: float, reshard: ReshardStats) -> dict[str, float]:
+def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) -> dict[str, float]:
     """Rewards, lengths and speeds of a step whose rollout phase took `seconds`."""
+    requantize_seconds = refit.requantize.seconds if refit.requantize is not None else 0.0
     scored = result.scored
     rewards = [s.reward for s in scored]
     lengths = [len(s.rollout.response_ids) for s in scored]
@@ -29,9 +31,12 @@ def rollout_metrics(result: RolloutResult, seconds: float, reshard: ReshardStats
         "rollout/preemptions": sum(report["preemptions"] for report in result.reports),
         "rollout/slowest_replica_seconds": max(report["seconds"] for report in result.reports),
         "rollout/fastest_replica_seconds": min(report["seconds"] for report in result.reports),
-        "reshard/seconds": reshard.seconds,
-        "reshard/gigabytes_per_second": reshard.gigabytes_per_second,
+        "rollout/decode_steps": sum(report["decode_steps"] for report in result.reports),
+        "reshard/seconds": refit.reshard.seconds - requantize_seconds,
+        "reshard/gigabytes_per_second": refit.reshard.gigabytes_per_second,
     }
+    if refit.requantize is not None:
+        metrics |= speculation_metrics(result.speculation, refit.requantize)
     metrics |= {f"response_length/{name}": value for name, value in summarize_lengths(lengths).items()}
     tasks = sorted({s.task for s in scored})
     if len(tasks) > 1:
@@ -39,6 +44,21 @@ def rollout_metrics(result: RolloutResult, seconds: float, reshard: ReshardStats
             mine = [s.reward for s in scored if s.task == task]
             metrics[f"reward/{task}"] = sum(mine) / len(mine)
     return metrics
+
+
+def speculation_metrics(statistics: SpeculationStatistics, requantize: RequantizeStats) -> dict[str, float]:
+    """What the drafts of a step were worth, and what making the drafter took; seconds of drafting are summed over replicas."""
+    return {
+        "speculation/acceptance_rate": statistics.acceptance_rate,
+        "speculation/acceptance_length": statistics.acceptance_length,
+        **{f"speculation/acceptance_at_{i}": rate for i, rate in enumerate(statistics.acceptance_by_position, start=1)},
+        "speculation/drafts": float(statistics.num_drafts),
+        "speculation/wasted_tokens": float(statistics.wasted),
+        "speculation/seconds_drafting": statistics.seconds_drafting,
+        "speculation/seconds_verifying": statistics.seconds_verifying,
+        "speculation/requantize_seconds": requantize.seconds,
+        "speculation/requantize_peak_mib": requantize.peak_extra_bytes / 2**20,
+    }
 
 
 def summary_rows(
@@ -62,6 +82,10 @@ def summary_rows(
         rows.append(
             (f"{phase.removeprefix('seconds/')} seconds, in all and per step", f"{total:.1f}, {total / len(steps):.3f}")
         )
+    if drafted := [row for row in steps if "speculation/acceptance_rate" in row]:
+        for name in ("acceptance_rate", "acceptance_length", "requantize_seconds"):
+            mean = sum(row[f"speculation/{name}"] for row in drafted) / len(drafted)
+            rows.append((f"speculation: {name.replace('_', ' ')}, mean of steps", f"{mean:.3f}"))
     if config.tracking.enabled:
         store = config.tracking.uri or f"sqlite:///{config.train.output_dir}/mlflow.db"
         rows.append(("MLflow run", run_id))

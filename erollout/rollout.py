@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
+from erollout.drafter.drafter import Drafter, RequantizeStats
+from erollout.drafter.statistics import collect
+from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
 from erollout.engine.placement import decode_placement
 from erollout.engine.random import request_seed
@@ -20,6 +23,7 @@ from erollout.resharding.executor import Resharder, ReshardStats, wire_dtype
 from erollout.resharding.planner import plan_for_rank
 from erollout.resharding.transport import ProcessGroupTransport
 from erollout.rewards.pool import RewardPool
+from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.types import Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,6 +40,17 @@ class RolloutResult:
     """All replicas' samples, ordered by prompt and sample."""
     reports: list[dict[str, float]]
     """One per decode replica: tokens, seconds, scoring errors."""
+    speculation: SpeculationStatistics
+    """Of all replicas together."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefitStats:
+    """What taking over a policy took, on this rank."""
+
+    reshard: ReshardStats
+    requantize: RequantizeStats | None
+    """None without a drafter. Its seconds are part of the reshard's: it works on tensors as they land."""
 
 
 class RolloutWorker:
@@ -53,28 +68,36 @@ class RolloutWorker:
         self.context = context
         self.tokenizer = tokenizer
         self.rewards = rewards
+        max_model_len = config.model.max_position_embeddings or architecture.max_position_embeddings
         self.engine = Engine(
-            architecture,
-            config.rollout,
-            context.decode_group,
-            context.device,
-            tokenizer,
-            max_model_len=config.model.max_position_embeddings or architecture.max_position_embeddings,
+            architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
         )
+        self.drafter: Drafter | None = None
+        if config.speculation.mode != "off":
+            self.drafter = build_drafter(config, self.engine)
+            self.speculate(True)
         self.resharder = self._build_resharder(architecture)
 
-    def refit(self, policy: dict[str, Tensor], policy_version: int) -> ReshardStats:
-        """Take over the policy's weights from the training layout."""
+    def speculate(self, on: bool) -> None:
+        """Draft in the rollouts from now on, or don't. Needs a drafter."""
+        options = self.config.speculation
+        assert self.drafter is not None
+        self.engine.speculate(self.drafter, options.num_speculative_tokens if on else 0, options.verification)
+
+    def refit(self, policy: dict[str, Tensor], policy_version: int) -> RefitStats:
+        """Take over the policy's weights from the training layout, and make the drafter of them as they land."""
         stats = self.resharder.run(policy, self.engine.local_tensors())
-        self.engine.weights_updated(policy_version)
-        return stats
+        return RefitStats(stats, self._updated(policy_version))
 
     def load_weights(self) -> None:
         """Take the configured model's weights instead of a policy's: for sampling without training."""
         architecture, decode = self.engine.architecture, self.context.decode
         placement = decode_placement(architecture, decode.tensor, decode.tensor_rank(self.context.rank))
         first_weights(self.engine.local_tensors(), architecture, self.config.model, placement, self.config.train.seed)
-        self.engine.weights_updated(0)
+        if self.drafter is not None:
+            for name in self.engine.local_tensors():
+                self.drafter.requantize_(name)
+        self._updated(0)
 
     def rollout(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, group_size: int, stream: int, step: int
@@ -93,6 +116,8 @@ class RolloutWorker:
         ]
         self.engine.wake_up()
         rollouts = self._generate(requests, {p.index: p for p in mine})
+        if stream == TRAINING_STREAM and step % self.config.speculation.drafter.statistics_interval == 0:
+            self.collect_statistics(rollouts, step)
         self.engine.sleep()
         return self._gather(rollouts, {p.index: p for p in prompts})
 
@@ -118,6 +143,23 @@ class RolloutWorker:
             ignore_eos=rollout.ignore_eos,
         )
 
+    def collect_statistics(self, rollouts: Sequence[Rollout], generation: int) -> None:
+        """Let the next requantisations weigh their errors by these rollouts' activations, if the drafter's formats do.
+
+        Each replica measures its own: drafters may differ, samples don't.
+        """
+        if self.drafter is None or not self.drafter.needs_statistics:
+            return
+        tokens = [r.prompt_ids + r.response_ids for r in rollouts]
+        limit = self.config.speculation.drafter.statistics_tokens
+        if statistics := collect(self.engine.model, tokens, limit, self.drafter.sample_rows, generation):
+            self.drafter.use_statistics(statistics)
+
+    def _updated(self, policy_version: int) -> RequantizeStats | None:
+        """Engine and drafter now hold this version."""
+        self.engine.weights_updated(policy_version)
+        return self.drafter.complete(policy_version) if self.drafter is not None else None
+
     def _generate(self, requests: list[RolloutRequest], prompts: dict[int, Prompt]) -> list[Rollout]:
         if not self.context.is_decode_leader:
             return self.engine.generate(requests)
@@ -131,22 +173,19 @@ class RolloutWorker:
 
     def _gather(self, rollouts: list[Rollout], prompts: dict[int, Prompt]) -> RolloutResult:
         """Every replica's rollouts and rewards to every rank."""
-        contribution: tuple[list[Rollout], dict[tuple[int, int], Reward], dict[str, float]] | None = None
+        contribution: _Contribution | None = None
         if self.context.is_decode_leader:
             rewards = self.rewards.collect()
-            contribution = (rollouts, rewards, self._report(rollouts, rewards))
+            contribution = _Contribution(rollouts, rewards, self._report(rollouts, rewards), self.engine.stats.speculation)
+        parts = [part for part in all_gather(contribution) if part is not None]
         scored: list[ScoredRollout] = []
-        reports: list[dict[str, float]] = []
-        for part in all_gather(contribution):
-            if part is None:
-                continue
-            reports.append(part[2])
-            for rollout in part[0]:
-                reward = part[1][rollout.prompt_index, rollout.sample_index]
+        for part in parts:
+            for rollout in part.rollouts:
+                reward = part.rewards[rollout.prompt_index, rollout.sample_index]
                 scored.append(ScoredRollout(rollout, reward.value, prompts[rollout.prompt_index].task))
         order = {index: position for position, index in enumerate(prompts)}
         scored.sort(key=lambda s: (order[s.rollout.prompt_index], s.rollout.sample_index))
-        return RolloutResult(scored, reports)
+        return RolloutResult(scored, [part.report for part in parts], merge(part.speculation for part in parts))
 
     def _report(self, rollouts: list[Rollout], rewards: dict[tuple[int, int], Reward]) -> dict[str, float]:
         stats = self.engine.stats
@@ -166,4 +205,30 @@ class RolloutWorker:
     def _build_resharder(self, architecture: Architecture) -> Resharder:
         context, sent = self.context, wire_dtype(DTYPES[self.config.model.dtype], DTYPES[self.config.rollout.dtype])
         plan = plan_for_rank(architecture, context.train, context.decode, context.rank, decode_placement, sent.itemsize)
-        return Resharder(plan, ProcessGroupTransport(None, context.device), sent, context.device)
+        hook = self.drafter.requantize_ if self.drafter is not None else None
+        return Resharder(plan, ProcessGroupTransport(None, context.device), sent, context.device, hook)
+
+
+@dataclass(frozen=True, slots=True)
+class _Contribution:
+    """What a replica tells the others."""
+
+    rollouts: list[Rollout]
+    rewards: dict[tuple[int, int], Reward]
+    report: dict[str, float]
+    speculation: SpeculationStatistics
+
+
+def build_drafter(config: Config, engine: Engine) -> Drafter:
+    """The drafter of the configuration, over an engine's target. Raises UserError for what can't be held so."""
+    options = config.speculation.drafter
+    return Drafter(
+        engine.model,
+        lambda model: ModelProposer(model, config.speculation.verification),
+        engine.max_model_len,
+        format=options.format,
+        group_size=options.group_size,
+        lm_head=options.lm_head,
+        overrides=[(override.pattern, override.format) for override in options.overrides],
+        kernel=config.rollout.kernels,
+    )

@@ -57,7 +57,7 @@ class Trainer:
         prompts = [self.train_data.prompt(first + i) for i in range(count)]
         with timer("refit"):
             self.actor.sleep()
-            reshard = self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
+            refit = self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
         with timer("rollout"):
             sampling, group_size = self.worker.sampling_params(), self.config.rollout.group_size
             result = self.worker.rollout(prompts, sampling, group_size, TRAINING_STREAM, self.step)
@@ -68,7 +68,7 @@ class Trainer:
             metrics = self._update(batches, result.scored)
         self.step += 1
         seconds = timer.collect()
-        metrics |= rollout_metrics(result, seconds["seconds/rollout"], reshard)
+        metrics |= rollout_metrics(result, seconds["seconds/rollout"], refit)
         metrics |= seconds | memory_metrics(self.context.device.type)
         self.tracker.log_metrics(self.step, metrics)
         self.report(self.step, metrics)

@@ -1,0 +1,51 @@
+"""Training with speculation: the same samples, so the same run, and what a run says about its drafts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import RankPool
+from tiny_runs import history, tiny_tree, train_here
+
+SPECULATION: dict[str, Any] = {"mode": "always", "num_speculative_tokens": 3, "drafter": {"format": "w4a16", "group_size": 16}}
+SAME = ("reward/mean", "train/loss", "train/grad_norm", "response_length/mean", "mismatch/mean_abs_difference")
+
+
+def _tree(folder: Path, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
+    train = {"steps": 2, "output_dir": str(folder / name)} | sections.pop("train", {})
+    return tiny_tree(folder, train=train, **sections)
+
+
+@pytest.mark.distributed
+def test_coupled_speculation_changes_no_number_of_a_run(rank_pool: RankPool, tmp_path: Path) -> None:
+    rank_pool.run(1, train_here, _tree(tmp_path, "off", train={"steps": 20}))
+    rank_pool.run(1, train_here, _tree(tmp_path, "always", train={"steps": 20}, speculation=SPECULATION))
+    off, always = history(tmp_path, "off"), history(tmp_path, "always")
+    assert len(off) == len(always) == 20
+    assert [[row[name] for name in SAME] for row in off] == [[row[name] for name in SAME] for row in always]
+    assert len({row["reward/mean"] for row in off}) > 10, "the run stands still: equal curves would prove nothing"
+    for row in always:
+        assert 0.5 < row["speculation/acceptance_rate"] <= 1.0
+        assert 1.0 < row["speculation/acceptance_length"] <= 4.0
+        assert row["rollout/decode_steps"] < off[0]["rollout/decode_steps"]
+    assert not any(name.startswith("speculation/") for name in off[0])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("format", ["w4a16_clip", "w8a8", "fp8"])
+def test_statistics_and_formats_on_two_tensor_parallel_ranks(format: str, rank_pool: RankPool, tmp_path: Path) -> None:
+    drafter = {"format": format, "group_size": 16, "statistics_interval": 1, "statistics_tokens": 64}
+    parallel = {"world_size": 2, "tensor_model_parallel_size": 2}
+    rollout = tiny_tree(tmp_path)["rollout"] | {"tensor_model_parallel_size": 2}
+    tree = _tree(tmp_path, "run", parallel=parallel, rollout=rollout, speculation=SPECULATION | {"drafter": drafter})
+    rank_pool.run(2, train_here, tree)
+    for row in history(tmp_path):
+        assert row["speculation/acceptance_rate"] > 0.5
+        assert row["speculation/requantize_seconds"] > 0
+
+
+@pytest.mark.distributed
+def test_rejection_trains_and_evaluates(rank_pool: RankPool, tmp_path: Path) -> None:
+    speculation = SPECULATION | {"verification": "rejection"}
+    rank_pool.run(2, train_here, _tree(tmp_path, "run", speculation=speculation, evaluation={"interval": 1, "num_prompts": 4}))
+    assert [row["step"] for row in history(tmp_path)] == [1, 2]

@@ -27,6 +27,7 @@ def compute(engine: Engine, sequence: Sequence, num_tokens: int, *more: tuple[Se
         start = item.num_computed_tokens
         batch.copies += engine.blocks.reserve(item.block_table, start, start + count)
         batch.scheduled.append(ScheduledSequence(item, start, count))
+    engine.cache.copy_blocks(batch.copies)
     logits = engine.runner.run(batch)
     for scheduled in batch.scheduled:
         scheduled.sequence.num_computed_tokens = scheduled.end

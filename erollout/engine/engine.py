@@ -21,12 +21,15 @@ from erollout.engine.detokenizer import StopStringDetector
 from erollout.engine.kv_cache import KVCache, num_blocks
 from erollout.engine.linear import resolve_linear_kernel
 from erollout.engine.model_runner import ModelRunner
+from erollout.engine.proposer import DraftRequest, Drafts, Proposer
 from erollout.engine.random import sequence_seed
-from erollout.engine.sampler import Sampler, SamplingRow
+from erollout.engine.sampler import Sampler
 from erollout.engine.scheduler import Batch, Scheduler
 from erollout.engine.sequence import Sequence
+from erollout.engine.verifier import Candidate, Verification, VerifiedRun, Verifier, sampling_row
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
+from erollout.speculation.statistics import SpeculationStatistics
 from erollout.types import Rollout, RolloutRequest
 
 
@@ -46,6 +49,7 @@ class GenerationStats:
     seconds: float = 0.0
     running: list[int] = field(default_factory=list)
     """Sequences in each forward pass."""
+    speculation: SpeculationStatistics = field(default_factory=SpeculationStatistics)
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,6 +88,9 @@ class Engine:
         self.model = DecodeModel(architecture, group, self.kernel, self.cache, max_model_len, dtype, device)
         self.runner = ModelRunner(self.model)
         self.sampler = Sampler(architecture.vocab_size, self.model.vocab_start, group)
+        self.verifier = Verifier(self.sampler)
+        self.proposer: Proposer | None = None
+        self.num_speculative_tokens = 0
         self.blocks = BlockManager(self.cache.num_blocks, rollout.block_size)
         self.policy_version: int | None = None
         self.stats = GenerationStats()
@@ -91,6 +98,16 @@ class Engine:
         self._detectors: dict[int, StopStringDetector] = {}
         """Of the sequences with stop strings, by Sequence.order."""
         self.wake_up()
+
+    def speculate(self, proposer: Proposer | None, num_speculative_tokens: int, verification: Verification = "coupled") -> None:
+        """Let each decoding sequence verify up to so many drafts of `proposer` per pass from now on; 0 turns that off.
+
+        Under tensor parallelism: the same on all ranks of the replica.
+        """
+        assert num_speculative_tokens == 0 or proposer is not None
+        self.proposer = proposer
+        self.num_speculative_tokens = num_speculative_tokens
+        self.verifier = Verifier(self.sampler, verification)
 
     def local_tensors(self) -> dict[str, Tensor]:
         """This rank's weights by their names in decode_placement: to be overwritten in place, then `weights_updated`."""
@@ -105,6 +122,8 @@ class Engine:
         """Release the KV cache and the kernels' own copies of the weights; the local tensors stay."""
         self.cache.release()
         self._release_kernels()
+        if self.proposer is not None:
+            self.proposer.sleep()
 
     def wake_up(self) -> None:
         """Take the KV cache's memory again."""
@@ -117,7 +136,8 @@ class Engine:
             on_finished: called with each rollout as soon as it is complete, in the order of completion.
 
         Returns: rollouts ordered by request, then by sample.
-        Raises UserError, before any work, for a request that can't be served; RuntimeError while asleep or without weights.
+        Raises UserError, before any work, for a request that can't be served; RuntimeError while asleep, without weights or
+            with drafts of another policy version. After an error on the way the engine is as before the call.
         """
         self._require_ready()
         started = time.perf_counter()
@@ -127,10 +147,16 @@ class Engine:
         scheduler = Scheduler(self.blocks, *limits)
         sequences = self._queue(requests, scheduler)
         self._detectors = self._stop_detectors(sequences)
-        while scheduler.has_unfinished:
-            for sequence in self._step(scheduler):
-                if on_finished is not None:
-                    on_finished(self._rollout(requests[sequence.request_index], sequence))
+        try:
+            while scheduler.has_unfinished:
+                for sequence in self._step(scheduler):
+                    if on_finished is not None:
+                        on_finished(self._rollout(requests[sequence.request_index], sequence))
+        except BaseException:
+            scheduler.cancel()
+            self.sleep()
+            self.wake_up()  # with an empty cache: what a failed pass wrote may be NaN
+            raise
         assert self.blocks.num_free == self.blocks.num_blocks, "KV blocks leaked"
         self.stats.preemptions = scheduler.num_preemptions
         self.stats.seconds = time.perf_counter() - started
@@ -139,33 +165,59 @@ class Engine:
     @torch.inference_mode()
     def _step(self, scheduler: Scheduler) -> list[Sequence]:
         """One forward pass and the tokens it yields; the sequences that it finished."""
-        batch = scheduler.schedule()
+        batch = scheduler.schedule(self.num_speculative_tokens)
         self._count(batch)
-        logits = self.runner.run(batch)
-        sampled: list[Sequence] = []
-        rows: list[int] = []
-        for item in batch.scheduled:
-            if ready := scheduler.computed(item):
-                row = rows[-1] + 1 if rows else 0
-                rows += [row] * len(ready)  # siblings draw their first token from their leader's logits
-                sampled += ready
-        if not sampled:
-            return []
-        self._sample(logits, rows, sampled)
-        finished = [sequence for sequence in sampled if self._finishes(sequence)]
-        for sequence in finished:
-            scheduler.finish(sequence)
+        self.cache.copy_blocks(batch.copies)
+        columns = [(0, 0)] * len(batch.scheduled)
+        if not any(item.num_drafts for item in batch.scheduled):
+            return self._advance(scheduler, batch, columns, None)
+        assert self.proposer is not None
+        request, columns = _drafts_wanted(batch)
+        started = time.perf_counter()
+        drafts = self.proposer.propose(request)
+        drafted = time.perf_counter()
+        finished = self._advance(scheduler, batch, columns, drafts)
+        self.stats.speculation.seconds_drafting += drafted - started
+        self.stats.speculation.seconds_verifying += time.perf_counter() - drafted
         return finished
 
-    def _sample(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> None:
-        """Append one token to each sequence, drawn from the row of the logits beside it."""
+    def _advance(
+        self, scheduler: Scheduler, batch: Batch, columns: list[tuple[int, int]], drafts: Drafts | None
+    ) -> list[Sequence]:
+        """The target's pass over a batch and its drafts: append what is verified; the sequences that it finished.
+
+        Args:
+            columns: of each scheduled sequence in the drafts, with their number.
+        """
+        logits = self.runner.run(batch, drafts.runs(columns) if drafts is not None else None)
+        sampled, candidates, rows = _candidates(scheduler, batch, columns)
+        if not sampled:
+            return []
         if len(rows) != logits.shape[0]:
             logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
-        drawn = self.sampler.sample(logits, [_sampling_row(sequence) for sequence in sequences])
-        for values in zip(sequences, drawn.token_ids, drawn.logprobs, drawn.raw_logprobs, strict=True):
-            sequence, token_id, logprob, raw_logprob = values
+        runs = self.verifier.verify(logits, candidates, drafts)
+        finished = []
+        for sequence, candidate, run in zip(sampled, candidates, runs, strict=True):
+            ended = self._append(sequence, run, candidate.num_drafts)
+            if candidate.num_drafts:
+                scheduler.verified(sequence)
+            if ended:
+                scheduler.finish(sequence)
+                finished.append(sequence)
+        return finished
+
+    def _append(self, sequence: Sequence, run: VerifiedRun, num_drafts: int) -> bool:
+        """Append a run's tokens up to the one that ends the response; whether one did."""
+        ended, before = False, len(sequence.response_ids)
+        for token_id, logprob, raw_logprob in zip(run.token_ids, run.logprobs, run.raw_logprobs, strict=True):
             sequence.append(token_id, logprob, raw_logprob)
-        self.stats.decode_tokens += len(sequences)
+            if ended := self._finishes(sequence):
+                break
+        emitted = len(sequence.response_ids) - before
+        self.stats.decode_tokens += emitted
+        if num_drafts:
+            self.stats.speculation.record(num_drafts, run.num_accepted, min(emitted, run.num_accepted))
+        return ended
 
     def _finishes(self, sequence: Sequence) -> bool:
         """Set the finish reason of a sequence that its last token ends."""
@@ -217,6 +269,8 @@ class Engine:
         if not self._prepared:
             self.model.prepare()
             self._prepared = True
+        if self.num_speculative_tokens and self.proposer is not None:
+            self.proposer.require(self.policy_version)
 
     def _release_kernels(self) -> None:
         self.model.release()
@@ -245,8 +299,26 @@ class Engine:
         )
 
 
-def _sampling_row(sequence: Sequence) -> SamplingRow:
-    position = sequence.num_tokens
-    needs_context = sequence.sampling.repetition_penalty != 1.0
-    context = sequence.tokens(0, position) if needs_context else None
-    return SamplingRow(params=sequence.sampling, seed=sequence.seed, position=position, context_ids=context)
+def _drafts_wanted(batch: Batch) -> tuple[DraftRequest, list[tuple[int, int]]]:
+    """The request for a batch's drafts and, for each scheduled sequence, its column in the answer and its number of drafts."""
+    drafting = sorted((item for item in batch.scheduled if item.num_drafts), key=lambda item: -item.num_drafts)
+    column = {item.sequence.order: index for index, item in enumerate(drafting)}
+    request = DraftRequest([item.sequence for item in drafting], [item.num_drafts for item in drafting])
+    return request, [(column.get(item.sequence.order, 0), item.num_drafts) for item in batch.scheduled]
+
+
+def _candidates(
+    scheduler: Scheduler, batch: Batch, columns: list[tuple[int, int]]
+) -> tuple[list[Sequence], list[Candidate], list[int]]:
+    """The sequences of a computed batch that get tokens, what decides about them, and the rows of the logits that they need."""
+    sequences: list[Sequence] = []
+    candidates: list[Candidate] = []
+    rows: list[int] = []
+    start = 0
+    for item, (column, num_drafts) in zip(batch.scheduled, columns, strict=True):
+        if ready := scheduler.computed(item):
+            sequences += ready
+            candidates += [Candidate(sampling_row(sequence), num_drafts, column) for sequence in ready]
+            rows += len(ready) * list(range(start, start + 1 + num_drafts))  # siblings draw from their leader's logits
+            start += 1 + num_drafts
+    return sequences, candidates, rows

@@ -5,51 +5,77 @@ from torch import Tensor
 
 from erollout.engine.attention import Span
 from erollout.engine.decode_model import DecodeModel
-from erollout.engine.scheduler import Batch, ScheduledSequence
+from erollout.engine.scheduler import Batch
 
 
 class ModelRunner:
     def __init__(self, model: DecodeModel) -> None:
         self.model = model
         self.cache = model.cache
-        self.min_rows = model.attention.min_rows
+        self.min_rows = model.min_rows
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Tensor:
-        """Compute a batch.
+    def run(self, batch: Batch, draft_ids: Tensor | None = None) -> Tensor:
+        """Compute a batch, whose block copies are made already.
 
-        Returns: logits [sequences that catch up, local vocabulary], in the order of batch.scheduled.
+        Args:
+            draft_ids: int64 [drafts], on the device: each sequence's drafts in turn, in the order of batch.scheduled.
+
+        Returns: logits [rows, local vocabulary]: 1 + num_drafts rows for each sequence that catches up, of its last known
+            token and of its drafts, in the order of batch.scheduled.
         """
-        self.cache.copy_blocks(batch.copies)
-        items = sorted(batch.scheduled, key=lambda item: item.num_tokens > 1)  # attention wants single tokens first
+        items = sorted(
+            batch.scheduled, key=lambda item: item.num_tokens + item.num_drafts > 1
+        )  # plans want single tokens first
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         last_rows: dict[int, int] = {}
         for item in items:
+            end = item.end + item.num_drafts
             token_ids += item.sequence.tokens(item.start, item.end)
-            positions += range(item.start, item.end)
-            slots += self._slots(item)
             last_rows[id(item.sequence)] = len(token_ids) - 1
+            token_ids += [0] * item.num_drafts
+            positions += range(item.start, end)
+            slots += slots_of(item.sequence.block_table, self.cache.block_size, item.start, end)
         padding = max(0, self.min_rows - len(token_ids))
         token_ids += [0] * padding
         positions += [0] * padding
         slots += [self.cache.scratch_block * self.cache.block_size] * padding
-        wanted = [last_rows[id(item.sequence)] for item in batch.scheduled if item.catches_up]
+        wanted = _wanted_rows(batch, last_rows)
         rows = wanted + [len(token_ids) - 1] * max(0, self.min_rows - len(wanted))  # min_rows >= 1: never empty
-        spans = [Span(item.start, item.end, item.sequence.block_table) for item in items]
+        spans = [Span(item.start, item.end + item.num_drafts, item.sequence.block_table) for item in items]
+        ids = self._tensor(token_ids)
+        if draft_ids is not None:
+            ids.index_copy_(0, self._tensor(_draft_rows(batch, last_rows)), draft_ids)
         logits = self.model.forward(
-            self._tensor(token_ids),
-            self._tensor(positions),
-            self._tensor(slots),
-            self.model.attention.plan(spans, padding),
-            self._tensor(rows),
+            ids, self._tensor(positions), self._tensor(slots), self.model.plan(spans, padding), self._tensor(rows)
         )
         return logits[: len(wanted)]
 
-    def _slots(self, item: ScheduledSequence) -> list[int]:
-        size, table = self.cache.block_size, item.sequence.block_table
-        return [table[position // size] * size + position % size for position in range(item.start, item.end)]
-
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.cache.device)
+
+
+def slots_of(block_table: list[int], block_size: int, start: int, end: int) -> list[int]:
+    """Where the keys and values of positions [start, end) lie in the cache."""
+    return [block_table[position // block_size] * block_size + position % block_size for position in range(start, end)]
+
+
+def _wanted_rows(batch: Batch, last_rows: dict[int, int]) -> list[int]:
+    """Rows of the pass whose logits are wanted, by the row of each sequence's last known token."""
+    rows: list[int] = []
+    for item in batch.scheduled:
+        if item.catches_up:
+            last = last_rows[id(item.sequence)]
+            rows += range(last, last + 1 + item.num_drafts)
+    return rows
+
+
+def _draft_rows(batch: Batch, last_rows: dict[int, int]) -> list[int]:
+    """Rows of the pass that hold drafts."""
+    rows: list[int] = []
+    for item in batch.scheduled:
+        last = last_rows[id(item.sequence)]
+        rows += range(last + 1, last + 1 + item.num_drafts)
+    return rows

@@ -39,6 +39,16 @@ def sequence_seed(request_seed: int, sample_index: int) -> int:
     return _absorb(_absorb(2, request_seed), sample_index) >> 1
 
 
+def draft_seed(sequence_seed: int) -> int:
+    """Seed of a sequence's drafts where they must not depend on the target's own noise, in [0, 2^63)."""
+    return _absorb(3, sequence_seed) >> 1
+
+
+def acceptance_seed(sequence_seed: int) -> int:
+    """Seed of the decisions whether a sequence's drafts are accepted, in [0, 2^63)."""
+    return _absorb(4, sequence_seed) >> 1
+
+
 def stream_keys(seeds: Tensor, positions: Tensor) -> Tensor:
     """One key for each (sequence seed, position), int64 in and out, any equal shapes."""
     return _finalize_(_finalize_(seeds + _signed(_GAMMA)).add_((positions + 1).mul_(_signed(_GAMMA))))

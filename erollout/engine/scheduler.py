@@ -2,13 +2,14 @@
 
 One rule: every sequence's num_computed_tokens must catch up with its num_tokens. A prompt is a sequence that lags by many
 tokens (and may catch up in chunks), a decoding sequence lags by one. Sequences are served in order of arrival; when the
-pool runs out of blocks, the latest one gives its own back and later computes its tokens again. Every decision depends on
-equal integers on all ranks of a tensor-parallel group, so all ranks take the same one.
+pool runs out of blocks, the latest one gives its own back and later computes its tokens again. Draft tokens take what is
+left of the pass's tokens and of the pool once that is settled: nobody gives way for them. Every decision depends on equal
+integers on all ranks of a tensor-parallel group, so all ranks take the same one.
 """
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from erollout.engine.block_manager import BlockCopy, BlockManager
 from erollout.engine.sequence import Sequence, SequenceState
@@ -17,11 +18,13 @@ from erollout.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Positions [start, start + num_tokens) of a sequence, to be computed in this pass."""
+    """Positions [start, start + num_tokens) of a sequence, to be computed in this pass, and its drafts after them."""
 
     sequence: Sequence
     start: int
     num_tokens: int
+    num_drafts: int = 0
+    """Draft tokens to be verified: positions [end, end + num_drafts), whose blocks are reserved too."""
 
     @property
     def end(self) -> int:
@@ -31,6 +34,11 @@ class ScheduledSequence:
     def catches_up(self) -> bool:
         """The pass computes the last known token, so that the next one can be sampled."""
         return self.end == self.sequence.num_tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Only the last known token of one sequence is to be computed: drafts may follow it."""
+        return self.num_tokens == 1 and self.catches_up and not self.sequence.followers
 
 
 @dataclass(slots=True)
@@ -43,7 +51,8 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
+        """Drafts included."""
+        return sum(item.num_tokens + item.num_drafts for item in self.scheduled)
 
 
 class Scheduler:
@@ -84,8 +93,11 @@ class Scheduler:
         leader.followers = followers
         self._wait(leader)
 
-    def schedule(self) -> Batch:
-        """The next pass. Not empty while there is something unfinished."""
+    def schedule(self, num_speculative_tokens: int = 0) -> Batch:
+        """The next pass, with up to num_speculative_tokens drafts for each decoding sequence.
+
+        Not empty while there is something unfinished.
+        """
         batch = Batch()
         budget = self.max_num_batched_tokens
         preemptions = self.num_preemptions
@@ -96,6 +108,8 @@ class Scheduler:
         # After a preemption none is admitted, unless the last running sequence gave way to earlier ones that wait.
         while budget and (pool_suffices or not batch.scheduled) and self._can_admit():
             budget -= self._admit(budget, batch)
+        if num_speculative_tokens:
+            self._add_drafts(num_speculative_tokens, budget, batch)
         assert batch.scheduled or not self.has_unfinished, "nothing can run"
         return batch
 
@@ -116,12 +130,25 @@ class Scheduler:
             self._wait(follower)
         return [sequence, *followers]
 
+    def verified(self, sequence: Sequence) -> None:
+        """Record that the tokens of a sequence which had drafts are known: all but the last one are computed.
+
+        What was computed beyond them, for rejected drafts, is forgotten, and the blocks behind it go back.
+        """
+        sequence.num_computed_tokens = sequence.num_tokens - 1
+        self.blocks.truncate(sequence.block_table, sequence.num_computed_tokens)
+
     def finish(self, sequence: Sequence) -> None:
         """Take a finished sequence out and give its blocks back."""
         queue = self.running if sequence.state is SequenceState.RUNNING else self.waiting
         queue.remove(sequence)
         sequence.state = SequenceState.FINISHED
         self.blocks.truncate(sequence.block_table, 0)
+
+    def cancel(self) -> None:
+        """Take everything unfinished out and give its blocks back."""
+        for sequence in [*self.running, *self.waiting]:
+            self.finish(sequence)
 
     def _schedule_running(self, sequence: Sequence, budget: int, batch: Batch) -> int:
         """Schedule a running sequence, preempting later ones for its blocks; 0 tokens when it had to give way itself."""
@@ -158,6 +185,26 @@ class Scheduler:
         batch.copies += self.blocks.reserve(sequence.block_table, start, start + num_tokens)
         batch.scheduled.append(ScheduledSequence(sequence, start, num_tokens))
         return num_tokens
+
+    def _add_drafts(self, wanted: int, budget: int, batch: Batch) -> None:
+        """Give drafts to the batch's decoding sequences, in order of arrival, as far as tokens and free blocks reach."""
+        for index, item in enumerate(batch.scheduled):
+            if num_drafts := self._num_drafts(item, min(wanted, budget)):
+                end = item.end + num_drafts
+                batch.copies += self.blocks.reserve(item.sequence.block_table, item.end, end)
+                batch.scheduled[index] = replace(item, num_drafts=num_drafts)
+                budget -= num_drafts
+
+    def _num_drafts(self, item: ScheduledSequence, most: int) -> int:
+        """Up to `most`: no more than can be emitted (a pass emits one token beyond its drafts) and than have blocks."""
+        if not item.decodes:
+            return 0
+        sequence = item.sequence
+        num_drafts = min(most, sequence.sampling.max_tokens - len(sequence.response_ids) - 1)
+        table, free = sequence.block_table, self.blocks.num_free
+        while num_drafts > 0 and self.blocks.missing(table, item.end, item.end + num_drafts) > free:
+            num_drafts -= 1
+        return num_drafts
 
     def _latest_holder(self) -> Sequence:
         """The latest sequence that holds blocks, running or waiting (a sibling that waits holds its group's prompt)."""

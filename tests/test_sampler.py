@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import RankPool
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from erollout.engine.logits import ShardLogits, process_logits, shard_logits
 from erollout.engine.random import gumbel, stream_keys
@@ -140,6 +141,82 @@ def test_samples_follow_the_distribution(params: SamplingParams, draws: int) -> 
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
 
 
+class NoWaiting(TorchDispatchMode):
+    """Fails at what makes the host wait for an accelerator: values or shapes that depend on data, tensors made from lists."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default", "unique", "lift_fresh")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = str(func)
+        scalar = "lift_fresh" in name and args[0].dim() == 0  # `x[i] = 1.0`: a fill
+        assert scalar or not any(word in name for word in self.WAITING), f"{name} waits for the device"
+        indices = args[1] if name.startswith(("aten.index.", "aten.index_put")) else ()
+        assert not any(i is not None and i.dtype == torch.bool for i in indices), f"{name} with a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def draft(sampler: Sampler, logits: list[Tensor], rows: list[SamplingRow]) -> list[Tensor]:
+    """A draft loop over the given logits, each for as many leading rows as it has."""
+    prepared = sampler.prepare(rows, logits[0].device)
+    drafts: list[Tensor] = []
+    with NoWaiting():
+        for x in logits:
+            if drafts:
+                prepared = prepared.first(len(x)).advance(drafts[-1][: len(x)])
+            drafts.append(sampler.draw_on_device(x, prepared)[0])
+    return drafts
+
+
+def test_no_waiting_notices_waits() -> None:
+    x = torch.arange(3)
+    for wait in (lambda: x[0].item(), x.nonzero, lambda: x[x > 1], lambda: torch.tensor([1]), lambda: bool(x.any())):
+        with pytest.raises(AssertionError, match="waits"), NoWaiting():
+            wait()
+
+
+def test_a_draft_loop_draws_what_sampling_draws() -> None:
+    """All settings at once, rows dropping out from the end, contexts that grow by the drafts."""
+    vocabulary, context = 1500, [3, 77, 500]
+    rows = [SamplingRow(p, 1000 + i, 4 * i, context) for i, p in enumerate(SETTINGS)]
+    logits = [normal(n, vocabulary, 3.0, seed=n).bfloat16() for n in (len(rows), len(rows), 9, 2)]
+    drafts = draft(Sampler(vocabulary), logits, rows)
+    contexts = [list(context) for _ in rows]
+    for step, (x, drafted) in enumerate(zip(logits, drafts, strict=True)):
+        at = [replace(r, position=r.position + step, context_ids=c) for r, c in zip(rows, contexts, strict=True)][: len(x)]
+        assert drafted.tolist() == Sampler(vocabulary).sample(x, at).token_ids
+        for c, token in zip(contexts, drafted.tolist(), strict=False):
+            c.append(token)
+
+
+def test_processed_logits_of_a_draft_loop_stay_until_the_next_one() -> None:
+    sampler, params = Sampler(300), [replace(PLAIN, temperature=0.5, top_k=20), PLAIN]
+    for settings in (params, [PLAIN, PLAIN]):
+        rows = sampler.prepare([SamplingRow(p, 1, 1) for p in settings], torch.device("cpu"))
+        logits = [normal(2, 300, seed=i) for i in range(3)]
+        kept = []
+        for x in logits:
+            token_ids, processed = sampler.draw_on_device(x, rows)
+            kept.append(processed)
+            rows = rows.advance(token_ids)
+        for x, processed in zip(logits, kept, strict=True):
+            want = process_logits(shard_logits(x, 300), settings, [None, None])
+            assert torch.equal(processed.values, want.values)
+
+
+@pytest.mark.parametrize("params", SETTINGS, ids=describe)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_draft_from_broken_logits_is_a_valid_id(params: SamplingParams, bad: float) -> None:
+    logits = normal(3, 128)
+    logits[0] = bad
+    logits[1, 7] = bad
+    logits[2, 100:] = bad  # padding
+    rows = rows_of(params, 3, [1, 2])
+    sampler = Sampler(100)
+    token_ids, _ = sampler.draw_on_device(logits, sampler.prepare(rows, logits.device))
+    assert token_ids.dtype == torch.int64 and all(0 <= i < 100 for i in token_ids.tolist())
+    assert token_ids[2] == sampler.sample(logits[2:], rows[2:]).token_ids[0]
+
+
 @pytest.mark.parametrize("shape", ["flat", "normal", "peaked", "few", "steep", "huge"])
 def test_skipping_blocks_finds_the_same_token_as_noise_for_all(shape: str) -> None:
     vocabulary = 5000
@@ -207,11 +284,13 @@ def test_no_rows() -> None:
     assert Sampler(10).sample(torch.zeros(0, 10), []) == SampledTokens([], [], [])
 
 
-def sample_shard(logits: Tensor, vocab_size: int, rows: list[SamplingRow]) -> SampledTokens:
-    """Each rank takes its columns of logits that are padded to a multiple of the world."""
+def sample_shard(logits: Tensor, vocab_size: int, rows: list[SamplingRow]) -> tuple[SampledTokens, list[int]]:
+    """Sampled and drafted; each rank takes its columns of logits that are padded to a multiple of the world."""
     columns = logits.shape[1] // dist.get_world_size()
     start = dist.get_rank() * columns
-    return Sampler(vocab_size, start, dist.group.WORLD).sample(logits[:, start : start + columns], rows)
+    sampler, local = Sampler(vocab_size, start, dist.group.WORLD), logits[:, start : start + columns]
+    drafted, _ = sampler.draw_on_device(local, sampler.prepare(rows, local.device))
+    return sampler.sample(local, rows), drafted.tolist()
 
 
 @pytest.mark.distributed
@@ -224,7 +303,8 @@ def test_shards_draw_what_one_rank_draws(rank_pool: RankPool, world_size: int, c
     logits = torch.cat([x for _, x in cases])
     rows = [SamplingRow(p, 31 * i, i, [0, 1, 2, vocab_size - 1]) for i, (p, _) in enumerate(cases)]
     one = Sampler(vocab_size).sample(logits, rows)
-    for shard in rank_pool.run(world_size, sample_shard, logits, vocab_size, rows):
+    for shard, drafted in rank_pool.run(world_size, sample_shard, logits, vocab_size, rows):
+        assert drafted == one.token_ids
         assert shard.token_ids == one.token_ids
         assert shard.logprobs == pytest.approx(one.logprobs, abs=2e-6)
         assert shard.raw_logprobs == pytest.approx(one.raw_logprobs, abs=2e-6)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from erollout.engine.logits import ShardLogits, gather, process_logits, shard_logits
+from erollout.engine.logits import RowSettings, ShardLogits, gather, process, shard_logits
 from erollout.engine.random import COLUMNS, LANES, TILE, block_exponentials, stream_keys, token_exponentials
 from erollout.types import SamplingParams
 
@@ -49,6 +49,45 @@ class NonFiniteLogits(ArithmeticError):
     """A row of logits that has no softmax: it contains NaN or +inf, or nothing but -inf."""
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedRows:
+    """Rows as tensors on the logits' device: what a draft loop hands to draw_on_device again and again."""
+
+    settings: RowSettings
+    seeds: Tensor
+    """int64 [n]."""
+    positions: Tensor
+    """int64 [n]."""
+    noisy: Tensor
+    """float64 [n]: 0 where the draw is greedy, else 1."""
+    step: int = 0
+    """How often these rows were advanced."""
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingRow], device: torch.device) -> "PreparedRows":
+        return cls(
+            RowSettings([r.params for r in rows], [r.context_ids for r in rows], device),
+            torch.tensor([r.seed for r in rows], device=device),
+            torch.tensor([r.position for r in rows], device=device),
+            torch.tensor([float(r.params.temperature > 0) for r in rows], dtype=torch.float64, device=device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.settings.params)
+
+    def first(self, count: int) -> "PreparedRows":
+        """The first `count` rows."""
+        if count == len(self):
+            return self
+        cut = (self.seeds[:count], self.positions[:count], self.noisy[:count])
+        return PreparedRows(self.settings.first(count), *cut, self.step)
+
+    def advance(self, token_ids: Tensor) -> "PreparedRows":
+        """The rows at their next position, once token_ids (int64 [n], on the rows' device) were drawn at this one."""
+        settings = self.settings.with_context(token_ids)
+        return PreparedRows(settings, self.seeds, self.positions + 1, self.noisy, self.step + 1)
+
+
 class Sampler:
     """Samples from logits whose columns may be sharded over a tensor-parallel group."""
 
@@ -57,7 +96,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.vocab_start = vocab_start
         self.group = group
-        self._buffer: Tensor | None = None
+        self._buffers: dict[object, Tensor] = {}
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
         """One token for each row of logits [n, V_local]. Collective over the group: equal rows on every rank.
@@ -66,9 +105,10 @@ class Sampler:
         """
         if not rows:
             return SampledTokens([], [], [])
+        prepared = PreparedRows.of(rows, logits.device)
         raw = self.shard(logits)
-        processed = process_logits(raw, [r.params for r in rows], [r.context_ids for r in rows])
-        return self.settle(raw, processed, *draw(processed, rows), rows)
+        processed = process(raw, prepared.settings)
+        return self.settle(raw, processed, *_search(processed, prepared).best(), rows)
 
     def settle(
         self, raw: ShardLogits, processed: ShardLogits, value: Tensor, token: Tensor, rows: Sequence[SamplingRow]
@@ -76,24 +116,50 @@ class Sampler:
         """The token of highest value among the ranks' own tokens [n], and its log-probs. Collective; raises NonFiniteLogits."""
         return _decide(gather(_facts(raw, processed, value, token), self.group), rows)
 
-    def shard(self, logits: Tensor) -> ShardLogits:
-        """The logits as a shard, until the next call: its buffer is kept and grows with the number of rows."""
-        fits = self._buffer is not None and len(self._buffer) >= len(logits) and self._buffer.device == logits.device
-        shard = shard_logits(logits, self.vocab_size, self.vocab_start, self.group, self._buffer if fits else None)
+    def prepare(self, rows: Sequence[SamplingRow], device: torch.device) -> PreparedRows:
+        """What draw_on_device needs; making it copies from the host."""
+        return PreparedRows.of(rows, device)
+
+    def draw_on_device(self, logits: Tensor, rows: PreparedRows) -> tuple[Tensor, ShardLogits]:
+        """What `sample` draws, without any wait for the device: a drafter's logits [n, V_local] as they are. Collective.
+
+        A row without a softmax yields some valid id: a bad draft is for the verification to refuse.
+
+        Returns: token ids (int64 [n]) and the processed logits that they were drawn from. The latter stay until a draw from
+        rows that were advanced equally often.
+        """
+        raw = self.shard(logits, ("raw", rows.step))
+        out = self._buffer(("processed", rows.step), raw.values) if rows.settings.changes_logits else None
+        processed = process(raw, rows.settings, synchronize=False, out=out)
+        value, token = _search(processed, rows).best_of_all()
+        shards = gather(torch.stack([value, token.double()]), self.group)
+        token = shards[:, 1].masked_fill(shards[:, 0] != shards[:, 0].amax(0), _NO_TOKEN).amin(0)
+        return token.long().clamp_(0, self.vocab_size - 1), processed
+
+    def shard(self, logits: Tensor, name: object = "sample") -> ShardLogits:
+        """The logits as a shard, until the next call with this name: its buffer is kept and grows with the number of rows."""
+        buffer = self._buffers.get(name)
+        fits = buffer is not None and len(buffer) >= len(logits) and buffer.device == logits.device
+        shard = shard_logits(logits, self.vocab_size, self.vocab_start, self.group, buffer if fits else None)
         if not fits:
-            self._buffer = shard.values
+            self._buffers[name] = shard.values
         return shard
+
+    def _buffer(self, name: object, like: Tensor) -> Tensor:
+        """A kept tensor of this shape, dtype and device."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < len(like) or buffer.device != like.device:
+            buffer = self._buffers[name] = torch.empty_like(like)
+        return buffer[: len(like)]
 
 
 def draw(processed: ShardLogits, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
     """This rank's best token of each row: logit + noise (float64 [n]) and id (int64 [n]); -inf where it has no token."""
-    x = processed.values
-    device = x.device
-    keys = stream_keys(
-        torch.tensor([r.seed for r in rows], device=device), torch.tensor([r.position for r in rows], device=device)
-    )
-    noisy = torch.tensor([float(r.params.temperature > 0) for r in rows], dtype=torch.float64, device=device)
-    return _Search(x, processed.first_id, keys, noisy).best()
+    return _search(processed, PreparedRows.of(rows, processed.values.device)).best()
+
+
+def _search(processed: ShardLogits, rows: PreparedRows) -> "_Search":
+    return _Search(processed.values, processed.first_id, stream_keys(rows.seeds, rows.positions), rows.noisy)
 
 
 class _Search:
@@ -119,6 +185,17 @@ class _Search:
         value = torch.full_like(reached, -math.inf).scatter_reduce_(0, row, values.amax(-1), "amax")
         ids = ids.masked_fill(values != value[row].unsqueeze(-1), _NO_TOKEN)
         return value, torch.full_like(every, _NO_TOKEN).scatter_reduce_(0, row, ids.amin(-1), "amin")
+
+    def best_of_all(self) -> tuple[Tensor, Tensor]:
+        """The same token with noise for every token: more work than `best`, of shapes that are known beforehand."""
+        n, width = self.x.shape
+        ids = torch.arange(self.first_id, self.first_id + width, device=self.x.device).view(-1, LANES, COLUMNS)
+        lanes = torch.arange(LANES, device=self.x.device).unsqueeze(-1)
+        smallest, lane = (block.view(n, -1, 1, COLUMNS) for block in (self.smallest, self.lane))
+        exponential = token_exponentials(self.keys.view(n, 1, 1, 1), ids, smallest, lanes == lane)
+        noise = exponential.log_().neg_().view(n, width).mul_(self.noisy.unsqueeze(-1))
+        value, column = noise.add_(self.x).max(-1)
+        return value, column + self.first_id
 
     def _tokens(self, row: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and noisy logits [m, LANES] of blocks [m] (counted from this shard's first) in rows [m]."""

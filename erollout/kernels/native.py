@@ -126,14 +126,10 @@ class NativeLinear:
         if self._weight is None:
             self._allocate()
         assert self._weight is not None
-        if self.format == "bf16":
-            assert isinstance(weight, Tensor) and weight.dtype == torch.bfloat16 and weight.device.type == "cpu", weight
-            assert weight.shape == (self.out_features, self.in_features) and weight.stride(1) == 1, weight.shape
-            library().erollout_linear_pack_bf16(
-                self.address, weight.data_ptr(), weight.stride(0), self._weight.data_ptr(), self._threads
-            )
-            return
-        raise NotImplementedError(self.format)
+        if isinstance(weight, Tensor):
+            self._pack_bf16(weight)
+        else:
+            self._pack_quantized(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         assert x.dtype == torch.bfloat16 and x.shape[-1] == self.in_features, (x.dtype, x.shape)
@@ -147,6 +143,35 @@ class NativeLinear:
         """Free the packed buffers: `pack_` must run before the next call."""
         self._weight = self._scale = self._pre_scale = None
         self.struct.weight = self.struct.scale = self.struct.pre_scale = None
+
+    def _pack_bf16(self, weight: Tensor) -> None:
+        assert self.format == "bf16", self.format
+        assert weight.dtype == torch.bfloat16 and weight.device.type == "cpu", (weight.dtype, weight.device)
+        assert weight.shape == (self.out_features, self.in_features) and weight.stride(1) == 1, weight.shape
+        address, stride = weight.data_ptr(), weight.stride(0)
+        library().erollout_linear_pack_bf16(self.address, address, stride, self.struct.weight, self._threads)
+
+    def _pack_quantized(self, weight: QuantizedWeight) -> None:
+        assert self.format != "bf16" and self.format.startswith(weight.format), (self.format, weight.format)
+        assert (weight.zero_points is not None) == self.asymmetric, self.asymmetric
+        assert (weight.pre_scale is not None) == self.has_pre_scale, self.has_pre_scale
+        shape = (self.out_features, self.in_features)
+        values = _plain(weight.values, torch.int8, shape)
+        if self.format == "int8":
+            assert self._scale is not None
+            self._scale.copy_(_plain(weight.scales, torch.float32, (self.out_features, 1)).view(-1))
+            library().erollout_linear_pack_int8(self.address, values.data_ptr(), self.struct.weight, self._threads)
+        else:
+            groups = (self.out_features, self.in_features // self.group_size)
+            assert weight.group_size == self.group_size, (weight.group_size, self.group_size)
+            scales = _plain(weight.scales, torch.bfloat16, groups)
+            zeros = None if weight.zero_points is None else _plain(weight.zero_points, torch.int8, groups)
+            zero_points = None if zeros is None else zeros.data_ptr()
+            library().erollout_linear_pack_int4(
+                self.address, values.data_ptr(), scales.data_ptr(), zero_points, self.struct.weight, self._threads
+            )
+        if self._pre_scale is not None and weight.pre_scale is not None:
+            self._pre_scale.copy_(_plain(weight.pre_scale, torch.bfloat16, (self.in_features,)))
 
     def _allocate(self) -> None:
         self._weight = _aligned_bytes(self.packed_bytes)
@@ -174,6 +199,12 @@ def _check_shape(out_features: int, in_features: int, format: str, group_size: i
         )
 
 
+def _plain(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """`tensor` as the C side reads it: contiguous on the CPU."""
+    assert tensor.dtype == dtype and tensor.shape == shape and tensor.device.type == "cpu", (tensor.dtype, tensor.shape)
+    return tensor.contiguous()
+
+
 def _aligned_bytes(count: int) -> Tensor:
     """uint8 [count] that starts on a cache line."""
     buffer = torch.empty(count + 64, dtype=torch.uint8)
@@ -199,5 +230,7 @@ _SIGNATURES = (
     ("erollout_linear_struct_bytes", _INT64),
     ("erollout_linear_packed_bytes", _INT64, _POINTER),
     ("erollout_linear_pack_bf16", None, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
+    ("erollout_linear_pack_int4", None, *[_POINTER] * 6),
+    ("erollout_linear_pack_int8", None, *[_POINTER] * 4),
     ("erollout_linear", None, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER),
 )

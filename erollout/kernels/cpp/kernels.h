@@ -71,5 +71,8 @@ void run_panels(const Kernel& kernel, const Linear& layer, int64_t rows, Threads
 }
 
 void linear_bf16(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads);
+void linear_int4(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads);
+void linear_int4_a8(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads);
+void linear_int8(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads);
 
 }  // namespace erollout

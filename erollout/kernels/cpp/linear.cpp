@@ -12,8 +12,12 @@ void linear(const Linear& layer, const bf16* x, int64_t x_stride, int64_t rows, 
   switch (static_cast<Format>(layer.format)) {
     case Format::bf16:
       return linear_bf16(layer, input, output, threads);
-    default:
-      std::abort();
+    case Format::int4:
+      return linear_int4(layer, input, output, threads);
+    case Format::int4_a8:
+      return linear_int4_a8(layer, input, output, threads);
+    case Format::int8:
+      return linear_int8(layer, input, output, threads);
   }
 }
 

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "activations.h"
 
 namespace erollout {
 namespace {
@@ -29,28 +29,11 @@ struct Kernel {
   }
 };
 
-// x times pre_scale, and padded to an even number of inputs.
-Rows prepare(const Linear& layer, const Rows& x, Threads& threads) {
-  if (!layer.pre_scale && layer.in_features % 2 == 0) return x;
-  static thread_local Scratch scratch;
-  const int64_t stride = round_up(layer.in_features, 32);
-  bf16* out = static_cast<bf16*>(scratch.at_least(x.rows * stride * sizeof(bf16)));
-  threads.parallel_for(x.rows, [&](int64_t row) {
-    for (int64_t k = 0; k < stride; k += 16) {
-      const __mmask16 lanes = first_lanes16(layer.in_features - k);
-      __m256i values = _mm256_maskz_loadu_epi16(lanes, x.row(row) + k);
-      if (layer.pre_scale) values = to_bf16(_mm512_mul_ps(to_float(values), load_bf16(layer.pre_scale + k, lanes)));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out + row * stride + k), values);
-    }
-  });
-  return {out, stride, x.rows};
-}
-
 }  // namespace
 
 void linear_bf16(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads) {
-  const Rows prepared = prepare(layer, x, threads);
-  run_panels<kMaxBlock>(Kernel{layer, prepared, y}, layer, x.rows, threads);
+  const Rows activations = padded(layer, x, threads);
+  run_panels<kMaxBlock>(Kernel{layer, activations, y}, layer, x.rows, threads);
 }
 
 }  // namespace erollout

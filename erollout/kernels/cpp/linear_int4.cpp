@@ -1,0 +1,145 @@
+// int4 weights in groups: exact (bf16 activations) and on int8 codes of the activations.
+#include "activations.h"
+
+namespace erollout {
+namespace {
+
+inline __m512 load_aligned(const uint8_t* values) { return load_bf16(reinterpret_cast<const bf16*>(values)); }
+
+// Sums over groups of (sums of one group, less zero point times sum of activations) times the group's scale.
+struct GroupSums {
+  __m512 scale[2], zero[2];
+
+  GroupSums(const uint8_t* block, bool asymmetric) {
+    for (int half = 0; half < 2; ++half) {
+      scale[half] = load_aligned(block + 32 * half);
+      zero[half] = asymmetric ? load_aligned(block + 64 + 32 * half) : _mm512_setzero_ps();
+    }
+  }
+};
+
+template <bool Asymmetric>
+struct Exact {
+  const Linear& layer;
+  const Permuted& x;
+  const Outputs& y;
+  __m512i integers;  // nibble, twice -> value - 8 as bf16
+
+  template <int R, bool First>
+  void block(int64_t panel, int64_t row) const {
+    const int64_t inputs = layer.in_features, group_size = layer.group_size, groups = inputs / group_size;
+    const uint8_t* line = panel_of(layer, panel);
+    const bf16* source = x.values + row * inputs;
+    __m512 sum[R][2];
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < groups; ++group) {
+      const GroupSums header(line, Asymmetric);
+      if (First) prefetch_line(line);
+      line += int4_header(Asymmetric);
+      __m512 part[R][2];
+      for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
+      for (int64_t k = 0; k < group_size; k += 8, line += kLine, source += 8) {
+        if (First) prefetch_line(line);
+        const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
+#pragma GCC unroll 4
+        for (int pair = 0; pair < 4; ++pair) {
+          const __m512bh weight_low = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4 * pair), integers);
+          const __m512bh weight_high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4 * pair), integers);
+#pragma GCC unroll 12
+          for (int r = 0; r < R; ++r) {
+            const __m512bh values = (__m512bh)broadcast32(source + r * inputs + 2 * pair);
+            part[r][0] = _mm512_dpbf16_ps(part[r][0], weight_low, values);
+            part[r][1] = _mm512_dpbf16_ps(part[r][1], weight_high, values);
+          }
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int half = 0; half < 2; ++half) {
+          if (Asymmetric)
+            part[r][half] =
+                _mm512_fnmadd_ps(header.zero[half], _mm512_set1_ps(x.sums[(row + r) * groups + group]), part[r][half]);
+          sum[r][half] = _mm512_fmadd_ps(part[r][half], header.scale[half], sum[r][half]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
+  }
+};
+
+// Bytes' high nibbles as bytes: an 8 x 8 bit matrix, as GF2P8AFFINEQB takes it.
+constexpr int64_t kHighNibble = 0x1020408000000000;
+
+template <bool Asymmetric>
+struct OnCodes {
+  const Linear& layer;
+  const Codes& x;
+  const Outputs& y;
+
+  template <int R, bool First>
+  void block(int64_t panel, int64_t row) const {
+    const int64_t group_size = layer.group_size, groups = x.groups;
+    const uint8_t* line = panel_of(layer, panel);
+    const int8_t* source = x.values + row * x.stride;
+    const __m512i nibble = _mm512_set1_epi8(15), to_low = _mm512_set1_epi64(kHighNibble);
+    __m512 sum[R][2];
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < groups; ++group) {
+      const GroupSums header(line, Asymmetric);
+      if (First) prefetch_line(line);
+      line += int4_header(Asymmetric);
+      __m512i part[R][2];
+      for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_set1_epi32(-8 * x.sums[(row + r) * groups + group]);
+      for (int64_t k = 0; k < group_size; k += 8, line += kLine, source += 8) {
+        if (First) prefetch_line(line);
+        const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
+        const __m512i low0 = _mm512_and_si512(low, nibble), high0 = _mm512_and_si512(high, nibble);
+        const __m512i low4 = _mm512_gf2p8affine_epi64_epi8(low, to_low, 0), high4 = _mm512_gf2p8affine_epi64_epi8(high, to_low, 0);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          const __m512i first = broadcast32(source + r * x.stride), second = broadcast32(source + r * x.stride + 4);
+          part[r][0] = _mm512_dpbusd_epi32(part[r][0], low0, first);
+          part[r][1] = _mm512_dpbusd_epi32(part[r][1], high0, first);
+          part[r][0] = _mm512_dpbusd_epi32(part[r][0], low4, second);
+          part[r][1] = _mm512_dpbusd_epi32(part[r][1], high4, second);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        const int64_t index = (row + r) * groups + group;
+        const __m512 scale = _mm512_set1_ps(x.scales[index]), codes = _mm512_set1_ps(static_cast<float>(x.sums[index]));
+        for (int half = 0; half < 2; ++half) {
+          __m512 dot = _mm512_cvtepi32_ps(part[r][half]);
+          if (Asymmetric) dot = _mm512_fnmadd_ps(header.zero[half], codes, dot);  // exact: integers below 2^24
+          sum[r][half] = _mm512_fmadd_ps(_mm512_mul_ps(dot, scale), header.scale[half], sum[r][half]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
+  }
+};
+
+__m512i signed_integers() {
+  alignas(64) bf16 table[32];
+  for (int i = 0; i < 32; ++i) table[i] = to_bf16(static_cast<float>((i & 15) - 8));
+  return _mm512_load_si512(table);
+}
+
+}  // namespace
+
+void linear_int4(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads) {
+  const Permuted activations = permuted(layer, x, threads);
+  if (layer.asymmetric)
+    run_panels<kMaxBlock>(Exact<true>{layer, activations, y, signed_integers()}, layer, x.rows, threads);
+  else
+    run_panels<kMaxBlock>(Exact<false>{layer, activations, y, signed_integers()}, layer, x.rows, threads);
+}
+
+void linear_int4_a8(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads) {
+  const Codes codes = quantized(layer, layer.group_size, x, threads);
+  if (layer.asymmetric)
+    run_panels<kMaxBlock>(OnCodes<true>{layer, codes, y}, layer, x.rows, threads);
+  else
+    run_panels<kMaxBlock>(OnCodes<false>{layer, codes, y}, layer, x.rows, threads);
+}
+
+}  // namespace erollout

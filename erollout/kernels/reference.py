@@ -1,0 +1,46 @@
+"""What the kernels compute, in plain torch and float32: the other half of every kernel's table test."""
+
+import torch
+from torch import Tensor
+
+from erollout.kernels.weights import QuantizedWeight
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """float32 [N, K]: (values - zero_points) * scales."""
+    values = weight.values.float()
+    rows, inputs = values.shape
+    if weight.zero_points is not None:
+        values = values - weight.zero_points.float().repeat_interleave(weight.group_size, 1)
+    scales = weight.scales.float()
+    if scales.shape[1] > 1:
+        scales = scales.repeat_interleave(weight.group_size, 1)
+    return values * scales.expand(rows, inputs)
+
+
+def quantize_activations(x: Tensor, group_size: int) -> Tensor:
+    """float32 [rows, K]: x as its int8 codes per row and group stand for it. A group with an infinite or NaN value is NaN."""
+    groups = x.float().unflatten(-1, (-1, group_size))
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(largest, 127.0) / largest  # a true division: 127 / tensor multiplies by the reciprocal
+    codes = torch.where(largest < 1e-36, 0.0, (groups * inverse).round())
+    return (codes * (largest / 127)).where(largest.isfinite(), torch.nan).flatten(-2)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    quantize_x: bool = False,
+    pre_scale: Tensor | None = None,
+) -> Tensor:
+    """float32 [rows, N] of bfloat16 x [rows, K]; quantize_x: on int8 activations per group of the weight's group size."""
+    if isinstance(weight, QuantizedWeight):
+        pre_scale = weight.pre_scale
+    scaled = x if pre_scale is None else x * pre_scale
+    if isinstance(weight, QuantizedWeight):
+        inputs = quantize_activations(scaled, weight.group_size) if quantize_x else scaled.float()
+        result = inputs @ dequantize(weight).T
+    else:
+        result = scaled.float() @ weight.float().T
+    return result if bias is None else result + bias.float()

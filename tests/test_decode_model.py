@@ -14,6 +14,7 @@ from erollout.engine.linear import LINEAR_KERNELS, PrepackedLinear, resolve_line
 from erollout.engine.scheduler import Batch, ScheduledSequence
 from erollout.engine.sequence import Sequence
 from erollout.errors import UserError
+from erollout.kernels import native
 from erollout.policy.families import read_architecture
 from erollout.types import SamplingParams
 
@@ -188,8 +189,13 @@ def test_prepacked_linear_equals_torch_and_follows_the_weights(bias: bool) -> No
         weight.copy_(torch.randn(96, 64, generator=generator))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kernel", LINEAR_KERNELS)
+KERNELS = [(kernel, dtype) for kernel in LINEAR_KERNELS for dtype in (torch.bfloat16, torch.float32)]
+KERNELS.remove(("native", torch.float32))
+if native.why_unavailable():
+    KERNELS.remove(("native", torch.bfloat16))
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS, ids=str)
 @pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (97, 64), (64, 176)])
 def test_a_rows_result_does_not_depend_on_the_number_of_rows(kernel: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """What the engine's determinism rests on; in float32 from MIN_ROWS rows on, to which passes are padded."""
@@ -204,11 +210,19 @@ def test_a_rows_result_does_not_depend_on_the_number_of_rows(kernel: str, dtype:
 
 
 def test_kernels_are_resolved_by_dtype_and_device() -> None:
+    best = "prepacked" if native.why_unavailable() else "native"
     assert resolve_linear_kernel("auto", torch.float32, CPU) == "prepacked"
-    assert resolve_linear_kernel("auto", torch.bfloat16, CPU) == "prepacked"
+    assert resolve_linear_kernel("auto", torch.bfloat16, CPU) == best
     assert resolve_linear_kernel("auto", torch.bfloat16, torch.device("cuda")) == "torch"
-    with pytest.raises(UserError, match=r"rollout.kernels = prepacked needs a CPU"):
+    for kernel in LINEAR_KERNELS:
+        if kernel != "native":
+            assert resolve_linear_kernel(kernel, torch.bfloat16, CPU) == kernel
+    with pytest.raises(UserError, match=r"rollout.kernels = prepacked can't run: .* CPU .* cuda; use auto"):
         resolve_linear_kernel("prepacked", torch.bfloat16, torch.device("cuda"))
+    with pytest.raises(UserError, match=r"rollout.kernels = native can't run: .* bfloat16 .*float32 on cpu; use auto"):
+        resolve_linear_kernel("native", torch.float32, CPU)
+    with pytest.raises(UserError, match=r"rollout.kernels = fast is unknown; known are auto, native, prepacked, torch"):
+        resolve_linear_kernel("fast", torch.float32, CPU)
 
 
 def test_pool_size_follows_from_memory() -> None:

@@ -11,6 +11,7 @@ as the launcher sets it (tests check both).
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -59,11 +60,34 @@ class TileGroup:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What every layer of a pass needs to know, prepared once."""
+    """What every layer of a pass needs to know, prepared once; each kind of attention has its own form."""
 
-    groups: tuple[TileGroup, ...]
     padding_rows: int
     """Rows at the end of the pass that belong to no sequence; their output is zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class TiledPlan(AttentionPlan):
+    groups: tuple[TileGroup, ...]
+
+
+class Attention(Protocol):
+    min_rows: int
+    """Fewest tokens of a pass, padding included."""
+
+    def plan(self, spans: list[Span], padding_rows: int) -> AttentionPlan:
+        """Prepare a pass. `spans` is in token order, those of a single token first; the padding follows them."""
+
+    def __call__(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
+        """Attention of every token over its sequence, itself included.
+
+        Args:
+            query: [tokens, num_heads, head_size], rotated.
+            layer_cache: the cache of one layer, which already holds the keys and values of the pass's own tokens.
+            plan: of this pass.
+
+        Returns: [tokens, num_heads x head_size].
+        """
 
 
 class _Cut:
@@ -87,7 +111,7 @@ class _Cut:
         self.rows += [row_of_position_0 + position for position in positions]
 
 
-class PagedAttention:
+class PagedAttention(Attention):
     """Plans passes and runs them, for one rank's heads."""
 
     def __init__(self, num_heads: int, cache: KVCache, num_kv_heads: int, head_size: int) -> None:
@@ -103,26 +127,19 @@ class PagedAttention:
         self.min_rows = MIN_ROWS if narrow else 1
         self._offsets = torch.arange(self.chunk, device=cache.device)
 
-    def plan(self, spans: list[Span], padding_rows: int) -> AttentionPlan:
-        """Cut a pass into items. `spans` is in token order, those of a single token first."""
+    def plan(self, spans: list[Span], padding_rows: int) -> TiledPlan:
+        """Cut a pass into items."""
         single = sum(span.end - span.start == 1 for span in spans)
         groups = []
         if single:
             groups.append(self._group(spans[:single], 0, -(-self.min_rows // self.queries_per_kv)))
         if len(spans) > single:
             groups.append(self._group(spans[single:], single, PROMPT_TILE))
-        return AttentionPlan(tuple(groups), padding_rows)
+        return TiledPlan(padding_rows, tuple(groups))
 
     def __call__(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
-        """Attention of every token over its sequence, itself included.
-
-        Args:
-            query: [tokens, num_heads, head_size], rotated.
-            layer_cache: the cache of this layer, which already holds the keys and values of the pass's own tokens.
-            plan: of this pass.
-
-        Returns: [tokens, num_heads x head_size].
-        """
+        """See Attention."""
+        assert isinstance(plan, TiledPlan)
         outputs = [self._attend(query, layer_cache, group) for group in plan.groups]
         if plan.padding_rows:
             outputs.append(query.new_zeros(plan.padding_rows, self.num_heads * self.head_size))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from erollout.engine.attention import AttentionPlan, PagedAttention, Span
+from erollout.engine.attention import Attention, AttentionPlan, PagedAttention, Span
 from erollout.engine.kv_cache import KVCache
 from erollout.engine.linear import LINEAR_KERNELS, Linear, LinearFactory
 from erollout.engine.placement import decode_placement, vocabulary_rows_per_rank
@@ -72,7 +72,7 @@ class DecodeModel:
         self.tensors = tensors if tensors is not None else _zeros(decode_placement(architecture, size, rank), dtype, device)
         self.num_heads = architecture.num_attention_heads // size
         self.num_kv_heads = architecture.num_query_groups // size
-        self.attention = PagedAttention(self.num_heads, cache, self.num_kv_heads, architecture.kv_channels)
+        self.attention = self._make_attention()
         make = linears or _own_linears(kernel)
         layers = range(architecture.num_layers)
         self.layers = [DecodeLayer(self.tensors, f"layers.{i}", make, architecture.norm_epsilon) for i in layers]
@@ -120,6 +120,9 @@ class DecodeModel:
             hidden = self._sum(layer.o_proj(attended)).add_(hidden)
             hidden = self._sum(layer.feed_forward(hidden)).add_(hidden)
         return self.lm_head(rms_norm(hidden.index_select(0, logit_rows), self.norm, self.architecture.norm_epsilon))
+
+    def _make_attention(self) -> Attention:
+        return PagedAttention(self.num_heads, self.cache, self.num_kv_heads, self.architecture.kv_channels)
 
     def _attend(
         self,
@@ -177,9 +180,12 @@ def build_decode_model(
         group: the ranks of the replica; None: one rank.
         tensors: another model's tensors, to share (a drafter shares its target's); default: new ones, zeroed.
         linears: makes each linear layer from its local name ("layers.3.qkv_proj", "lm_head"), weight and bias; default: the
-            kernel's own over the tensors.
+            kernel's own over the tensors. With the native kernel each must have a `struct`, as PackedLinear has.
     """
-    return DecodeModel(architecture, group, kernel, cache, max_model_len, dtype, device, tensors, linears)
+    model: type[DecodeModel] = DecodeModel
+    if kernel == "native":
+        from erollout.engine.native_model import NativeModel as model
+    return model(architecture, group, kernel, cache, max_model_len, dtype, device, tensors, linears)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erollout.errors import UserError
+from erollout.kernels import native
 
 logger = logging.getLogger(__name__)
 
@@ -73,18 +74,64 @@ class PrepackedLinear:
         self._packed = None
 
 
-LINEAR_KERNELS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {"torch": TorchLinear, "prepacked": PrepackedLinear}
+class PackedLinear:
+    """The native kernel on a copy of the weights in its own layout: bfloat16 on the CPU.
+
+    Rows have the same bits for any number of rows and threads.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        outputs, inputs = weight.shape
+        self._native = native.NativeLinear(outputs, inputs, "bf16", bias=bias, num_threads=torch.get_num_threads())
+
+    @property
+    def struct(self) -> native.LinearStruct:
+        """What the native model calls; its address is stable."""
+        return self._native.struct
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._native(x)
+
+    def prepare(self) -> None:
+        self._native.pack_(self.weight)
+
+    def release(self) -> None:
+        self._native.release()
+
+
+LINEAR_KERNELS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
+    "torch": TorchLinear,
+    "prepacked": PrepackedLinear,
+    "native": PackedLinear,
+}
 
 
 def resolve_linear_kernel(name: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The kernel behind rollout.kernels; `auto` is the fastest that dtype and device allow. Raises UserError."""
-    prepacked = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if name == "prepacked" and not prepacked:
-        raise UserError(
-            f"rollout.kernels = prepacked needs a CPU and torch with oneDNN, but the device is {device.type}; use auto"
-        )
-    resolved = ("prepacked" if prepacked else "torch") if name == "auto" else name
-    if resolved not in LINEAR_KERNELS:
-        raise UserError(f"rollout.kernels = {name} is unknown; known are auto, {', '.join(LINEAR_KERNELS)}")
-    logger.info("decode linear kernel: %s (rollout.kernels = %s, %s on %s)", resolved, name, dtype, device.type)
+    """The kernel behind rollout.kernels; `auto` is the fastest that dtype, device and processor allow. Raises UserError."""
+    lacks = {"native": _lacks_native(dtype, device), "prepacked": _lacks_prepacked(device), "torch": None}
+    if name == "auto":
+        resolved = next(kernel for kernel, reason in lacks.items() if reason is None)
+    elif name in lacks:
+        resolved = name
+    else:
+        raise UserError(f"rollout.kernels = {name} is unknown; known are auto, {', '.join(lacks)}")
+    if reason := lacks[resolved]:
+        raise UserError(f"rollout.kernels = {name} can't run: {reason}; use auto")
+    logger.info("decode kernels: %s (rollout.kernels = %s, %s on %s)", resolved, name, dtype, device.type)
+    if name == "auto" and resolved != "native":
+        logger.info("the faster native kernels can't run: %s", lacks["native"])
     return resolved
+
+
+def _lacks_native(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the native kernels can't run, None where they can."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return f"native kernels are for bfloat16 on a CPU (rollout.dtype), and this is {dtype} on {device.type}"
+    return native.why_unavailable()
+
+
+def _lacks_prepacked(device: torch.device) -> str | None:
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return None
+    return f"prepacked weights need a CPU and torch with oneDNN, and the device is {device.type}"

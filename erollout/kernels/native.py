@@ -7,7 +7,7 @@ import ctypes
 import functools
 import platform
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL:
     path = _library_path()
     assert path is not None
     loaded = ctypes.CDLL(str(path))
-    for name, result, *arguments in _SIGNATURES:
+    for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
     return loaded
@@ -96,7 +96,7 @@ class NativeLinear:
         has_pre_scale: bool = False,
         num_threads: int = 1,
     ) -> None:
-        """Shapes only; `pack_` must run before the first call. `bias` is read in place. Raises UserError for what no kernel does."""
+        """`pack_` must run before the first call. `bias` is read where it is. Raises UserError for what no kernel does."""
         _check_shape(out_features, in_features, format, group_size, asymmetric)
         if bias is not None:
             assert bias.shape == (out_features,) and bias.dtype == torch.bfloat16 and bias.is_contiguous(), bias
@@ -122,7 +122,7 @@ class NativeLinear:
         return library().erollout_linear_packed_bytes(self.address)
 
     def pack_(self, weight: Tensor | QuantizedWeight) -> None:
-        """Pack in place, into the same buffers at the same addresses (made by the first call, and by the first after release)."""
+        """Pack into the same buffers, at the same addresses; the first call, and the first after release, makes them."""
         if self._weight is None:
             self._allocate()
         assert self._weight is not None
@@ -194,7 +194,7 @@ def _check_shape(out_features: int, in_features: int, format: str, group_size: i
         raise UserError(f"native {format} kernels have groups of 32, 64 and 128, not {group_size}: choose one of them")
     if in_features % group_size:
         raise UserError(
-            f"native {format} kernels need in_features to be a multiple of the group: {in_features} is not one of {group_size}; "
+            f"native {format} kernels need in_features ({in_features}) to be a multiple of group_size ({group_size}): "
             "use a smaller group or less tensor parallelism"
         )
 
@@ -224,13 +224,14 @@ def _library_path() -> Path | None:
 
 
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_SIGNATURES = (
-    ("erollout_threads_create", _POINTER, _INT32),
-    ("erollout_threads_destroy", None, _POINTER),
-    ("erollout_linear_struct_bytes", _INT64),
-    ("erollout_linear_packed_bytes", _INT64, _POINTER),
-    ("erollout_linear_pack_bf16", None, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
-    ("erollout_linear_pack_int4", None, *[_POINTER] * 6),
-    ("erollout_linear_pack_int8", None, *[_POINTER] * 4),
-    ("erollout_linear", None, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER),
-)
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "erollout_threads_create": (_POINTER, _INT32),
+    "erollout_threads_destroy": (None, _POINTER),
+    "erollout_linear_struct_bytes": (_INT64,),
+    "erollout_linear_packed_bytes": (_INT64, _POINTER),
+    "erollout_linear_pack_bf16": (None, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
+    "erollout_linear_pack_int4": (None, *[_POINTER] * 6),
+    "erollout_linear_pack_int8": (None, *[_POINTER] * 4),
+    "erollout_linear": (None, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER),
+}
+"""Result and arguments of the functions of the C interface."""

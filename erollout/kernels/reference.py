@@ -27,20 +27,12 @@ def quantize_activations(x: Tensor, group_size: int) -> Tensor:
     return (codes * (largest / 127)).where(largest.isfinite(), torch.nan).flatten(-2)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    bias: Tensor | None = None,
-    quantize_x: bool = False,
-    pre_scale: Tensor | None = None,
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None, quantize_x: bool = False) -> Tensor:
     """float32 [rows, N] of bfloat16 x [rows, K]; quantize_x: on int8 activations per group of the weight's group size."""
-    if isinstance(weight, QuantizedWeight):
-        pre_scale = weight.pre_scale
-    scaled = x if pre_scale is None else x * pre_scale
-    if isinstance(weight, QuantizedWeight):
+    if isinstance(weight, Tensor):
+        result = x.float() @ weight.float().T
+    else:
+        scaled = x if weight.pre_scale is None else x * weight.pre_scale
         inputs = quantize_activations(scaled, weight.group_size) if quantize_x else scaled.float()
         result = inputs @ dequantize(weight).T
-    else:
-        result = scaled.float() @ weight.float().T
     return result if bias is None else result + bias.float()

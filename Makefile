@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-tp2 demo-tp2pp2 test test-unit check lint clean
+.PHONY: install demo demo-tp2 demo-tp2pp2 demo-rollout test test-unit check lint clean
 
 install: $(INSTALLED)
 
@@ -16,7 +16,7 @@ $(INSTALLED): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[mlflow,modelopt,dev]"
+	$(BIN)/pip install --quiet -e ".[mlflow,modelopt,benchmark,dev]"
 	touch $@
 
 demo: install
@@ -27,6 +27,10 @@ demo-tp2: install
 
 demo-tp2pp2: install
 	$(BIN)/erollout demo --config configs/demo-tp2pp2.yaml $(ARGS)
+
+# Fetches SmolLM2-135M and fine-tunes it on first use; both are cached in ~/.cache/erollout.
+demo-rollout: install
+	$(BIN)/erollout demo-rollout --config configs/demo-rollout.yaml $(ARGS)
 
 test: install
 	$(BIN)/pytest

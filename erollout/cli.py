@@ -44,8 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "sft", _sft, "fine-tune a policy on prompts with given answers")
     rollout = _command(commands, "rollout", _rollout, "sample responses to held-out prompts and score them")
     rollout.add_argument("--out", required=True, help="JSONL file to write, one line per response")
+    _command(commands, "compare", _compare, "sample held-out prompts with speculation off and on, and print what it saves")
     demo = _command(commands, "demo", _demo, "the whole demo: tokenizer, warm-up, reinforcement learning, table")
     demo.add_argument("--warm-start", default="configs/demo-sft.yaml", help="config of the supervised warm-up")
+    demo_rollout = _command(commands, "demo-rollout", _demo_rollout, "fetch a small model, teach it a task, compare rollouts")
+    demo_rollout.add_argument("--warm-start", default="configs/demo-rollout-sft.yaml", help="config of the fine-tuning")
     plot = commands.add_parser("plot", help="draw the curves of a run")
     plot.add_argument("--run", required=True, dest="directory", help="train.output_dir of the run")
     plot.add_argument("--out", required=True, help="PNG file to write")
@@ -84,10 +87,21 @@ def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
     return _on_ranks(config, arguments, lambda session: session.rollout(config, options.out))
 
 
+def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load_config(options.config, options.overrides)
+    return _on_ranks(config, arguments, lambda session: session.compare(config))
+
+
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
     from erollout.demo import run_demo
 
     return run_demo(options.config, options.warm_start, options.overrides)
+
+
+def _demo_rollout(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.demo import run_demo_rollout
+
+    return run_demo_rollout(options.config, options.warm_start, options.overrides)
 
 
 def _plot(options: argparse.Namespace, arguments: list[str]) -> int:

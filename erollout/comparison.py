@@ -1,0 +1,101 @@
+"""The same rollout with speculation off and on, in turns, in one process: what drafts save, and that they change no token."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from erollout.data.prompts import PromptDataset
+from erollout.rollout import EVALUATION_STREAM, RolloutResult, RolloutWorker
+from erollout.speculation.statistics import merge
+
+Rows = list[tuple[str, object]]
+
+_ONE_BY_ONE = 8
+"""Prompts of the comparison at one sequence at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Rollouts of the same requests, as many without drafts as with."""
+
+    off: list[RolloutResult]
+    on: list[RolloutResult]
+
+    @property
+    def differing(self) -> int:
+        """Responses whose tokens, in any rollout with drafts, are not those of the first without."""
+        without = _responses(self.off[0])
+        return sum(a != b for result in self.on for a, b in zip(without, _responses(result), strict=True))
+
+    @property
+    def speed_up(self) -> float:
+        """Tokens per second with drafts over those without: under `rejection` the responses differ in length."""
+        return _tokens_per_second(self.on) / _tokens_per_second(self.off)
+
+    def rows(self) -> Rows:
+        """Names and values for a table. Seconds and speeds are medians."""
+        speculation = merge(result.speculation for result in self.on)
+        responses = len(self.on) * len(self.on[0].scored)
+        same = "all, token for token" if not self.differing else f"all but {self.differing} of {responses}"
+        return [
+            ("responses", len(self.off[0].scored)),
+            ("rollout seconds, off -> on", f"{_seconds(self.off):.2f} -> {_seconds(self.on):.2f}"),
+            ("tokens/s, off -> on", f"{_tokens_per_second(self.off):.1f} -> {_tokens_per_second(self.on):.1f}"),
+            ("speed-up", f"{self.speed_up:.2f}x"),
+            ("acceptance_rate", f"{speculation.acceptance_rate:.3f}"),
+            ("acceptance_length", f"{speculation.acceptance_length:.2f}"),
+            ("responses that are the same off and on", same),
+        ]
+
+
+def compare(worker: RolloutWorker, rollout: Callable[[], RolloutResult], rounds: int = 3) -> Comparison:
+    """Run a rollout without and with drafts, in turns, the first of a round being the second of the next.
+
+    Collective over the world. The worker speculates afterwards.
+    """
+    comparison = Comparison([], [])
+    for index in range(rounds):
+        for on in (False, True) if index % 2 == 0 else (True, False):
+            worker.speculate(on)
+            (comparison.on if on else comparison.off).append(rollout())
+    worker.speculate(True)
+    return comparison
+
+
+def compare_held_out(worker: RolloutWorker, data: PromptDataset, rounds: int = 3) -> dict[str, Comparison]:
+    """The held-out prompts, by how many sequences run at once: one (the first few prompts), and as many as configured.
+
+    Each figure is of rollouts of the same requests on the same replicas.
+    """
+    options = worker.config.evaluation
+    few = [data.prompt(i) for i in range(min(_ONE_BY_ONE, options.num_prompts, len(data)))]
+    sampling = worker.sampling_params(options.temperature)
+    with _at_once(worker, 1):
+        one = compare(worker, lambda: worker.rollout(few, sampling, 1, EVALUATION_STREAM, 0), rounds)
+    many = compare(worker, lambda: worker.evaluate(data, step=0), rounds)
+    return {"one sequence at once": one, f"up to {worker.config.rollout.max_num_seqs} sequences at once": many}
+
+
+@contextmanager
+def _at_once(worker: RolloutWorker, max_num_seqs: int) -> Iterator[None]:
+    """Let so many sequences run together."""
+    options = worker.engine.rollout
+    worker.engine.rollout = replace(options, max_num_seqs=max_num_seqs)  # type: ignore[type-var]  # as in Config.to_dict
+    try:
+        yield
+    finally:
+        worker.engine.rollout = options
+
+
+def _responses(result: RolloutResult) -> list[tuple[int, ...]]:
+    return [sample.rollout.response_ids for sample in result.scored]
+
+
+def _seconds(results: list[RolloutResult]) -> float:
+    """Of the slowest replica."""
+    return statistics.median(max(report["seconds"] for report in result.reports) for result in results)
+
+
+def _tokens_per_second(results: list[RolloutResult]) -> float:
+    return statistics.median(sum(r["tokens"] for r in x.reports) / max(r["seconds"] for r in x.reports) for x in results)

@@ -13,7 +13,7 @@ import torch
 
 from erollout.drafter.assignment import LM_HEAD, assign_formats, summary
 from erollout.drafter.formats import check_shape
-from erollout.drafter.linears import QuantizedLinear, Shard, make_linear, resolve_matmul
+from erollout.drafter.linears import QuantizedLinear, Shard, TargetLinear, make_linear, resolve_matmul
 from erollout.drafter.quantizer import build_quantizer
 from erollout.drafter.statistics import InputStatistics
 from erollout.engine.decode_model import DecodeModel, build_decode_model
@@ -84,7 +84,8 @@ class Drafter:
             self.matmuls[layer] = resolve_matmul(kernel, quantized[layer], shard)
             self.linears[layer] = make_linear(self.matmuls[layer], quantized[layer], shard)
         self._quantizer = build_quantizer(quantizer, weights, quantized, group_size)
-        self.model = _share(target, max_model_len, {**self._targets, **self.linears})
+        borrowed = {layer: TargetLinear(linear) for layer, linear in self._targets.items()}
+        self.model = _share(target, max_model_len, {**borrowed, **self.linears})
         self._proposer = make_proposer(self.model)
         self._statistics: Mapping[str, InputStatistics] = {}
         self._missing = set(quantized)
@@ -144,7 +145,7 @@ class Drafter:
 
     @property
     def buffer_bytes(self) -> int:
-        return sum(buffer.nbytes for linear in self.linears.values() for buffer in linear.buffers())
+        return sum(linear.nbytes for linear in self.linears.values())
 
 
 def _target_linears(target: DecodeModel) -> dict[str, Linear]:
@@ -161,9 +162,10 @@ def _tensor_name(target: DecodeModel, layer: str) -> str:
 
 
 def _share(target: DecodeModel, max_model_len: int, linears: Mapping[str, Linear]) -> DecodeModel:
-    """A decode model over the target's tensors and KV cache with these linear layers."""
+    """A decode model over the target's tensors and KV cache with these linear layers: native where all of them are."""
+    native = all(getattr(linear, "struct", None) is not None for linear in linears.values())
     return build_decode_model(
-        "torch",
+        "native" if native else "torch",
         target.architecture,
         target.group,
         target.cache,

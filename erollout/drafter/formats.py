@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from erollout.errors import UserError
+from erollout.kernels.native import NativeFormat
 from erollout.kernels.weights import WeightFormat
 
 Search = Literal["max", "clip", "awq"]
@@ -27,7 +28,7 @@ class Format:
     """Attributes of ModelOpt's weight quantizer; `block_sizes` is completed with the group size."""
     search: Search = "max"
     activations: Activations = "bf16"
-    native: str | None = None
+    native: NativeFormat | None = None
     """Format of kernels/native.py's linear; None: only torch's operators on the CPU."""
     cuda: str | None = None
     """Linear of kernels/cuda.py; None: dequantised, which saves no time."""

@@ -7,15 +7,20 @@ valid over all policy updates.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from erollout.drafter.formats import Format
+from erollout.engine.linear import Linear
 from erollout.errors import UserError
+from erollout.kernels.native import GROUP_SIZES, LinearStruct, NativeLinear, why_unavailable
 from erollout.kernels.weights import QuantizedWeight
+
+if TYPE_CHECKING:
+    from erollout.kernels import cuda
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +58,17 @@ class QuantizedLinear(Protocol):
     def release(self) -> None:
         """Nothing: the buffers stay."""
 
-    def buffers(self) -> list[Tensor]:
-        """Everything that belongs to this layer alone."""
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers that belong to this layer alone."""
+
+    @property
+    def addresses(self) -> tuple[int | None, ...]:
+        """Where they are."""
 
 
-class _Buffered:
-    """The parts of the interface that layers on torch's operators share."""
-
-    _buffers: list[Tensor]
+class _Kept:
+    """What a decode model's `prepare` and `release` don't touch."""
 
     def prepare(self) -> None:
         pass
@@ -68,8 +76,92 @@ class _Buffered:
     def release(self) -> None:
         pass
 
-    def buffers(self) -> list[Tensor]:
-        return self._buffers
+
+class TargetLinear(_Kept):
+    """A layer that the drafter borrows from the target, whose own `prepare` and `release` manage it."""
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x)
+
+    @property
+    def struct(self) -> LinearStruct:
+        """For the native model. AttributeError where the layer has none."""
+        return self._linear.struct  # type: ignore[attr-defined]
+
+
+class KernelLinear(_Kept):
+    """A layer of kernels/native.py."""
+
+    def __init__(self, format: Format, shard: Shard) -> None:
+        assert format.native is not None
+        self._linear = NativeLinear(
+            shard.out_features,
+            shard.in_features,
+            format.native,
+            shard.group_size if format.grouped else 0,
+            format.asymmetric,
+            shard.bias,
+            has_pre_scale=format.search == "awq",
+            num_threads=torch.get_num_threads(),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x)
+
+    def pack_(self, weight: QuantizedWeight) -> None:
+        self._linear.pack_(weight)
+
+    @property
+    def struct(self) -> LinearStruct:
+        """For the native model."""
+        return self._linear.struct
+
+    @property
+    def nbytes(self) -> int:
+        scales = 4 * self._linear.out_features if self._linear.format == "int8" else 0
+        return self._linear.packed_bytes + scales + (2 * self._linear.in_features if self._linear.has_pre_scale else 0)
+
+    @property
+    def addresses(self) -> tuple[int | None, ...]:
+        return self.struct.weight, self.struct.scale, self.struct.pre_scale
+
+
+class CudaLinear(_Kept):
+    """A layer of kernels/cuda.py."""
+
+    def __init__(self, format: Format, shard: Shard) -> None:
+        self._linear = _make_cuda(format, shard)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x)
+
+    def pack_(self, weight: QuantizedWeight) -> None:
+        self._linear.pack_(weight)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in _tensors_of(self._linear))
+
+    @property
+    def addresses(self) -> tuple[int | None, ...]:
+        return tuple(tensor.data_ptr() for tensor in _tensors_of(self._linear))
+
+
+class _Buffered(_Kept):
+    """What layers on torch's operators share."""
+
+    _buffers: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    @property
+    def addresses(self) -> tuple[int | None, ...]:
+        return tuple(buffer.data_ptr() for buffer in self._buffers)
 
 
 class DequantizedLinear(_Buffered):
@@ -82,12 +174,12 @@ class DequantizedLinear(_Buffered):
         self._shard = shard
         self._group = {"int8_group": shard.group_size, "int8_token": shard.in_features}.get(format.activations)
         self._weight = torch.zeros(shard.out_features, shard.in_features, dtype=shard.dtype, device=shard.device)
-        self._pre_scale = torch.ones(shard.in_features, dtype=shard.dtype, device=shard.device)
-        self._scaled = format.search == "awq"
-        self._buffers = [self._weight, self._pre_scale]
+        awq = format.search == "awq"
+        self._pre_scale = torch.zeros(shard.in_features, dtype=shard.dtype, device=shard.device) if awq else None
+        self._buffers = [self._weight, *([self._pre_scale] if self._pre_scale is not None else [])]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._scaled:
+        if self._pre_scale is not None:
             x = x * self._pre_scale
         if self._group is not None:
             values, scales = quantize_activations(x, self._group)
@@ -96,7 +188,9 @@ class DequantizedLinear(_Buffered):
 
     def pack_(self, weight: QuantizedWeight) -> None:
         self._weight.copy_(dequantized(weight))
-        self._pre_scale.copy_(weight.pre_scale) if weight.pre_scale is not None else self._pre_scale.fill_(1)
+        if self._pre_scale is not None:
+            assert weight.pre_scale is not None
+            self._pre_scale.copy_(weight.pre_scale)
 
 
 class Int4PackLinear(_Buffered):
@@ -108,7 +202,7 @@ class Int4PackLinear(_Buffered):
         self._group_size = shard.group_size
         self._packed = torch.zeros(rows, columns // 2, dtype=torch.uint8)
         self._scales = torch.zeros(columns // shard.group_size, rows, 2, dtype=torch.bfloat16)  # with an offset of zero
-        self._pre_scale = torch.ones(columns, dtype=torch.bfloat16) if format.search == "awq" else None
+        self._pre_scale = torch.zeros(columns, dtype=torch.bfloat16) if format.search == "awq" else None
         self._buffers = [self._packed, self._scales, *([self._pre_scale] if self._pre_scale is not None else [])]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -122,7 +216,8 @@ class Int4PackLinear(_Buffered):
         self._packed.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1))
         self._scales[..., 0].copy_(weight.scales.t())
         if self._pre_scale is not None:
-            self._pre_scale.copy_(weight.pre_scale) if weight.pre_scale is not None else self._pre_scale.fill_(1)
+            assert weight.pre_scale is not None
+            self._pre_scale.copy_(weight.pre_scale)
 
     @staticmethod
     def fits(format: Format, shard: Shard) -> bool:
@@ -180,7 +275,7 @@ def resolve_matmul(kernel: str, format: Format, shard: Shard) -> str:
     Raises UserError, naming the layer and its format, when `native` was asked for and there is none.
     """
     if shard.device.type == "cuda":
-        return "cuda" if format.cuda is not None and shard.dtype == torch.bfloat16 else "dequantized"
+        return "cuda" if _why_not_cuda(format, shard) is None else "dequantized"
     reason = _why_not_native(format, shard) if kernel in ("auto", "native") else "not asked for"
     if reason is None:
         return "native"
@@ -200,10 +295,49 @@ def _why_not_native(format: Format, shard: Shard) -> str | None:
     """None when the native kernels can serve the layer."""
     if format.native is None:
         return f"on the CPU {format.name} is only dequantised; use auto or torch"
-    return "not built"
+    if shard.dtype != torch.bfloat16:
+        return f"they are for bfloat16 activations, and rollout.dtype is {shard.dtype}"
+    if format.grouped and shard.group_size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        return f"they have groups of {sizes}, and speculation.drafter.group_size is {shard.group_size}"
+    return why_unavailable()
+
+
+def _why_not_cuda(format: Format, shard: Shard) -> str | None:
+    """None when kernels/cuda.py can serve the layer."""
+    if format.cuda is None:
+        return f"{format.name} has no CUDA kernel"
+    if shard.dtype != torch.bfloat16:
+        return f"the CUDA kernels are for bfloat16 activations, and rollout.dtype is {shard.dtype}"
+    if format.grouped and shard.group_size not in GROUP_SIZES:
+        return f"the CUDA kernels have no groups of {shard.group_size}"
+    from erollout.kernels import cuda
+
+    return cuda.why_unavailable(format.weight, shard.device)
+
+
+def _make_cuda(format: Format, shard: Shard) -> "cuda.CudaInt4Linear | cuda.CudaInt8Linear | cuda.CudaFp8Linear":
+    from erollout.kernels import cuda
+
+    sizes, awq = (shard.out_features, shard.in_features), format.search == "awq"
+    if format.weight == "int4":
+        return cuda.CudaInt4Linear(*sizes, shard.group_size, format.asymmetric, shard.bias, awq, shard.device)
+    if format.weight == "int8":
+        return cuda.CudaInt8Linear(*sizes, shard.bias, awq, shard.device)
+    return cuda.CudaFp8Linear(*sizes, format.activations == "fp8_token", shard.bias, awq, shard.device)
+
+
+def _tensors_of(kernel: object) -> list[Tensor]:
+    """The tensors that a kernel's layer, or a part of it, holds for itself."""
+    attributes = {name: value for name, value in vars(kernel).items() if name != "bias"}
+    parts = [value for value in attributes.values() if type(value).__module__.startswith("erollout.kernels")]
+    own = [value for value in attributes.values() if isinstance(value, Tensor)]
+    return own + [tensor for part in parts for tensor in _tensors_of(part)]
 
 
 _MATMULS: dict[str, _MakeLinear] = {
+    "native": KernelLinear,
+    "cuda": CudaLinear,
     "dequantized": DequantizedLinear,
     "int4pack": Int4PackLinear,
     "int_mm": Int8Linear,

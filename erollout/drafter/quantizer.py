@@ -11,14 +11,18 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from erollout.drafter.formats import Format
+from erollout.drafter.search import CLIP_RATIOS
 from erollout.drafter.statistics import InputStatistics
 from erollout.errors import UserError
+from erollout.kernels.native import why_unavailable
+from erollout.kernels.native_quantize import quantize_int4, quantize_int8
 from erollout.kernels.weights import QuantizedWeight
 
 
@@ -45,7 +49,7 @@ class ModelOptQuantizer:
         self._weights = dict(weights)
         self._formats = dict(formats)
         self._group_size = group_size
-        self._pre_scales: dict[str, tuple[int, Tensor]] = {}
+        self._scaler = AwqScaler(group_size)
         self._quantizers: dict[str, Any] = {}
         for format in {format.name: format for format in formats.values()}.values():
             names = [name for name, chosen in formats.items() if chosen == format]
@@ -54,7 +58,7 @@ class ModelOptQuantizer:
     @torch.no_grad()
     def quantize(self, layer: str, statistics: InputStatistics | None) -> QuantizedWeight:
         format, weight = self._formats[layer], self._weights[layer]
-        pre_scale = self._pre_scale(layer, statistics) if format.search == "awq" else None
+        pre_scale = self._scaler.pre_scale(layer, weight, format, statistics)
         if pre_scale is not None:
             weight = smoothed(weight, pre_scale)
         quantizer = self._quantizers[layer]
@@ -85,21 +89,83 @@ class ModelOptQuantizer:
         values = torch.stack((low, high), dim=1).view(rows, columns)
         return QuantizedWeight("int4", values, scales.to(torch.bfloat16), self._group_size, zero_points, pre_scale)
 
-    def _pre_scale(self, layer: str, statistics: InputStatistics | None) -> Tensor | None:
-        """AWQ's scaling for these statistics: searched when they are new, kept in between; None as long as there are none."""
-        if statistics is None or statistics.samples is None:
+
+class NativeQuantizer:
+    """The same numbers from kernels/native_quantize.py; formats that it doesn't know stay with ModelOpt."""
+
+    def __init__(self, weights: Mapping[str, Tensor], formats: Mapping[str, Format], group_size: int) -> None:
+        """As for ModelOptQuantizer. The layers' values share one buffer: a result holds until the next `quantize`."""
+        self._weights = dict(weights)
+        self._formats = dict(formats)
+        self._group_size = group_size
+        self._scaler = AwqScaler(group_size)
+        self._natives = {name for name, format in formats.items() if _has_native(format, group_size)}
+        largest = max((weights[name].numel() for name in self._natives), default=0)
+        self._values = torch.empty(largest, dtype=torch.int8)
+        others = {name: format for name, format in formats.items() if name not in self._natives}
+        self._modelopt: ModelOptQuantizer | None = None
+        if others:
+            self._modelopt = ModelOptQuantizer({name: weights[name] for name in others}, others, group_size)
+
+    @torch.no_grad()
+    def quantize(self, layer: str, statistics: InputStatistics | None) -> QuantizedWeight:
+        if layer not in self._natives:
+            assert self._modelopt is not None
+            return self._modelopt.quantize(layer, statistics)
+        format, weight = self._formats[layer], self._weights[layer]
+        pre_scale = self._scaler.pre_scale(layer, weight, format, statistics)
+        numbers = self._numbers(format, weight if pre_scale is None else smoothed(weight, pre_scale), statistics)
+        if numbers is None:
+            raise _not_finite(layer)
+        return replace(numbers, pre_scale=pre_scale)
+
+    def scratch_bytes(self, layer: str) -> int:
+        """The shared values, the scales, and AWQ's scaled weight."""
+        if layer not in self._natives:
+            assert self._modelopt is not None
+            return self._modelopt.scratch_bytes(layer)
+        weight, format = self._weights[layer], self._formats[layer]
+        scales = 3 * weight.numel() // self._group_size if format.grouped else 4 * weight.shape[0]
+        return self._values.nbytes + scales + (weight.numel() * 6 if format.search == "awq" else 0)
+
+    def _numbers(self, format: Format, weight: Tensor, statistics: InputStatistics | None) -> QuantizedWeight | None:
+        values = self._values[: weight.numel()].view(weight.shape)
+        threads = torch.get_num_threads()
+        if format.weight == "int8":
+            return quantize_int8(weight, values, threads)
+        clip = format.search == "clip"
+        importance = statistics.mean_square if clip and statistics is not None else None
+        ratios = CLIP_RATIOS if clip else (1.0,)
+        return quantize_int4(weight, self._group_size, ratios, importance, format.asymmetric, values, threads)
+
+
+class AwqScaler:
+    """What AWQ multiplies each layer's activations by: searched when there are new statistics, kept in between."""
+
+    def __init__(self, group_size: int) -> None:
+        self._group_size = group_size
+        self._known: dict[str, tuple[int, Tensor]] = {}
+
+    def pre_scale(self, layer: str, weight: Tensor, format: Format, statistics: InputStatistics | None) -> Tensor | None:
+        """bfloat16 [in_features], ones as long as there are no statistics; None for other formats."""
+        if format.search != "awq":
             return None
-        known = self._pre_scales.get(layer)
+        if statistics is None or statistics.samples is None:
+            return torch.ones(weight.shape[1], dtype=torch.bfloat16, device=weight.device)
+        known = self._known.get(layer)
         if known is None or known[0] != statistics.generation:
-            scale = _search_awq(self._weights[layer], statistics.samples, self._formats[layer], self._group_size)
-            known = self._pre_scales[layer] = (statistics.generation, scale)
+            scale = _search_awq(weight, statistics.samples, format, self._group_size)
+            known = self._known[layer] = (statistics.generation, scale)
         return known[1]
 
 
 def build_quantizer(kind: str, weights: Mapping[str, Tensor], formats: Mapping[str, Format], group_size: int) -> Quantizer:
-    """The quantizer of these layers: `modelopt`, or `auto`: the fastest with the same numbers."""
+    """The quantizer of these layers: `modelopt`, or `auto`: the native one where it runs, which makes the same numbers."""
     assert kind in ("auto", "modelopt"), kind
-    return ModelOptQuantizer(weights, formats, group_size)
+    on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
+    if kind == "modelopt" or not on_cpu or why_unavailable() is not None:
+        return ModelOptQuantizer(weights, formats, group_size)
+    return NativeQuantizer(weights, formats, group_size)
 
 
 def smoothed(weight: Tensor, pre_scale: Tensor) -> Tensor:
@@ -136,9 +202,12 @@ def _linear(weight: Tensor) -> nn.Linear:
 def _calibrate(layer: str, quantizer: Any, weight: Tensor) -> None:
     from modelopt.torch.quantization.model_calib import max_calibrate
 
-    check_finite(layer, weight)
+    if not torch.isfinite(weight).all():
+        raise _not_finite(layer)
     quantizer._calibrator.reset()
     max_calibrate(quantizer, lambda quantizer: quantizer(weight), distributed_sync=False)
+    if not torch.isfinite(quantizer.amax).all():  # the span of huge finite weights
+        raise _not_finite(layer)
 
 
 def _wide(quantizer: Any, weight: Tensor, format: Format) -> QuantizedWeight:
@@ -162,9 +231,12 @@ def _search_awq(weight: Tensor, samples: Tensor, format: Format, group_size: int
     return layer.input_quantizer.pre_quant_scale.to(torch.bfloat16).view(-1).clone()
 
 
-def check_finite(layer: str, weight: Tensor) -> None:
-    if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():  # the sum of finite numbers can overflow
-        raise UserError(f"the policy's {layer} has weights that are not finite: no drafter can be made of them")
+def _has_native(format: Format, group_size: int) -> bool:
+    return format.weight == "int8" or (format.weight == "int4" and group_size % 16 == 0)
+
+
+def _not_finite(layer: str) -> UserError:
+    return UserError(f"the policy's {layer} has weights that are not finite: no drafter can be made of them")
 
 
 def _import_modelopt() -> Any:

@@ -50,6 +50,8 @@ def collect(
 
     Returns: by local layer name; empty when no sequence has tokens enough for a pass.
     """
+    if max_tokens < 1:
+        return {}
     recorders: dict[str, _Recorder] = {}
 
     def record(layer: str, weight: Tensor, bias: Tensor | None) -> _Recorder:

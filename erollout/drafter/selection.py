@@ -1,0 +1,162 @@
+"""`auto`: measures what each format costs and saves on each part of this policy, on this device, and chooses.
+
+A unit is one kind of linear layer in one third of the model's depth. For every unit and format a drafter is made in which only
+that unit is quantised; its acceptance is the mean of sum(min(p, q)) over the positions of a few sequences of the last rollout,
+read by target and drafter alike. speculation/selection.py combines the units.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from erollout.drafter.drafter import Drafter, target_linears
+from erollout.drafter.statistics import InputStatistics
+from erollout.engine.attention import Span
+from erollout.engine.decode_model import DecodeModel
+from erollout.engine.linear import Linear
+from erollout.engine.logits import gather, shard_logits
+from erollout.speculation.selection import Choice, Selection, select
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES = ("w4a16_clip", "w8a8")
+"""Formats that are tried beside `none`."""
+PARTS = 3
+"""Parts of the model's depth that are chosen for separately."""
+_ROUNDS = 9
+
+Overrides = list[tuple[str, str]]
+MakeDrafter = Callable[[Overrides], Drafter]
+"""A drafter whose layers are the target's but for these (layer, format)."""
+
+
+@torch.inference_mode()
+def select_formats(
+    target: DecodeModel,
+    make_drafter: MakeDrafter,
+    token_sequences: Sequence[Sequence[int]],
+    input_statistics: Mapping[str, InputStatistics],
+) -> tuple[Overrides, Selection]:
+    """The formats with the most predicted speed-up, as overrides per layer, and what is predicted.
+
+    Collective over the replica, with equal sequences on its ranks. Times are each rank's own, so the ranks must agree on one of
+    the results afterwards. The target's cache must be there and hold nothing that is needed: the sequences are read into it.
+
+    Args:
+        token_sequences: at least one of at least two tokens; each fits the cache.
+    """
+    target.prepare()
+    expected = [_probabilities(target, tokens) for tokens in token_sequences]
+    own = target_linears(target)
+    choices: dict[str, list[Choice]] = {}
+    units = layers_by_unit(target.architecture.num_layers)
+    for unit, layers in units.items():
+        choices[unit] = [Choice("none", _seconds([own[layer] for layer in layers], target), 1.0)]
+        for format in CANDIDATES:
+            drafter = make_drafter([(layer, format) for layer in layers])
+            drafter.use_statistics(input_statistics)
+            for name in target.tensors:
+                drafter.requantize_(name)
+            drafter.model.prepare()
+            seconds = _seconds([drafter.linears[layer] for layer in layers], target)
+            choices[unit].append(Choice(format, seconds, _acceptance(expected, drafter.model, token_sequences)))
+    step = _step_seconds(target, token_sequences[0])
+    other = max(0.0, step - sum(choices[unit][0].seconds for unit in units))
+    selection = select(choices, other, step)
+    for unit, format in selection.formats.items():
+        logger.info("drafter %s: %s of %s", unit, format, ", ".join(map(_describe, choices[unit])))
+    return [(layer, selection.formats[unit]) for unit, layers in units.items() for layer in layers], selection
+
+
+def layers_by_unit(num_layers: int) -> dict[str, list[str]]:
+    """Local names of the linear layers of each unit: kind by kind, part of the depth by part."""
+    bounds = sorted({num_layers * part // PARTS for part in range(PARTS + 1)})
+    parts = list(zip(bounds, bounds[1:], strict=False))
+    return {
+        f"{kind} of layers {start}-{end - 1}": [f"layers.{i}.{kind}" for i in range(start, end)]
+        for kind in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        for start, end in parts
+    }
+
+
+def _acceptance(expected: list[Tensor], model: DecodeModel, token_sequences: Sequence[Sequence[int]]) -> float:
+    """Mean over all positions of sum(min(p, q)): the probability that a draft is accepted."""
+    totals = [
+        gather(torch.minimum(p, _probabilities(model, tokens)).double().sum(), model.group).sum()
+        for p, tokens in zip(expected, token_sequences, strict=True)
+    ]
+    positions = sum(len(p) for p in expected)
+    return min(1.0, max(1e-6, float(torch.stack(totals).sum()) / positions))
+
+
+def _probabilities(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
+    """Of the token after every one of a sequence: this rank's columns, float32 [tokens, W]."""
+    logits = _read(model, tokens)
+    shard = shard_logits(logits, model.architecture.vocab_size, model.vocab_start, model.group)
+    return shard.logprobs().exp_()
+
+
+def _read(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
+    """Logits after every token of a sequence, which takes the cache's first blocks."""
+    device, size = model.cache.device, model.cache.block_size
+    padding = max(0, model.min_rows - len(tokens))
+    positions = torch.arange(len(tokens) + padding, device=device)
+    slots = positions.clone()
+    slots[len(tokens) :] = model.cache.scratch_block * size
+    plan = model.plan([Span(0, len(tokens), list(range(-(-len(tokens) // size))))], padding)
+    ids = torch.tensor([*tokens, *[0] * padding], device=device)
+    return model.forward(ids, positions, slots, plan, positions)[: len(tokens)]
+
+
+def _step_seconds(model: DecodeModel, tokens: Sequence[int]) -> float:
+    """A decode step of one sequence of these tokens."""
+    device, size = model.cache.device, model.cache.block_size
+    last, padding = len(tokens) - 1, model.min_rows - 1
+    slots = torch.tensor([last] + [model.cache.scratch_block * size] * padding, device=device)
+    positions = torch.tensor([last] + [0] * padding, device=device)
+    ids = torch.tensor([tokens[last]] + [0] * padding, device=device)
+    blocks = list(range(last // size + 1))
+    rows = torch.arange(1 + padding, device=device)
+
+    def step() -> None:
+        model.forward(ids, positions, slots, model.plan([Span(last, last + 1, blocks)], padding), rows)
+
+    return _median_seconds(step, device)
+
+
+def _seconds(linears: Sequence[Linear], model: DecodeModel) -> float:
+    """One call of each layer with as many rows as a step of one sequence has."""
+    device = model.cache.device
+    inputs: list[Tensor] = []
+    for linear in linears:
+        inputs.append(torch.randn(model.min_rows, linear.in_features, device=device).to(model.dtype))
+
+    def call() -> None:
+        for linear, x in zip(linears, inputs, strict=True):
+            linear(x)
+
+    return _median_seconds(call, device)
+
+
+def _median_seconds(run: Callable[[], None], device: torch.device) -> float:
+    times = []
+    for _ in range(_ROUNDS):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _describe(choice: Choice) -> str:
+    return f"{choice.format} ({choice.seconds * 1e3:.3f} ms, {choice.acceptance:.4f})"

@@ -118,6 +118,8 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "types-PyYAML",
+            # its interpreter runs the CUDA kernels on a CPU; the version that torch's own CUDA build asks for
+            "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
         "benchmark": ["gguf>=0.17"],
         "openvino": ["openvino-genai==2026.4.1"],  # the strongest CPU peer, for benchmarks/decode.py

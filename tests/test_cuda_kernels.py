@@ -68,7 +68,9 @@ def int4_weight(columns: int, depth: int, group: int, asymmetric: bool = False, 
 def row_scaled_weight(format: str, columns: int, depth: int, scales: int, seed: int = 0) -> QuantizedWeight:
     """An int8 or fp8 weight with `scales` scales: one per row, or one."""
     weight = random(columns, depth, seed=seed)
-    values = weight.mul(40).round().clamp(-127, 127).to(torch.int8) if format == "int8" else (weight * 100).to(torch.float8_e4m3fn)
+    values = (
+        weight.mul(40).round().clamp(-127, 127).to(torch.int8) if format == "int8" else (weight * 100).to(torch.float8_e4m3fn)
+    )
     return QuantizedWeight(
         format=format,  # type: ignore[arg-type]
         values=values.to(DEVICE),
@@ -102,10 +104,11 @@ def assert_rounded(y: Tensor, exact: Tensor, magnitude: Tensor) -> None:
 
 # Columns that do and don't fill tiles; depths with one part and several, the last of them shorter.
 INT4_TABLE = [
-    (columns, depth, group, asymmetric)
-    for columns, depth, groups in ((70, 576, (32, 64)), (64, 1536, (32, 64, 128)), (24, 4096, (128,)), (200, 640, (128,)))
-    for group in groups
-    for asymmetric in (False, True)
+    (70, 576, 32, True),
+    (24, 576, 64, True),
+    (24, 1536, 32, False),
+    (24, 1536, 128, False),
+    (24, 4096, 128, True),
 ]
 
 
@@ -119,23 +122,22 @@ def test_int4_matches_the_exact_product_for_any_number_of_rows(columns: int, dep
     x, w = activations(33, depth), dequantized(weight)
     y = layer(x)
     assert_rounded(y, x.double() @ w.t() + bias.double(), x.double().abs() @ w.t().abs())
-    for rows in (1, 3, 16):
-        assert torch.equal(layer(x[:rows]), y[:rows])
-    assert torch.equal(layer(x[5:6]), y[5:6]), "the row's place changes its bits"
+    for rows in (slice(1), slice(3), slice(16), slice(20, 21)):
+        assert torch.equal(layer(x[rows]), y[rows]), "neighbours or its place change a row's bits"
 
 
 @kernels
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_int4_values_zeros_and_scales_are_packed_to_the_bit(asymmetric: bool) -> None:
-    weight = int4_weight(70, 128, 32, asymmetric)
-    layer = CudaInt4Linear(70, 128, 32, asymmetric, device=DEVICE)
+    weight = int4_weight(70, 64, 32, asymmetric)
+    layer = CudaInt4Linear(70, 64, 32, asymmetric, device=DEVICE)
     layer.pack_(weight)
-    one_hot = torch.eye(128, dtype=torch.bfloat16, device=DEVICE)
+    one_hot = torch.eye(64, dtype=torch.bfloat16, device=DEVICE)
     assert torch.equal(layer(one_hot), dequantized(weight).t().bfloat16())
 
 
 @kernels
-@pytest.mark.parametrize("columns,depth", [(70, 576), (64, 1536), (24, 4096), (40, 200)])
+@pytest.mark.parametrize("columns,depth", [(70, 576), (24, 4096), (40, 200)])
 def test_int8_matches_its_reference_for_any_number_of_rows(columns: int, depth: int) -> None:
     weight = row_scaled_weight("int8", columns, depth, columns)
     bias = random(columns).bfloat16().to(DEVICE)
@@ -151,7 +153,7 @@ def test_int8_matches_its_reference_for_any_number_of_rows(columns: int, depth: 
 @kernels
 @fp8
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("columns,depth,rows", [(24, 576, 1), (20, 40, 3), (16, 1536, 17)])
+@pytest.mark.parametrize("columns,depth,rows", [(24, 576, 1), (20, 40, 17)])
 def test_fp8_matches_its_reference(columns: int, depth: int, rows: int, per_channel: bool) -> None:
     weight = row_scaled_weight("fp8", columns, depth, columns if per_channel else 1)
     bias = random(columns).bfloat16().to(DEVICE)
@@ -161,7 +163,9 @@ def test_fp8_matches_its_reference(columns: int, depth: int, rows: int, per_chan
     quantized = quantized_rows(x, 448.0, torch.float8_e4m3fn)
     exact, magnitude = quantized @ w.t(), quantized.abs() @ w.t().abs()
     # FP8 tensor cores sum with fewer bits than fp32; per channel, the product is rounded before the bias is added
-    assert_rounded(layer(x), exact + bias.double(), magnitude * (1 if INTERPRETED else 64) + exact.abs() * 2.0**10 * per_channel)
+    assert_rounded(
+        layer(x), exact + bias.double(), magnitude * (1 if INTERPRETED else 64) + exact.abs() * 2.0**10 * per_channel
+    )
 
 
 @kernels
@@ -222,7 +226,9 @@ def test_packing_again_keeps_addresses_and_takes_the_new_numbers() -> None:
 def addresses(layer: object) -> dict[str, int]:
     """Of all tensors that the layer, or what it packs into, owns."""
     owners = [vars(layer), vars(getattr(layer, "_packed", object))]
-    found = {f"{i}.{name}": v.data_ptr() for i, owner in enumerate(owners) for name, v in owner.items() if isinstance(v, Tensor)}
+    found = {
+        f"{i}.{name}": v.data_ptr() for i, owner in enumerate(owners) for name, v in owner.items() if isinstance(v, Tensor)
+    }
     assert len(found) >= 2
     return found
 
@@ -293,7 +299,8 @@ def test_a_captured_graph_follows_a_new_packing_without_waiting_for_the_host(for
         format, lambda: CudaFp8Linear(256, 1024)
     )()
     first, second = (
-        int4_weight(256, 1024, 128, seed=s) if format == "int4" else row_scaled_weight(format, 256, 1024, 256, seed=s) for s in (0, 7)
+        int4_weight(256, 1024, 128, seed=s) if format == "int4" else row_scaled_weight(format, 256, 1024, 256, seed=s)
+        for s in (0, 7)
     )
     x = activations(8, 1024)
     layer.pack_(first)

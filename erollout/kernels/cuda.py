@@ -33,7 +33,8 @@ def _why_incapable(format: WeightFormat, capability: tuple[int, int], name: str)
     needed = _CAPABILITY[format]
     if capability >= needed:
         return None
-    return f"the {format} CUDA kernels need compute capability {needed[0]}.{needed[1]}, but {name} has {capability[0]}.{capability[1]}"
+    (major, minor), (has_major, has_minor) = needed, capability
+    return f"the {format} CUDA kernels need compute capability {major}.{minor}, but {name} has {has_major}.{has_minor}"
 
 
 class _CudaLinear:
@@ -54,7 +55,7 @@ class _CudaLinear:
         assert weight.format == self.format, f"{weight.format} weight for a {self.format} layer"
         assert weight.values.shape == (self.out_features, self.in_features), f"weight {tuple(weight.values.shape)}"
         assert (weight.pre_scale is None) == (self._pre_scale is None)
-        if self._pre_scale is not None:
+        if self._pre_scale is not None and weight.pre_scale is not None:
             self._pre_scale.copy_(weight.pre_scale)
         self._pack(weight)
         self._is_packed = True

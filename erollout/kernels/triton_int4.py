@@ -38,8 +38,11 @@ def _pack_kernel(
 
 @triton.jit
 def _centred(nibbles, zero):
-    """value - zero of nibbles 0..15, as an operand of a matrix product: both steps are exact."""
-    return ((nibbles | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - zero).to(OPERAND)
+    """value - zero of nibbles 0..15 and a stored zero point plus 2^23, as an operand of a matrix product: every step is exact.
+
+    In the last bits of 2^23 as float32 a nibble is added to it: one instruction where a conversion would take several.
+    """
+    return ((nibbles | 0x4B000000).to(tl.float32, bitcast=True) - zero).to(OPERAND)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -62,9 +65,9 @@ def _matmul_kernel(
         second = tl.load(from_x + group * GROUP + HALF, mask=inside, other=0.0).to(OPERAND)
         pairs = tl.load(from_weight + group * (HALF * TILE_N)).to(tl.int32)
         at = (tile * groups + group) * TILE_N + j
-        zero = 8.0
+        zero = 8388608.0 + 8.0
         if ASYMMETRIC:
-            zero = tl.load(zeros + at).to(tl.float32)[None, :]
+            zero = 8388608.0 + tl.load(zeros + at).to(tl.float32)[None, :]
         sums = tl.dot(first, _centred(pairs & 15, zero))
         sums = tl.dot(second, _centred(pairs >> 4, zero), sums)
         total += sums * tl.load(scales + at).to(tl.float32)[None, :]

@@ -126,7 +126,8 @@ class Verifier:
         """The drafts and their log-probs under the target, at the rows that they were drawn for; anything at the others."""
         device = raw.values.device
         token = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        token.index_copy_(0, torch.tensor(_draft_rows(candidates), device=device), _in_order(candidates, drafts))
+        draft_rows = torch.tensor(_draft_rows(candidates), dtype=torch.int64, device=device)
+        token.index_copy_(0, draft_rows, _in_order(candidates, drafts))
         return self.sampler.settle(raw, processed, _at(raw, token), token, rows)
 
     def _following(

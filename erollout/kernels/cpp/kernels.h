@@ -1,6 +1,7 @@
 // What the kernels of all formats share: rows in, rows out, and the loop over panels and blocks of rows.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "common.h"
@@ -37,25 +38,59 @@ inline __m512i broadcast32(const void* source) {
   return _mm512_set1_epi32(value);
 }
 
-constexpr int64_t kPrefetch = 3072;  // bytes ahead in the weight stream
-constexpr int kMaxBlock = 12;        // rows of one pass over a panel: 2 x 12 sums fill the registers
+constexpr int64_t kAhead = 3072;  // bytes ahead in the weight stream
+constexpr int kMaxBlock = 12;     // rows of one pass over a panel: 2 x 12 sums fill the registers
 
-inline void prefetch_line(const uint8_t* line) {
-  _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetch), _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetch + 64), _MM_HINT_T0);
-}
+// Fetches weights while others are computed with. A single pass over a panel fetches its own stream, kAhead bytes ahead; of several
+// passes, each fetches its share of the next panel: the first would wait for memory, and the others leave it idle.
+template <bool Single>
+class Prefetch {
+ public:
+  Prefetch(const uint8_t* panel, int64_t bytes, int64_t pass, int64_t passes)
+      : at_(panel + (Single ? kAhead : bytes + bytes * pass / passes)), line_(Single ? kLine : ceil_div(kLine, passes)) {}
 
-// Kernel::block<R, first>(panel, row) for all panels and blocks of 1..kMaxBlock rows; `first` is the pass that reads a panel from
-// memory. Blocks differ by at most one row; how rows are blocked changes no bits.
+  void line() {
+    if (Single) {
+      fetch(at_, std::integral_constant<int, _MM_HINT_T0>{});
+      fetch(at_ + 64, std::integral_constant<int, _MM_HINT_T0>{});
+    } else {
+      fetch(at_, std::integral_constant<int, _MM_HINT_T1>{});
+    }
+    at_ += line_;
+  }
+
+  void header(int64_t bytes) {
+    if (Single) fetch(at_, std::integral_constant<int, _MM_HINT_T0>{});
+    at_ += Single ? bytes : line_;
+  }
+
+ private:
+  template <int Hint>
+  static void fetch(const uint8_t* address, std::integral_constant<int, Hint>) {
+    _mm_prefetch(reinterpret_cast<const char*>(address), static_cast<_mm_hint>(Hint));
+  }
+  const uint8_t* at_;
+  int64_t line_;
+};
+
+// Kernel::block<R>(panel, row, prefetch) for all blocks of 1..MaxBlock rows of one panel. Blocks differ by at most one row; how rows
+// are blocked changes no bits.
 template <class Kernel, int... R>
 void run_blocks(const Kernel& kernel, int64_t panel, int64_t rows, std::integer_sequence<int, R...>) {
-  using Block = void (*)(const Kernel&, int64_t, int64_t);
-  static constexpr Block first[] = {[](const Kernel& k, int64_t p, int64_t row) { k.template block<R + 1, true>(p, row); }...};
-  static constexpr Block again[] = {[](const Kernel& k, int64_t p, int64_t row) { k.template block<R + 1, false>(p, row); }...};
-  const int64_t blocks = ceil_div(rows, static_cast<int64_t>(sizeof...(R)));
+  const uint8_t* weights = panel_of(kernel.layer, panel);
+  const int64_t bytes = panel_bytes(kernel.layer), blocks = ceil_div(rows, static_cast<int64_t>(sizeof...(R)));
+  if (blocks == 1) {
+    using Block = void (*)(const Kernel&, int64_t, int64_t, Prefetch<true>);
+    static constexpr Block run[] = {
+        [](const Kernel& k, int64_t p, int64_t row, Prefetch<true> ahead) { k.template block<R + 1>(p, row, ahead); }...};
+    return run[rows - 1](kernel, panel, 0, {weights, bytes, 0, 1});
+  }
+  using Block = void (*)(const Kernel&, int64_t, int64_t, Prefetch<false>);
+  static constexpr Block run[] = {
+      [](const Kernel& k, int64_t p, int64_t row, Prefetch<false> ahead) { k.template block<R + 1>(p, row, ahead); }...};
   for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int64_t size = (rows - row) / (blocks - block);
-    (block ? again : first)[size - 1](kernel, panel, row);
+    run[size - 1](kernel, panel, row, {weights, bytes, block, blocks});
     row += size;
   }
 }

@@ -8,14 +8,14 @@ struct Kernel {
   const Rows& x;
   const Outputs& y;
 
-  template <int R, bool First>
-  void block(int64_t panel, int64_t row) const {
+  template <int R, class Ahead>
+  void block(int64_t panel, int64_t row, Ahead prefetch) const {
     const uint8_t* line = panel_of(layer, panel);
     const bf16* source = x.row(row);
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < layer.in_features; k += 2, line += kLine) {
-      if (First) prefetch_line(line);
+      prefetch.line();
       const __m512bh low = (__m512bh)_mm512_load_si512(line), high = (__m512bh)_mm512_load_si512(line + 64);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {

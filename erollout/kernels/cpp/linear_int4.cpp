@@ -25,8 +25,8 @@ struct Exact {
   const Outputs& y;
   __m512i integers;  // nibble, twice -> value - 8 as bf16
 
-  template <int R, bool First>
-  void block(int64_t panel, int64_t row) const {
+  template <int R, class Ahead>
+  void block(int64_t panel, int64_t row, Ahead prefetch) const {
     const int64_t inputs = layer.in_features, group_size = layer.group_size, groups = inputs / group_size;
     const uint8_t* line = panel_of(layer, panel);
     const bf16* source = x.values + row * inputs;
@@ -34,12 +34,12 @@ struct Exact {
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t group = 0; group < groups; ++group) {
       const GroupSums header(line, Asymmetric);
-      if (First) prefetch_line(line);
+      prefetch.header(int4_header(Asymmetric));
       line += int4_header(Asymmetric);
       __m512 part[R][2];
       for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
       for (int64_t k = 0; k < group_size; k += 8, line += kLine, source += 8) {
-        if (First) prefetch_line(line);
+        prefetch.line();
         const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
 #pragma GCC unroll 4
         for (int pair = 0; pair < 4; ++pair) {
@@ -75,8 +75,8 @@ struct OnCodes {
   const Codes& x;
   const Outputs& y;
 
-  template <int R, bool First>
-  void block(int64_t panel, int64_t row) const {
+  template <int R, class Ahead>
+  void block(int64_t panel, int64_t row, Ahead prefetch) const {
     const int64_t group_size = layer.group_size, groups = x.groups;
     const uint8_t* line = panel_of(layer, panel);
     const int8_t* source = x.values + row * x.stride;
@@ -85,12 +85,12 @@ struct OnCodes {
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t group = 0; group < groups; ++group) {
       const GroupSums header(line, Asymmetric);
-      if (First) prefetch_line(line);
+      prefetch.header(int4_header(Asymmetric));
       line += int4_header(Asymmetric);
       __m512i part[R][2];
       for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_set1_epi32(-8 * x.sums[(row + r) * groups + group]);
       for (int64_t k = 0; k < group_size; k += 8, line += kLine, source += 8) {
-        if (First) prefetch_line(line);
+        prefetch.line();
         const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
         const __m512i low0 = _mm512_and_si512(low, nibble), high0 = _mm512_and_si512(high, nibble);
         const __m512i low4 = _mm512_gf2p8affine_epi64_epi8(low, to_low, 0), high4 = _mm512_gf2p8affine_epi64_epi8(high, to_low, 0);

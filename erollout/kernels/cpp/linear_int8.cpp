@@ -9,14 +9,14 @@ struct Kernel {
   const Codes& x;
   const Outputs& y;
 
-  template <int R, bool First>
-  void block(int64_t panel, int64_t row) const {
+  template <int R, class Ahead>
+  void block(int64_t panel, int64_t row, Ahead prefetch) const {
     const uint8_t* line = panel_of(layer, panel);
     const int8_t* source = x.values + row * x.stride;
     __m512i dot[R][2];
     for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = _mm512_set1_epi32(-128 * x.sums[row + r]);  // the bytes are value + 128
     for (int64_t k = 0; k < layer.in_features; k += 4, line += kLine) {
-      if (First) prefetch_line(line);
+      prefetch.line();
       const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erollout.engine.random import TILE
+from erollout.kernels.native_sampling import Grid
 from erollout.types import SamplingParams
 
 _FIRST_CANDIDATES = 256
@@ -33,10 +34,10 @@ class ShardLogits:
 
     def local_normalizer(self) -> Tensor:
         """log of the sum of exponentials over this rank's columns, float64 [n]: -inf without any, NaN if a logit is NaN."""
-        largest = self.values.amax(-1).double()
-        # log_softmax is torch's fastest pass over a row; at the largest logit it is minus the logarithm sought, less that logit
-        below = self.values.log_softmax(-1).amax(-1).double()
-        return torch.where(largest == -math.inf, largest, largest - below)
+        largest = self.values.amax(-1, keepdim=True)
+        total = (self.values - largest).exp_().sum(-1, dtype=torch.float64)  # float32 sums lose 5e-6 at 49k tokens
+        largest = largest.squeeze(-1).double()
+        return torch.where(largest == -math.inf, largest, largest + total.log())
 
     def logprobs(self) -> Tensor:
         """Log-probabilities of this rank's columns under the softmax over all ranks, float32 [n, W]. Collective."""
@@ -52,17 +53,23 @@ def shard_logits(
     With a `buffer` (float32 [at least n, W]) the shard's values are its first rows: fresh megabytes cost more in page faults
     than the copy itself.
     """
-    size = max(0, min(logits.shape[1], vocab_size - vocab_start))
-    margin = vocab_start % TILE
-    width = max(1, math.ceil((margin + size) / TILE)) * TILE
+    grid = shard_grid(logits.shape[1], vocab_size, vocab_start)
     if buffer is None:
-        buffer = torch.empty(logits.shape[0], width, dtype=torch.float32, device=logits.device)
+        buffer = torch.empty(logits.shape[0], grid.width, dtype=torch.float32, device=logits.device)
     values = buffer[: logits.shape[0]]
-    assert values.shape == (logits.shape[0], width)
-    values[:, :margin] = -math.inf
-    values[:, margin : margin + size] = logits[:, :size]
-    values[:, margin + size :] = -math.inf
-    return ShardLogits(values, vocab_start - margin, group, vocab_size)
+    assert values.shape == (logits.shape[0], grid.width)
+    end = grid.margin + grid.size
+    values[:, : grid.margin] = -math.inf
+    values[:, grid.margin : end] = logits[:, : grid.size]
+    values[:, end:] = -math.inf
+    return ShardLogits(values, grid.first_id, group, vocab_size)
+
+
+def shard_grid(columns: int, vocab_size: int, vocab_start: int) -> Grid:
+    """Where the columns of ids vocab_start ... lie when cut at multiples of TILE ids; those from vocab_size on don't count."""
+    size = max(0, min(columns, vocab_size - vocab_start))
+    margin = vocab_start % TILE
+    return Grid(vocab_start - margin, margin, size, max(1, math.ceil((margin + size) / TILE)) * TILE)
 
 
 class RowSettings:

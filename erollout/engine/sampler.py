@@ -8,13 +8,15 @@ whose largest logit plus largest noise reaches a value already found are looked 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from erollout.engine.logits import RowSettings, ShardLogits, gather, process, shard_logits
+from erollout.engine.logits import RowFilter, RowSettings, ShardLogits, gather, process, shard_grid, shard_logits
 from erollout.engine.random import COLUMNS, LANES, TILE, block_exponentials, stream_keys, token_exponentials
+from erollout.kernels.native_sampling import NativeSampling
 from erollout.types import SamplingParams
 
 _NO_TOKEN = 1 << 40
@@ -91,11 +93,22 @@ class PreparedRows:
 class Sampler:
     """Samples from logits whose columns may be sharded over a tensor-parallel group."""
 
-    def __init__(self, vocab_size: int, vocab_start: int = 0, group: dist.ProcessGroup | None = None) -> None:
-        """The ids from vocab_size on are padding and never sampled; vocab_start is this rank's first id."""
+    def __init__(
+        self,
+        vocab_size: int,
+        vocab_start: int = 0,
+        group: dist.ProcessGroup | None = None,
+        kernel: Literal["native", "torch"] = "torch",
+    ) -> None:
+        """The ids from vocab_size on are padding and never sampled; vocab_start is this rank's first id.
+
+        The native kernel is for logits on the CPU, in bfloat16 or float32; it draws the same tokens as torch. Raises UserError
+        where it can't run.
+        """
         self.vocab_size = vocab_size
         self.vocab_start = vocab_start
         self.group = group
+        self._native = NativeSampling(torch.get_num_threads()) if kernel == "native" else None
         self._buffers: dict[object, Tensor] = {}
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
@@ -106,6 +119,9 @@ class Sampler:
         if not rows:
             return SampledTokens([], [], [])
         prepared = PreparedRows.of(rows, logits.device)
+        if self._native is not None:
+            _, facts, _ = self._run_native(self._native, logits, prepared, keep=False, wants_facts=True)
+            return _decide(gather(facts, self.group), rows)
         raw = self.shard(logits)
         processed = process(raw, prepared.settings)
         return self.settle(raw, processed, *_search(processed, prepared).best(), rows)
@@ -128,13 +144,59 @@ class Sampler:
         Returns: token ids (int64 [n]) and the processed logits that they were drawn from. The latter stay until a draw from
         rows that were advanced equally often.
         """
-        raw = self.shard(logits, ("raw", rows.step))
-        out = self._buffer(("processed", rows.step), raw.values) if rows.settings.changes_logits else None
-        processed = process(raw, rows.settings, synchronize=False, out=out)
-        value, token = _search(processed, rows).best_of_all()
-        shards = gather(torch.stack([value, token.double()]), self.group)
-        token = shards[:, 1].masked_fill(shards[:, 0] != shards[:, 0].amax(0), _NO_TOKEN).amin(0)
-        return token.long().clamp_(0, self.vocab_size - 1), processed
+        token_ids, processed = self._draw(logits, rows, keep=True)
+        assert processed is not None
+        return token_ids, processed
+
+    def draw_ids_on_device(self, logits: Tensor, rows: PreparedRows) -> Tensor:
+        """As draw_on_device, where the processed logits are not needed: cheaper."""
+        return self._draw(logits, rows, keep=False)[0]
+
+    def _draw(self, logits: Tensor, rows: PreparedRows, keep: bool) -> tuple[Tensor, ShardLogits | None]:
+        processed: ShardLogits | None
+        if self._native is not None:
+            token, facts, processed = self._run_native(self._native, logits, rows, keep, wants_facts=False)
+            value = facts[:, 0]
+        else:
+            processed = self._processed(self.shard(logits, ("raw", rows.step)), rows, synchronize=False)
+            value, token = _search(processed, rows).best_of_all()
+        if self.group is not None and self.group.size() > 1:
+            shards = gather(torch.stack([value, token.double()]), self.group)
+            token = shards[:, 1].masked_fill(shards[:, 0] != shards[:, 0].amax(0), _NO_TOKEN).amin(0).long()
+        return token.clamp_(0, self.vocab_size - 1), processed
+
+    def _run_native(
+        self, kernel: NativeSampling, logits: Tensor, rows: PreparedRows, keep: bool, wants_facts: bool
+    ) -> tuple[Tensor, Tensor, ShardLogits | None]:
+        """This rank's tokens [n] and facts [n, 6], and the processed logits if they are to be kept."""
+        settings = rows.settings
+        grid = shard_grid(logits.shape[1], self.vocab_size, self.vocab_start)
+        keys = (rows.seeds, rows.positions, rows.noisy)
+        if settings.filters and self.group is not None and self.group.size() > 1:  # floors need the other ranks' columns
+            processed = self._processed(self.shard(logits, ("raw", rows.step)), rows, synchronize=True)
+            given = processed.values
+            return *kernel(logits, grid, *keys, processed=given, is_processed=True, wants_facts=wants_facts), processed
+        out = self._buffer(("processed", rows.step), (len(rows), grid.width), logits.device) if keep else None
+        token, facts = kernel(
+            logits,
+            grid,
+            *keys,
+            temperature=settings.temperature,
+            penalty=settings.penalty,
+            context_ids=settings.context_ids,
+            top_k=_pair(settings.top_k),
+            top_p=_pair(settings.top_p),
+            min_p=_pair(settings.min_p),
+            processed=out,
+            wants_facts=wants_facts,
+        )
+        return token, facts, None if out is None else ShardLogits(out, grid.first_id, self.group, self.vocab_size)
+
+    def _processed(self, raw: ShardLogits, rows: PreparedRows, synchronize: bool) -> ShardLogits:
+        """The processed logits in a buffer of the rows' step."""
+        changes = rows.settings.changes_logits
+        out = self._buffer(("processed", rows.step), raw.values.shape, raw.values.device) if changes else None
+        return process(raw, rows.settings, synchronize, out)
 
     def shard(self, logits: Tensor, name: object = "sample") -> ShardLogits:
         """The logits as a shard, until the next call with this name: its buffer is kept and grows with the number of rows."""
@@ -145,12 +207,16 @@ class Sampler:
             self._buffers[name] = shard.values
         return shard
 
-    def _buffer(self, name: object, like: Tensor) -> Tensor:
-        """A kept tensor of this shape, dtype and device."""
+    def _buffer(self, name: object, shape: Sequence[int], device: torch.device) -> Tensor:
+        """A kept float32 tensor [n, W]."""
         buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < len(like) or buffer.device != like.device:
-            buffer = self._buffers[name] = torch.empty_like(like)
-        return buffer[: len(like)]
+        if buffer is None or len(buffer) < shape[0] or buffer.device != device:
+            buffer = self._buffers[name] = torch.empty(*shape, device=device)
+        return buffer[: shape[0]]
+
+
+def _pair(rows: RowFilter | None) -> tuple[Tensor, Tensor] | None:
+    return None if rows is None else (rows.rows, rows.values)
 
 
 def draw(processed: ShardLogits, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
@@ -231,24 +297,31 @@ def _facts(raw: ShardLogits, processed: ShardLogits, value: Tensor, token: Tenso
 
 def _decide(shards: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     """The winner of each row from all shards' facts [ranks, n, 6]."""
-    shards = shards.cpu()
-    normalizers = shards[:, :, 3].logsumexp(0)
-    _check_finite(normalizers, rows)
-    value = shards[:, :, 0]
-    token = shards[:, :, 1].masked_fill(value != value.amax(0), _NO_TOKEN)
-    winner = token.argmin(0)  # ids differ between shards, so the smallest one is unique
-    chosen = shards[winner, torch.arange(len(rows))]
-    raw = (chosen[:, 2] - normalizers).tolist()
-    processed = (chosen[:, 4] - shards[:, :, 5].logsumexp(0)).tolist()
-    logprobs = [r if row.params.temperature == 0 else p for row, r, p in zip(rows, raw, processed, strict=True)]
-    return SampledTokens([int(i) for i in chosen[:, 1].tolist()], logprobs, raw)
+    decided = SampledTokens([], [], [])
+    for index, facts in enumerate(zip(*shards.tolist(), strict=True)):  # of one row, by rank
+        normalizer = _logsumexp([fact[3] for fact in facts])
+        if not math.isfinite(normalizer):
+            raise _non_finite(index, rows)
+        best = max(fact[0] for fact in facts)
+        _, token, raw, _, processed, _ = min((fact for fact in facts if fact[0] == best), key=lambda fact: fact[1])
+        raw_logprob = raw - normalizer
+        is_greedy = rows[index].params.temperature == 0
+        decided.token_ids.append(int(token))
+        decided.raw_logprobs.append(raw_logprob)
+        decided.logprobs.append(raw_logprob if is_greedy else processed - _logsumexp([fact[5] for fact in facts]))
+    return decided
 
 
-def _check_finite(normalizers: Tensor, rows: Sequence[SamplingRow]) -> None:
-    if bool(normalizers.isfinite().all()):
-        return
-    bad = int((~normalizers.isfinite()).nonzero()[0])
-    raise NonFiniteLogits(
-        f"row {bad} of {len(rows)} (sequence seed {rows[bad].seed}, position {rows[bad].position}): the logits have no softmax "
+def _logsumexp(values: Sequence[float]) -> float:
+    """NaN if a value is NaN."""
+    largest = max(values)
+    if len(values) == 1 or not math.isfinite(largest):
+        return sum(values) if any(math.isnan(v) for v in values) else largest
+    return largest + math.log(math.fsum(math.exp(v - largest) for v in values))
+
+
+def _non_finite(row: int, rows: Sequence[SamplingRow]) -> NonFiniteLogits:
+    return NonFiniteLogits(
+        f"row {row} of {len(rows)} (sequence seed {rows[row].seed}, position {rows[row].position}): the logits have no softmax "
         "(NaN, +inf or only -inf); look at the weights and the learning rate"
     )

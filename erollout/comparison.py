@@ -54,12 +54,13 @@ def compare(worker: RolloutWorker, rollout: Callable[[], RolloutResult], rounds:
 
     Collective over the world. The worker speculates afterwards.
     """
+    assert worker.speculation is not None
     comparison = Comparison([], [])
     for index in range(rounds):
         for on in (False, True) if index % 2 == 0 else (True, False):
-            worker.speculate(on)
+            worker.speculation.switch(on)
             (comparison.on if on else comparison.off).append(rollout())
-    worker.speculate(True)
+    worker.speculation.switch(True)
     return comparison
 
 

@@ -17,6 +17,7 @@ from erollout.data.prompts import PromptDataset, PromptLimits
 from erollout.data.tokenizer import load_tokenizer
 from erollout.drafter.assignment import LM_HEAD, assign_formats
 from erollout.drafter.formats import check_shape
+from erollout.drafter.self_speculation import AUTO, FIRST_FORMAT
 from erollout.engine.placement import decode_placement
 from erollout.errors import UserError
 from erollout.parallel.groups import current_rank, expected_world_size, resolve_layouts
@@ -130,7 +131,8 @@ def check_drafter(config: Config, placement: Placement) -> None:
     embedding = shapes.pop("embed_tokens")
     shapes.setdefault(LM_HEAD, embedding)
     overrides = [(override.pattern, override.format) for override in options.overrides]
-    for layer, format in assign_formats(shapes, options.format, overrides, options.lm_head).items():
+    default = FIRST_FORMAT if options.format == AUTO else options.format
+    for layer, format in assign_formats(shapes, default, overrides, options.lm_head).items():
         if format is not None:
             check_shape(layer, format, (shapes[layer][0], shapes[layer][1]), options.group_size)
 

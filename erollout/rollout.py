@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
-from erollout.drafter.drafter import Drafter, RequantizeStats
-from erollout.drafter.statistics import collect
-from erollout.engine.drafting import ModelProposer
+from erollout.drafter.drafter import RequantizeStats
+from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.engine import Engine
 from erollout.engine.placement import decode_placement
 from erollout.engine.random import request_seed
@@ -72,17 +71,8 @@ class RolloutWorker:
         self.engine = Engine(
             architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
         )
-        self.drafter: Drafter | None = None
-        if config.speculation.mode != "off":
-            self.drafter = build_drafter(config, self.engine)
-            self.speculate(True)
+        self.speculation = SelfSpeculation(config, self.engine) if config.speculation.mode != "off" else None
         self.resharder = self._build_resharder(architecture)
-
-    def speculate(self, on: bool) -> None:
-        """Draft in the rollouts from now on, or don't. Needs a drafter."""
-        options = self.config.speculation
-        assert self.drafter is not None
-        self.engine.speculate(self.drafter, options.num_speculative_tokens if on else 0, options.verification)
 
     def refit(self, policy: dict[str, Tensor], policy_version: int) -> RefitStats:
         """Take over the policy's weights from the training layout, and make the drafter of them as they land."""
@@ -94,9 +84,8 @@ class RolloutWorker:
         architecture, decode = self.engine.architecture, self.context.decode
         placement = decode_placement(architecture, decode.tensor, decode.tensor_rank(self.context.rank))
         first_weights(self.engine.local_tensors(), architecture, self.config.model, placement, self.config.train.seed)
-        if self.drafter is not None:
-            for name in self.engine.local_tensors():
-                self.drafter.requantize_(name)
+        if self.speculation is not None:
+            self.speculation.all_landed()
         return self._updated(0)
 
     def rollout(
@@ -116,8 +105,9 @@ class RolloutWorker:
         ]
         self.engine.wake_up()
         rollouts = self._generate(requests, {p.index: p for p in mine})
-        if stream == TRAINING_STREAM and step % self.config.speculation.drafter.statistics_interval == 0:
-            self.collect_statistics(rollouts, step)
+        learns = stream == TRAINING_STREAM and step % self.config.speculation.drafter.statistics_interval == 0
+        if self.speculation is not None and learns:
+            self.speculation.learn_from(rollouts)
         self.engine.sleep()
         return self._gather(rollouts, {p.index: p for p in prompts})
 
@@ -143,22 +133,10 @@ class RolloutWorker:
             ignore_eos=rollout.ignore_eos,
         )
 
-    def collect_statistics(self, rollouts: Sequence[Rollout], generation: int) -> None:
-        """Let the next requantisations weigh their errors by these rollouts' activations, if the drafter's formats do.
-
-        Each replica measures its own: drafters may differ, samples don't.
-        """
-        if self.drafter is None or not self.drafter.needs_statistics:
-            return
-        tokens = [r.prompt_ids + r.response_ids for r in rollouts]
-        limit = self.config.speculation.drafter.statistics_tokens
-        if statistics := collect(self.engine.model, tokens, limit, self.drafter.sample_rows, generation):
-            self.drafter.use_statistics(statistics)
-
     def _updated(self, policy_version: int) -> RequantizeStats | None:
         """Engine and drafter now hold this version."""
         self.engine.weights_updated(policy_version)
-        return self.drafter.complete(policy_version) if self.drafter is not None else None
+        return self.speculation.complete(policy_version) if self.speculation is not None else None
 
     def _generate(self, requests: list[RolloutRequest], prompts: dict[int, Prompt]) -> list[Rollout]:
         if not self.context.is_decode_leader:
@@ -205,7 +183,7 @@ class RolloutWorker:
     def _build_resharder(self, architecture: Architecture) -> Resharder:
         context, sent = self.context, wire_dtype(DTYPES[self.config.model.dtype], DTYPES[self.config.rollout.dtype])
         plan = plan_for_rank(architecture, context.train, context.decode, context.rank, decode_placement, sent.itemsize)
-        hook = self.drafter.requantize_ if self.drafter is not None else None
+        hook = self.speculation.tensor_landed if self.speculation is not None else None
         return Resharder(plan, ProcessGroupTransport(None, context.device), sent, context.device, hook)
 
 
@@ -217,18 +195,3 @@ class _Contribution:
     rewards: dict[tuple[int, int], Reward]
     report: dict[str, float]
     speculation: SpeculationStatistics
-
-
-def build_drafter(config: Config, engine: Engine) -> Drafter:
-    """The drafter of the configuration, over an engine's target. Raises UserError for what can't be held so."""
-    options = config.speculation.drafter
-    return Drafter(
-        engine.model,
-        lambda model: ModelProposer(model, config.speculation.verification),
-        engine.max_model_len,
-        format=options.format,
-        group_size=options.group_size,
-        lm_head=options.lm_head,
-        overrides=[(override.pattern, override.format) for override in options.overrides],
-        kernel=config.rollout.kernels,
-    )

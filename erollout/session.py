@@ -111,9 +111,11 @@ def compare(config: Config) -> None:
             raise UserError("data.test_files is empty: `erollout compare` samples the test prompts; name at least one file")
         worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
         worker.load_weights()
-        worker.speculate(False)
+        assert worker.speculation is not None
+        worker.speculation.switch(False)
         first = worker.evaluate(resolved.test_data, step=0)
-        worker.collect_statistics([sample.rollout for sample in first.scored], generation=0)
+        worker.engine.wake_up()
+        worker.speculation.learn_from([sample.rollout for sample in first.scored])
         requantize = worker.load_weights()
         comparisons = compare_held_out(worker, resolved.test_data)
         if context.rank == 0:

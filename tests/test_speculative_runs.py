@@ -49,3 +49,10 @@ def test_rejection_trains_and_evaluates(rank_pool: RankPool, tmp_path: Path) -> 
     speculation = SPECULATION | {"verification": "rejection"}
     rank_pool.run(2, train_here, _tree(tmp_path, "run", speculation=speculation, evaluation={"interval": 1, "num_prompts": 4}))
     assert [row["step"] for row in history(tmp_path)] == [1, 2]
+
+
+@pytest.mark.distributed
+def test_auto_chooses_formats_from_the_first_rollout_on_every_replica(rank_pool: RankPool, tmp_path: Path) -> None:
+    drafter = {"format": "auto", "group_size": 16, "statistics_tokens": 64}
+    rank_pool.run(2, train_here, _tree(tmp_path, "run", train={"steps": 3}, speculation=SPECULATION | {"drafter": drafter}))
+    assert all(row["speculation/acceptance_rate"] > 0.5 for row in history(tmp_path))

@@ -68,7 +68,7 @@ class Drafter:
         Raises UserError, naming layer, format and key, for whatever can't be held so.
         """
         self.policy_version: int | None = None
-        self._targets = _target_linears(target)
+        self._targets = target_linears(target)
         self.formats = assign_formats(self._targets, format, overrides, lm_head)
         quantized = {layer: format for layer, format in self.formats.items() if format is not None}
         tensors = {layer: _tensor_name(target, layer) for layer in quantized}
@@ -148,7 +148,7 @@ class Drafter:
         return sum(linear.nbytes for linear in self.linears.values())
 
 
-def _target_linears(target: DecodeModel) -> dict[str, Linear]:
+def target_linears(target: DecodeModel) -> dict[str, Linear]:
     """The target's own linear layers by local name."""
     names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     layers = {f"layers.{i}.{name}": getattr(layer, name) for i, layer in enumerate(target.layers) for name in names}

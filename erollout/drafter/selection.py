@@ -50,20 +50,20 @@ def select_formats(
         token_sequences: at least one of at least two tokens; each fits the cache.
     """
     target.prepare()
-    expected = [_probabilities(target, tokens) for tokens in token_sequences]
+    expected = [probabilities(target, tokens) for tokens in token_sequences]
     own = target_linears(target)
     choices: dict[str, list[Choice]] = {}
     units = layers_by_unit(target.architecture.num_layers)
     for unit, layers in units.items():
-        choices[unit] = [Choice("none", _seconds([own[layer] for layer in layers], target), 1.0)]
+        choices[unit] = [Choice("none", _seconds([own[layer] for layer in layers], layers, target), 1.0)]
         for format in CANDIDATES:
             drafter = make_drafter([(layer, format) for layer in layers])
             drafter.use_statistics(input_statistics)
             for name in target.tensors:
                 drafter.requantize_(name)
             drafter.model.prepare()
-            seconds = _seconds([drafter.linears[layer] for layer in layers], target)
-            choices[unit].append(Choice(format, seconds, _acceptance(expected, drafter.model, token_sequences)))
+            seconds = _seconds([drafter.linears[layer] for layer in layers], layers, target)
+            choices[unit].append(Choice(format, seconds, acceptance(expected, drafter.model, token_sequences)))
     step = _step_seconds(target, token_sequences[0])
     other = max(0.0, step - sum(choices[unit][0].seconds for unit in units))
     selection = select(choices, other, step)
@@ -83,17 +83,17 @@ def layers_by_unit(num_layers: int) -> dict[str, list[str]]:
     }
 
 
-def _acceptance(expected: list[Tensor], model: DecodeModel, token_sequences: Sequence[Sequence[int]]) -> float:
+def acceptance(expected: list[Tensor], model: DecodeModel, token_sequences: Sequence[Sequence[int]]) -> float:
     """Mean over all positions of sum(min(p, q)): the probability that a draft is accepted."""
     totals = [
-        gather(torch.minimum(p, _probabilities(model, tokens)).double().sum(), model.group).sum()
+        gather(torch.minimum(p, probabilities(model, tokens)).double().sum(), model.group).sum()
         for p, tokens in zip(expected, token_sequences, strict=True)
     ]
     positions = sum(len(p) for p in expected)
     return min(1.0, max(1e-6, float(torch.stack(totals).sum()) / positions))
 
 
-def _probabilities(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
+def probabilities(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
     """Of the token after every one of a sequence: this rank's columns, float32 [tokens, W]."""
     logits = _read(model, tokens)
     shard = shard_logits(logits, model.architecture.vocab_size, model.vocab_start, model.group)
@@ -128,12 +128,11 @@ def _step_seconds(model: DecodeModel, tokens: Sequence[int]) -> float:
     return _median_seconds(step, device)
 
 
-def _seconds(linears: Sequence[Linear], model: DecodeModel) -> float:
+def _seconds(linears: Sequence[Linear], layers: Sequence[str], model: DecodeModel) -> float:
     """One call of each layer with as many rows as a step of one sequence has."""
     device = model.cache.device
-    inputs: list[Tensor] = []
-    for linear in linears:
-        inputs.append(torch.randn(model.min_rows, linear.in_features, device=device).to(model.dtype))
+    sizes = [model.tensors[f"{layer}.weight"].shape[1] for layer in layers]
+    inputs = [torch.randn(model.min_rows, size, device=device).to(model.dtype) for size in sizes]
 
     def call() -> None:
         for linear, x in zip(linears, inputs, strict=True):

@@ -1,0 +1,112 @@
+"""An engine that drafts with its own policy in fewer bits: the drafter of the configuration, kept up with the policy."""
+
+import logging
+from collections.abc import Sequence
+
+from erollout.config import Config
+from erollout.drafter.drafter import Drafter, RequantizeStats
+from erollout.drafter.selection import Overrides, select_formats
+from erollout.drafter.statistics import InputStatistics, collect
+from erollout.engine.drafting import ModelProposer
+from erollout.engine.engine import Engine
+from erollout.parallel.collectives import from_rank_zero
+from erollout.types import Rollout
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+FIRST_FORMAT = "w4a16_clip"
+"""What `auto` drafts with until there is a rollout to choose by."""
+
+
+class SelfSpeculation:
+    """Of one decode rank. Methods are collective over the replica, `learn_from` over the world."""
+
+    def __init__(self, config: Config, engine: Engine) -> None:
+        """Raises UserError for formats that the policy's shards, the device or the kernels can't have."""
+        self.config = config
+        self.engine = engine
+        options = config.speculation.drafter
+        self._overrides = [(override.pattern, override.format) for override in options.overrides]
+        self._undecided = options.format == AUTO
+        self.drafter = self._build(FIRST_FORMAT if self._undecided else options.format, self._overrides)
+        self.switch(True)
+
+    def switch(self, on: bool) -> None:
+        """Draft in the rollouts from now on, or don't."""
+        options = self.config.speculation
+        self.engine.speculate(self.drafter, options.num_speculative_tokens if on else 0, options.verification)
+
+    def tensor_landed(self, name: str) -> None:
+        """One of the engine's local tensors holds the new policy."""
+        self.drafter.requantize_(name)
+
+    def all_landed(self) -> None:
+        """All of the engine's local tensors hold the new policy."""
+        for name in self.engine.local_tensors():
+            self.tensor_landed(name)
+
+    def complete(self, policy_version: int) -> RequantizeStats:
+        """The drafter belongs to this version now. RuntimeError names layers whose tensors have not landed."""
+        return self.drafter.complete(policy_version)
+
+    def learn_from(self, rollouts: Sequence[Rollout]) -> None:
+        """Take the activations of a rollout's first tokens as the weights of the next requantisations' errors, where the formats
+        have a use for them; and with `auto` choose the formats, once.
+
+        The engine is awake and idle. Each replica measures its own: drafters may differ in their numbers, samples don't.
+        """
+        if not (self._undecided or self.drafter.needs_statistics):
+            return
+        sequences = _first_tokens(rollouts, self.config.speculation.drafter.statistics_tokens)
+        rows, generation = self.drafter.sample_rows, self.engine.policy_version or 0
+        total = sum(len(tokens) for tokens in sequences)
+        statistics = collect(self.engine.model, sequences, total, rows, generation)
+        if statistics:
+            self.drafter.use_statistics(statistics)
+        if self._undecided:
+            self._choose(sequences, statistics)
+
+    def _choose(self, sequences: list[tuple[int, ...]], statistics: dict[str, InputStatistics]) -> None:
+        """Replace the drafter by one with the formats that promise most; rank 0's choice holds for all."""
+        choice = None
+        if sequences:  # rank 0's replica has some whenever there is any prompt at all
+            choice = select_formats(self.engine.model, lambda chosen: self._build("none", chosen), sequences, statistics)
+        overrides, selection = from_rank_zero(choice)
+        logger.info(
+            "speculation.drafter.format = auto: acceptance %.3f and a speed-up of %.2f are predicted with "
+            "num_speculative_tokens = %d (configured: %d)",
+            selection.acceptance,
+            selection.speed_up,
+            selection.num_speculative_tokens,
+            self.config.speculation.num_speculative_tokens,
+        )
+        self._undecided = False
+        speculates = self.engine.num_speculative_tokens > 0
+        self.drafter = self._build("none", [*overrides, *self._overrides])
+        self.drafter.use_statistics(statistics)
+        self.all_landed()
+        self.complete(self.engine.policy_version or 0)
+        self.switch(speculates)
+
+    def _build(self, format: str, overrides: Overrides) -> Drafter:
+        options = self.config.speculation.drafter
+        return Drafter(
+            self.engine.model,
+            lambda model: ModelProposer(model, self.config.speculation.verification),
+            self.engine.max_model_len,
+            format=format,
+            group_size=options.group_size,
+            lm_head=options.lm_head,
+            overrides=overrides,
+            kernel=self.config.rollout.kernels,
+        )
+
+
+def _first_tokens(rollouts: Sequence[Rollout], limit: int) -> list[tuple[int, ...]]:
+    """Prompts and responses, `limit` tokens in all."""
+    sequences: list[tuple[int, ...]] = []
+    for rollout in rollouts:
+        if left := limit - sum(len(tokens) for tokens in sequences):
+            sequences.append((rollout.prompt_ids + rollout.response_ids)[:left])
+    return sequences

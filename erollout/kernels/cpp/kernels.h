@@ -38,6 +38,9 @@ inline __m512i broadcast32(const void* source) {
   return _mm512_set1_epi32(value);
 }
 
+// Before a loop over what registers hold: as a loop, it would keep them in memory.
+#define UNROLLED _Pragma("GCC unroll 12")
+
 constexpr int64_t kAhead = 3072;  // bytes ahead in the weight stream
 constexpr int kMaxBlock = 12;     // rows of one pass over a panel: 2 x 12 sums fill the registers
 

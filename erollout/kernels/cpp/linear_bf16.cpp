@@ -13,19 +13,18 @@ struct Kernel {
     const uint8_t* line = panel_of(layer, panel);
     const bf16* source = x.row(row);
     __m512 sum[R][2];
-    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    UNROLLED for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < layer.in_features; k += 2, line += kLine) {
       prefetch.line();
-      const __m512bh low = (__m512bh)_mm512_load_si512(line), high = (__m512bh)_mm512_load_si512(line + 64);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const __m512bh pair = (__m512bh)broadcast32(source + r * x.stride + k);
-        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], low, pair);
-        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], high, pair);
+      const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
+      UNROLLED for (int r = 0; r < R; ++r) {
+        const __m512i pair = broadcast32(source + r * x.stride + k);
+        add_pairs(sum[r][0], low, pair);
+        add_pairs(sum[r][1], high, pair);
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
+    UNROLLED for (int r = 0; r < R; ++r)
+      UNROLLED for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
   }
 };
 

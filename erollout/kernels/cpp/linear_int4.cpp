@@ -11,7 +11,7 @@ struct GroupSums {
   __m512 scale[2], zero[2];
 
   GroupSums(const uint8_t* block, bool asymmetric) {
-    for (int half = 0; half < 2; ++half) {
+    UNROLLED for (int half = 0; half < 2; ++half) {
       scale[half] = load_aligned(block + 32 * half);
       zero[half] = asymmetric ? load_aligned(block + 64 + 32 * half) : _mm512_setzero_ps();
     }
@@ -31,38 +31,36 @@ struct Exact {
     const uint8_t* line = panel_of(layer, panel);
     const bf16* source = x.values + row * inputs;
     __m512 sum[R][2];
-    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    UNROLLED for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t group = 0; group < groups; ++group) {
       const GroupSums header(line, Asymmetric);
       prefetch.header(int4_header(Asymmetric));
       line += int4_header(Asymmetric);
       __m512 part[R][2];
-      for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
+      UNROLLED for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_setzero_ps();
       for (int64_t k = 0; k < group_size; k += 8, line += kLine, source += 8) {
         prefetch.line();
         const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
-#pragma GCC unroll 4
-        for (int pair = 0; pair < 4; ++pair) {
-          const __m512bh weight_low = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4 * pair), integers);
-          const __m512bh weight_high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4 * pair), integers);
-#pragma GCC unroll 12
-          for (int r = 0; r < R; ++r) {
-            const __m512bh values = (__m512bh)broadcast32(source + r * inputs + 2 * pair);
-            part[r][0] = _mm512_dpbf16_ps(part[r][0], weight_low, values);
-            part[r][1] = _mm512_dpbf16_ps(part[r][1], weight_high, values);
+        UNROLLED for (int pair = 0; pair < 4; ++pair) {
+          const __m512i weight_low = _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4 * pair), integers);
+          const __m512i weight_high = _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4 * pair), integers);
+          UNROLLED for (int r = 0; r < R; ++r) {
+            const __m512i values = broadcast32(source + r * inputs + 2 * pair);
+            add_pairs(part[r][0], weight_low, values);
+            add_pairs(part[r][1], weight_high, values);
           }
         }
       }
-      for (int r = 0; r < R; ++r)
-        for (int half = 0; half < 2; ++half) {
+      UNROLLED for (int r = 0; r < R; ++r)
+        UNROLLED for (int half = 0; half < 2; ++half) {
           if (Asymmetric)
             part[r][half] =
                 _mm512_fnmadd_ps(header.zero[half], _mm512_set1_ps(x.sums[(row + r) * groups + group]), part[r][half]);
           sum[r][half] = _mm512_fmadd_ps(part[r][half], header.scale[half], sum[r][half]);
         }
     }
-    for (int r = 0; r < R; ++r)
-      for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
+    UNROLLED for (int r = 0; r < R; ++r)
+      UNROLLED for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
   }
 };
 
@@ -82,39 +80,38 @@ struct OnCodes {
     const int8_t* source = x.values + row * x.stride;
     const __m512i nibble = _mm512_set1_epi8(15), to_low = _mm512_set1_epi64(kHighNibble);
     __m512 sum[R][2];
-    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    UNROLLED for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t group = 0; group < groups; ++group) {
       const GroupSums header(line, Asymmetric);
       prefetch.header(int4_header(Asymmetric));
       line += int4_header(Asymmetric);
       __m512i part[R][2];
-      for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_set1_epi32(-8 * x.sums[(row + r) * groups + group]);
+      UNROLLED for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm512_set1_epi32(-8 * x.sums[(row + r) * groups + group]);
       for (int64_t k = 0; k < group_size; k += 8, line += kLine, source += 8) {
         prefetch.line();
         const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
         const __m512i low0 = _mm512_and_si512(low, nibble), high0 = _mm512_and_si512(high, nibble);
         const __m512i low4 = _mm512_gf2p8affine_epi64_epi8(low, to_low, 0), high4 = _mm512_gf2p8affine_epi64_epi8(high, to_low, 0);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
+        UNROLLED for (int r = 0; r < R; ++r) {
           const __m512i first = broadcast32(source + r * x.stride), second = broadcast32(source + r * x.stride + 4);
-          part[r][0] = _mm512_dpbusd_epi32(part[r][0], low0, first);
-          part[r][1] = _mm512_dpbusd_epi32(part[r][1], high0, first);
-          part[r][0] = _mm512_dpbusd_epi32(part[r][0], low4, second);
-          part[r][1] = _mm512_dpbusd_epi32(part[r][1], high4, second);
+          add_fours(part[r][0], low0, first);
+          add_fours(part[r][1], high0, first);
+          add_fours(part[r][0], low4, second);
+          add_fours(part[r][1], high4, second);
         }
       }
-      for (int r = 0; r < R; ++r) {
+      UNROLLED for (int r = 0; r < R; ++r) {
         const int64_t index = (row + r) * groups + group;
         const __m512 scale = _mm512_set1_ps(x.scales[index]), codes = _mm512_set1_ps(static_cast<float>(x.sums[index]));
-        for (int half = 0; half < 2; ++half) {
+        UNROLLED for (int half = 0; half < 2; ++half) {
           __m512 dot = _mm512_cvtepi32_ps(part[r][half]);
           if (Asymmetric) dot = _mm512_fnmadd_ps(header.zero[half], codes, dot);  // exact: integers below 2^24
           sum[r][half] = _mm512_fmadd_ps(_mm512_mul_ps(dot, scale), header.scale[half], sum[r][half]);
         }
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
+    UNROLLED for (int r = 0; r < R; ++r)
+      UNROLLED for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
   }
 };
 

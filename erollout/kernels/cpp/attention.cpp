@@ -103,7 +103,16 @@ void pack_keys(const bf16* const* rows, int64_t head_size, uint32_t* packed) {
 
 // Rows of two neighbouring keys -> a row of scratch.values.
 void pack_values(const bf16* even, const bf16* odd, int64_t head_size, uint32_t* packed) {
-  for (int64_t d = 0; d < head_size; d += 16) {
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(kLow), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  int64_t d = 0;
+  for (; d + 32 <= head_size; d += 32) {
+    const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
+    _mm512_store_si512(packed + d, _mm512_permutex2var_epi16(a, first, b));
+    _mm512_store_si512(packed + d + 16, _mm512_permutex2var_epi16(a, second, b));
+  }
+  for (; d < head_size; d += 16) {
     const __mmask16 lanes = first_lanes16(head_size - d);
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even + d));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, odd + d));
@@ -215,17 +224,33 @@ class TileTask {
     std::fill_n(s_.maximum, rows_, -std::numeric_limits<float>::infinity());
     std::fill_n(s_.total, rows_, 0.0f);
     const int64_t end = tile_.start + tile_.tokens;
-    for (int64_t key = 0; key < end; key += kChunk) chunk(key, std::min(kChunk, end - key));
+    locate(0, std::min(kChunk, end), rows_of_[0]);
+    prefetch(rows_of_[0], 0, kChunk);
+    for (int64_t key = 0; key < end; key += kChunk) {
+      const Located& current = rows_of_[key / kChunk % 2];
+      Located& next = rows_of_[(key / kChunk + 1) % 2];
+      locate(key + kChunk, std::clamp<int64_t>(end - key - kChunk, 0, kChunk), next);
+      chunk(key, std::min(kChunk, end - key), current, next);
+    }
     for (int64_t row = 0; row < rows_; ++row) finish(row, output);
   }
 
  private:
-  void chunk(int64_t first, int64_t count) {
+  // Where the keys and values of a chunk lie; zeros beyond its end.
+  struct Located {
+    int64_t count;
+    const bf16* keys[kChunk];
+    const bf16* values[kChunk];
+  };
+
+  void chunk(int64_t first, int64_t count, const Located& current, const Located& next) {
     const int64_t panels = (count + 15) / 16;
-    locate(first, count, panels * 16);
-    for (int64_t panel = 0; panel < panels; ++panel) pack_keys(key_rows_ + panel * 16, size_, s_.keys + panel * 16);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      prefetch(next, panel * 16, panel * 16 + 16);
+      pack_keys(current.keys + panel * 16, size_, s_.keys + panel * 16);
+    }
     for (int64_t pair = 0; 2 * pair < count; ++pair)
-      pack_values(value_rows_[2 * pair], value_rows_[2 * pair + 1], size_, s_.values + pair * width_);
+      pack_values(current.values[2 * pair], current.values[2 * pair + 1], size_, s_.values + pair * width_);
     // Rows of tokens before the chunk come first and have nothing to do.
     const int64_t skip = std::max<int64_t>(0, first - tile_.start) * per_kv_;
     for (int64_t row = skip; row < rows_; row += kRowBlock) {
@@ -251,16 +276,25 @@ class TileTask {
     return end;
   }
 
-  // Where the chunk's keys and values lie; up to `padded` of them, zeros beyond `count`.
-  void locate(int64_t first, int64_t count, int64_t padded) {
+  void locate(int64_t first, int64_t count, Located& located) const {
     int64_t block = first / shape_.block_size, offset = first % shape_.block_size;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = (tile_.blocks[block] * shape_.block_size + offset) * size_;
-      key_rows_[i] = keys_ + at;
-      value_rows_[i] = values_ + at;
+      located.keys[i] = keys_ + at;
+      located.values[i] = values_ + at;
       if (++offset == shape_.block_size) ++block, offset = 0;
     }
-    for (int64_t i = count; i < padded; ++i) key_rows_[i] = value_rows_[i] = s_.zeros;
+    located.count = count;
+    for (int64_t i = count; i < kChunk; ++i) located.keys[i] = located.values[i] = s_.zeros;
+  }
+
+  // Into the second-level cache, keys [first, end): blocks lie too far apart for the processor to guess them.
+  void prefetch(const Located& located, int64_t first, int64_t end) const {
+    for (int64_t i = first; i < std::min(end, located.count); ++i)
+      for (int64_t d = 0; d < size_; d += 32) {
+        _mm_prefetch(reinterpret_cast<const char*>(located.keys[i] + d), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(located.values[i] + d), _MM_HINT_T1);
+      }
   }
 
   void finish(int64_t row, bf16* output) {
@@ -278,8 +312,7 @@ class TileTask {
   const bf16* const values_;
   const float scale_;
   const Workspace s_;
-  const bf16* key_rows_[kChunk];
-  const bf16* value_rows_[kChunk];
+  Located rows_of_[2];  // of the chunk at work and of the next
 };
 
 }  // namespace

@@ -19,6 +19,8 @@ from erollout.engine.random import COLUMNS, LANES, TILE, block_exponentials, str
 from erollout.kernels.native_sampling import NativeSampling
 from erollout.types import SamplingParams
 
+SamplerKernel = Literal["native", "torch"]
+
 _NO_TOKEN = 1 << 40
 """Above any token id, exact in float64."""
 
@@ -61,18 +63,16 @@ class PreparedRows:
     positions: Tensor
     """int64 [n]."""
     noisy: Tensor
-    """float64 [n]: 0 where the draw is greedy, else 1."""
+    """int64 [n]: 0 where the draw is greedy, else 1."""
     step: int = 0
     """How often these rows were advanced."""
 
     @classmethod
     def of(cls, rows: Sequence[SamplingRow], device: torch.device) -> "PreparedRows":
-        return cls(
-            RowSettings([r.params for r in rows], [r.context_ids for r in rows], device),
-            torch.tensor([r.seed for r in rows], device=device),
-            torch.tensor([r.position for r in rows], device=device),
-            torch.tensor([float(r.params.temperature > 0) for r in rows], dtype=torch.float64, device=device),
-        )
+        numbers = ([r.seed for r in rows], [r.position for r in rows], [int(r.params.temperature > 0) for r in rows])
+        settings = RowSettings([r.params for r in rows], [r.context_ids for r in rows], device)
+        seeds, positions, noisy = torch.tensor(numbers, device=device).unbind()
+        return cls(settings, seeds, positions, noisy)
 
     def __len__(self) -> int:
         return len(self.settings.params)
@@ -98,7 +98,7 @@ class Sampler:
         vocab_size: int,
         vocab_start: int = 0,
         group: dist.ProcessGroup | None = None,
-        kernel: Literal["native", "torch"] = "torch",
+        kernel: SamplerKernel = "torch",
     ) -> None:
         """The ids from vocab_size on are padding and never sampled; vocab_start is this rank's first id.
 
@@ -108,6 +108,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.vocab_start = vocab_start
         self.group = group
+        self.kernel = kernel
         self._native = NativeSampling(torch.get_num_threads()) if kernel == "native" else None
         self._buffers: dict[object, Tensor] = {}
 
@@ -120,7 +121,8 @@ class Sampler:
             return SampledTokens([], [], [])
         prepared = PreparedRows.of(rows, logits.device)
         if self._native is not None:
-            _, facts, _ = self._run_native(self._native, logits, prepared, keep=False, wants_facts=True)
+            facts = torch.empty(len(rows), 6, dtype=torch.float64)
+            self._run_native(self._native, logits, prepared, keep=False, facts=facts)
             return _decide(gather(facts, self.group), rows)
         raw = self.shard(logits)
         processed = process(raw, prepared.settings)
@@ -131,6 +133,50 @@ class Sampler:
     ) -> SampledTokens:
         """The token of highest value among the ranks' own tokens [n], and its log-probs. Collective; raises NonFiniteLogits."""
         return _decide(gather(_facts(raw, processed, value, token), self.group), rows)
+
+    def examine(self, logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, ShardLogits]:
+        """This rank's facts [n, 6] about the tokens that `sample` draws, for `decide`, and what they are drawn from.
+
+        The latter stays until the next call. Collective where the rows are filtered.
+        """
+        prepared = PreparedRows.of(rows, logits.device)
+        if self._native is None:
+            raw = self.shard(logits)
+            processed = process(raw, prepared.settings)
+            return _facts(raw, processed, *_search(processed, prepared).best()), processed
+        facts = torch.empty(len(rows), 6, dtype=torch.float64)
+        kept = self._run_native(self._native, logits, prepared, keep=True, facts=facts)
+        assert kept is not None
+        return facts, kept
+
+    def draw_from(self, processed: ShardLogits, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
+        """This rank's best token of each row of processed logits, as `draw`: value (float64 [n]) and id (int64 [n])."""
+        prepared = PreparedRows.of(rows, processed.values.device)
+        if self._native is None:
+            return _search(processed, prepared).best()
+        grid = shard_grid(processed.values.shape[1], self.vocab_size, processed.first_id)
+        facts, token = torch.empty(len(rows), 6, dtype=torch.float64), torch.empty(len(rows), dtype=torch.int64)
+        keys = (prepared.seeds, prepared.positions, prepared.noisy)
+        given = processed.values
+        self._native(given, grid, *keys, processed=given, is_processed=True, token_ids=token, facts=facts, wants_facts=False)
+        return facts[:, 0], token
+
+    def restate(
+        self, facts: Tensor, logits: Tensor, processed: ShardLogits, token: Tensor, value: Tensor | None = None
+    ) -> Tensor:
+        """Facts of the same rows about other tokens [n]. Without values: of tokens that all ranks know."""
+        column = token - self.vocab_start
+        is_here = (column >= 0) & (column < logits.shape[1])
+        column = column.clamp(0, logits.shape[1] - 1)
+        known = torch.where(is_here, 0.0, -math.inf).double()
+        raw = logits.gather(-1, column.unsqueeze(-1)).squeeze(-1).double()
+        kept = processed.values.gather(-1, (column + self.vocab_start - processed.first_id).unsqueeze(-1)).squeeze(-1).double()
+        columns = [known if value is None else value, token.double(), raw, facts[:, 3], kept, facts[:, 5]]
+        return torch.stack(columns, dim=-1)
+
+    def decide(self, facts: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
+        """The token of highest value among the ranks' own, and its log-probs. Collective; raises NonFiniteLogits."""
+        return _decide(gather(facts, self.group), rows)
 
     def prepare(self, rows: Sequence[SamplingRow], device: torch.device) -> PreparedRows:
         """What draw_on_device needs; making it copies from the host."""
@@ -153,31 +199,62 @@ class Sampler:
         return self._draw(logits, rows, keep=False)[0]
 
     def _draw(self, logits: Tensor, rows: PreparedRows, keep: bool) -> tuple[Tensor, ShardLogits | None]:
-        processed: ShardLogits | None
         if self._native is not None:
-            token, facts, processed = self._run_native(self._native, logits, rows, keep, wants_facts=False)
-            value = facts[:, 0]
-        else:
-            processed = self._processed(self.shard(logits, ("raw", rows.step)), rows, synchronize=False)
-            value, token = _search(processed, rows).best_of_all()
-        if self.group is not None and self.group.size() > 1:
+            return self._draw_native(self._native, logits, rows, keep)
+        processed = self._processed(self.shard(logits, ("raw", rows.step)), rows, synchronize=False)
+        return self._agree(*_search(processed, rows).best_of_all()), processed
+
+    def _draw_native(
+        self, kernel: NativeSampling, logits: Tensor, rows: PreparedRows, keep: bool
+    ) -> tuple[Tensor, ShardLogits | None]:
+        token = torch.empty(len(rows), dtype=torch.int64)
+        if not self._is_sharded:
+            return token, self._run_native(kernel, logits, rows, keep, token)
+        facts = torch.empty(len(rows), 6, dtype=torch.float64)
+        processed = self._run_native(kernel, logits, rows, keep, token, facts, wants_facts=False)
+        return self._agree(facts[:, 0], token), processed
+
+    def _agree(self, value: Tensor, token: Tensor) -> Tensor:
+        """The ranks' common tokens [n], valid ids whatever the values. Collective."""
+        if self._is_sharded:
             shards = gather(torch.stack([value, token.double()]), self.group)
             token = shards[:, 1].masked_fill(shards[:, 0] != shards[:, 0].amax(0), _NO_TOKEN).amin(0).long()
-        return token.clamp_(0, self.vocab_size - 1), processed
+        return token.clamp_(0, self.vocab_size - 1)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.group is not None and self.group.size() > 1
 
     def _run_native(
-        self, kernel: NativeSampling, logits: Tensor, rows: PreparedRows, keep: bool, wants_facts: bool
-    ) -> tuple[Tensor, Tensor, ShardLogits | None]:
-        """This rank's tokens [n] and facts [n, 6], and the processed logits if they are to be kept."""
+        self,
+        kernel: NativeSampling,
+        logits: Tensor,
+        rows: PreparedRows,
+        keep: bool,
+        token_ids: Tensor | None = None,
+        facts: Tensor | None = None,
+        wants_facts: bool = True,
+    ) -> ShardLogits | None:
+        """Fill this rank's token_ids [n] and facts [n, 6]; the processed logits if they are to be kept."""
         settings = rows.settings
         grid = shard_grid(logits.shape[1], self.vocab_size, self.vocab_start)
         keys = (rows.seeds, rows.positions, rows.noisy)
-        if settings.filters and self.group is not None and self.group.size() > 1:  # floors need the other ranks' columns
+        if settings.filters and self._is_sharded:  # floors need the other ranks' columns
             processed = self._processed(self.shard(logits, ("raw", rows.step)), rows, synchronize=True)
             given = processed.values
-            return *kernel(logits, grid, *keys, processed=given, is_processed=True, wants_facts=wants_facts), processed
+            kernel(
+                logits,
+                grid,
+                *keys,
+                processed=given,
+                is_processed=True,
+                token_ids=token_ids,
+                facts=facts,
+                wants_facts=wants_facts,
+            )
+            return processed
         out = self._buffer(("processed", rows.step), (len(rows), grid.width), logits.device) if keep else None
-        token, facts = kernel(
+        kernel(
             logits,
             grid,
             *keys,
@@ -188,9 +265,11 @@ class Sampler:
             top_p=_pair(settings.top_p),
             min_p=_pair(settings.min_p),
             processed=out,
+            token_ids=token_ids,
+            facts=facts,
             wants_facts=wants_facts,
         )
-        return token, facts, None if out is None else ShardLogits(out, grid.first_id, self.group, self.vocab_size)
+        return None if out is None else ShardLogits(out, grid.first_id, self.group, self.vocab_size)
 
     def _processed(self, raw: ShardLogits, rows: PreparedRows, synchronize: bool) -> ShardLogits:
         """The processed logits in a buffer of the rows' step."""

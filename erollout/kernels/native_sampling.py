@@ -1,6 +1,7 @@
 """Drawing tokens on the CPU: penalty, temperature, filters, Gumbel-max and normalizers in one call (cpp/sampling.cpp)."""
 
 import ctypes
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,42 +10,12 @@ from torch import Tensor
 
 from erollout.kernels.native import library, threads
 
-_POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+_IS_BF16 = {torch.bfloat16: 1, torch.float32: 0}
 
 
-class _FilterStruct(ctypes.Structure):
-    _fields_ = (("rows", _POINTER), ("values", _POINTER), ("count", _INT64))
-
-
-class JobStruct(ctypes.Structure):
-    """`SamplingJob` of cpp/sampling.h."""
-
-    _fields_ = (
-        ("logits", _POINTER),
-        ("logits_stride", _INT64),
-        ("rows", _INT64),
-        ("size", _INT64),
-        ("margin", _INT64),
-        ("width", _INT64),
-        ("first_id", _INT64),
-        ("is_bf16", _INT32),
-        ("wants_facts", _INT32),
-        ("seeds", _POINTER),
-        ("positions", _POINTER),
-        ("noisy", _POINTER),
-        ("temperature", _POINTER),
-        ("penalty", _POINTER),
-        ("context_ids", _POINTER),
-        ("context_length", _INT64),
-        ("top_k", _FilterStruct),
-        ("top_p", _FilterStruct),
-        ("min_p", _FilterStruct),
-        ("processed", _POINTER),
-        ("is_processed", _INT32),
-        ("reserved", _INT32),
-        ("token_ids", _POINTER),
-        ("facts", _POINTER),
-    )
+_JOB = struct.Struct("@P qqqqqq ii PPP PPPq PPq PPq PPq P ii PP")
+"""`SamplingJob` of cpp/sampling.h: packing it at once takes a microsecond, setting ctypes fields one by one ten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +37,7 @@ class NativeSampling:
 
     def __init__(self, num_threads: int = 1) -> None:
         """Raises UserError where there are no native kernels."""
-        self._job = JobStruct()
+        self._job = ctypes.create_string_buffer(_JOB.size)
         self._address = ctypes.addressof(self._job)
         self._threads = threads(num_threads)
         self._sample = _function("erollout_sample", None, _POINTER, _POINTER)
@@ -87,44 +58,56 @@ class NativeSampling:
         min_p: Filter = None,
         processed: Tensor | None = None,
         is_processed: bool = False,
+        token_ids: Tensor | None = None,
+        facts: Tensor | None = None,
         wants_facts: bool = True,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> None:
         """Draw one token a row.
 
         Args:
             logits: [n, at least grid.size], bfloat16 or float32, unit stride in a row.
-            seeds, positions: int64 [n]; noisy: float64 [n], 0 where the draw is greedy.
+            seeds, positions, noisy: int64 [n]; noisy is 0 where the draw is greedy, else 1.
             temperature, penalty: float32, n elements.
             context_ids: int64 [n, any], -1 where there is none; with a penalty.
             processed: float32 [n, grid.width] to be filled with what is drawn from (removed tokens are -inf).
             is_processed: `processed` is filled already; the parameters of processing must be None then.
-
-        Returns: ids (int64 [n], 2^40 where no logit is above -inf), and float64 [n, 6]: best logit + noise, id, its raw logit,
-        log of the sum of the exponentials of the raw logits, and both of the processed ones. Without wants_facts only the first
-        of the six is set.
+            token_ids: int64 [n], filled with valid ids whatever the logits: 0 where none is above -inf.
+            facts: float64 [n, 6], filled with the best logit + noise, its id, the id's raw logit, the log of the sum of the
+                exponentials of the raw logits, and both of the processed ones; without wants_facts with the first alone.
         """
-        n = logits.shape[0]
-        assert logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float32) and logits.stride(1) == 1
-        assert len(seeds) == len(positions) == len(noisy) == n and logits.shape[1] >= grid.size
-        assert all(t.is_contiguous() for t in (seeds, positions, noisy))
+        n, columns = logits.shape
+        assert logits.device.type == "cpu" and logits.dtype in _IS_BF16 and logits.stride(1) == 1 and columns >= grid.size
+        assert len(seeds) == len(positions) == len(noisy) == n
         assert processed is None or (processed.shape == (n, grid.width) and processed.is_contiguous())
-        token_ids = torch.empty(n, dtype=torch.int64)
-        facts = torch.empty(n, 6, dtype=torch.float64)
-        job = self._job
-        job.logits, job.logits_stride, job.rows = logits.data_ptr(), logits.stride(0), n
-        job.size, job.margin, job.width, job.first_id = grid.size, grid.margin, grid.width, grid.first_id
-        job.is_bf16, job.wants_facts = logits.dtype == torch.bfloat16, wants_facts
-        job.seeds, job.positions, job.noisy = seeds.data_ptr(), positions.data_ptr(), noisy.data_ptr()
-        job.temperature, job.penalty = _address(temperature), _address(penalty)
-        job.context_ids = _address(context_ids)
-        job.context_length = 0 if context_ids is None else context_ids.shape[1]
-        _set(job.top_k, top_k)
-        _set(job.top_p, top_p)
-        _set(job.min_p, min_p)
-        job.processed, job.is_processed = _address(processed), is_processed
-        job.token_ids, job.facts = token_ids.data_ptr(), facts.data_ptr()
+        _JOB.pack_into(
+            self._job,
+            0,
+            logits.data_ptr(),
+            logits.stride(0),
+            n,
+            grid.size,
+            grid.margin,
+            grid.width,
+            grid.first_id,
+            _IS_BF16[logits.dtype],
+            wants_facts,
+            seeds.data_ptr(),
+            positions.data_ptr(),
+            noisy.data_ptr(),
+            _address(temperature),
+            _address(penalty),
+            _address(context_ids),
+            0 if context_ids is None else context_ids.shape[1],
+            *_filter(top_k),
+            *_filter(top_p),
+            *_filter(min_p),
+            _address(processed),
+            is_processed,
+            0,
+            _address(token_ids),
+            _address(facts),
+        )
         self._sample(self._address, self._threads)
-        return token_ids, facts
 
 
 def block_noise(key: int, block: int, count: int) -> Tensor:
@@ -135,9 +118,9 @@ def block_noise(key: int, block: int, count: int) -> Tensor:
     return noise
 
 
-def job_bytes() -> int:
-    """sizeof(SamplingJob) as compiled. For tests."""
-    return _function("erollout_sampling_job_bytes", _INT64)()
+def job_bytes() -> tuple[int, int]:
+    """Of a job as packed here and as compiled. For tests."""
+    return _JOB.size, _function("erollout_sampling_job_bytes", _INT64)()
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Any:
@@ -146,16 +129,15 @@ def _function(name: str, result: Any, *arguments: Any) -> Any:
     return function
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def _address(tensor: Tensor | None) -> int:
     if tensor is None:
-        return None
+        return 0
     assert tensor.is_contiguous(), tensor.shape
     return tensor.data_ptr()
 
 
-def _set(struct: _FilterStruct, filter: Filter) -> None:
+def _filter(filter: Filter) -> tuple[int, int, int]:
     if filter is None:
-        struct.count = 0
-        return
+        return (0, 0, 0)
     rows, values = filter
-    struct.rows, struct.values, struct.count = rows.data_ptr(), values.data_ptr(), len(rows)
+    return rows.data_ptr(), values.data_ptr(), len(rows)

@@ -279,15 +279,14 @@ class Row {
   void finish(const Source<Other>& x, float largest, double raw_normalizer, const double* known_normalizer) {
     double processed_normalizer = 0.0;
     if (job_.wants_facts) processed_normalizer = known_normalizer ? *known_normalizer : normalizer(x, job_.width, largest);
-    const bool is_greedy = job_.noisy[row_] == 0.0;
+    const bool is_greedy = job_.noisy[row_] == 0;
     const uint64_t key = stream_key(job_.seeds[row_], job_.positions[row_]);
     const Best best = is_greedy ? greedy(x, job_.width, largest) : gumbel_max(x, job_.width, maxima_, key, job_.first_id);
-    const int64_t token = best.column < 0 ? kNoToken : job_.first_id + best.column;
-    job_.token_ids[row_] = token;
-    if (!job_.wants_facts) {
-      if (job_.facts) job_.facts[row_ * 6] = best.value;
-      return;
-    }
+    const int64_t token = best.column < 0 ? 0 : job_.first_id + best.column;
+    if (job_.token_ids) job_.token_ids[row_] = token;
+    if (!job_.facts) return;
+    job_.facts[row_ * 6] = best.value;
+    if (!job_.wants_facts) return;
     const double facts[6] = {best.value,     static_cast<double>(token), raw_.at(best.column),
                              raw_normalizer, x.at(best.column),          processed_normalizer};
     std::copy(facts, facts + 6, job_.facts + row_ * 6);

@@ -7,7 +7,6 @@ namespace erollout {
 constexpr int64_t kLanes = 16;    // tokens of a block of noise; they lie kColumns ids apart
 constexpr int64_t kColumns = 64;  // blocks of a tile
 constexpr int64_t kTile = kLanes * kColumns;
-constexpr int64_t kNoToken = 1ll << 40;
 
 // A filter's parameter in the rows that have one; rows ascend.
 template <class Value>
@@ -27,10 +26,10 @@ struct SamplingJob {
   int64_t width;           // columns of the grid, a multiple of kTile
   int64_t first_id;        // of the grid, a multiple of kTile
   int32_t is_bf16;
-  int32_t wants_facts;
+  int32_t wants_facts;     // all six; else the best value alone
   const int64_t* seeds;    // [rows]
   const int64_t* positions;
-  const double* noisy;     // 0: greedy
+  const int64_t* noisy;    // 0: greedy
   const float* temperature;   // [rows] or null: all 1
   const float* penalty;       // [rows] or null: all 1
   const int64_t* context_ids; // [rows, context_length], -1 where there is none
@@ -41,8 +40,8 @@ struct SamplingJob {
   float* processed;        // [rows, width] or null: where the processed logits go, or are
   int32_t is_processed;    // they are there already
   int32_t reserved;
-  int64_t* token_ids;      // [rows]: kNoToken where no logit is above -inf
-  double* facts;           // [rows, 6]: best value and id, the id's raw logit, log of the sum of exponentials, both processed
+  int64_t* token_ids;      // [rows] or null: always valid ids, 0 where no logit is above -inf
+  double* facts;           // [rows, 6] or null: best value and id, the id's raw logit, log of the sum of exponentials, both processed
 };
 
 class Threads;

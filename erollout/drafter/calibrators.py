@@ -24,7 +24,6 @@ _INT4_BOUND = 7.0
 def install_calibrators(quantizer: TensorQuantizer, format: Format) -> None:
     """Give a weight quantizer the calibrators of its format, in place of ModelOpt's."""
     axis = quantizer._calibrator._axis
-    quantizer.reset_amax()
     if format.asymmetric:
         bias = ZeroPointCalibrator()
         quantizer._bias_calibrator = bias

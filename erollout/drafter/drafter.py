@@ -16,8 +16,10 @@ from erollout.drafter.formats import check_shape
 from erollout.drafter.linears import QuantizedLinear, Shard, TargetLinear, make_linear, resolve_matmul
 from erollout.drafter.quantizer import build_quantizer
 from erollout.drafter.statistics import InputStatistics
-from erollout.engine.decode_model import DecodeModel, build_decode_model
+from erollout.engine.build import build_decode_model
+from erollout.engine.decode_model import DecodeModel
 from erollout.engine.linear import Linear
+from erollout.engine.native_model import NativeModel
 from erollout.engine.proposer import DraftRequest, Drafts, Proposer
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,8 @@ class Drafter:
         self._missing = set(quantized)
         self._seconds = 0.0
         self._peak_bytes = 0
-        logger.info("drafter: %s; matmuls: %s (kernels = %s)", summary(self.formats), _counts(self.matmuls), kernel)
+        served, kind = _counts(self.matmuls), type(self.model).__name__
+        logger.info("drafter: %s; matmuls: %s in a %s (kernels = %s)", summary(self.formats), served, kind, kernel)
 
     def use_statistics(self, statistics: Mapping[str, InputStatistics]) -> None:
         """What the next requantisation weighs errors with, by layer; a layer without them is quantised unweighted."""
@@ -162,8 +165,8 @@ def _tensor_name(target: DecodeModel, layer: str) -> str:
 
 
 def _share(target: DecodeModel, max_model_len: int, linears: Mapping[str, Linear]) -> DecodeModel:
-    """A decode model over the target's tensors and KV cache with these linear layers: native where all of them are."""
-    native = all(getattr(linear, "struct", None) is not None for linear in linears.values())
+    """A decode model over the target's tensors and KV cache with these linear layers: native where the target and they are."""
+    native = isinstance(target, NativeModel) and all(hasattr(linear, "struct") for linear in linears.values())
     return build_decode_model(
         "native" if native else "torch",
         target.architecture,

@@ -45,14 +45,14 @@ class Format:
         return self.search != "max"
 
     def config(self, group_size: int) -> dict[str, Any]:
-        """What `modelopt.torch.quantization.quantize` takes. Activations are the matmuls' affair: nothing to calibrate."""
+        """What `modelopt.torch.quantization.quantize` takes, uncalibrated. Activations are the matmuls' affair."""
         attributes = dict(self.quantizer)
         if self.grouped:
             attributes["block_sizes"] = {-1: group_size, "type": "static"}
         if self.asymmetric:
             attributes["bias"] = {-1: None, "type": "static", "method": "max_min"}
         rules = [{"quantizer_name": "*", "enable": False}, {"quantizer_name": "*weight_quantizer", "cfg": attributes}]
-        return {"quant_cfg": rules, "algorithm": "max"}
+        return {"quant_cfg": rules, "algorithm": None}
 
 
 _INT4 = {"num_bits": 4}
@@ -101,7 +101,7 @@ def check_shape(layer: str, format: Format, shape: tuple[int, int], group_size: 
     if not format.grouped:
         return
     if group_size < 2 or columns % group_size:
-        fitting = [str(size) for size in (256, 128, 96, 64, 48, 32, 16) if columns % size == 0]
+        fitting = [str(size) for size in (256, 128, 96, 64, 48, 32, 16, 8) if columns % size == 0]
         advice = f"group sizes that fit are {', '.join(fitting)}" if fitting else "no usual group size fits"
         raise UserError(
             f"speculation.drafter.group_size = {group_size} does not divide the {columns} input features of {layer}'s shard: "

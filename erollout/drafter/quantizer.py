@@ -193,7 +193,7 @@ def _convert(weights: Mapping[str, Tensor], format: Format, group_size: int) -> 
 
 def _linear(weight: Tensor) -> nn.Linear:
     """A module over the very tensor."""
-    linear = nn.Linear(0, 0, bias=False, device="meta")
+    linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear

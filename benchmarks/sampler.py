@@ -1,7 +1,7 @@
 """Microseconds per row of the sampler, with both log-probs, against torch.softmax + torch.multinomial, which gives neither.
 
-One thread, a vocabulary of 49,152, bf16 logits; the arms take turns in one run. Wall time and the thread's own processor
-time, each as a median: where they differ, something else was running.
+One thread, bf16 logits (normal, deviation 3: an entropy of about 6 nats at 49,152); the arms take turns in one run. Wall time
+and the thread's own processor time, each as a median: where they differ, something else was running.
 
     python benchmarks/sampler.py [--repeats 50]
 """
@@ -18,13 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erollout.engine.logits import shard_logits
-from erollout.engine.random import gumbel, stream_keys
-from erollout.engine.sampler import Sampler, SamplingRow, draw
+from erollout.engine.sampler import Sampler, SamplingRow
+from erollout.kernels import native
 from erollout.types import SamplingParams
 
-VOCABULARY = 49_152
-ROWS = (1, 2, 4, 8, 16, 32)
+VOCABULARIES = (49_152, 151_936)
+ROWS = (1, 4, 16)
+SETTINGS = {
+    "greedy": SamplingParams(temperature=0),
+    "temperature 1": SamplingParams(),
+    "temperature 0.7": SamplingParams(temperature=0.7),
+    "top_p 0.95": SamplingParams(top_p=0.95),
+    "top_k 50, top_p 0.95": SamplingParams(top_k=50, top_p=0.95),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,45 +39,44 @@ class Seconds:
     processor: float
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=50)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     print(f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}; 1 thread")
-    print("microseconds per row, median wall (median processor)")
-    names = list(arms(logits_of("flat", 1)))
-    print(f"{'logits':8}{'rows':>5}" + "".join(f"{name:>24}" for name in names))
-    for kind in ("flat", "typical", "peaked"):
-        for rows in ROWS:
-            times = measure(arms(logits_of(kind, rows)), repeats)
-            cells = (f"{t.wall / rows * 1e6:.0f} ({t.processor / rows * 1e6:.0f})" for t in times.values())
-            print(f"{kind:8}{rows:5}" + "".join(f"{cell:>24}" for cell in cells))
+    print(f"native kernels: {native.why_unavailable() or 'available'}; microseconds per row, median wall (median processor)")
+    names = ["torch", *(["native", "native draft"] if native.why_unavailable() is None else []), "softmax + multinomial"]
+    print(f"{'vocabulary':>10} {'setting':22}{'rows':>5}" + "".join(f"{name:>24}" for name in names))
+    for vocabulary in VOCABULARIES:
+        for name, params in SETTINGS.items():
+            for rows in ROWS:
+                times = measure(arms(names, params, logits_of(rows, vocabulary)), repeats)
+                cells = (f"{times[n].wall / rows * 1e6:.0f} ({times[n].processor / rows * 1e6:.0f})" for n in names)
+                print(f"{vocabulary:10} {name:22}{rows:5}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
 
 
-def logits_of(kind: str, rows: int) -> Tensor:
-    """bf16 [rows, VOCABULARY]: almost uniform, normal with deviation 3 (an entropy of about 6 nats), or one token at 0.99."""
-    noise = torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(rows))
-    logits = noise * {"flat": 0.01, "typical": 3.0, "peaked": 1.0}[kind]
-    if kind == "peaked":
-        logits[:, 777] = 16.0
-    return logits.bfloat16()
+def logits_of(rows: int, vocabulary: int) -> Tensor:
+    noise = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(rows))
+    return (3.0 * noise).bfloat16()
 
 
-def arms(logits: Tensor) -> dict[str, Callable[[], object]]:
-    rows = [SamplingRow(SamplingParams(), seed=i, position=7) for i in range(len(logits))]
-    filtered = [SamplingRow(SamplingParams(temperature=0.8, top_p=0.95), seed=i, position=7) for i in range(len(logits))]
-    sampler = Sampler(VOCABULARY)
-    shard = shard_logits(logits, VOCABULARY)
-    keys = stream_keys(torch.arange(len(logits)), torch.full((len(logits),), 7)).unsqueeze(-1)
-    ids = torch.arange(VOCABULARY)
-    return {
-        "sample": lambda: sampler.sample(logits, rows),
-        "of which draw": lambda: draw(shard, rows),
-        "T=0.8 top_p=0.95": lambda: sampler.sample(logits, filtered),
-        "noise for all, argmax": lambda: (logits + gumbel(keys, ids)).argmax(-1).tolist(),
-        "softmax + multinomial": lambda: torch.multinomial(logits.float().softmax(-1), 1).tolist(),
+def arms(names: list[str], params: SamplingParams, logits: Tensor) -> dict[str, Callable[[], object]]:
+    """The peer is given the temperature but no filter: torch has none."""
+    rows = [SamplingRow(params, seed=i, position=7) for i in range(len(logits))]
+    plain = Sampler(logits.shape[1])
+    divisor = params.temperature or 1.0
+    made: dict[str, Callable[[], object]] = {
+        "torch": lambda: plain.sample(logits, rows),
+        "softmax + multinomial": lambda: torch.multinomial((logits.float() / divisor).softmax(-1), 1).tolist(),
     }
+    if "native" in names:
+        sampler = Sampler(logits.shape[1], kernel="native")
+        prepared = sampler.prepare(rows, logits.device)
+        made["native"] = lambda: sampler.sample(logits, rows)
+        made["native draft"] = lambda: sampler.draw_ids_on_device(logits, prepared)
+    return {name: made[name] for name in names}
 
 
 def measure(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, Seconds]:

@@ -1,5 +1,7 @@
 """The packed linears of erollout/kernels/cpp against torch in float32."""
 
+import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -184,8 +186,6 @@ def test_a_bias_is_read_where_it_is() -> None:
 def test_the_struct_is_the_same_on_both_sides() -> None:
     struct = native.LinearStruct
     assert struct.weight.offset == 24 and native.library().erollout_linear_struct_bytes() == 56
-    import ctypes
-
     assert ctypes.sizeof(struct) == 56
 
 
@@ -229,8 +229,6 @@ def test_what_is_compiled_for_is_what_is_checked_for() -> None:
 
 @needs_native
 def test_a_forked_child_starts_its_own_threads() -> None:
-    import os
-
     linear = packed(torch.randn(256, 64).bfloat16(), "bf16", num_threads=2)
     x = torch.randn(4, 64).bfloat16()
     y = linear(x)
@@ -241,6 +239,7 @@ def test_a_forked_child_starts_its_own_threads() -> None:
     assert torch.equal(linear(x), y)
 
 
+@pytest.mark.end_to_end
 @needs_native
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_kernels_under_sanitizers(tmp_path: Path) -> None:
@@ -251,11 +250,10 @@ def test_kernels_under_sanitizers(tmp_path: Path) -> None:
     program = tmp_path / "linear"
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DEROLLOUT_EMULATE_TILES"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-pthread", *flags, *sanitize, *warnings]
+    command = ["g++", "-std=c++17", "-O0", "-ffp-contract=off", "-pthread", *flags, *sanitize, *warnings]
     objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
-    jobs = [[*command, "-c", str(source), "-o", target] for source, target in zip(sources, objects, strict=True)]
-    for job in jobs:
-        subprocess.run(job, check=True, timeout=200)
+    for source, target in zip(sources, objects, strict=True):
+        subprocess.run([*command, "-c", str(source), "-o", target], check=True, timeout=200)
     main = str(ROOT / "tests" / "native" / "linear.cpp")
     subprocess.run([*command, f"-I{kernels}", main, *objects, "-o", str(program)], check=True, timeout=200)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)

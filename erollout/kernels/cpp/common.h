@@ -54,6 +54,9 @@ inline __mmask32 first_lanes32(int64_t count) {
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
+// Before a loop over what registers hold: as a loop, it would keep them in memory.
+#define UNROLLED _Pragma("GCC unroll 12")
+
 // sum += pairs of bf16 products, and sum += fours of unsigned times signed bytes. Not the intrinsics: GCC 12 copies every sum to
 // another register and back around them, which costs a third of the speed.
 inline void add_pairs(__m512& sum, __m512i weights, __m512i values) {

@@ -38,9 +38,6 @@ inline __m512i broadcast32(const void* source) {
   return _mm512_set1_epi32(value);
 }
 
-// Before a loop over what registers hold: as a loop, it would keep them in memory.
-#define UNROLLED _Pragma("GCC unroll 12")
-
 constexpr int64_t kAhead = 3072;  // bytes ahead in the weight stream
 constexpr int kMaxBlock = 12;     // rows of one pass over a panel: 2 x 12 sums fill the registers
 
@@ -107,6 +104,10 @@ void run_panels(const Kernel& kernel, const Linear& layer, int64_t rows, Threads
       run_blocks(kernel, panel, rows, std::make_integer_sequence<int, MaxBlock>{});
   });
 }
+
+// Either kind of kernels, for rows > 0: AVX-512 on any processor that the extension runs on, AMX where tile::available().
+void linear_avx512(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads);
+void linear_amx(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads);
 
 void linear_bf16(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads);
 void linear_int4(const Linear& layer, const Rows& x, const Outputs& y, Threads& threads);

@@ -1,29 +1,16 @@
 // int4 weights in groups: exact (bf16 activations) and on int8 codes of the activations.
 #include "activations.h"
+#include "int4.h"
 
 namespace erollout {
 namespace {
-
-inline __m512 load_aligned(const uint8_t* values) { return load_bf16(reinterpret_cast<const bf16*>(values)); }
-
-// Sums over groups of (sums of one group, less zero point times sum of activations) times the group's scale.
-struct GroupSums {
-  __m512 scale[2], zero[2];
-
-  GroupSums(const uint8_t* block, bool asymmetric) {
-    UNROLLED for (int half = 0; half < 2; ++half) {
-      scale[half] = load_aligned(block + 32 * half);
-      zero[half] = asymmetric ? load_aligned(block + 64 + 32 * half) : _mm512_setzero_ps();
-    }
-  }
-};
 
 template <bool Asymmetric>
 struct Exact {
   const Linear& layer;
   const Permuted& x;
   const Outputs& y;
-  __m512i integers;  // nibble, twice -> value - 8 as bf16
+  __m512i integers;  // nibble, twice -> value less 8 as bf16
 
   template <int R, class Ahead>
   void block(int64_t panel, int64_t row, Ahead prefetch) const {
@@ -33,7 +20,7 @@ struct Exact {
     __m512 sum[R][2];
     UNROLLED for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t group = 0; group < groups; ++group) {
-      const GroupSums header(line, Asymmetric);
+      const GroupHeader<Asymmetric> header(line);
       prefetch.header(int4_header(Asymmetric));
       line += int4_header(Asymmetric);
       __m512 part[R][2];
@@ -51,21 +38,16 @@ struct Exact {
           }
         }
       }
-      UNROLLED for (int r = 0; r < R; ++r)
-        UNROLLED for (int half = 0; half < 2; ++half) {
-          if (Asymmetric)
-            part[r][half] =
-                _mm512_fnmadd_ps(header.zero[half], _mm512_set1_ps(x.sums[(row + r) * groups + group]), part[r][half]);
-          sum[r][half] = _mm512_fmadd_ps(part[r][half], header.scale[half], sum[r][half]);
-        }
+      UNROLLED for (int r = 0; r < R; ++r) {
+        const float activations = Asymmetric ? x.sums[(row + r) * groups + group] : 0;
+        UNROLLED for (int half = 0; half < 2; ++half)
+          sum[r][half] = header.add(half, sum[r][half], part[r][half], activations);
+      }
     }
     UNROLLED for (int r = 0; r < R; ++r)
       UNROLLED for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
   }
 };
-
-// Bytes' high nibbles as bytes: an 8 x 8 bit matrix, as GF2P8AFFINEQB takes it.
-constexpr int64_t kHighNibble = 0x1020408000000000;
 
 template <bool Asymmetric>
 struct OnCodes {
@@ -78,11 +60,10 @@ struct OnCodes {
     const int64_t group_size = layer.group_size, groups = x.groups;
     const uint8_t* line = panel_of(layer, panel);
     const int8_t* source = x.values + row * x.stride;
-    const __m512i nibble = _mm512_set1_epi8(15), to_low = _mm512_set1_epi64(kHighNibble);
     __m512 sum[R][2];
     UNROLLED for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t group = 0; group < groups; ++group) {
-      const GroupSums header(line, Asymmetric);
+      const GroupHeader<Asymmetric> header(line);
       prefetch.header(int4_header(Asymmetric));
       line += int4_header(Asymmetric);
       __m512i part[R][2];
@@ -90,8 +71,7 @@ struct OnCodes {
       for (int64_t k = 0; k < group_size; k += 8, line += kLine, source += 8) {
         prefetch.line();
         const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
-        const __m512i low0 = _mm512_and_si512(low, nibble), high0 = _mm512_and_si512(high, nibble);
-        const __m512i low4 = _mm512_gf2p8affine_epi64_epi8(low, to_low, 0), high4 = _mm512_gf2p8affine_epi64_epi8(high, to_low, 0);
+        const __m512i low0 = low_nibbles(low), high0 = low_nibbles(high), low4 = high_nibbles(low), high4 = high_nibbles(high);
         UNROLLED for (int r = 0; r < R; ++r) {
           const __m512i first = broadcast32(source + r * x.stride), second = broadcast32(source + r * x.stride + 4);
           add_fours(part[r][0], low0, first);
@@ -102,24 +82,15 @@ struct OnCodes {
       }
       UNROLLED for (int r = 0; r < R; ++r) {
         const int64_t index = (row + r) * groups + group;
-        const __m512 scale = _mm512_set1_ps(x.scales[index]), codes = _mm512_set1_ps(static_cast<float>(x.sums[index]));
-        UNROLLED for (int half = 0; half < 2; ++half) {
-          __m512 dot = _mm512_cvtepi32_ps(part[r][half]);
-          if (Asymmetric) dot = _mm512_fnmadd_ps(header.zero[half], codes, dot);  // exact: integers below 2^24
-          sum[r][half] = _mm512_fmadd_ps(_mm512_mul_ps(dot, scale), header.scale[half], sum[r][half]);
-        }
+        const float codes = static_cast<float>(x.sums[index]);
+        UNROLLED for (int half = 0; half < 2; ++half)
+          sum[r][half] = header.add(half, sum[r][half], part[r][half], codes, x.scales[index]);
       }
     }
     UNROLLED for (int r = 0; r < R; ++r)
       UNROLLED for (int half = 0; half < 2; ++half) y.store(row + r, panel * kPanel + half * kHalf, sum[r][half]);
   }
 };
-
-__m512i signed_integers() {
-  alignas(64) bf16 table[32];
-  for (int i = 0; i < 32; ++i) table[i] = to_bf16(static_cast<float>((i & 15) - 8));
-  return _mm512_load_si512(table);
-}
 
 }  // namespace
 

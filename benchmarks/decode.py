@@ -32,6 +32,7 @@ from erollout.config import RolloutConfig
 from erollout.data.smollm2 import model_directory
 from erollout.engine.engine import Engine
 from erollout.engine.linear import Linear
+from erollout.engine.native_model import NativeModel
 from erollout.engine.placement import decode_placement
 from erollout.parallel.placement import box_slices
 from erollout.policy.families import read_architecture
@@ -190,11 +191,8 @@ class TimedLinear:
         self._linear.release()
 
 
-def step_breakdown(directory: Path, sequences: int, tokens: int) -> dict[str, float]:
-    """Milliseconds of one decode step by part, from an engine of its own."""
-    engine, watch = build_engine(directory, sequences), Stopwatch()
-    run_engine(engine, make_prompts(sequences), [4] * sequences)
-    model: Any = engine.model
+def watch_parts(model: Any, watch: Stopwatch) -> None:
+    """Put a torch model's linear layers and attention under a stopwatch."""
     for layer in model.layers:
         for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
             setattr(layer, name, TimedLinear(getattr(layer, name), watch))
@@ -202,6 +200,16 @@ def step_breakdown(directory: Path, sequences: int, tokens: int) -> dict[str, fl
     model.attention.plan = watch.wrap("plan", model.attention.plan)
     attention = watch.wrap("attention", model.attention.__call__)
     model.attention = type("Timed", (), {"__call__": staticmethod(attention), "plan": staticmethod(model.attention.plan)})()
+
+
+def step_breakdown(directory: Path, sequences: int, tokens: int) -> dict[str, float]:
+    """Milliseconds of one decode step by part, from an engine of its own. The native model is one call: one part."""
+    engine, watch = build_engine(directory, sequences), Stopwatch()
+    run_engine(engine, make_prompts(sequences), [4] * sequences)
+    model: Any = engine.model
+    native = isinstance(model, NativeModel)
+    if not native:
+        watch_parts(model, watch)
     model.forward = watch.wrap("forward", model.forward)
     sampler: Any = engine.sampler
     sampler.sample = watch.wrap("sampling", sampler.sample)
@@ -213,10 +221,13 @@ def step_breakdown(directory: Path, sequences: int, tokens: int) -> dict[str, fl
 
     short, long = total(4), total(4 + tokens)
     step = {name: (long[name] - short[name]) / tokens * 1e3 for name in long}
-    return {
+    parts = {"model": step["forward"]} if native else {
         "linears": step["linears"],
         "attention": step["attention"],
         "norms, rotation, KV write, residuals": step["forward"] - step["linears"] - step["attention"],
+    }  # fmt: skip
+    return {
+        **parts,
         "sampling": step["sampling"],
         "Python: scheduling, input tensors": step["total"] - step["forward"] - step["sampling"],
         "step": step["total"],
@@ -282,7 +293,7 @@ def report(options: argparse.Namespace) -> list[str]:
     check_model(engine)
     weight_bytes = sum(t.numel() * t.element_size() for t in engine.local_tensors().values())
     bandwidth = read_bandwidth(weight_bytes)
-    read = f"Weights: {weight_bytes / 1e6:.0f} MB, read at {bandwidth / 1e9:.1f} GB/s. Linear kernel: {engine.kernel}. {note}"
+    read = f"Weights: {weight_bytes / 1e6:.0f} MB, read at {bandwidth / 1e9:.1f} GB/s. Kernels: {engine.kernel}. {note}"
     cases = table(options, directory, openvino, bandwidth / weight_bytes)
     lines = [*machine(), read, "", *header(list(cases[0].times)), *(case.row() for case in cases), ""]
     for size in sorted({1, max(options.batches)}):

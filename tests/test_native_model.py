@@ -48,6 +48,18 @@ def test_structs_are_those_of_the_extension() -> None:
     assert ctypes.sizeof(PassStruct) == library().erollout_pass_size()
 
 
+def test_exp2_is_within_its_bound() -> None:
+    x = torch.cat([torch.linspace(-126, 128, 1 << 20)[:-1], torch.tensor([0.0])])
+    y = torch.empty_like(x)
+    library().erollout_exp2(x.data_ptr(), y.data_ptr(), len(x))
+    assert (y.double() / x.double().exp2() - 1).abs().max() < 1.7e-7 and y[-1] == 1
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([-inf, -1e30, -151, 129, 1e30, inf, nan, 1] * 2)
+    y = torch.empty_like(x)
+    library().erollout_exp2(x.data_ptr(), y.data_ptr(), len(x))
+    assert y[:6].tolist() == [0, 0, 0, inf, inf, inf] and y[6].isnan() and y[7] == 2
+
+
 # ---- attention ----
 
 SHAPES = [(4, 2, 16), (9, 3, 64), (2, 2, 32), (8, 1, 64), (14, 2, 64), (4, 1, 80), (2, 1, 128), (3, 3, 24), (60, 1, 16)]

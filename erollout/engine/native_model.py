@@ -33,6 +33,7 @@ _SIGNATURES = (
     ("erollout_attention_block", None, _POINTER, _INT64, _POINTER, _POINTER),
     ("erollout_feed_forward_block", None, _POINTER, _INT64, _POINTER, _POINTER),
     ("erollout_head", None, _POINTER, _POINTER, _POINTER),
+    ("erollout_exp2", None, _POINTER, _POINTER, _INT64),
     ("erollout_attention", None, _POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
 )
 _CHECKED = ("token_ids", "positions", "slots", "logit_rows")

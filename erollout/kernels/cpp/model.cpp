@@ -7,6 +7,7 @@
 #include "common.h"
 #include "model_rows.h"
 #include "threads.h"
+#include "vector_math.h"
 
 namespace erollout {
 namespace {
@@ -182,6 +183,11 @@ void erollout_feed_forward_block(const Model* model, int64_t layer, const Pass* 
 
 void erollout_head(const Model* model, const Pass* pass, void* threads) {
   erollout::head(*model, *pass, *static_cast<Threads*>(threads));
+}
+
+// 2^x of `count` values, a multiple of 16: for its test.
+void erollout_exp2(const float* x, float* y, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) _mm512_storeu_ps(y + i, erollout::exp2(_mm512_loadu_ps(x + i)));
 }
 
 // Attention alone, over pass->spans and one layer's cache.

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from tiny_decode import MAX_MODEL_LEN, make_engine
 
+from erollout.engine.build import build_decode_model
 from erollout.engine.decode_model import DecodeModel
 from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
@@ -19,7 +20,7 @@ NOISE = {"same": 0.0, "good": 0.02, "bad": 1.0}
 def perturbed_model(engine: Engine, noise: float, group: dist.ProcessGroup | None = None) -> DecodeModel:
     """A second model on the engine's cache."""
     cache, target = engine.cache, engine.model
-    model = DecodeModel(engine.architecture, group, engine.kernel, cache, MAX_MODEL_LEN, target.dtype, cache.device)
+    model = build_decode_model(engine.kernel, engine.architecture, group, cache, MAX_MODEL_LEN, target.dtype, cache.device)
     generator = torch.Generator().manual_seed(group.rank() if group is not None else 0)
     for name, tensor in model.tensors.items():
         tensor.copy_(engine.local_tensors()[name])
@@ -40,7 +41,7 @@ def make_speculative_engine(
     if drafter == "ngram":
         engine.speculate(NGramProposer(engine), num_speculative_tokens, verification)
         return engine
-    proposer = ModelProposer(perturbed_model(engine, NOISE[drafter], group), verification)
+    proposer = ModelProposer(perturbed_model(engine, NOISE[drafter], group), verification, engine.sampler.kernel)
     proposer.weights_updated(1)
     engine.speculate(proposer, num_speculative_tokens, verification)
     return engine

@@ -93,7 +93,7 @@ class SelfSpeculation:
         options = self.config.speculation.drafter
         return Drafter(
             self.engine.model,
-            lambda model: ModelProposer(model, self.config.speculation.verification),
+            lambda model: ModelProposer(model, self.config.speculation.verification, self.engine.sampler.kernel),
             self.engine.max_model_len,
             format=format,
             group_size=options.group_size,

@@ -163,31 +163,6 @@ class DecodeModel:
         return [*(linear for layer in self.layers for linear in layer.linears), self.lm_head]
 
 
-def build_decode_model(
-    kernel: str,
-    architecture: Architecture,
-    group: dist.ProcessGroup | None,
-    cache: KVCache,
-    max_model_len: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    tensors: dict[str, Tensor] | None = None,
-    linears: LinearFactory | None = None,
-) -> DecodeModel:
-    """The decode model of a kernel that `resolve_linear_kernel` named.
-
-    Args:
-        group: the ranks of the replica; None: one rank.
-        tensors: another model's tensors, to share (a drafter shares its target's); default: new ones, zeroed.
-        linears: makes each linear layer from its local name ("layers.3.qkv_proj", "lm_head"), weight and bias; default: the
-            kernel's own over the tensors. With the native kernel each must have a `struct`, as PackedLinear has.
-    """
-    model: type[DecodeModel] = DecodeModel
-    if kernel == "native":
-        from erollout.engine.native_model import NativeModel as model
-    return model(architecture, group, kernel, cache, max_model_len, dtype, device, tensors, linears)
-
-
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; statistics in float32, the product in x's dtype."""
     wide = x.float()

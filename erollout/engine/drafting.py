@@ -17,7 +17,7 @@ from erollout.engine.logits import ShardLogits
 from erollout.engine.model_runner import slots_of
 from erollout.engine.proposer import DraftRequest, Drafts
 from erollout.engine.random import draft_seed
-from erollout.engine.sampler import Sampler, SamplingRow
+from erollout.engine.sampler import Sampler, SamplerKernel, SamplingRow
 from erollout.engine.sequence import Sequence
 from erollout.engine.verifier import Verification, sampling_row
 
@@ -38,11 +38,12 @@ class _Pass:
 class ModelProposer:
     """Drafts of a decode model that shares the target's cache. Its weights are of `policy_version`."""
 
-    def __init__(self, model: DecodeModel, verification: Verification) -> None:
+    def __init__(self, model: DecodeModel, verification: Verification, sampler_kernel: SamplerKernel = "torch") -> None:
         """Under `coupled` it draws with the target's noise, under `rejection` with its own, and keeps what it drew from."""
         self.model = model
         self.cache = model.cache
         self.verification = verification
+        self.sampler_kernel = sampler_kernel
         self.policy_version: int | None = None
         self._sampler = self._make_sampler()
         self._prepared = False
@@ -75,11 +76,14 @@ class ModelProposer:
             ids = F.pad(token[: step.num_sequences], (0, step.padding))
             logits = self.model.forward(ids, step.positions, step.slots, step.plan, step.logit_rows)
             rows = rows.first(step.num_sequences)
-            token, drawn_from = self._sampler.draw_on_device(logits[: step.num_sequences], rows)
+            if self.verification == "coupled":
+                token = self._sampler.draw_ids_on_device(logits[: step.num_sequences], rows)
+            else:
+                token, drawn_from = self._sampler.draw_on_device(logits[: step.num_sequences], rows)
+                processed.append(drawn_from)
             rows = rows.advance(token)
             token_ids.append(F.pad(token, (0, len(request.sequences) - step.num_sequences)))
-            processed.append(drawn_from)
-        return Drafts(torch.stack(token_ids), tuple(processed) if self.verification == "rejection" else None)
+        return Drafts(torch.stack(token_ids), tuple(processed) or None)
 
     def _plan(self, request: DraftRequest, step: int) -> _Pass:
         """The pass that computes the token before draft `step`."""
@@ -103,7 +107,7 @@ class ModelProposer:
         return row if self.verification == "coupled" else replace(row, seed=draft_seed(row.seed))
 
     def _make_sampler(self) -> Sampler:
-        return Sampler(self.model.architecture.vocab_size, self.model.vocab_start, self.model.group)
+        return Sampler(self.model.architecture.vocab_size, self.model.vocab_start, self.model.group, self.sampler_kernel)
 
     def _prepare(self) -> None:
         if not self._prepared:

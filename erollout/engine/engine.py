@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from erollout.config import RolloutConfig
 from erollout.engine.block_manager import BlockManager
-from erollout.engine.decode_model import DecodeModel
+from erollout.engine.build import build_decode_model
 from erollout.engine.detokenizer import StopStringDetector
 from erollout.engine.kv_cache import KVCache, num_blocks
 from erollout.engine.linear import resolve_linear_kernel
 from erollout.engine.model_runner import ModelRunner
 from erollout.engine.proposer import DraftRequest, Drafts, Proposer
 from erollout.engine.random import sequence_seed
-from erollout.engine.sampler import Sampler
+from erollout.engine.sampler import Sampler, SamplerKernel
 from erollout.engine.scheduler import Batch, Scheduler
 from erollout.engine.sequence import Sequence
 from erollout.engine.verifier import Candidate, Verification, VerifiedRun, Verifier, sampling_row
@@ -85,9 +85,10 @@ class Engine:
         self.max_model_len = max_model_len
         self.cache = KVCache(architecture, size, num_blocks(rollout, architecture), rollout.block_size, dtype, device)
         self.kernel = resolve_linear_kernel(rollout.kernels, dtype, device)
-        self.model = DecodeModel(architecture, group, self.kernel, self.cache, max_model_len, dtype, device)
+        self.model = build_decode_model(self.kernel, architecture, group, self.cache, max_model_len, dtype, device)
         self.runner = ModelRunner(self.model)
-        self.sampler = Sampler(architecture.vocab_size, self.model.vocab_start, group)
+        sampling: SamplerKernel = "native" if self.kernel == "native" else "torch"
+        self.sampler = Sampler(architecture.vocab_size, self.model.vocab_start, group, sampling)
         self.verifier = Verifier(self.sampler)
         self.proposer: Proposer | None = None
         self.num_speculative_tokens = 0

@@ -44,7 +44,9 @@ def predicted_speed_up(acceptance: float, num_speculative_tokens: int, r: float,
     return expected_length(acceptance, num_speculative_tokens) / (num_speculative_tokens * r + v)
 
 
-def select(units: Mapping[str, Sequence[Choice]], other_seconds: float, target_seconds: float, max_tokens: int = 8) -> Selection:
+def select(
+    units: Mapping[str, Sequence[Choice]], other_seconds: float, target_seconds: float, max_tokens: int = 8
+) -> Selection:
     """Choose a format for every unit.
 
     The losses -log(acceptance) of the units add up, which holds for small ones. Starts from each unit's fastest format and

@@ -154,12 +154,26 @@ class Sampler:
         prepared = PreparedRows.of(rows, processed.values.device)
         if self._native is None:
             return _search(processed, prepared).best()
-        grid = shard_grid(processed.values.shape[1], self.vocab_size, processed.first_id)
-        facts, token = torch.empty(len(rows), 6, dtype=torch.float64), torch.empty(len(rows), dtype=torch.int64)
-        keys = (prepared.seeds, prepared.positions, prepared.noisy)
+        facts = self._given_facts(self._native, processed, prepared, wants_facts=False)
+        return facts[:, 0], facts[:, 1].long()
+
+    def normalizers(self, processed: ShardLogits) -> Tensor:
+        """local_normalizer of processed logits, as the facts of rows have it."""
+        if self._native is None:
+            return processed.local_normalizer()
+        rows = PreparedRows.of([SamplingRow(SamplingParams(), 0, 0)] * len(processed.values), processed.values.device)
+        return self._given_facts(self._native, processed, rows, wants_facts=True)[:, 5]
+
+    def _given_facts(self, kernel: NativeSampling, processed: ShardLogits, rows: PreparedRows, wants_facts: bool) -> Tensor:
+        """Facts of rows drawn from processed logits, which stand for the raw ones too."""
         given = processed.values
-        self._native(given, grid, *keys, processed=given, is_processed=True, token_ids=token, facts=facts, wants_facts=False)
-        return facts[:, 0], token
+        grid = shard_grid(given.shape[1], self.vocab_size, processed.first_id)
+        token = torch.empty(len(given), dtype=torch.int64)
+        facts = torch.empty(len(given), 6, dtype=torch.float64)
+        keys = (rows.seeds, rows.positions, rows.noisy)
+        kernel(given, grid, *keys, processed=given, is_processed=True, token_ids=token, facts=facts, wants_facts=wants_facts)
+        facts[:, 1] = token  # which is a valid id always
+        return facts
 
     def restate(
         self, facts: Tensor, logits: Tensor, processed: ShardLogits, token: Tensor, value: Tensor | None = None
@@ -170,7 +184,8 @@ class Sampler:
         column = column.clamp(0, logits.shape[1] - 1)
         known = torch.where(is_here, 0.0, -math.inf).double()
         raw = logits.gather(-1, column.unsqueeze(-1)).squeeze(-1).double()
-        kept = processed.values.gather(-1, (column + self.vocab_start - processed.first_id).unsqueeze(-1)).squeeze(-1).double()
+        kept_column = (token - processed.first_id).clamp(0, processed.values.shape[1] - 1)
+        kept = processed.values.gather(-1, kept_column.unsqueeze(-1)).squeeze(-1).double()
         columns = [known if value is None else value, token.double(), raw, facts[:, 3], kept, facts[:, 5]]
         return torch.stack(columns, dim=-1)
 

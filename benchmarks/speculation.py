@@ -33,8 +33,7 @@ from erollout.data.prompts import PromptLimits
 from erollout.data.tokenizer import load_tokenizer
 from erollout.drafter.drafter import Drafter, RequantizeStats
 from erollout.drafter.formats import FORMATS
-from erollout.drafter.statistics import InputStatistics, collect
-from erollout.engine.drafting import ModelProposer
+from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.engine import Engine
 from erollout.engine.placement import decode_placement
 from erollout.engine.scheduler import Batch
@@ -146,30 +145,21 @@ def build_engine(subject: Subject, options: argparse.Namespace) -> Engine:
     return engine
 
 
-def build_drafter(engine: Engine, name: str, options: argparse.Namespace) -> Drafter:
+def build_speculation(engine: Engine, name: str, options: argparse.Namespace) -> SelfSpeculation:
     """`name`: a format, perhaps with INT8_HEAD behind it."""
-    return Drafter(
-        engine.model,
-        lambda model: ModelProposer(model, options.verification),
-        MAX_MODEL_LEN,
-        format=name.removesuffix(INT8_HEAD),
-        group_size=options.group_size,
-        lm_head="w8a8" if name.endswith(INT8_HEAD) else "target",
-        kernel=options.kernels,
-    )
+    drafter = {
+        "format": name.removesuffix(INT8_HEAD),
+        "group_size": options.group_size,
+        "lm_head": "w8a8" if name.endswith(INT8_HEAD) else "target",
+    }
+    choices = [f"speculation.drafter.{key}={value}" for key, value in drafter.items()]
+    choices += [f"speculation.verification={options.verification}", f"rollout.kernels={options.kernels}"]
+    return SelfSpeculation(load_config(CONFIG, choices), engine)
 
 
-def requantize(engine: Engine, drafter: Drafter, statistics_: dict[str, InputStatistics]) -> RequantizeStats:
-    drafter.use_statistics(statistics_ if drafter.needs_statistics else {})
-    for name in engine.local_tensors():
-        drafter.requantize_(name)
-    return drafter.complete(0)
-
-
-def input_statistics(engine: Engine, requests: Sequence[RolloutRequest]) -> dict[str, InputStatistics]:
-    """Of tokens that the policy writes itself, as a training step's are."""
-    rollouts = engine.generate(requests)
-    return collect(engine.model, [r.prompt_ids + r.response_ids for r in rollouts], max_tokens=512, sample_rows=64)
+def requantize(speculation: SelfSpeculation) -> RequantizeStats:
+    speculation.all_landed()
+    return speculation.complete(0)
 
 
 def policy_subject(options: argparse.Namespace) -> Subject:
@@ -203,12 +193,13 @@ def build_arms(subject: Subject, options: argparse.Namespace) -> tuple[list[Arm]
     """AR first, on an engine without a proposer; all other arms share one engine. And the lines about requantising."""
     plain, engine = build_engine(subject, options), build_engine(subject, options)
     plain_passes, passes = Passes(), Passes()
-    measured = input_statistics(engine, subject.requests[:8])
+    written = engine.generate(subject.requests[:8])  # what the drafters learn from, as from a training step
     arms = [Arm("AR", plain, None, 0, plain_passes)]
     lines = ["| drafter | matmuls | its own MiB | requantise + pack, s |", "|---|---|---|---|"]
     for name in subject.formats:
-        drafter = build_drafter(engine, name, options)
-        made = [requantize(engine, drafter, measured) for _ in range(3)]
+        speculation = build_speculation(engine, name, options)
+        speculation.learn_from(written)
+        made, drafter = [requantize(speculation) for _ in range(3)], speculation.drafter
         seconds = statistics.median(stats.seconds for stats in made[1:])  # the first one allocates
         matmuls = ", ".join(sorted(set(drafter.matmuls.values())))
         lines.append(f"| {name} | {matmuls} | {made[0].buffer_bytes / 2**20:.0f} | {seconds:.2f} |")

@@ -348,6 +348,14 @@ def test_native_layers_make_a_native_model() -> None:
     assert not isinstance(make_drafter(target, kernel="torch").model, NativeModel)
 
 
+def test_formats_without_a_matmul_say_that_they_are_not_faster(caplog: pytest.LogCaptureFixture) -> None:
+    target = make_target()
+    with caplog.at_level("INFO"):
+        make_drafter(target, format="w8a8", overrides=[("layers.1.o_proj", "w4a8")])
+    assert "drafter: 7 x w8a8, 1 x w4a8, 1 x target; matmuls: 7 x int_mm, 1 x dequantized" in caplog.text
+    assert "w4a8 has no matmul here and is dequantised" in caplog.text
+
+
 def test_what_cannot_be_held_is_refused_when_the_drafter_is_made() -> None:
     target = make_target()
     with pytest.raises(UserError, match=r"group_size = 128 does not divide the 64 input features of layers\.0\.qkv_proj"):

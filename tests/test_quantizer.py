@@ -1,5 +1,8 @@
 """The drafter's numbers are ModelOpt's: against its quantizers, in the hard cases, and from the native path bit for bit."""
 
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,3 +226,18 @@ def test_threads_change_no_number() -> None:
     one, three = (quantize_int4(weight, 32, (0.8, 1.0), num_threads=count) for count in (1, 3))
     assert one is not None and three is not None
     assert torch.equal(one.values, three.values) and torch.equal(one.scales, three.scales)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.skipif(why_unavailable() is not None or shutil.which("g++") is None, reason="needs g++ and the native kernels")
+def test_native_quantisation_under_sanitizers(tmp_path: Path) -> None:
+    root, program = Path(__file__).parent.parent, tmp_path / "quantize"
+    kernels = root / "erollout" / "kernels" / "cpp"
+    sources = [kernels / "quantize.cpp", kernels / "threads.cpp", root / "tests" / "native" / "quantize.cpp"]
+    flags = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16")] + ["-mfma", "-ffp-contract=off", "-pthread"]
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-Werror"]
+    checks += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
+    command = ["g++", "-std=c++17", "-O1", *flags, *checks, *map(str, sources), "-o", str(program)]
+    subprocess.run(command, check=True, timeout=200)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -95,6 +95,8 @@ class Drafter:
         self._peak_bytes = 0
         served, kind = _counts(self.matmuls), type(self.model).__name__
         logger.info("drafter: %s; matmuls: %s in a %s (kernels = %s)", summary(self.formats), served, kind, kernel)
+        if slow := sorted({quantized[layer].name for layer, matmul in self.matmuls.items() if matmul == "dequantized"}):
+            logger.warning("drafter: %s has no matmul here and is dequantised: no faster than the target", ", ".join(slow))
 
     def use_statistics(self, statistics: Mapping[str, InputStatistics]) -> None:
         """What the next requantisation weighs errors with, by layer; a layer without them is quantised unweighted."""

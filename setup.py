@@ -9,7 +9,7 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = "erollout/kernels/cpp"
 # Named one by one, not -march=native: erollout/kernels/native.py loads the extension where /proc/cpuinfo has them all.
-INSTRUCTION_SETS = ("f", "bw", "vl", "dq", "vnni", "bf16", "vbmi")
+INSTRUCTION_SETS = ("f", "bw", "vl", "dq", "vnni", "bf16")
 NATIVE_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -31,16 +31,16 @@ class BuildNative(build_ext):
     def build_extension(self, extension: Extension) -> None:
         compiler, compile_all = self.compiler, self.compiler.compile
 
-        def compile_one(source: str, **options: object) -> list[str]:
+        def compile_one(source: str, **options: object) -> str:
             (target,) = compiler.object_filenames([source], output_dir=self.build_temp)
             newest = max(os.path.getmtime(path) for path in [source, "setup.py", *extension.depends])
             if os.path.exists(target) and os.path.getmtime(target) > newest:
-                return [target]
-            return compile_all([source], **options)
+                return target
+            return compile_all([source], **options)[0]
 
         def compile_changed(sources: list[str], **options: object) -> list[str]:
             with ThreadPool(os.cpu_count()) as pool:
-                return sum(pool.map(lambda source: compile_one(source, **options), sources), [])
+                return pool.map(lambda source: compile_one(source, **options), sources)
 
         compiler.compile = compile_changed
         try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from erollout.errors import UserError
 from erollout.kernels.weights import QuantizedWeight
 
-INSTRUCTION_SETS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "avx512vbmi", "gfni", "fma")
+INSTRUCTION_SETS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "gfni", "fma")
 """What setup.py compiles for, as /proc/cpuinfo calls it; a test compares the two."""
 
 NativeFormat = Literal["bf16", "int4", "int4_a8", "int8"]

@@ -1,5 +1,5 @@
-// The packed linears on odd shapes: every input and output ends at a guard page, so that one element too far is a fault. Compiled with
-// the address and undefined-behaviour sanitizers, and with AMX's tiles in software (tile.h), by tests/test_native_linear.py.
+// The packed linears on odd shapes: every input and output ends at a guard page, so that one element too far is a fault. Compiled
+// with the address and undefined-behaviour sanitizers, and with AMX's tiles in software (tile.h), by tests/test_native_linear.py.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -108,7 +108,8 @@ void run(const Case& test, Threads& threads, bool extras) {
       for (int64_t i = 0; i < n; ++i) {
         double sum = 0, size = 0;
         for (int64_t j = 0; j < k; ++j) {
-          const float input = extras ? to_float(to_bf16(to_float(x[row * k + j]) * to_float(pre_scale[j]))) : to_float(x[row * k + j]);
+          const float value = to_float(x[row * k + j]);
+          const float input = extras ? to_float(to_bf16(value * to_float(pre_scale[j]))) : value;
           const int64_t group = test.group_size ? i * groups + j / test.group_size : i;
           const float entry = test.format == Format::bf16 ? to_float(weight[i * k + j])
                               : int8                      ? values[i * k + j] * output_scales[i]

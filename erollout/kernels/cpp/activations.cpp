@@ -42,7 +42,8 @@ inline uint16_t largest(__m512i values) {
 }
 
 // One group of `size` inputs (a multiple of 32, as padded) from input k on.
-inline void quantize_group(const Linear& layer, const bf16* x, int64_t k, int64_t size, int8_t* codes, float& scale, int32_t& sum) {
+inline void quantize_group(const Linear& layer, const bf16* x, int64_t k, int64_t size, int8_t* codes, float& scale,
+                           int32_t& sum) {
   __m512i maximum = _mm512_setzero_si512();
   for (int64_t i = 0; i < size; i += 32) maximum = maximum_magnitude(maximum, load32(layer, x, k + i));
   const uint16_t bits = largest(maximum);

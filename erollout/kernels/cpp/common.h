@@ -57,11 +57,13 @@ inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + diviso
 // Before a loop over what registers hold: as a loop, it would keep them in memory.
 #define UNROLLED _Pragma("GCC unroll 12")
 
-// sum += pairs of bf16 products, and sum += fours of unsigned times signed bytes. Not the intrinsics: GCC 12 copies every sum to
-// another register and back around them, which costs a third of the speed.
+// sum += products of pairs of bf16.
 inline void add_pairs(__m512& sum, __m512i weights, __m512i values) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(values));
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)values);
 }
+
+// sum += products of fours of unsigned and signed bytes. Not the intrinsic: GCC 12 copies every sum to another register and back
+// around it, which halves the speed.
 inline void add_fours(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
 }

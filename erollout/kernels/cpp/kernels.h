@@ -41,8 +41,8 @@ inline __m512i broadcast32(const void* source) {
 constexpr int64_t kAhead = 3072;  // bytes ahead in the weight stream
 constexpr int kMaxBlock = 12;     // rows of one pass over a panel: 2 x 12 sums fill the registers
 
-// Fetches weights while others are computed with. A single pass over a panel fetches its own stream, kAhead bytes ahead; of several
-// passes, each fetches its share of the next panel: the first would wait for memory, and the others leave it idle.
+// Fetches weights while others are computed with. A single pass over a panel fetches its own stream, kAhead bytes ahead; of
+// several passes, each fetches its share of the next panel: the first would wait for memory, and the others leave it idle.
 template <bool Single>
 class Prefetch {
  public:
@@ -73,8 +73,8 @@ class Prefetch {
   int64_t line_;
 };
 
-// Kernel::block<R>(panel, row, prefetch) for all blocks of 1..MaxBlock rows of one panel. Blocks differ by at most one row; how rows
-// are blocked changes no bits.
+// Kernel::block<R>(panel, row, prefetch) for all blocks of 1..MaxBlock rows of one panel. Blocks differ by at most one row; how
+// rows are blocked changes no bits.
 template <class Kernel, int... R>
 void run_blocks(const Kernel& kernel, int64_t panel, int64_t rows, std::integer_sequence<int, R...>) {
   const uint8_t* weights = panel_of(kernel.layer, panel);

@@ -19,7 +19,8 @@ void linear_avx512(const Linear& layer, const Rows& x, const Outputs& y, Threads
   }
 }
 
-// Which kernels run is one choice per process where they differ in bits. On codes they don't, and few rows are faster without tiles.
+// Which kernels run is one choice per process where they differ in bits. On codes they don't, and few rows are faster without
+// tiles.
 static bool use_tiles(Format format, int64_t rows) {
   constexpr int64_t few = 8;
   return tile::available() && (format == Format::bf16 || format == Format::int4 || rows > few);

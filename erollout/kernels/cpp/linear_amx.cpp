@@ -142,8 +142,10 @@ void unpack(const uint8_t* line, int64_t lines, __m512i integers, uint8_t* out, 
         _mm512_store_si512(target + 2 * i * kLine, low_nibbles(bytes));
         _mm512_store_si512(target + (2 * i + 1) * kLine, high_nibbles(bytes));
       } else {
-        UNROLLED for (int pair = 0; pair < 4; ++pair)
-          _mm512_store_si512(target + (4 * i + pair) * kLine, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4 * pair), integers));
+        UNROLLED for (int pair = 0; pair < 4; ++pair) {
+          const __m512i unpacked = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4 * pair), integers);
+          _mm512_store_si512(target + (4 * i + pair) * kLine, unpacked);
+        }
       }
     }
   }
@@ -174,7 +176,8 @@ struct Int4 {
       const uint8_t* activations = x.x + row * x.stride + group * group_size * input_bytes;
       multiply<OnCodes>(x, activations, rows, weights, steps, parts, [](int64_t) {});
       for (int64_t r = 0; r < rows; ++r)
-        for (int half = 0; half < 2; ++half) add(header, half, parts[r] + half * kHalf, (row + r) * groups + group, sums[r] + half * kHalf);
+        for (int half = 0; half < 2; ++half)
+          add(header, half, parts[r] + half * kHalf, (row + r) * groups + group, sums[r] + half * kHalf);
     }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t half = 0; half < 2; ++half)
@@ -201,8 +204,9 @@ void linear_int4_amx(const Linear& layer, const Rows& x, const Outputs& y, Threa
     codes = quantized(layer, layer.group_size, x, threads);
   else
     exact = permuted(layer, x, threads);
-  const TileRows rows = OnCodes ? TileRows{reinterpret_cast<const uint8_t*>(codes.values), codes.stride, std::min(layer.group_size, 64)}
-                                : TileRows{reinterpret_cast<const uint8_t*>(exact.values), layer.in_features * int64_t{2}, 64};
+  const TileRows on_codes{reinterpret_cast<const uint8_t*>(codes.values), codes.stride, std::min(layer.group_size, 64)};
+  const TileRows on_values{reinterpret_cast<const uint8_t*>(exact.values), layer.in_features * int64_t{2}, 64};
+  const TileRows& rows = OnCodes ? on_codes : on_values;
   if (layer.asymmetric)
     run_tiles(Int4<OnCodes, true>{layer, rows, exact, codes, y, signed_integers()}, layer, x.rows, threads);
   else

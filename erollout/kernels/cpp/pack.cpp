@@ -91,7 +91,8 @@ void pack_int4_headers(const Linear& layer, const bf16* scales, const int8_t* ze
     std::memset(header, 0, int4_header(layer.asymmetric));
     for (int64_t i = 0; i < outputs; ++i) header[i] = scales[(first + i) * groups + group];
     if (!layer.asymmetric) continue;
-    for (int64_t i = 0; i < outputs; ++i) header[kPanel + i] = to_bf16(static_cast<float>(zero_points[(first + i) * groups + group]));
+    for (int64_t i = 0; i < outputs; ++i)
+      header[kPanel + i] = to_bf16(static_cast<float>(zero_points[(first + i) * groups + group]));
   }
 }
 
@@ -141,15 +142,17 @@ void erollout_linear_pack_bf16(const Linear* layer, const void* weight, int64_t 
                       *static_cast<Threads*>(threads));
 }
 
-// values: int8 [out_features, in_features] in [-8, 7]; scales: bf16 [out_features, groups]; zero_points: int8 like scales, or null.
-void erollout_linear_pack_int4(const Linear* layer, const void* values, const void* scales, const void* zero_points, void* packed,
-                               void* threads) {
+// values: int8 [out_features, in_features] in [-8, 7]; scales: bf16 [out_features, groups]; zero_points: int8 like scales, or
+// null.
+void erollout_linear_pack_int4(const Linear* layer, const void* values, const void* scales, const void* zero_points,
+                               void* packed, void* threads) {
   erollout::pack_int4(*layer, static_cast<const int8_t*>(values), static_cast<const erollout::bf16*>(scales),
                       static_cast<const int8_t*>(zero_points), static_cast<uint8_t*>(packed), *static_cast<Threads*>(threads));
 }
 
 // values: int8 [out_features, in_features].
 void erollout_linear_pack_int8(const Linear* layer, const void* values, void* packed, void* threads) {
-  erollout::pack_int8(*layer, static_cast<const int8_t*>(values), static_cast<uint8_t*>(packed), *static_cast<Threads*>(threads));
+  erollout::pack_int8(*layer, static_cast<const int8_t*>(values), static_cast<uint8_t*>(packed),
+                      *static_cast<Threads*>(threads));
 }
 }

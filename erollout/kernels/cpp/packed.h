@@ -4,8 +4,8 @@
 //   bf16   per 2 inputs  [2 halves][16 outputs][2 inputs] bf16; inputs padded to 32 with zeros
 //   int8   per 4 inputs  [2 halves][16 outputs][4 inputs] value + 128; inputs padded to 64 with zeros (128)
 //   int4   per group     [32 outputs] bf16 scales, [32 outputs] bf16 zero points if asymmetric, then
-//          per 8 inputs  [2 halves][16 outputs][4 bytes]; byte b holds input b in its low and input 4 + b in its high nibble, each
-//                        value + 8
+//          per 8 inputs  [2 halves][16 outputs][4 bytes]; byte b holds input b in its low and input 4 + b in its high
+//                        nibble, each value + 8
 // Each line is 128 bytes for a panel: a half is one AVX-512 register, or one row of an AMX tile with a stride of 128 bytes.
 #pragma once
 #include "common.h"

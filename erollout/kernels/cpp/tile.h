@@ -1,5 +1,5 @@
-// AMX tiles, thinly: eight of 16 rows of 64 bytes. With EROLLOUT_EMULATE_TILES they are software, after the pseudocode of Intel's
-// manual (July 2023, volume 2: TDPBF16PS, TDPBSUD), so that kernels on tiles are tested on any processor with AVX-512.
+// AMX tiles, thinly: eight of 16 rows of 64 bytes. With EROLLOUT_EMULATE_TILES they are software, after the definitions of
+// TDPBF16PS and TDPBSUD in Intel's manual, so that kernels on tiles are tested on any processor with AVX-512.
 // These kernels have been run in that form alone: no AMX hardware was at hand.
 #pragma once
 #include <cpuid.h>

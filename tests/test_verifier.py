@@ -14,6 +14,7 @@ from erollout.engine.proposer import Drafts
 from erollout.engine.random import draft_seed
 from erollout.engine.sampler import Sampler, SamplingRow, draw
 from erollout.engine.verifier import Candidate, Verification, VerifiedRun, Verifier
+from erollout.kernels import native
 from erollout.types import SamplingParams
 
 PLAIN = SamplingParams()
@@ -168,6 +169,21 @@ def test_a_drafter_without_a_softmax_does_not_change_the_distribution(bad: float
     assert accepted == 0
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_draft_is_rejected_where_one_logit_leaves_no_softmax(bad: float) -> None:
+    """Even one that the target finds likely, and whose own logit is sound."""
+    last, rows = [0] * 500, [SamplingRow(PLAIN, i, 1) for i in range(500)]
+    likely = int(TARGET[0].argmax())
+    logits = TARGET[[0]].repeat(500, 1)
+    logits[:, (likely + 1) % VOCABULARY] = bad
+    drafts = Drafts(torch.full((1, 500), likely), (shard_logits(logits, VOCABULARY),))
+    candidates = [Candidate(row, 1, i) for i, row in enumerate(rows)]
+    runs = Verifier(Sampler(VOCABULARY), "rejection").verify(logits_after(last, drafts), candidates, drafts)
+    assert all(run.num_accepted == 0 for run in runs)
+    counts = torch.bincount(torch.tensor([run.token_ids[0] for run in runs]), minlength=VOCABULARY)
+    check_distribution(counts[None], probabilities(TARGET[[0]], PLAIN))
+
+
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("params", [PLAIN, FILTERED, replace(PLAIN, temperature=0.0)], ids=["plain", "filtered", "greedy"])
 def test_coupled_runs_are_what_is_sampled_without_drafts(params: SamplingParams, drafter: str) -> None:
@@ -235,6 +251,26 @@ def check_greedy(run: VerifiedRun, last: int, context: list[int], penalty: float
             x[seen] = x[seen] / penalty if x[seen] > 0 else x[seen] * penalty
         assert token == int(x.argmax())
         last, context = token, [*context, token]
+
+
+@pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+def test_native_sampling_decides_what_torch_decides(verification: Verification) -> None:
+    generator = torch.Generator().manual_seed(5)
+    target = torch.randn(1201, 1201, generator=generator) * 4
+    drafter = target + torch.randn(1201, 1201, generator=generator)
+    rows, last = wide_rows(1201)
+    drafts = make_drafts(drafter, last, rows, 3, verification)
+    candidates = [Candidate(row, 3, i) for i, row in enumerate(rows)]
+    logits = logits_after(last, drafts, target)
+    ours, theirs = (
+        Verifier(Sampler(1201, kernel=kernel), verification).verify(logits, candidates, drafts)
+        for kernel in ("native", "torch")
+    )
+    assert [run.token_ids for run in ours] == [run.token_ids for run in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=2e-6)
+        assert a.raw_logprobs == pytest.approx(b.raw_logprobs, abs=2e-6)
 
 
 def verify_shard(target: Tensor, drafter: Tensor, verification: Verification) -> list[VerifiedRun]:

@@ -18,7 +18,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 
 
 def interleaved(weight: np.ndarray) -> np.ndarray:
-    """What llama.cpp's converter makes of a Hugging Face query or key projection: row 2i is i, row 2i + 1 is i + head_dim / 2."""
+    """What llama.cpp's converter makes of a query or key projection: row 2i is i, row 2i + 1 is i + head_dim / 2."""
     heads = weight.reshape(-1, 2, HEAD_DIM // 2, weight.shape[1])
     return np.stack([heads[:, 0], heads[:, 1]], axis=2).reshape(weight.shape)
 

@@ -5,6 +5,7 @@ that unit is quantised; its acceptance is the mean of sum(min(p, q)) over the po
 read by target and drafter alike. speculation/selection.py combines the units.
 """
 
+import itertools
 import logging
 import statistics
 import time
@@ -75,7 +76,7 @@ def select_formats(
 def layers_by_unit(num_layers: int) -> dict[str, list[str]]:
     """Local names of the linear layers of each unit: kind by kind, part of the depth by part."""
     bounds = sorted({num_layers * part // PARTS for part in range(PARTS + 1)})
-    parts = list(zip(bounds, bounds[1:], strict=False))
+    parts = list(itertools.pairwise(bounds))
     return {
         f"{kind} of layers {start}-{end - 1}": [f"layers.{i}.{kind}" for i in range(start, end)]
         for kind in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")

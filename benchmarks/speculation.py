@@ -190,11 +190,14 @@ def random_subject(options: argparse.Namespace) -> Subject:
 
 
 def build_arms(subject: Subject, options: argparse.Namespace) -> tuple[list[Arm], list[str]]:
-    """AR first, on an engine without a proposer; all other arms share one engine. And the lines about requantising."""
-    plain, engine = build_engine(subject, options), build_engine(subject, options)
-    plain_passes, passes = Passes(), Passes()
+    """AR first, then configured but off, then each drafter with each number of drafts. And the lines about requantising.
+
+    All arms share one engine, AR without a proposer as it is built: where the weights of two engines lie in memory makes one
+    of them faster by up to 15 %, for as long as the process lives.
+    """
+    engine, passes = build_engine(subject, options), Passes()
     written = engine.generate(subject.requests[:8])  # what the drafters learn from, as from a training step
-    arms = [Arm("AR", plain, None, 0, plain_passes)]
+    arms = [Arm("AR", engine, None, 0, Passes())]
     lines = ["| drafter | matmuls | its own MiB | requantise + pack, s |", "|---|---|---|---|"]
     for name in subject.formats:
         speculation = build_speculation(engine, name, options)
@@ -208,7 +211,7 @@ def build_arms(subject: Subject, options: argparse.Namespace) -> tuple[list[Arm]
         own = Passes(target=passes.target)
         own.watch_drafts(drafter)
         arms += [Arm(name, engine, drafter, n, own) for n in options.n]
-    plain_passes.watch(plain)
+    arms[0].passes.target = passes.target
     passes.watch(engine)
     return arms, lines
 
@@ -313,7 +316,7 @@ def report(subject: Subject, options: argparse.Namespace) -> list[str]:
             print(_line(rows[-1]), flush=True)
     rows.sort(key=lambda cells: (subject.formats.index(cells[0]), int(cells[1])))
     lines = [f"## {subject.name}", "", *_table(columns, rows), "", *requantized, ""]
-    lines += ["Configured but off, CPU seconds over those of an engine without a drafter:", ""]
+    lines += ["Configured but off, CPU seconds over those without a proposer:", ""]
     return [*lines, *_table(("sequences", "median", "range"), offs), ""]
 
 

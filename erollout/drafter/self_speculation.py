@@ -51,8 +51,8 @@ class SelfSpeculation:
         return self.drafter.complete(policy_version)
 
     def learn_from(self, rollouts: Sequence[Rollout]) -> None:
-        """Weigh the next requantisations' errors by the activations of a rollout's first tokens, where the formats use them; and
-        with `auto` choose the formats, once.
+        """Weigh the next requantisations' errors by the activations of a rollout's first tokens, where the formats use them;
+        with `auto`, choose the formats, once.
 
         The engine is awake and idle. Each replica measures its own: drafters may differ in their numbers, samples don't.
         """

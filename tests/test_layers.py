@@ -70,6 +70,7 @@ PURE = (
     "policy.architecture",
     "policy.placement",
     "resharding.planner",
+    "speculation.selection",
     "speculation.statistics",
     "types",
 )

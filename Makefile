@@ -33,7 +33,7 @@ demo-rollout: install
 	$(BIN)/erollout demo-rollout --config configs/demo-rollout.yaml $(ARGS)
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-unit: install
 	$(BIN)/pytest -n 2 -m "not distributed and not end_to_end"

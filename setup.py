@@ -1,3 +1,4 @@
+import hashlib
 import os
 import platform
 import sys
@@ -25,6 +26,18 @@ NATIVE_FLAGS = [
 ]
 
 
+FINGERPRINT = "fingerprint.cpp"
+
+
+def fingerprint(paths: list[str]) -> str:
+    """Of the sources, as erollout/kernels/native.py computes it: an extension of other sources is not loaded."""
+    contents = hashlib.sha256()
+    for path in sorted(paths, key=os.path.basename):
+        with open(path, "rb") as file:
+            contents.update(file.read())
+    return contents.hexdigest()
+
+
 class BuildNative(build_ext):
     """Compiles the sources side by side, and only those that changed: for `python setup.py build_ext --inplace`."""
 
@@ -34,12 +47,13 @@ class BuildNative(build_ext):
         def compile_one(source: str, **options: object) -> str:
             (target,) = compiler.object_filenames([source], output_dir=self.build_temp)
             newest = max(os.path.getmtime(path) for path in [source, "setup.py", *extension.depends])
-            if os.path.exists(target) and os.path.getmtime(target) > newest:
+            unchanged = os.path.exists(target) and os.path.getmtime(target) > newest
+            if unchanged and os.path.basename(source) != FINGERPRINT:
                 return target
             return compile_all([source], **options)[0]
 
         def compile_changed(sources: list[str], **options: object) -> list[str]:
-            with ThreadPool(os.cpu_count()) as pool:
+            with ThreadPool(len(os.sched_getaffinity(0))) as pool:
                 return pool.map(lambda source: compile_one(source, **options), sources)
 
         compiler.compile = compile_changed
@@ -58,9 +72,9 @@ def native_extension() -> list[Extension]:
         Extension(
             "erollout.kernels._native",
             sources,
-            depends=headers,
+            depends=[*headers, "setup.py"],
             language="c++",
-            extra_compile_args=NATIVE_FLAGS,
+            extra_compile_args=[*NATIVE_FLAGS, f'-DEROLLOUT_SOURCES="{fingerprint([*sources, *headers])}"'],
             extra_link_args=["-pthread"],
             optional=True,
         )

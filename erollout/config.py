@@ -422,6 +422,11 @@ def _check_consistency(config: Config) -> None:
             f"train.global_batch_size = {batch} does not divide rollout.prompts_per_step x rollout.group_size = "
             f"{config.samples_per_step}"
         )
+    if config.speculation.drafter.format == "auto" and config.speculation.drafter.statistics_tokens < 2:
+        raise UserError(
+            f"speculation.drafter.statistics_tokens = {config.speculation.drafter.statistics_tokens} leaves format = auto "
+            "nothing to choose by; set it to some hundred, or name a format"
+        )
     if rollout.truncates and rollout.temperature != 1:
         raise UserError(
             f"rollout.temperature = {rollout.temperature} together with top_k, top_p, min_p or repetition_penalty: the actor "

@@ -21,7 +21,7 @@ def run_demo(config_path: str, warm_start_path: str, overrides: Sequence[str]) -
             return status
     print(f"Reinforcement learning: {config.train.steps} steps of GRPO ({config_path})", flush=True)
     status = _run("train", config_path, *overrides)
-    if status or config.speculation.mode == "off":
+    if status or config.speculation.mode == "off" or config.checkpoint.export_path is None:
         return status
     print(
         "Rollouts of the trained policy with speculation off and on. So small a model is bound by the work around its matrix "

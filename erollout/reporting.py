@@ -1,6 +1,7 @@
 """The numbers of one step, from what its phases returned. Pure."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from erollout.config import Config
 from erollout.drafter.drafter import RequantizeStats
@@ -16,6 +17,7 @@ _FEW = 10
 def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) -> dict[str, float]:
     """Rewards, lengths and speeds of a step whose rollout phase took `seconds`."""
     requantize_seconds = refit.requantize.seconds if refit.requantize is not None else 0.0
+    reshard = replace(refit.reshard, seconds=refit.reshard.seconds - requantize_seconds)
     scored = result.scored
     rewards = [s.reward for s in scored]
     lengths = [len(s.rollout.response_ids) for s in scored]
@@ -32,8 +34,8 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
         "rollout/slowest_replica_seconds": max(report["seconds"] for report in result.reports),
         "rollout/fastest_replica_seconds": min(report["seconds"] for report in result.reports),
         "rollout/decode_steps": sum(report["decode_steps"] for report in result.reports),
-        "reshard/seconds": refit.reshard.seconds - requantize_seconds,
-        "reshard/gigabytes_per_second": refit.reshard.gigabytes_per_second,
+        "reshard/seconds": reshard.seconds,
+        "reshard/gigabytes_per_second": reshard.gigabytes_per_second,
     }
     if refit.requantize is not None:
         metrics |= speculation_metrics(result.speculation, refit.requantize)

@@ -105,9 +105,10 @@ class RolloutWorker:
         ]
         self.engine.wake_up()
         rollouts = self._generate(requests, {p.index: p for p in mine})
-        learns = stream == TRAINING_STREAM and step % self.config.speculation.drafter.statistics_interval == 0
-        if self.speculation is not None and learns:
-            self.speculation.learn_from(rollouts)
+        if self.speculation is not None and stream == TRAINING_STREAM:
+            due = step % self.config.speculation.drafter.statistics_interval == 0
+            if due or not self.speculation.has_learned:  # the first rollout of a resumed run too
+                self.speculation.learn_from(rollouts)
         self.engine.sleep()
         return self._gather(rollouts, {p.index: p for p in prompts})
 

@@ -87,6 +87,11 @@ def rollout(config: Config, out: str) -> None:
             raise UserError("data.test_files is empty: `erollout rollout` samples the test prompts; name at least one file")
         worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
         worker.load_weights()
+        if worker.speculation is not None and worker.speculation.wants_rollouts:
+            logger.info(
+                "speculation.drafter.format = %s: this command makes one rollout only, so nothing is learned from an earlier one",
+                config.speculation.drafter.format,
+            )
         result = worker.evaluate(resolved.test_data, step=0)
         if context.rank == 0:
             rows = [

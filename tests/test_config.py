@@ -229,3 +229,8 @@ def test_a_misspelt_key_of_the_drafter_is_named(tmp_path: Path) -> None:
     file.write_text("model: {path: x}\ndata: {kind: chain_sum_cot}\nspeculation: {drafter: {formt: w8a8}}\n")
     with pytest.raises(UserError, match=r"speculation\.drafter\.formt; did you mean speculation\.drafter\.format\?"):
         load_config(file)
+
+
+def test_auto_needs_tokens_to_choose_by() -> None:
+    drafter = {"format": "auto", "statistics_tokens": 0}
+    assert "statistics_tokens = 0" in _error(_build, speculation={"mode": "always", "drafter": drafter})

@@ -8,6 +8,7 @@ from tiny_decode import MODELS, make_engine, prompts, reference_logprobs, refere
 from erollout.config import RolloutConfig
 from erollout.engine.attention import MIN_ROWS, PagedAttention, Span, reference_attention
 from erollout.engine.block_manager import BlockManager
+from erollout.engine.decode_model import sum_over_ranks
 from erollout.engine.engine import Engine
 from erollout.engine.kv_cache import KVCache, num_blocks
 from erollout.engine.linear import LINEAR_KERNELS, PrepackedLinear, resolve_linear_kernel
@@ -232,3 +233,21 @@ def test_pool_size_follows_from_memory() -> None:
     assert num_blocks(RolloutConfig(num_kv_blocks=7), architecture) == 7
     with pytest.raises(UserError, match=r"rollout.kv_cache_gib"):
         num_blocks(RolloutConfig(kv_cache_gib=1e-9), architecture)
+
+
+def sums_of_one_row_and_of_many() -> tuple[torch.Tensor, torch.Tensor]:
+    """A row summed over the ranks alone, and among others."""
+    assert dist.group.WORLD is not None
+    rows = torch.randn(5, 576, generator=torch.Generator().manual_seed(dist.get_rank())).to(torch.bfloat16)
+    alone = rows[2:3].clone()
+    sum_over_ranks(alone, dist.group.WORLD)
+    sum_over_ranks(rows, dist.group.WORLD)
+    return alone[0].float(), rows[2].float()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_rows_sum_over_ranks_does_not_depend_on_the_other_rows(rank_pool, world_size: int) -> None:
+    results = rank_pool.run(world_size, sums_of_one_row_and_of_many)
+    for alone, among_others in results:
+        assert torch.equal(alone, among_others) and torch.equal(alone, results[0][0])

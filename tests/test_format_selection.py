@@ -6,7 +6,7 @@ import torch
 from tiny_decode import MAX_MODEL_LEN, make_engine, prompts
 
 from erollout.drafter.drafter import Drafter
-from erollout.drafter.selection import CANDIDATES, acceptance, layers_by_unit, probabilities, select_formats
+from erollout.drafter.selection import CANDIDATES, CONFIGURED, acceptance, layers_by_unit, probabilities, select_formats
 from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
 
@@ -28,6 +28,24 @@ def test_every_layer_gets_a_format_that_was_tried() -> None:
     assert sorted(layer for layer, _ in overrides) == sorted(f"layers.{i}.{k}_proj" for i in range(2) for k in KINDS)
     assert {format for _, format in overrides} <= {"none", *CANDIDATES}
     assert 0.3 < selection.acceptance <= 1.0 and selection.speed_up > 0
+
+
+def test_what_the_configuration_decides_is_not_chosen_but_counted() -> None:
+    """No int4 group of 32 divides these down projections: they are left to the configuration."""
+    engine = make_engine("llama", dtype="bfloat16")
+    proposer = partial(ModelProposer, verification="coupled")
+
+    def make(overrides: list[tuple[str, str]], lm_head: str = "target") -> Drafter:
+        return Drafter(
+            engine.model, proposer, MAX_MODEL_LEN, format="none", group_size=32, overrides=overrides, lm_head=lm_head
+        )
+
+    configured = ["layers.0.down_proj", "layers.1.down_proj", "lm_head"]
+    overrides, selection = select_formats(
+        engine.model, make, prompts(40), {}, configured, lambda: make([("*.down_proj", "w8a8")], "w8a8")
+    )
+    assert not {layer for layer, _ in overrides} & set(configured) and len(overrides) == 6
+    assert selection.formats[CONFIGURED] == CONFIGURED and selection.acceptance < 1.0
 
 
 @torch.inference_mode()

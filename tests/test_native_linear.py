@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,26 @@ def test_kernels_under_sanitizers(tmp_path: Path) -> None:
     subprocess.run([*command, f"-I{kernels}", main, *objects, "-o", str(program)], check=True, timeout=200)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def reason_in(copy: Path) -> str:
+    """What a copy of the package says about its native extension, in an interpreter of its own."""
+    code = "from erollout.kernels.native import why_unavailable; print(why_unavailable())"
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@needs_native
+def test_an_extension_that_does_not_belong_to_the_sources_is_not_used(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "erollout", tmp_path / "erollout", ignore=shutil.ignore_patterns("__pycache__"))
+    assert reason_in(tmp_path) == "None"
+    with (tmp_path / "erollout/kernels/cpp/linear.h").open("a") as header:
+        header.write("// changed\n")
+    assert "built from other sources" in reason_in(tmp_path)
+    (extension,) = (tmp_path / "erollout/kernels").glob("_native*.so")
+    extension.write_bytes(b"not a shared library")
+    assert "can't be loaded" in reason_in(tmp_path)
+    extension.unlink()
+    assert "was not built" in reason_in(tmp_path)

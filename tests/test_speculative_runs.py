@@ -32,7 +32,7 @@ def test_coupled_speculation_changes_no_number_of_a_run(rank_pool: RankPool, tmp
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("format", ["w4a16_clip", "w8a8", "fp8"])
+@pytest.mark.parametrize("format", ["w4a16_clip", "w4a16_awq", "fp8"])
 def test_statistics_and_formats_on_two_tensor_parallel_ranks(format: str, rank_pool: RankPool, tmp_path: Path) -> None:
     drafter = {"format": format, "group_size": 16, "statistics_interval": 1, "statistics_tokens": 64}
     parallel = {"world_size": 2, "tensor_model_parallel_size": 2}
@@ -53,6 +53,7 @@ def test_rejection_trains_and_evaluates(rank_pool: RankPool, tmp_path: Path) -> 
 
 @pytest.mark.distributed
 def test_auto_chooses_formats_from_the_first_rollout_on_every_replica(rank_pool: RankPool, tmp_path: Path) -> None:
-    drafter = {"format": "auto", "group_size": 16, "statistics_tokens": 64}
+    drafter = {"format": "auto", "group_size": 16, "statistics_tokens": 64, "lm_head": "w8a8"}
+    drafter["overrides"] = [{"pattern": "*.down_proj", "format": "w8a8"}]
     rank_pool.run(2, train_here, _tree(tmp_path, "run", train={"steps": 3}, speculation=SPECULATION | {"drafter": drafter}))
     assert all(row["speculation/acceptance_rate"] > 0.5 for row in history(tmp_path))

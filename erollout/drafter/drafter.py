@@ -73,7 +73,7 @@ class Drafter:
         self._targets = target_linears(target)
         self.formats = assign_formats(self._targets, format, overrides, lm_head)
         quantized = {layer: format for layer, format in self.formats.items() if format is not None}
-        tensors = {layer: _tensor_name(target, layer) for layer in quantized}
+        tensors = {layer: tensor_name(target, layer) for layer in quantized}
         weights = {layer: target.tensors[tensor] for layer, tensor in tensors.items()}
         self._layers = {tensor: layer for layer, tensor in tensors.items()}
         self.linears: dict[str, QuantizedLinear] = {}
@@ -160,7 +160,7 @@ def target_linears(target: DecodeModel) -> dict[str, Linear]:
     return {**layers, LM_HEAD: target.lm_head}
 
 
-def _tensor_name(target: DecodeModel, layer: str) -> str:
+def tensor_name(target: DecodeModel, layer: str) -> str:
     """The target tensor that is a layer's weight: with tied embeddings the LM head's is the embedding."""
     tied = layer == LM_HEAD and f"{LM_HEAD}.weight" not in target.tensors
     return "embed_tokens.weight" if tied else f"{layer}.weight"

@@ -221,13 +221,19 @@ def _wide(quantizer: Any, weight: Tensor, format: Format) -> QuantizedWeight:
 
 
 def _search_awq(weight: Tensor, samples: Tensor, format: Format, group_size: int) -> Tensor:
-    """ModelOpt's awq_lite on a copy of the layer: bfloat16 [in_features], what activations are multiplied by."""
+    """ModelOpt's awq_lite on a copy of the layer: bfloat16 [in_features], what activations are multiplied by.
+
+    Of this rank's shard alone: ModelOpt would take the world for a layer's data-parallel group and average over it.
+    """
     mtq = _import_modelopt()
+    from modelopt.torch.utils.distributed import ParallelState
+
     layer: Any = _linear(weight.clone())  # awq_lite scales the weight itself
     tree = nn.ModuleDict({"layer": layer})
-    config = {**format.config(group_size), "algorithm": {"method": "awq_lite"}}
     with _quiet():
-        mtq.quantize(tree, config, lambda _: layer(samples.to(weight.dtype)))
+        mtq.quantize(tree, {**format.config(group_size), "algorithm": None})
+        layer.parallel_state = ParallelState(data_parallel_group=-1, tensor_parallel_group=-1)
+        mtq.calibrate(tree, {"method": "awq_lite"}, lambda _: layer(samples.to(weight.dtype)))
     return layer.input_quantizer.pre_quant_scale.to(torch.bfloat16).view(-1).clone()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from erollout.drafter.drafter import Drafter, target_linears
+from erollout.drafter.drafter import Drafter, target_linears, tensor_name
 from erollout.drafter.statistics import InputStatistics
 from erollout.engine.attention import Span
 from erollout.engine.decode_model import DecodeModel
@@ -28,6 +28,8 @@ CANDIDATES = ("w4a16_clip", "w8a8")
 """Formats that are tried beside `none`."""
 PARTS = 3
 """Parts of the model's depth that are chosen for separately."""
+CONFIGURED = "as configured"
+"""The unit, with its only choice, of layers that the configuration decides for."""
 _ROUNDS = 9
 
 Overrides = list[tuple[str, str]]
@@ -41,6 +43,8 @@ def select_formats(
     make_drafter: MakeDrafter,
     token_sequences: Sequence[Sequence[int]],
     input_statistics: Mapping[str, InputStatistics],
+    configured: Sequence[str] = (),
+    make_configured: Callable[[], Drafter] | None = None,
 ) -> tuple[Overrides, Selection]:
     """The formats with the most predicted speed-up, as overrides per layer, and what is predicted.
 
@@ -49,25 +53,37 @@ def select_formats(
 
     Args:
         token_sequences: at least one of at least two tokens; each fits the cache.
+        configured: layers whose format is not to be chosen, the LM head perhaps among them.
+        make_configured: a drafter in which these alone are quantised as configured; with `configured` only.
     """
     target.prepare()
     expected = [probabilities(target, tokens) for tokens in token_sequences]
     own = target_linears(target)
     choices: dict[str, list[Choice]] = {}
-    units = layers_by_unit(target.architecture.num_layers)
+
+    def measured(drafter: Drafter, layers: Sequence[str], format: str) -> Choice:
+        drafter.use_statistics(input_statistics)
+        for name in target.tensors:
+            drafter.requantize_(name)
+        drafter.model.prepare()
+        linears = [drafter.linears.get(layer, own[layer]) for layer in layers]
+        rate = acceptance(expected, drafter.model, token_sequences)
+        return Choice(format, _seconds(linears, layers, target), rate)
+
+    everything = layers_by_unit(target.architecture.num_layers)
+    free = {unit: [layer for layer in layers if layer not in configured] for unit, layers in everything.items()}
+    units = {unit: layers for unit, layers in free.items() if layers}
+    targets = {unit: _seconds([own[layer] for layer in layers], layers, target) for unit, layers in units.items()}
     for unit, layers in units.items():
-        choices[unit] = [Choice("none", _seconds([own[layer] for layer in layers], layers, target), 1.0)]
-        for format in CANDIDATES:
-            drafter = make_drafter([(layer, format) for layer in layers])
-            drafter.use_statistics(input_statistics)
-            for name in target.tensors:
-                drafter.requantize_(name)
-            drafter.model.prepare()
-            seconds = _seconds([drafter.linears[layer] for layer in layers], layers, target)
-            choices[unit].append(Choice(format, seconds, acceptance(expected, drafter.model, token_sequences)))
+        choices[unit] = [Choice("none", targets[unit], 1.0)]
+        choices[unit] += [measured(make_drafter([(layer, f) for layer in layers]), layers, f) for f in CANDIDATES]
     step = _step_seconds(target, token_sequences[0])
-    other = max(0.0, step - sum(choices[unit][0].seconds for unit in units))
-    selection = select(choices, other, step)
+    other = step - sum(targets.values())
+    if configured:
+        assert make_configured is not None
+        choices[CONFIGURED] = [measured(make_configured(), configured, CONFIGURED)]
+        other -= _seconds([own[layer] for layer in configured], configured, target)
+    selection = select(choices, max(0.0, other), step)
     for unit, format in selection.formats.items():
         logger.info("drafter %s: %s of %s", unit, format, ", ".join(map(_describe, choices[unit])))
     return [(layer, selection.formats[unit]) for unit, layers in units.items() for layer in layers], selection
@@ -132,7 +148,7 @@ def _step_seconds(model: DecodeModel, tokens: Sequence[int]) -> float:
 def _seconds(linears: Sequence[Linear], layers: Sequence[str], model: DecodeModel) -> float:
     """One call of each layer with as many rows as a step of one sequence has."""
     device = model.cache.device
-    sizes = [model.tensors[f"{layer}.weight"].shape[1] for layer in layers]
+    sizes = [model.tensors[tensor_name(model, layer)].shape[1] for layer in layers]
     inputs = [torch.randn(model.min_rows, size, device=device).to(model.dtype) for size in sizes]
 
     def call() -> None:

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Sequence
 
 from erollout.config import Config
-from erollout.drafter.drafter import Drafter, RequantizeStats
+from erollout.drafter.assignment import LM_HEAD, assign_formats
+from erollout.drafter.drafter import Drafter, RequantizeStats, target_linears
 from erollout.drafter.selection import Overrides, select_formats
 from erollout.drafter.statistics import InputStatistics, collect
 from erollout.engine.drafting import ModelProposer
@@ -29,7 +30,9 @@ class SelfSpeculation:
         options = config.speculation.drafter
         self._overrides = [(override.pattern, override.format) for override in options.overrides]
         self._undecided = options.format == AUTO
-        self.drafter = self._build(FIRST_FORMAT if self._undecided else options.format, self._overrides)
+        self.has_learned = False
+        """Whether there was a rollout to learn from: equal on all ranks."""
+        self.drafter = self._build(FIRST_FORMAT if self._undecided else options.format, self._overrides, options.lm_head)
         self.switch(True)
 
     def switch(self, on: bool) -> None:
@@ -50,13 +53,19 @@ class SelfSpeculation:
         """The drafter belongs to this version now. RuntimeError names layers whose tensors have not landed."""
         return self.drafter.complete(policy_version)
 
+    @property
+    def wants_rollouts(self) -> bool:
+        """Whether the formats have a use for what `learn_from` measures."""
+        return self._undecided or self.drafter.needs_statistics
+
     def learn_from(self, rollouts: Sequence[Rollout]) -> None:
         """Weigh the next requantisations' errors by the activations of a rollout's first tokens, where the formats use them;
         with `auto`, choose the formats, once.
 
         The engine is awake and idle. Each replica measures its own: drafters may differ in their numbers, samples don't.
         """
-        if not (self._undecided or self.drafter.needs_statistics):
+        self.has_learned = True
+        if not self.wants_rollouts:
             return
         sequences = _first_tokens(rollouts, self.config.speculation.drafter.statistics_tokens)
         rows, generation = self.drafter.sample_rows, self.engine.policy_version or 0
@@ -69,9 +78,17 @@ class SelfSpeculation:
 
     def _choose(self, sequences: list[tuple[int, ...]], statistics: dict[str, InputStatistics]) -> None:
         """Replace the drafter by one with the formats that promise most; rank 0's choice holds for all."""
+        options = self.config.speculation.drafter
         choice = None
         if sequences:  # rank 0's replica has some whenever there is any prompt at all
-            choice = select_formats(self.engine.model, lambda chosen: self._build("none", chosen), sequences, statistics)
+            choice = select_formats(
+                self.engine.model,
+                lambda chosen: self._build("none", chosen, lm_head="target"),
+                sequences,
+                statistics,
+                self._configured_layers(),
+                lambda: self._build("none", self._overrides, options.lm_head),
+            )
         overrides, selection = from_rank_zero(choice)
         logger.info(
             "speculation.drafter.format = auto: acceptance %.3f and a speed-up of %.2f are predicted with "
@@ -83,13 +100,19 @@ class SelfSpeculation:
         )
         self._undecided = False
         speculates = self.engine.num_speculative_tokens > 0
-        self.drafter = self._build("none", [*overrides, *self._overrides])
+        self.drafter = self._build("none", [*overrides, *self._overrides], options.lm_head)
         self.drafter.use_statistics(statistics)
         self.all_landed()
         self.complete(self.engine.policy_version or 0)
         self.switch(speculates)
 
-    def _build(self, format: str, overrides: Overrides) -> Drafter:
+    def _configured_layers(self) -> list[str]:
+        """Layers whose format the configuration names: those that no default changes."""
+        layers, lm_head = target_linears(self.engine.model), self.config.speculation.drafter.lm_head
+        one, other = (assign_formats(layers, default, self._overrides, lm_head) for default in ("none", FIRST_FORMAT))
+        return [layer for layer in layers if one[layer] is other[layer] and (layer != LM_HEAD or one[layer] is not None)]
+
+    def _build(self, format: str, overrides: Overrides, lm_head: str) -> Drafter:
         options = self.config.speculation.drafter
         return Drafter(
             self.engine.model,
@@ -97,7 +120,7 @@ class SelfSpeculation:
             self.engine.max_model_len,
             format=format,
             group_size=options.group_size,
-            lm_head=options.lm_head,
+            lm_head=lm_head,
             overrides=overrides,
             kernel=self.config.rollout.kernels,
         )

@@ -156,11 +156,29 @@ class DecodeModel:
     def _sum(self, partial: Tensor) -> Tensor:
         """Sum over the ranks of the replica, in place."""
         if self.group is not None:
-            dist.all_reduce(partial, group=self.group)
+            sum_over_ranks(partial, self.group)
         return partial
 
     def _linears(self) -> list[Linear]:
         return [*(linear for layer in self.layers for linear in layer.linears), self.lm_head]
+
+
+def sum_over_ranks(partial: Tensor, group: dist.ProcessGroup) -> None:
+    """Add the ranks' tensors up, in place. On the CPU an element's bits depend on its addends alone.
+
+    gloo's all-reduce of more than two ranks adds in an order that depends on the element's place in the message: a row's result
+    would depend on how many rows share the pass.
+    """
+    if partial.device.type != "cpu" or group.size() <= 2:
+        dist.all_reduce(partial, group=group)
+        return
+    gathered = partial.new_empty(group.size() * partial.numel())
+    dist.all_gather_single(gathered, partial.reshape(-1), group=group)
+    first, *others = gathered.view(group.size(), *partial.shape).unbind()
+    total = first.float()
+    for other in others:
+        total += other
+    partial.copy_(total)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

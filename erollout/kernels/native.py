@@ -5,7 +5,9 @@ The extension is optional: it is built where a compiler is, and loaded where the
 
 import ctypes
 import functools
+import hashlib
 import platform
+import sysconfig
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,8 +51,14 @@ def why_unavailable() -> str | None:
     missing = [name for name in INSTRUCTION_SETS if name not in _processor_flags()]
     if missing:
         return f"native kernels need {', '.join(missing)}, which this processor lacks"
-    if not _library_path():
+    if not _library_path().exists():
         return "the native extension was not built: install a C++ compiler and reinstall erollout"
+    try:
+        loaded = _load()
+    except (OSError, AttributeError) as error:
+        return f"the native extension can't be loaded ({error}): reinstall erollout"
+    if (sources := _fingerprint()) and sources != loaded.erollout_sources().decode():
+        return "the native extension was built from other sources: reinstall erollout (make install, or pip install -e .)"
     return None
 
 
@@ -59,13 +67,7 @@ def library() -> ctypes.CDLL:
     """The loaded extension. Raises UserError where why_unavailable() has a reason."""
     if reason := why_unavailable():
         raise UserError(reason)
-    path = _library_path()
-    assert path is not None
-    loaded = ctypes.CDLL(str(path))
-    for name, (result, *arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    return loaded
+    return _load()
 
 
 @functools.cache
@@ -213,18 +215,41 @@ def _aligned_bytes(count: int) -> Tensor:
 
 
 def _processor_flags() -> set[str]:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()
+    """Empty where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
-def _library_path() -> Path | None:
-    return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
+def _library_path() -> Path:
+    return Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    """Raises OSError or AttributeError for a file that is not this extension."""
+    loaded = ctypes.CDLL(str(_library_path()))
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def _fingerprint() -> str:
+    """Of the sources, as setup.py computes it; empty where they are not installed."""
+    sources = Path(__file__).with_name("cpp")
+    paths = sorted((path for pattern in ("*.cpp", "*.h") for path in sources.glob(pattern)), key=lambda path: path.name)
+    contents = hashlib.sha256()
+    for path in paths:
+        contents.update(path.read_bytes())
+    return contents.hexdigest() if paths else ""
 
 
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "erollout_sources": (ctypes.c_char_p,),
     "erollout_threads_create": (_POINTER, _INT32),
     "erollout_threads_destroy": (None, _POINTER),
     "erollout_linear_struct_bytes": (_INT64,),

@@ -6,7 +6,6 @@ and a verify pass, r = T_D / T_T, v = T_V / T_T and L the tokens that a cycle yi
 L = 1 + a + a^2 + ... + a^n.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,10 +46,11 @@ def predicted_speed_up(acceptance: float, num_speculative_tokens: int, r: float,
 def select(
     units: Mapping[str, Sequence[Choice]], other_seconds: float, target_seconds: float, max_tokens: int = 8
 ) -> Selection:
-    """Choose a format for every unit.
+    """Choose a format for every unit: the best of all combinations.
 
-    The losses -log(acceptance) of the units add up, which holds for small ones. Starts from each unit's fastest format and
-    changes one unit at a time while that helps; a verify pass counts as one step of the target.
+    The losses -log(acceptance) of the units add up, which holds for small ones; a verify pass counts as one step of the target.
+    The speed-up grows with the acceptance and falls with the seconds: a combination that another one beats in both is dropped
+    as soon as it is seen.
 
     Args:
         units: the choices of each, at least one.
@@ -58,23 +58,36 @@ def select(
         target_seconds: of a step of the target.
         max_tokens: longest draft to consider.
     """
-    chosen = {unit: min(choices, key=lambda choice: choice.seconds) for unit, choices in units.items()}
-    best = _predict(chosen, other_seconds, target_seconds, max_tokens)
-    improved = True
-    while improved:
-        improved = False
-        for unit, choices in units.items():
-            for choice in choices:
-                changed = _predict(chosen | {unit: choice}, other_seconds, target_seconds, max_tokens)
-                if changed.speed_up > best.speed_up:
-                    chosen, best, improved = chosen | {unit: choice}, changed, True
-    return best
+    front = [_Combination(other_seconds, 1.0, {})]
+    for unit, choices in units.items():
+        front = _undominated([combination.with_choice(unit, choice) for combination in front for choice in choices])
+    selections = [combination.predict(target_seconds, max_tokens) for combination in front]
+    return max(selections, key=lambda selection: selection.speed_up)
 
 
-def _predict(chosen: Mapping[str, Choice], other_seconds: float, target_seconds: float, max_tokens: int) -> Selection:
-    acceptance = math.prod(choice.acceptance for choice in chosen.values())
-    r = (other_seconds + sum(choice.seconds for choice in chosen.values())) / target_seconds
-    lengths = {n: predicted_speed_up(acceptance, n, r, 1.0) for n in range(1, max_tokens + 1)}
-    n = max(lengths, key=lambda length: lengths[length])
-    formats = {unit: choice.format for unit, choice in chosen.items()}
-    return Selection(formats, n, acceptance, lengths[n])
+@dataclass(frozen=True, slots=True)
+class _Combination:
+    """Choices for some units."""
+
+    seconds: float
+    acceptance: float
+    formats: dict[str, str]
+
+    def with_choice(self, unit: str, choice: Choice) -> "_Combination":
+        formats = self.formats | {unit: choice.format}
+        return _Combination(self.seconds + choice.seconds, self.acceptance * choice.acceptance, formats)
+
+    def predict(self, target_seconds: float, max_tokens: int) -> Selection:
+        r = self.seconds / target_seconds
+        speed_ups = {n: predicted_speed_up(self.acceptance, n, r, 1.0) for n in range(1, max_tokens + 1)}
+        n = max(speed_ups, key=lambda length: speed_ups[length])
+        return Selection(self.formats, n, self.acceptance, speed_ups[n])
+
+
+def _undominated(combinations: list[_Combination]) -> list[_Combination]:
+    """Those that no other one beats or equals in both seconds and acceptance."""
+    kept: list[_Combination] = []
+    for combination in sorted(combinations, key=lambda c: (c.seconds, -c.acceptance)):
+        if not kept or combination.acceptance > kept[-1].acceptance:
+            kept.append(combination)
+    return kept

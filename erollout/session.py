@@ -89,7 +89,7 @@ def rollout(config: Config, out: str) -> None:
         worker.load_weights()
         if worker.speculation is not None and worker.speculation.wants_rollouts:
             logger.info(
-                "speculation.drafter.format = %s: this command makes one rollout only, so nothing is learned from an earlier one",
+                "speculation.drafter.format = %s: this command makes one rollout only, so there is none to learn from",
                 config.speculation.drafter.format,
             )
         result = worker.evaluate(resolved.test_data, step=0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from erollout.drafter.assignment import assign_formats
 from erollout.drafter.drafter import Drafter
 from erollout.drafter.formats import FORMATS, check_shape, find_format
-from erollout.drafter.linears import Shard, dequantized, make_linear, quantize_activations, resolve_matmul
+from erollout.drafter.linears import Shard, make_linear, quantize_activations, resolve_matmul
 from erollout.drafter.statistics import collect
 from erollout.engine.attention import Span
 from erollout.engine.build import build_decode_model
@@ -24,7 +24,7 @@ from erollout.engine.linear import TorchLinear
 from erollout.engine.proposer import DraftRequest, Drafts
 from erollout.errors import UserError
 from erollout.kernels.native import why_unavailable
-from erollout.kernels.weights import QuantizedWeight
+from erollout.kernels.weights import QuantizedWeight, dequantize
 from erollout.policy.families import read_architecture
 from erollout.types import RolloutRequest, SamplingParams
 
@@ -163,7 +163,7 @@ def reference(name: str, x: Tensor, weight: QuantizedWeight, bias: Tensor | None
     if group is not None:
         values, scales = quantize_activations(x, group)
         x = values * scales.repeat_interleave(group, 1)
-    y = x.double() @ dequantized(weight).double().T
+    y = x.double() @ dequantize(weight).double().T
     return y if bias is None else y + bias.double()
 
 
@@ -239,7 +239,7 @@ def test_a_drafter_decodes_with_its_numbers_and_shares_the_rest(name: str, kerne
     for key, tensor in exact.tensors.items():
         tensor.copy_(target.tensors[key])
     quantizer = make_drafter(target, format=name, lm_head="w8a8")._quantizer
-    replaced = {layer: dequantized(quantizer.quantize(layer, None)) for layer in drafter.linears}
+    replaced = {layer: dequantize(quantizer.quantize(layer, None)) for layer in drafter.linears}
     for layer in replaced.keys() - {"lm_head"}:
         exact.tensors[f"{layer}.weight"].copy_(replaced[layer])
     exact.lm_head = TorchLinear(replaced["lm_head"], None)
@@ -455,7 +455,7 @@ def row_shard_on_rank() -> Tensor:
     """What the drafter's numbers make of this rank's columns of o_proj."""
     engine = make_engine("llama", dist.group.WORLD if dist.get_world_size() > 1 else None)
     drafter = make_drafter(engine.model, group_size=16, overrides=[("*.down_proj", "w8a8")])
-    return dequantized(drafter._quantizer.quantize("layers.0.o_proj", None))
+    return dequantize(drafter._quantizer.quantize("layers.0.o_proj", None))
 
 
 @pytest.mark.distributed

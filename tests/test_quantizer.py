@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from erollout.drafter.formats import FORMATS, Format
-from erollout.drafter.linears import dequantized
 from erollout.drafter.quantizer import ModelOptQuantizer, NativeQuantizer, Quantizer
 from erollout.drafter.search import TINIEST
 from erollout.drafter.statistics import InputStatistics
 from erollout.errors import UserError
 from erollout.kernels.native import why_unavailable
-from erollout.kernels.weights import QuantizedWeight
+from erollout.kernels.weights import QuantizedWeight, dequantize
 
 GROUP = 32
 LAYER = "layers.0.o_proj"
@@ -81,7 +80,7 @@ def spread_scales(weight: QuantizedWeight) -> Tensor:
 def test_the_numbers_dequantise_to_what_modelopt_fake_quantises(name: str) -> None:
     weight, inputs = hard_weights(), statistics()
     numbers = modelopt(name, weight).quantize(LAYER, inputs)
-    actual, expected = dequantized(numbers), fake_quantized(FORMATS[name], weight, inputs)
+    actual, expected = dequantize(numbers), fake_quantized(FORMATS[name], weight, inputs)
     scales = spread_scales(numbers)
     visible = spread_scales(numbers) * 7 > TINIEST  # below, fake quantisation gives zeros at once
     differs = visible & ((actual - expected).abs() > expected.abs() * 1e-6 + scales * 1e-5)
@@ -115,8 +114,8 @@ def test_numbers_have_their_types_shapes_and_ranges(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("fp8", "w4a16_awq")])
 def test_zeros_stay_zeros(name: str) -> None:
     numbers = modelopt(name, hard_weights()).quantize(LAYER, None)
-    assert (dequantized(numbers)[0, : 3 * GROUP] == 0).all() and (dequantized(numbers)[9, 1:] == 0).all()
-    assert dequantized(numbers)[9, 0] != 0
+    assert (dequantize(numbers)[0, : 3 * GROUP] == 0).all() and (dequantize(numbers)[9, 1:] == 0).all()
+    assert dequantize(numbers)[9, 0] != 0
     if numbers.format == "int4":
         assert (numbers.scales[0, :3] == 1).all()
 
@@ -141,7 +140,7 @@ def test_a_span_beyond_float32_is_refused() -> None:
 
 
 def group_errors(numbers: QuantizedWeight, weight: Tensor, importance: Tensor) -> Tensor:
-    error = (weight.double() - dequantized(numbers).double()).square() * importance.double()
+    error = (weight.double() - dequantize(numbers).double()).square() * importance.double()
     return error.view(SHAPE[0], -1, GROUP).sum(-1)
 
 
@@ -174,7 +173,7 @@ def test_awq_lowers_the_error_of_outputs_and_is_searched_once_per_collection() -
     x = inputs.samples.float()
     exact = x @ weight.float().T
     error, plain_error = (
-        (x * n.pre_scale.float()) @ dequantized(n).T - exact for n in (scaled, plain) if n.pre_scale is not None
+        (x * n.pre_scale.float()) @ dequantize(n).T - exact for n in (scaled, plain) if n.pre_scale is not None
     )
     assert error.norm() < 0.9 * plain_error.norm()
     assert torch.equal(weight, before), "the shard itself was scaled"

@@ -17,7 +17,7 @@ from erollout.drafter.formats import Format
 from erollout.engine.linear import Linear
 from erollout.errors import UserError
 from erollout.kernels.native import GROUP_SIZES, LinearStruct, NativeLinear, why_unavailable
-from erollout.kernels.weights import QuantizedWeight
+from erollout.kernels.weights import QuantizedWeight, dequantize
 
 if TYPE_CHECKING:
     from erollout.kernels import cuda
@@ -187,7 +187,7 @@ class DequantizedLinear(_Buffered):
         return F.linear(x, self._weight, self._shard.bias)
 
     def pack_(self, weight: QuantizedWeight) -> None:
-        self._weight.copy_(dequantized(weight))
+        self._weight.copy_(dequantize(weight))
         if self._pre_scale is not None:
             assert weight.pre_scale is not None
             self._pre_scale.copy_(weight.pre_scale)
@@ -252,15 +252,6 @@ def quantize_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     scales = groups.abs().amax(-1) / 127
     scales = torch.where(scales == 0, 1.0, scales)
     return (groups / scales[..., None]).round_().view(x.shape), scales
-
-
-def dequantized(weight: QuantizedWeight) -> Tensor:
-    """(values - zero_points) * scales in float32, [out_features, in_features]; without the pre_scale."""
-    values = weight.values.float()
-    groups = values.view(values.shape[0], -1, weight.group_size)
-    if weight.zero_points is not None:
-        groups = groups - weight.zero_points.float()[..., None]
-    return (groups * weight.scales.float()[..., None]).view(values.shape)
 
 
 _MakeLinear = Callable[[Format, Shard], QuantizedLinear]

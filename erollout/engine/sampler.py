@@ -119,35 +119,27 @@ class Sampler:
         """
         if not rows:
             return SampledTokens([], [], [])
-        prepared = PreparedRows.of(rows, logits.device)
-        if self._native is not None:
-            facts = torch.empty(len(rows), 6, dtype=torch.float64)
-            self._run_native(self._native, logits, prepared, keep=False, facts=facts)
-            return _decide(gather(facts, self.group), rows)
-        raw = self.shard(logits)
-        processed = process(raw, prepared.settings)
-        return self.settle(raw, processed, *_search(processed, prepared).best(), rows)
-
-    def settle(
-        self, raw: ShardLogits, processed: ShardLogits, value: Tensor, token: Tensor, rows: Sequence[SamplingRow]
-    ) -> SampledTokens:
-        """The token of highest value among the ranks' own tokens [n], and its log-probs. Collective; raises NonFiniteLogits."""
-        return _decide(gather(_facts(raw, processed, value, token), self.group), rows)
+        facts, _ = self._examine(logits, rows, keep=False)
+        return self.decide(facts, rows)
 
     def examine(self, logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, ShardLogits]:
         """This rank's facts [n, 6] about the tokens that `sample` draws, for `decide`, and what they are drawn from.
 
         The latter stays until the next call. Collective where the rows are filtered.
         """
+        facts, processed = self._examine(logits, rows, keep=True)
+        assert processed is not None
+        return facts, processed
+
+    def _examine(self, logits: Tensor, rows: Sequence[SamplingRow], keep: bool) -> tuple[Tensor, ShardLogits | None]:
+        """As `examine`; without `keep`, the native kernel does not write down what it draws from."""
         prepared = PreparedRows.of(rows, logits.device)
         if self._native is None:
             raw = self.shard(logits)
             processed = process(raw, prepared.settings)
             return _facts(raw, processed, *_search(processed, prepared).best()), processed
         facts = torch.empty(len(rows), 6, dtype=torch.float64)
-        kept = self._run_native(self._native, logits, prepared, keep=True, facts=facts)
-        assert kept is not None
-        return facts, kept
+        return facts, self._run_native(self._native, logits, prepared, keep=keep, facts=facts)
 
     def draw_from(self, processed: ShardLogits, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
         """This rank's best token of each row of processed logits, as `draw`: value (float64 [n]) and id (int64 [n])."""

@@ -3,19 +3,7 @@
 import torch
 from torch import Tensor
 
-from erollout.kernels.weights import QuantizedWeight
-
-
-def dequantize(weight: QuantizedWeight) -> Tensor:
-    """float32 [N, K]: (values - zero_points) * scales."""
-    values = weight.values.float()
-    rows, inputs = values.shape
-    if weight.zero_points is not None:
-        values = values - weight.zero_points.float().repeat_interleave(weight.group_size, 1)
-    scales = weight.scales.float()
-    if scales.shape[1] > 1:
-        scales = scales.repeat_interleave(weight.group_size, 1)
-    return values * scales.expand(rows, inputs)
+from erollout.kernels.weights import QuantizedWeight, dequantize
 
 
 def quantize_activations(x: Tensor, group_size: int) -> Tensor:

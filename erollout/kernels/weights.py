@@ -26,3 +26,12 @@ class QuantizedWeight:
     """int8 [N, K / group_size] in [-8, 7], for asymmetric int4."""
     pre_scale: Tensor | None = None
     """bfloat16 [K]: the activations are multiplied by it first (AWQ)."""
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """(values - zero_points) * scales in float32, [N, K]; without the pre_scale."""
+    values = weight.values.float()
+    groups = values.view(values.shape[0], -1, weight.group_size)
+    if weight.zero_points is not None:
+        groups = groups - weight.zero_points.float()[..., None]
+    return (groups * weight.scales.float()[..., None]).view(values.shape)

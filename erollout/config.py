@@ -119,6 +119,8 @@ class DrafterConfig:
     """A name of erollout/drafter/formats.py, or `auto`: the choice per layer with the most predicted speed-up."""
     group_size: Positive = 128
     """Weights that share a scale, of the int4 formats; it must divide every layer's input size on a decode rank."""
+    alternatives: tuple[str, ...] = ()
+    """Further formats that `adaptive` may draft with instead: each is one more drafter of the same weights."""
     lm_head: Literal["target", "w8a8"] = "target"
     """The drafter's LM head: the target's own, or an INT8 copy of it."""
     overrides: tuple[FormatOverrideConfig, ...] = ()
@@ -130,14 +132,69 @@ class DrafterConfig:
 
 
 @_section
+class LadderConfig:
+    """The paper's rule for the draft length: one rung up or down when whole rollouts ask for it."""
+
+    rungs: tuple[Positive, ...] = (5, 7, 9, 11)
+    raise_above: Fraction = 0.94
+    """Acceptance rate of a rollout that asks for the next longer draft."""
+    lower_below: Fraction = 0.85
+    persistence: Positive = 2
+    """Rollouts in a row that must ask for it."""
+
+
+@_section
+class ToggleConfig:
+    margin: Fraction = 0.02
+    """A change must promise this share of the time per token."""
+    max_speculative_tokens: Positive = 8
+    """Longest draft that `adaptive` considers."""
+    acceptance_window: Positive = 400
+    """Drafts after which an old one counts e times less in the estimated acceptance."""
+    probe_interval: Count = 200
+    """Steps between two probes of what is not chosen; 0: none."""
+    probe_steps: Positive = 2
+    bootstrap_seconds: PositiveFloat = 5.0
+    """Without a calibration file: how long this device is measured before the first rollout."""
+    ladder: LadderConfig = field(default_factory=LadderConfig)
+
+
+@_section
 class SpeculationConfig:
-    mode: Annotated[Literal["off", "always"], BeforeValidator(_mode)] = "off"
+    mode: Annotated[Literal["off", "always", "toggle", "adaptive", "ladder"], BeforeValidator(_mode)] = "off"
+    """`always`: every step drafts num_speculative_tokens. `toggle`: they are drafted in the steps where that is predicted to be
+    faster. `adaptive`: drafter and number too are chosen for each step. `ladder`: as `toggle`, with the paper's rule for the
+    number between rollouts."""
     num_speculative_tokens: Positive = 3
     """Tokens that the drafter proposes before the target verifies them all at once."""
     verification: Literal["coupled", "rejection"] = "coupled"
     """`coupled`: the samples are those of autoregressive decoding, token for token. `rejection`: the same distribution, with
     the highest acceptance."""
+    calibration: Location | None = None
+    """File of `erollout calibrate fit` for this model, device, layout and drafter; default: the device is measured at the start."""
+    decision_interval: Positive = 1
+    """Steps between two decisions; above 1 where a replica has several ranks, which must agree on each."""
+    trace_interval: Count = 1
+    """Rollouts between two whose decisions are written to <train.output_dir>/decisions; 0: none."""
+    toggle: ToggleConfig = field(default_factory=ToggleConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
+
+
+@_section
+class CoordinatorConfig:
+    """How decode replicas work together. No server: every replica sees the same occupancies and takes the same decisions."""
+
+    policy: Literal["replica", "cluster", "makespan"] = "makespan"
+    """`replica`: each one speculates as suits itself. `cluster`: one state for all, the best for their sum. `makespan`: as
+    `replica`, and the tail is rebalanced: sequences move to idle replicas when the slowest is predicted to finish earlier."""
+    hand_out: Literal["dynamic", "static"] = "dynamic"
+    """Of prompts that wait: to the replica that will be free first, or in turns at the start."""
+    lock_step: bool = False
+    """Replicas share collectives: all take the same decision at the same step, and wait for each other there. Needs `cluster`."""
+    window_seconds: PositiveFloat = 0.05
+    """Least time between two exchanges of occupancies."""
+    stall_seconds: PositiveFloat = 5.0
+    """After so long without an exchange a replica decides for itself until the next one."""
 
 
 @_section
@@ -277,6 +334,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -379,6 +437,8 @@ def _known_keys() -> list[str]:
     lists = (
         ("data.tasks", TaskConfig),
         ("speculation.drafter", DrafterConfig),
+        ("speculation.toggle", ToggleConfig),
+        ("speculation.toggle.ladder", LadderConfig),
         ("speculation.drafter.overrides", FormatOverrideConfig),
     )
     return [*tree, *keys, *(f"{path}.{key.name}" for path, section in lists for key in fields(section))]  # type: ignore[arg-type]

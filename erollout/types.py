@@ -54,6 +54,18 @@ class RolloutRequest:
     """Sample i of the group draws with sequence_seed(seed, i)."""
 
 
+@dataclass(frozen=True, slots=True)
+class PartialRollout:
+    """A response on its way: all that another replica, or a later attempt, needs to go on with it."""
+
+    prompt_index: int
+    sample_index: int
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Processed, one per response id."""
+    raw_logprobs: tuple[float, ...]
+
+
 @dataclass(slots=True)
 class Rollout:
     """One sampled response."""

@@ -40,6 +40,7 @@ from erollout.engine.scheduler import Batch
 from erollout.policy.families import policy_architecture
 from erollout.policy.initialization import first_weights
 from erollout.speculation.statistics import SpeculationStatistics, merge
+from erollout.speculation.step import Arm as DecodeArm
 from erollout.types import Rollout, RolloutRequest, SamplingParams
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo-rollout.yaml"
@@ -118,7 +119,8 @@ class Arm:
     rollouts: list[Rollout] = field(default_factory=list)
 
     def run(self, requests: Sequence[RolloutRequest], verification: Any) -> None:
-        self.engine.speculate(self.drafter, self.num_drafts, verification)
+        drafters = {} if self.drafter is None else {"": self.drafter}
+        self.engine.speculate(drafters, DecodeArm("", self.num_drafts), verification)
         spent = timed(lambda: self._generate(requests))
         self.seconds.append(spent.cpu)
         self.wall.append(spent.wall)

@@ -26,6 +26,7 @@ from erollout.errors import UserError
 from erollout.kernels.native import why_unavailable
 from erollout.kernels.weights import QuantizedWeight, dequantize
 from erollout.policy.families import read_architecture
+from erollout.speculation.step import Arm
 from erollout.types import RolloutRequest, SamplingParams
 
 CPU = torch.device("cpu")
@@ -445,7 +446,7 @@ def drafts_on_ranks(formats: Sequence[str], verification: str) -> list[tuple[boo
         if format != "w4a16_awq":  # whose search would import ModelOpt on every rank
             drafter.use_statistics(collect(engine.model, prompts(60), 64))
         requantize(drafter, engine.model, 1)
-        engine.speculate(drafter, 3, verification)  # type: ignore[arg-type]
+        engine.speculate({"": drafter}, Arm("", 3), verification)  # type: ignore[arg-type]
         same = {rollout.prompt_index: rollout.response_ids for rollout in engine.generate(requests)} == plain
         results.append((same, engine.stats.speculation.acceptance_rate))
     return results

@@ -11,14 +11,17 @@ from ranks import RankPool
 from test_engine import COMPANY, GREEDY, SAMPLED, by_sample, make_requests, word_tokenizer
 from test_verifier import VERIFICATIONS
 from tiny_decode import make_engine, prompts, reference_logprobs, reference_model
-from tiny_speculation import NOISE, make_speculative_engine
+from tiny_speculation import DRAFTER, NOISE, make_speculative_engine
 
 from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
 from erollout.engine.model_runner import slots_of
 from erollout.engine.proposer import DraftRequest, Drafts
 from erollout.engine.verifier import Verification
+from erollout.speculation.step import Arm
 from erollout.types import Rollout, RolloutRequest, SamplingParams
+
+THREE = Arm(DRAFTER, 3)
 
 PROCESSED = SamplingParams(temperature=0.8, top_k=30, top_p=0.95, min_p=0.01, repetition_penalty=1.3, max_tokens=24)
 
@@ -183,10 +186,9 @@ class Watched:
     """A proposer, and what an observer sees before and after each of its proposals."""
 
     def __init__(self, engine: Engine) -> None:
-        assert engine.proposer is not None
-        self.engine, self.proposer = engine, engine.proposer
+        self.engine, self.proposer = engine, engine.proposers[DRAFTER]
         self.calls = self.crossings = 0
-        engine.speculate(self, engine.num_speculative_tokens, engine.verifier.verification)
+        engine.speculate({DRAFTER: self}, engine.arm, engine.verifier.verification)
 
     def require(self, policy_version: int) -> None:
         self.proposer.require(policy_version)
@@ -231,8 +233,7 @@ class Failing:
     """Spoils the whole cache and raises, in the third proposal."""
 
     def __init__(self, engine: Engine) -> None:
-        assert engine.proposer is not None
-        self.engine, self.proposer, self.calls = engine, engine.proposer, 0
+        self.engine, self.proposer, self.calls = engine, engine.proposers[DRAFTER], 0
 
     def require(self, policy_version: int) -> None:
         self.proposer.require(policy_version)
@@ -252,7 +253,7 @@ class Failing:
 def test_an_error_while_drafting_leaves_nothing_behind() -> None:
     engine = make_speculative_engine("good", "coupled", 3, num_kv_blocks=30)
     expected = by_sample(engine.generate(make_requests(SAMPLED)))
-    engine.speculate(Failing(engine), 3)
+    engine.speculate({DRAFTER: Failing(engine)}, THREE)
     with pytest.raises(InterruptedError):
         engine.generate(make_requests(SAMPLED))
     check_pool(engine)
@@ -276,12 +277,12 @@ def test_a_stale_proposer_is_refused() -> None:
     engine.weights_updated(2)
     with pytest.raises(RuntimeError, match="policy version 1 but the engine holds version 2"):
         engine.generate(make_requests(SAMPLED))
-    proposer = engine.proposer
-    engine.speculate(proposer, 0)
+    proposer = engine.proposers[DRAFTER]
+    engine.speculate({DRAFTER: proposer})
     engine.generate(make_requests(SAMPLED, 1))  # nobody asks it
     assert isinstance(proposer, ModelProposer)
     proposer.weights_updated(2)
-    engine.speculate(proposer, 3)
+    engine.speculate({DRAFTER: proposer}, THREE)
     assert {r.policy_version for r in engine.generate(make_requests(SAMPLED, 1))} == {2}
 
 
@@ -300,7 +301,7 @@ def test_speculation_can_change_between_rollouts() -> None:
     assert with_drafts.speculation.num_drafts > 0
     assert with_drafts.speculation.seconds_drafting > 0 and with_drafts.speculation.seconds_verifying > 0
     assert with_drafts.decode_tokens == 15 * 24
-    engine.speculate(None, 0)
+    engine.speculate({})
     assert by_sample(engine.generate(make_requests(SAMPLED))) == expected
     assert engine.stats.speculation.num_drafts == 0 and engine.stats.steps == 24 > with_drafts.steps
 

@@ -14,6 +14,7 @@ from erollout.drafter.formats import FORMATS
 from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
 from erollout.policy.families import read_architecture
+from erollout.speculation.step import Arm
 from erollout.types import RolloutRequest, SamplingParams
 
 MODEL = {"model_type": "llama", **SIZES, "intermediate_size": 192, "tie_word_embeddings": False}
@@ -54,7 +55,7 @@ def differing_responses(formats: Sequence[str], lengths: Sequence[int]) -> dict[
             drafter.requantize_(name)
         drafter.complete(1)
         for n in lengths:
-            engine.speculate(drafter, n)
+            engine.speculate({"": drafter}, Arm("", n))
             drafted = [rollout.response_ids for rollout in engine.generate(requests)]
             differing = sum(a != b for a, b in zip(plain, drafted, strict=True))
             results[format, n] = (differing, engine.stats.speculation.acceptance_rate)

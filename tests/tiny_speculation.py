@@ -12,6 +12,10 @@ from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
 from erollout.engine.proposer import DraftRequest, Drafts
 from erollout.engine.verifier import Verification
+from erollout.speculation.step import Arm
+
+DRAFTER = "perturbed"
+"""Name of the one proposer that an engine of these has."""
 
 NOISE = {"same": 0.0, "good": 0.02, "bad": 1.0}
 """Standard deviation of what is added to the target's weights, whose own is about 0.1."""
@@ -39,11 +43,11 @@ def make_speculative_engine(
     """`make_engine` with a drafter of NOISE, or `ngram`."""
     engine = make_engine(name, group, **rollout)
     if drafter == "ngram":
-        engine.speculate(NGramProposer(engine), num_speculative_tokens, verification)
+        engine.speculate({DRAFTER: NGramProposer(engine)}, Arm(DRAFTER, num_speculative_tokens), verification)
         return engine
     proposer = ModelProposer(perturbed_model(engine, NOISE[drafter], group), verification, engine.sampler.kernel)
     proposer.weights_updated(1)
-    engine.speculate(proposer, num_speculative_tokens, verification)
+    engine.speculate({DRAFTER: proposer}, Arm(DRAFTER, num_speculative_tokens), verification)
     return engine
 
 

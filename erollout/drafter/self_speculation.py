@@ -1,7 +1,7 @@
-"""An engine that drafts with its own policy in fewer bits: the drafter of the configuration, kept up with the policy."""
+"""An engine that drafts with its own policy in fewer bits: the drafters of the configuration, kept up with the policy."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from erollout.config import Config
 from erollout.drafter.assignment import LM_HEAD, assign_formats
@@ -11,6 +11,7 @@ from erollout.drafter.statistics import InputStatistics, collect
 from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
 from erollout.parallel.collectives import from_rank_zero
+from erollout.speculation.step import OFF, Arm
 from erollout.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -32,17 +33,33 @@ class SelfSpeculation:
         self._undecided = options.format == AUTO
         self.has_learned = False
         """Whether there was a rollout to learn from: equal on all ranks."""
-        self.drafter = self._build(FIRST_FORMAT if self._undecided else options.format, self._overrides, options.lm_head)
+        formats = dict.fromkeys((options.format, *options.alternatives))
+        self.drafters = {
+            name: self._build(FIRST_FORMAT if name == AUTO else name, self._overrides, options.lm_head) for name in formats
+        }
+        """By their names in Arm.format, the default one first."""
         self.switch(True)
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the drafters, the default one first."""
+        return tuple(self.drafters)
+
+    @property
+    def drafter(self) -> Drafter:
+        """The default one."""
+        return self.drafters[self.formats[0]]
+
     def switch(self, on: bool) -> None:
-        """Draft in the rollouts from now on, or don't."""
+        """Let `engine.generate` draft with the default drafter from now on, or not at all."""
         options = self.config.speculation
-        self.engine.speculate(self.drafter, options.num_speculative_tokens if on else 0, options.verification)
+        arm = Arm(self.formats[0], options.num_speculative_tokens) if on else OFF
+        self.engine.speculate(self.drafters, arm, options.verification)
 
     def tensor_landed(self, name: str) -> None:
         """One of the engine's local tensors holds the new policy."""
-        self.drafter.requantize_(name)
+        for drafter in self.drafters.values():
+            drafter.requantize_(name)
 
     def all_landed(self) -> None:
         """All of the engine's local tensors hold the new policy."""
@@ -50,13 +67,13 @@ class SelfSpeculation:
             self.tensor_landed(name)
 
     def complete(self, policy_version: int) -> RequantizeStats:
-        """The drafter belongs to this version now. RuntimeError names layers whose tensors have not landed."""
-        return self.drafter.complete(policy_version)
+        """The drafters belong to this version now. RuntimeError names layers whose tensors have not landed."""
+        return _total(drafter.complete(policy_version) for drafter in self.drafters.values())
 
     @property
     def wants_rollouts(self) -> bool:
         """Whether the formats have a use for what `learn_from` measures."""
-        return self._undecided or self.drafter.needs_statistics
+        return self._undecided or any(drafter.needs_statistics for drafter in self.drafters.values())
 
     def learn_from(self, rollouts: Sequence[Rollout]) -> None:
         """Weigh the next requantisations' errors by the activations of a rollout's first tokens, where the formats use them;
@@ -68,11 +85,12 @@ class SelfSpeculation:
         if not self.wants_rollouts:
             return
         sequences = _first_tokens(rollouts, self.config.speculation.drafter.statistics_tokens)
-        rows, generation = self.drafter.sample_rows, self.engine.policy_version or 0
+        rows = max(drafter.sample_rows for drafter in self.drafters.values())
+        generation = self.engine.policy_version or 0
         total = sum(len(tokens) for tokens in sequences)
         statistics = collect(self.engine.model, sequences, total, rows, generation)
-        if statistics:
-            self.drafter.use_statistics(statistics)
+        for drafter in self.drafters.values() if statistics else ():
+            drafter.use_statistics(statistics)
         if self._undecided:
             self._choose(sequences, statistics)
 
@@ -99,8 +117,8 @@ class SelfSpeculation:
             self.config.speculation.num_speculative_tokens,
         )
         self._undecided = False
-        speculates = self.engine.num_speculative_tokens > 0
-        self.drafter = self._build("none", [*overrides, *self._overrides], options.lm_head)
+        speculates = self.engine.arm.speculates
+        self.drafters[AUTO] = self._build("none", [*overrides, *self._overrides], options.lm_head)
         self.drafter.use_statistics(statistics)
         self.all_landed()
         self.complete(self.engine.policy_version or 0)
@@ -124,6 +142,16 @@ class SelfSpeculation:
             overrides=overrides,
             kernel=self.config.rollout.kernels,
         )
+
+
+def _total(parts: Iterable[RequantizeStats]) -> RequantizeStats:
+    """Of several drafters, made one after the other."""
+    made = list(parts)
+    return RequantizeStats(
+        sum(stats.seconds for stats in made),
+        max(stats.peak_extra_bytes for stats in made),
+        sum(stats.buffer_bytes for stats in made),
+    )
 
 
 def _first_tokens(rollouts: Sequence[Rollout], limit: int) -> list[tuple[int, ...]]:

@@ -5,7 +5,7 @@ sampler returns equal tokens, so the ranks stay in step without exchanging anyth
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from erollout.config import RolloutConfig
 from erollout.engine.block_manager import BlockManager
 from erollout.engine.build import build_decode_model
+from erollout.engine.control import Arrival, Control, FixedControl, Orders
 from erollout.engine.detokenizer import StopStringDetector
 from erollout.engine.kv_cache import KVCache, num_blocks
 from erollout.engine.linear import resolve_linear_kernel
@@ -30,17 +31,18 @@ from erollout.engine.verifier import Candidate, Verification, VerifiedRun, Verif
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
 from erollout.speculation.statistics import SpeculationStatistics
-from erollout.types import Rollout, RolloutRequest
+from erollout.speculation.step import OFF, Arm, Load, StepOutcome
+from erollout.types import FinishReason, PartialRollout, Rollout, RolloutRequest
 
 
 @dataclass(slots=True)
 class GenerationStats:
-    """Of one call to generate."""
+    """Of one call to generate or run."""
 
     prefill_tokens: int = 0
     """Tokens computed at prompt positions: each prompt once per group, more after a preemption."""
     recomputed_tokens: int = 0
-    """Tokens of responses that were computed again after a preemption."""
+    """Tokens of responses that were computed again, after a preemption or a move from another replica."""
     decode_tokens: int = 0
     """Tokens sampled."""
     steps: int = 0
@@ -65,8 +67,21 @@ class GenerationStats:
         return sum(self.running) / len(self.running) if self.running else 0.0
 
 
+@dataclass(slots=True)
+class _Generation:
+    """What one call to generate or run works on."""
+
+    scheduler: Scheduler
+    requests: list[RolloutRequest] = field(default_factory=list)
+    num_sequences: int = 0
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    """Complete ones by Sequence.order."""
+    detectors: dict[int, StopStringDetector] = field(default_factory=dict)
+    """Of the sequences with stop strings, by Sequence.order."""
+
+
 class Engine:
-    """One rank of a decode replica. `generate`, `sleep` and `wake_up` are collective over `group`."""
+    """One rank of a decode replica. `generate`, `run`, `sleep` and `wake_up` are collective over `group`."""
 
     def __init__(
         self,
@@ -90,24 +105,25 @@ class Engine:
         sampling: SamplerKernel = "native" if self.kernel == "native" else "torch"
         self.sampler = Sampler(architecture.vocab_size, self.model.vocab_start, group, sampling)
         self.verifier = Verifier(self.sampler)
-        self.proposer: Proposer | None = None
-        self.num_speculative_tokens = 0
+        self.proposers: dict[str, Proposer] = {}
+        """By Arm.format."""
+        self.arm = OFF
+        """What `generate` does."""
         self.blocks = BlockManager(self.cache.num_blocks, rollout.block_size)
         self.policy_version: int | None = None
         self.stats = GenerationStats()
         self._prepared = False
-        self._detectors: dict[int, StopStringDetector] = {}
-        """Of the sequences with stop strings, by Sequence.order."""
         self.wake_up()
 
-    def speculate(self, proposer: Proposer | None, num_speculative_tokens: int, verification: Verification = "coupled") -> None:
-        """Let each decoding sequence verify up to so many drafts of `proposer` per pass from now on; 0 turns that off.
+    def speculate(self, proposers: Mapping[str, Proposer], arm: Arm = OFF, verification: Verification = "coupled") -> None:
+        """Let decoding sequences verify drafts of these proposers from now on, wherever an arm names one.
 
-        Under tensor parallelism: the same on all ranks of the replica.
+        Args:
+            proposers: by Arm.format. Under tensor parallelism the same on all ranks of the replica.
+            arm: for every step of `generate`; `run` asks its control.
         """
-        assert num_speculative_tokens == 0 or proposer is not None
-        self.proposer = proposer
-        self.num_speculative_tokens = num_speculative_tokens
+        self.proposers = dict(proposers)
+        self.arm = arm
         self.verifier = Verifier(self.sampler, verification)
 
     def local_tensors(self) -> dict[str, Tensor]:
@@ -123,36 +139,52 @@ class Engine:
         """Release the KV cache and the kernels' own copies of the weights; the local tensors stay."""
         self.cache.release()
         self._release_kernels()
-        if self.proposer is not None:
-            self.proposer.sleep()
+        for proposer in self.proposers.values():
+            proposer.sleep()
 
     def wake_up(self) -> None:
         """Take the KV cache's memory again."""
         self.cache.allocate()
 
     def generate(self, requests: List[RolloutRequest], on_finished: Callable[[Rollout], None] | None = None) -> list[Rollout]:
-        """Sample every request group_size times.
+        """Sample every request group_size times, as `run` does, with the same arm at every step.
+
+        Returns: rollouts ordered by request, then by sample.
+        """
+        return self.run(FixedControl(self.arm), on_finished, requests)
+
+    def run(
+        self,
+        control: Control,
+        on_finished: Callable[[Rollout], None] | None = None,
+        requests: List[RolloutRequest] = (),
+    ) -> list[Rollout]:
+        """Sample what is requested here or ordered by the control on the way, until its last orders are carried out.
 
         Args:
             on_finished: called with each rollout as soon as it is complete, in the order of completion.
 
-        Returns: rollouts ordered by request, then by sample.
-        Raises UserError, before any work, for a request that can't be served; RuntimeError while asleep, without weights or
-            with drafts of another policy version. After an error on the way the engine is as before the call.
+        Returns: rollouts completed here, in the order of their requests, then by sample.
+        Raises UserError, before any work on it, for a request that can't be served; RuntimeError while asleep, without weights
+            or with drafts of another policy version. After an error on the way the engine is as before the call.
         """
         self._require_ready()
         started = time.perf_counter()
         self.stats = GenerationStats()
         self.blocks = BlockManager(self.cache.num_blocks, self.rollout.block_size)
         limits = (self.rollout.max_num_seqs, self.rollout.max_num_batched_tokens, self.max_model_len)
-        scheduler = Scheduler(self.blocks, *limits)
-        sequences = self._queue(requests, scheduler)
-        self._detectors = self._stop_detectors(sequences)
+        generation = _Generation(Scheduler(self.blocks, *limits))
+        scheduler = generation.scheduler
+        for request in requests:
+            self._check(request, scheduler)
         try:
-            while scheduler.has_unfinished:
-                for sequence in self._step(scheduler):
-                    if on_finished is not None:
-                        on_finished(self._rollout(requests[sequence.request_index], sequence))
+            self._take(generation, Orders(requests=tuple(requests)))
+            while not self._ended(generation, orders := control.orders(scheduler.load())):
+                self._take(generation, orders)
+                if orders.release:
+                    control.released(self._release(generation, orders.release))
+                if scheduler.has_unfinished:
+                    control.observe(self._step(generation, orders.arm, on_finished))
         except BaseException:
             scheduler.cancel()
             self.sleep()
@@ -161,35 +193,59 @@ class Engine:
         assert self.blocks.num_free == self.blocks.num_blocks, "KV blocks leaked"
         self.stats.preemptions = scheduler.num_preemptions
         self.stats.seconds = time.perf_counter() - started
-        return [self._rollout(requests[sequence.request_index], sequence) for sequence in sequences]
+        return [rollout for _, rollout in sorted(generation.rollouts.items())]
 
     @torch.inference_mode()
-    def _step(self, scheduler: Scheduler) -> list[Sequence]:
-        """One forward pass and the tokens it yields; the sequences that it finished."""
-        batch = scheduler.schedule(self.num_speculative_tokens)
-        self._count(batch)
-        self.cache.copy_blocks(batch.copies)
-        columns = [(0, 0)] * len(batch.scheduled)
-        if not any(item.num_drafts for item in batch.scheduled):
-            return self._advance(scheduler, batch, columns, None)
-        assert self.proposer is not None
-        request, columns = _drafts_wanted(batch)
+    def _step(self, generation: _Generation, arm: Arm, on_finished: Callable[[Rollout], None] | None) -> StepOutcome:
+        """One forward pass with its drafts, the tokens it yields, and what it came to."""
         started = time.perf_counter()
-        drafts = self.proposer.propose(request)
-        drafted = time.perf_counter()
-        finished = self._advance(scheduler, batch, columns, drafts)
-        self.stats.speculation.seconds_drafting += drafted - started
-        self.stats.speculation.seconds_verifying += time.perf_counter() - drafted
-        return finished
+        batch = generation.scheduler.schedule(arm.num_speculative_tokens)
+        self._count(batch)
+        load = _load(batch, generation.scheduler)
+        self.cache.copy_blocks(batch.copies)
+        columns, drafts, drafting = [(0, 0)] * len(batch.scheduled), None, 0.0
+        if speculates := any(item.num_drafts for item in batch.scheduled):
+            request, columns = _drafts_wanted(batch)
+            began = time.perf_counter()
+            drafts = self._proposer(arm).propose(request)
+            drafting = time.perf_counter() - began
+        step = SpeculationStatistics()
+        before = self.stats.decode_tokens
+        verifying = time.perf_counter()
+        finished = self._advance(generation, batch, columns, drafts, step)
+        if speculates:
+            step.seconds_drafting, step.seconds_verifying = drafting, time.perf_counter() - verifying
+            self.stats.speculation.add(step)
+        for sequence in finished:
+            rollout = generation.rollouts[sequence.order] = self._rollout(generation.requests[sequence.request_index], sequence)
+            if on_finished is not None:
+                on_finished(rollout)
+        return StepOutcome(
+            arm if speculates else OFF,
+            load,
+            time.perf_counter() - started,
+            drafting,
+            self.stats.decode_tokens - before,
+            tuple(step.drafted_at),
+            tuple(step.accepted_at),
+            len(finished),
+        )
 
     def _advance(
-        self, scheduler: Scheduler, batch: Batch, columns: list[tuple[int, int]], drafts: Drafts | None
+        self,
+        generation: _Generation,
+        batch: Batch,
+        columns: list[tuple[int, int]],
+        drafts: Drafts | None,
+        statistics: SpeculationStatistics,
     ) -> list[Sequence]:
         """The target's pass over a batch and its drafts: append what is verified; the sequences that it finished.
 
         Args:
             columns: of each scheduled sequence in the drafts, with their number.
+            statistics: what became of the drafts is added there.
         """
+        scheduler = generation.scheduler
         logits = self.runner.run(batch, drafts.runs(columns) if drafts is not None else None)
         sampled, candidates, rows = _candidates(scheduler, batch, columns)
         if not sampled:
@@ -199,57 +255,93 @@ class Engine:
         runs = self.verifier.verify(logits, candidates, drafts)
         finished = []
         for sequence, candidate, run in zip(sampled, candidates, runs, strict=True):
-            ended = self._append(sequence, run, candidate.num_drafts)
+            emitted = self._append(generation, sequence, run)
             if candidate.num_drafts:
+                statistics.record(candidate.num_drafts, run.num_accepted, min(emitted, run.num_accepted))
                 scheduler.verified(sequence)
-            if ended:
+            if sequence.finish_reason is not None:
                 scheduler.finish(sequence)
                 finished.append(sequence)
         return finished
 
-    def _append(self, sequence: Sequence, run: VerifiedRun, num_drafts: int) -> bool:
-        """Append a run's tokens up to the one that ends the response; whether one did."""
-        ended, before = False, len(sequence.response_ids)
+    def _append(self, generation: _Generation, sequence: Sequence, run: VerifiedRun) -> int:
+        """Append a run's tokens up to the one that ends the response; how many."""
+        before = len(sequence.response_ids)
         for token_id, logprob, raw_logprob in zip(run.token_ids, run.logprobs, run.raw_logprobs, strict=True):
             sequence.append(token_id, logprob, raw_logprob)
-            if ended := self._finishes(sequence):
+            sequence.finish_reason = self._finish_reason(generation, sequence)
+            if sequence.finish_reason is not None:
                 break
         emitted = len(sequence.response_ids) - before
         self.stats.decode_tokens += emitted
-        if num_drafts:
-            self.stats.speculation.record(num_drafts, run.num_accepted, min(emitted, run.num_accepted))
-        return ended
+        return emitted
 
-    def _finishes(self, sequence: Sequence) -> bool:
-        """Set the finish reason of a sequence that its last token ends."""
+    def _finish_reason(self, generation: _Generation, sequence: Sequence) -> FinishReason | None:
+        """Why a sequence ends with its last token; None when it goes on."""
         sampling = sequence.sampling
+        detector = generation.detectors.get(sequence.order)
         stop_id = not sampling.ignore_eos and sequence.response_ids[-1] in sampling.stop_token_ids
-        if stop_id or self._has_stop_string(sequence):
-            sequence.finish_reason = "stop"
-        elif len(sequence.response_ids) >= sampling.max_tokens:
-            sequence.finish_reason = "length"
-        return sequence.finish_reason is not None
+        if stop_id or (detector is not None and detector.feed(sequence.response_ids[-1])):
+            return "stop"
+        return "length" if len(sequence.response_ids) >= sampling.max_tokens else None
 
-    def _has_stop_string(self, sequence: Sequence) -> bool:
-        """Show the last token to the sequence's detector, if it has one."""
-        detector = self._detectors.get(sequence.order)
-        return detector is not None and detector.feed(sequence.response_ids[-1])
+    def _ended(self, generation: _Generation, orders: Orders) -> bool:
+        """Nothing is left to do after these orders, nor with them."""
+        idle = not (generation.scheduler.has_unfinished or orders.requests or orders.arrivals)
+        return orders.is_last and idle
 
-    def _stop_detectors(self, sequences: list[Sequence]) -> dict[int, StopStringDetector]:
-        return {s.order: StopStringDetector(self.tokenizer, s.sampling.stop) for s in sequences if s.sampling.stop}
+    def _take(self, generation: _Generation, orders: Orders) -> None:
+        """Queue the sequences of new requests, in the order of the result, and those that arrive from other replicas."""
+        for request in orders.requests:
+            self._check(request, generation.scheduler)
+            group = [self._sequence(generation, request, sample) for sample in range(request.group_size)]
+            generation.requests.append(request)
+            generation.scheduler.add(group)
+        for arrival in orders.arrivals:
+            generation.scheduler.add([self._arrived(generation, arrival)])
+            generation.requests.append(arrival.request)
 
-    def _queue(self, requests: List[RolloutRequest], scheduler: Scheduler) -> list[Sequence]:
-        """The sequences of all requests, in the order of the result."""
-        for request in requests:
-            self._check(request, scheduler)
-        sequences: list[Sequence] = []
-        for index, request in enumerate(requests):
-            first = len(sequences)
-            for sample in range(request.group_size):
-                seed = sequence_seed(request.seed, sample)
-                sequences.append(Sequence(first + sample, index, sample, tuple(request.prompt_ids), request.sampling, seed))
-            scheduler.add(sequences[first:])
-        return sequences
+    def _sequence(self, generation: _Generation, request: RolloutRequest, sample: int) -> Sequence:
+        """Sample `sample` of the request that is about to be the generation's last."""
+        order, index = generation.num_sequences, len(generation.requests)
+        generation.num_sequences += 1
+        seed = sequence_seed(request.seed, sample)
+        sequence = Sequence(order, index, sample, tuple(request.prompt_ids), request.sampling, seed)
+        if request.sampling.stop:
+            generation.detectors[order] = StopStringDetector(self.tokenizer, request.sampling.stop)
+        return sequence
+
+    def _arrived(self, generation: _Generation, arrival: Arrival) -> Sequence:
+        """A sequence as it was on the replica that it comes from, with nothing computed."""
+        partial = arrival.partial
+        sequence = self._sequence(generation, arrival.request, partial.sample_index)
+        sequence.response_ids = list(partial.response_ids)
+        sequence.logprobs, sequence.raw_logprobs = list(partial.logprobs), list(partial.raw_logprobs)
+        if (detector := generation.detectors.get(sequence.order)) is not None:
+            for token_id in partial.response_ids:
+                detector.feed(token_id)
+        return sequence
+
+    def _release(self, generation: _Generation, count: int) -> list[PartialRollout]:
+        """Forget up to so many sequences, for another replica to go on with."""
+        return [
+            PartialRollout(
+                generation.requests[sequence.request_index].prompt_index,
+                sequence.sample_index,
+                tuple(sequence.response_ids),
+                tuple(sequence.logprobs),
+                tuple(sequence.raw_logprobs),
+            )
+            for sequence in generation.scheduler.release(count)
+        ]
+
+    def _proposer(self, arm: Arm) -> Proposer:
+        """Who drafts for an arm. RuntimeError if its drafts are of another policy version."""
+        assert arm.format in self.proposers, f"no drafter {arm.format!r}; there are {list(self.proposers)}"
+        assert self.policy_version is not None
+        proposer = self.proposers[arm.format]
+        proposer.require(self.policy_version)
+        return proposer
 
     def _check(self, request: RolloutRequest, scheduler: Scheduler) -> None:
         """Raise UserError for a request that can't be served."""
@@ -270,8 +362,6 @@ class Engine:
         if not self._prepared:
             self.model.prepare()
             self._prepared = True
-        if self.num_speculative_tokens and self.proposer is not None:
-            self.proposer.require(self.policy_version)
 
     def _release_kernels(self) -> None:
         self.model.release()
@@ -298,6 +388,13 @@ class Engine:
             finish_reason=sequence.finish_reason,
             policy_version=self.policy_version,
         )
+
+
+def _load(batch: Batch, scheduler: Scheduler) -> Load:
+    """What a pass computes."""
+    decoding = [item.start for item in batch.scheduled if item.num_tokens == 1 and item.catches_up]
+    prefill = sum(item.num_tokens for item in batch.scheduled) - len(decoding)
+    return Load(len(decoding), sum(decoding) / len(decoding) if decoding else 0.0, prefill, len(scheduler.waiting))
 
 
 def _drafts_wanted(batch: Batch) -> tuple[DraftRequest, list[tuple[int, int]]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from erollout.engine.block_manager import BlockCopy, BlockManager
 from erollout.engine.sequence import Sequence, SequenceState
 from erollout.errors import UserError
+from erollout.speculation.step import Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,15 @@ class Scheduler:
         leader.followers = followers
         self._wait(leader)
 
+    def load(self) -> Load:
+        """What the next pass is about to compute: the running sequences, and the waiting ones that may join them."""
+        slots = self.max_num_seqs - len(self.running)
+        lags = [s.num_tokens - s.num_computed_tokens for s in self.running]
+        lags += [s.num_tokens - s.num_computed_tokens for s in self.waiting[:slots]]
+        context = sum(s.num_computed_tokens for s in self.running)
+        prefill = min(sum(lag for lag in lags if lag > 1), self.max_num_batched_tokens)
+        return Load(lags.count(1), context / max(1, len(self.running)), prefill, len(self.waiting))
+
     def schedule(self, num_speculative_tokens: int = 0) -> Batch:
         """The next pass, with up to num_speculative_tokens drafts for each decoding sequence.
 
@@ -144,6 +154,16 @@ class Scheduler:
         queue.remove(sequence)
         sequence.state = SequenceState.FINISHED
         self.blocks.truncate(sequence.block_table, 0)
+
+    def release(self, count: int) -> list[Sequence]:
+        """Take up to `count` sequences out, those first whose tokens cost least to compute again, and give their blocks back.
+
+        A sequence that others wait for stays.
+        """
+        chosen = sorted((s for s in [*self.running, *self.waiting] if not s.followers), key=lambda s: (s.num_tokens, -s.order))
+        for sequence in chosen[:count]:
+            self.finish(sequence)
+        return chosen[:count]
 
     def cancel(self) -> None:
         """Take everything unfinished out and give its blocks back."""

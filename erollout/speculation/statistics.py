@@ -55,19 +55,23 @@ class SpeculationStatistics:
         self.drafted_at = _added(self.drafted_at, [1] * drafted)
         self.accepted_at = _added(self.accepted_at, [int(i < accepted) for i in range(drafted)])
 
+    def add(self, part: "SpeculationStatistics") -> None:
+        """Count what another one has counted."""
+        self.num_drafts += part.num_drafts
+        self.drafted += part.drafted
+        self.accepted += part.accepted
+        self.emitted += part.emitted
+        self.drafted_at = _added(self.drafted_at, part.drafted_at)
+        self.accepted_at = _added(self.accepted_at, part.accepted_at)
+        self.seconds_drafting += part.seconds_drafting
+        self.seconds_verifying += part.seconds_verifying
+
 
 def merge(parts: Iterable[SpeculationStatistics]) -> SpeculationStatistics:
     """The statistics of several replicas or rollouts together; seconds are added too."""
     total = SpeculationStatistics()
     for part in parts:
-        total.num_drafts += part.num_drafts
-        total.drafted += part.drafted
-        total.accepted += part.accepted
-        total.emitted += part.emitted
-        total.drafted_at = _added(total.drafted_at, part.drafted_at)
-        total.accepted_at = _added(total.accepted_at, part.accepted_at)
-        total.seconds_drafting += part.seconds_drafting
-        total.seconds_verifying += part.seconds_verifying
+        total.add(part)
     return total
 
 

@@ -1,4 +1,4 @@
-"""A decode step as the cost model, the toggle and the coordinator see it: the ways to take it, the load, what came of it. Pure."""
+"""A decode step as cost model, toggle and coordinator see it: ways to take it, its load, what came of it. Pure."""
 
 from dataclasses import dataclass
 

@@ -30,14 +30,14 @@ class Orders:
     """To be sampled, behind what is queued."""
     arrivals: tuple[Arrival, ...] = ()
     release: int = 0
-    """So many sequences are to be given away, those first whose tokens cost least to compute again; fewer where there are fewer."""
+    """So many sequences (or all, where there are fewer) are to be given away, first those that cost least to compute again."""
     is_last: bool = False
     """Nothing follows what is queued now: the engine finishes that and returns."""
 
 
 class Control(Protocol):
     def orders(self, load: Load) -> Orders:
-        """Before every step, also when the replica has nothing to do (then it may wait a moment). Collective over the replica."""
+        """Before every step, also when there is nothing to do (then it may wait a moment). Collective over the replica."""
         ...
 
     def released(self, partials: list[PartialRollout]) -> None:

@@ -482,11 +482,8 @@ def _check_consistency(config: Config) -> None:
             f"train.global_batch_size = {batch} does not divide rollout.prompts_per_step x rollout.group_size = "
             f"{config.samples_per_step}"
         )
-    if config.speculation.drafter.format == "auto" and config.speculation.drafter.statistics_tokens < 2:
-        raise UserError(
-            f"speculation.drafter.statistics_tokens = {config.speculation.drafter.statistics_tokens} leaves format = auto "
-            "nothing to choose by; set it to some hundred, or name a format"
-        )
+    _check_speculation(config.speculation)
+    _check_coordinator(config)
     if rollout.truncates and rollout.temperature != 1:
         raise UserError(
             f"rollout.temperature = {rollout.temperature} together with top_k, top_p, min_p or repetition_penalty: the actor "
@@ -494,3 +491,32 @@ def _check_consistency(config: Config) -> None:
         )
     if rollout.temperature == 0 and rollout.group_size > 1:
         raise UserError("rollout.temperature = 0 makes every response of a group the same; raise it or set group_size = 1")
+
+
+def _check_speculation(options: SpeculationConfig) -> None:
+    drafter, rungs = options.drafter, options.toggle.ladder.rungs
+    if drafter.format == "auto" and drafter.statistics_tokens < 2:
+        raise UserError(
+            f"speculation.drafter.statistics_tokens = {drafter.statistics_tokens} leaves format = auto nothing to choose by; "
+            "set it to some hundred, or name a format"
+        )
+    if drafter.alternatives and options.mode != "adaptive":
+        raise UserError(
+            f"speculation.drafter.alternatives = {list(drafter.alternatives)} but speculation.mode = {options.mode} drafts with "
+            "one format only; set the mode to adaptive or remove them"
+        )
+    if not rungs or list(rungs) != sorted(set(rungs)):
+        raise UserError(f"speculation.toggle.ladder.rungs = {list(rungs)} must ascend, with at least one; sort them")
+    if options.toggle.ladder.lower_below > options.toggle.ladder.raise_above:
+        raise UserError(
+            f"speculation.toggle.ladder.lower_below = {options.toggle.ladder.lower_below} is above raise_above = "
+            f"{options.toggle.ladder.raise_above}; lower it"
+        )
+
+
+def _check_coordinator(config: Config) -> None:
+    if config.coordinator.lock_step and config.coordinator.policy != "cluster":
+        raise UserError(
+            f"coordinator.lock_step = True but coordinator.policy = {config.coordinator.policy}: replicas that share collectives "
+            "need one state; set coordinator.policy to cluster"
+        )

@@ -1,6 +1,8 @@
 """The configuration: what is shipped loads, what can't be honoured is refused in one line that names key and value."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -234,3 +236,20 @@ def test_a_misspelt_key_of_the_drafter_is_named(tmp_path: Path) -> None:
 def test_auto_needs_tokens_to_choose_by() -> None:
     drafter = {"format": "auto", "statistics_tokens": 0}
     assert "statistics_tokens = 0" in _error(_build, speculation={"mode": "always", "drafter": drafter})
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"speculation": {"mode": "toggle", "drafter": {"alternatives": ["w8a8"]}}}, "mode = toggle drafts with one format"),
+        ({"speculation": {"toggle": {"ladder": {"rungs": [5, 3]}}}}, "rungs = \\[5, 3\\] must ascend"),
+        ({"speculation": {"toggle": {"ladder": {"rungs": []}}}}, "with at least one"),
+        ({"speculation": {"toggle": {"ladder": {"lower_below": 0.99}}}}, "lower_below = 0.99 is above raise_above = 0.94"),
+        ({"coordinator": {"lock_step": True}}, "policy = makespan: replicas that share collectives"),
+        ({"coordinator": {"polcy": "cluster"}}, "coordinator.polcy; did you mean coordinator.policy"),
+        ({"speculation": {"toggle": {"ladder": {"rung": [3]}}}}, "did you mean speculation.toggle.ladder.rungs"),
+        ({"speculation": {"mode": "togle"}}, "'off', 'always', 'toggle', 'adaptive' or 'ladder'"),
+    ],
+)
+def test_choices_that_can_not_go_together_are_named(sections: dict[str, Any], words: str) -> None:
+    assert re.search(words, _error(_build, **sections))

@@ -15,6 +15,9 @@ from erollout.parallel.layout import DecodeLayout, TrainLayout
 
 logger = logging.getLogger(__name__)
 
+_COORDINATION_TIMEOUT = timedelta(days=1)
+"""Nobody waits in this group: a replica that was stopped for a while finds its exchanges as they were."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParallelContext:
@@ -27,6 +30,10 @@ class ParallelContext:
     decode: DecodeLayout
     decode_group: dist.ProcessGroup | None
     """Ranks of this decode replica; None when it is this rank alone."""
+    control_group: dist.ProcessGroup | None
+    """The same ranks over gloo, for decisions; None when it is this rank alone."""
+    coordination_group: dist.ProcessGroup | None
+    """Over gloo, the leaders of all decode replicas in their order; None on other ranks, and where there is one replica."""
     owns_world: bool
     """Whether the default group was made here."""
 
@@ -87,6 +94,8 @@ def initialize(config: Config) -> ParallelContext:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(train.tensor, train.pipeline, distributed_timeout_minutes=_minutes(timeout))
     decode_group = _decode_group(decode, timeout)
+    control_group = _decode_group(decode, timeout, "gloo")
+    coordination_group = _coordination_group(decode)
     logger.info("%s", patches.describe())
     logger.info(
         "%s on %s: training tensor %d x data %d x pipeline %d, decoding %d replicas of %d",
@@ -98,7 +107,9 @@ def initialize(config: Config) -> ParallelContext:
         decode.replicas,
         decode.tensor,
     )
-    return ParallelContext(dist.get_rank(), world_size, device, train, decode, decode_group, owns_world)
+    return ParallelContext(
+        dist.get_rank(), world_size, device, train, decode, decode_group, control_group, coordination_group, owns_world
+    )
 
 
 def shut_down(context: ParallelContext) -> None:
@@ -145,15 +156,24 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _decode_group(decode: DecodeLayout, timeout: timedelta) -> dist.ProcessGroup | None:
+def _decode_group(decode: DecodeLayout, timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup | None:
+    """This rank's replica; `backend` None is the world's."""
     if decode.tensor == 1:
         return None
     mine = None
     for replica in range(decode.replicas):  # every rank creates every group, in the same order
-        group = dist.new_group(list(decode.ranks(replica)), timeout=timeout)
+        group = dist.new_group(list(decode.ranks(replica)), timeout=timeout, backend=backend)
         if replica == decode.replica(dist.get_rank()):
             mine = group
     return mine
+
+
+def _coordination_group(decode: DecodeLayout) -> dist.ProcessGroup | None:
+    if decode.replicas == 1:
+        return None
+    leaders = [decode.ranks(replica)[0] for replica in range(decode.replicas)]
+    group = dist.new_group(leaders, timeout=_COORDINATION_TIMEOUT, backend="gloo")
+    return group if dist.get_rank() in leaders else None
 
 
 def _minutes(timeout: timedelta) -> int:

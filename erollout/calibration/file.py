@@ -1,0 +1,180 @@
+"""A calibration: what one model costs on one hardware, as a JSON file that says what it is of. Pure.
+
+The reference implementation's configurations are read as they are, to compare its fit with ours; they hold a roofline alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from erollout.errors import UserError
+from erollout.speculation.cost_model import CalibratedCost, PassTimes
+from erollout.speculation.measured_table import MeasuredTable, Point
+from erollout.speculation.roofline import Communication, ModelSize, Pass, PassCost, Roofline
+
+KIND = "erollout calibration"
+VERSION = 1
+REFERENCE_FORMAT = "w4a16"
+"""What the reference implementation's drafter is, which its files do not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What times hold for. An empty name is not known, and matches any but the hardware's."""
+
+    model: str
+    """Its sizes, by model_size.describe_shape."""
+    hardware: str
+    tensor_model_parallel_size: int = 1
+    formats: tuple[str, ...] = ()
+    """Of the drafters."""
+    dtype: str = ""
+    kernels: str = ""
+    """Of the decode model: `native`, `prepacked`, `torch`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    identity: Identity
+    roofline: Roofline
+    tables: Mapping[tuple[Pass, str], tuple[Point, ...]] = field(default_factory=dict)
+    """Measured over the roofline, by pass and drafter's format."""
+    model_name: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Date, versions, source: for people."""
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    """How well the roofline fits, by component."""
+    source: str = ""
+    """The file it was read from."""
+
+    def passes(self) -> PassTimes:
+        """Seconds of single passes."""
+        tables = {key: MeasuredTable(points, verifies=key[0] == "verify") for key, points in self.tables.items()}
+        return PassTimes(self.roofline, tables)
+
+    def cost_model(self) -> CalibratedCost:
+        """A new cost model, which has learnt nothing yet."""
+        return CalibratedCost(self.passes())
+
+    def require(self, run: Identity) -> None:
+        """Raise UserError, naming both sides, when the times are not of this run's model, hardware, layout and drafters."""
+        for name in ("model", "hardware", "tensor_model_parallel_size", "dtype", "kernels"):
+            mine, theirs = getattr(self.identity, name), getattr(run, name)
+            if mine != theirs and (name == "hardware" or (mine and theirs)):
+                self._refuse(name, mine or "unknown", theirs)
+        missing = [format for format in run.formats if format not in self.identity.formats]
+        if missing:
+            self._refuse("drafter formats", ", ".join(self.identity.formats) or "none", ", ".join(run.formats))
+
+    def _refuse(self, name: str, mine: object, theirs: object) -> None:
+        raise UserError(
+            f"calibration {self.source or 'given'} is of {name} {mine}, this run has {theirs}: make one with "
+            "`erollout calibrate sweep` and `fit`, or unset speculation.calibration to measure at the start"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Raises UserError when the file can't be written."""
+        tree = _to_json(self)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(json.dumps({**tree, "checksum": _checksum(tree)}, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"can't write calibration {path}: {error.strerror}") from error
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read a calibration, ours or the reference implementation's. Raises UserError for one that is missing or damaged."""
+    try:
+        tree = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(
+            f"can't read calibration {path}: {error.strerror}; make it with `erollout calibrate fit`, or unset "
+            "speculation.calibration"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"calibration {path} is damaged: no valid JSON ({error}); make it again") from None
+    if not isinstance(tree, dict) or (tree.get("kind") != KIND and not {"hardware", "model", "calibration"} <= tree.keys()):
+        raise UserError(f"{path} is no calibration: it lacks kind = {KIND!r}; make one with `erollout calibrate fit`")
+    try:
+        return _from_json(tree, str(path)) if tree.get("kind") == KIND else _from_reference(tree, str(path))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"calibration {path} is damaged: {type(error).__name__} {error}; make it again") from None
+
+
+def _to_json(calibration: Calibration) -> dict[str, Any]:
+    roofline = calibration.roofline
+    communication = {name: value for name, value in asdict(roofline.communication).items() if value != float("inf")}
+    return {
+        "kind": KIND,
+        "version": VERSION,
+        "identity": {**asdict(calibration.identity), "formats": list(calibration.identity.formats)},
+        "model_name": calibration.model_name,
+        "provenance": dict(calibration.provenance),
+        "size": {**asdict(roofline.size), "draft_bytes": dict(roofline.size.draft_bytes)},
+        "roofline": {
+            "target": asdict(roofline.target),
+            "verify": asdict(roofline.verify),
+            "draft": {format: asdict(cost) for format, cost in roofline.draft.items()},
+            "communication": communication,
+        },
+        "tables": [
+            {"pass": kind, "format": format, "points": [[getattr(p, f.name) for f in fields(Point)] for p in points]}
+            for (kind, format), points in calibration.tables.items()
+        ],
+        "diagnostics": dict(calibration.diagnostics),
+    }
+
+
+def _from_json(tree: dict[str, Any], path: str) -> Calibration:
+    if tree.get("version") != VERSION:
+        raise UserError(f"calibration {path} has version {tree.get('version')}, this erollout reads {VERSION}; make it again")
+    found, expected = tree.pop("checksum", None), _checksum(tree)
+    if found != expected:
+        raise UserError(f"calibration {path} is damaged: its checksum is {found}, its content has {expected}; make it again")
+    costs = tree["roofline"]
+    roofline = Roofline(
+        ModelSize(**tree["size"]),
+        PassCost(**costs["target"]),
+        PassCost(**costs["verify"]),
+        {format: PassCost(**cost) for format, cost in costs["draft"].items()},
+        Communication(**costs["communication"]),
+    )
+    identity = Identity(**{**tree["identity"], "formats": tuple(tree["identity"]["formats"])})
+    tables = {(t["pass"], t["format"]): tuple(Point(*point) for point in t["points"]) for t in tree["tables"]}
+    return Calibration(identity, roofline, tables, tree["model_name"], tree["provenance"], tree["diagnostics"], path)
+
+
+def _from_reference(tree: dict[str, Any], path: str) -> Calibration:
+    """The reference's roofline: eta_d on the drafter's weights, one kappa, a verify pass with n + 1 times the FLOP."""
+    hardware, model, fit = tree["hardware"], tree["model"], tree["calibration"]
+    size = ModelSize(
+        weight_bytes=model["W_t"],
+        draft_bytes={REFERENCE_FORMAT: model["W_d"]},
+        flops=model["C_dense"],
+        attention_flops=model["C_attn"],
+        kv_bytes=model["kappa_theoretical"],
+    )
+    common = {
+        "bandwidth": hardware["BW_eff"],
+        "compute": fit["F_eff"],
+        "kv_factor": fit["kappa_eff"] / model["kappa_theoretical"],
+    }
+    roofline = Roofline(
+        size,
+        PassCost(**common, per_sequence=fit["c_T"] * 1e-6),
+        PassCost(**common, per_sequence=fit["c_V"] * 1e-6),
+        {REFERENCE_FORMAT: PassCost(**common, weight_factor=fit["eta_d"], per_sequence=fit["c_D"] * 1e-6)},
+        Communication(per_sequence=hardware["c_comm"]),
+    )
+    identity = Identity("", hardware["gpu"], hardware["tp"], (REFERENCE_FORMAT,))
+    provenance = {key: tree.get("metadata", {}).get(key) for key in ("created", "csv_source")}
+    return Calibration(identity, roofline, {}, model["name"], provenance, {}, path)
+
+
+def _checksum(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:32]

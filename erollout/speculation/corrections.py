@@ -1,0 +1,148 @@
+"""What live steps add to a calibration: multiplicative corrections, learnt robustly while the run goes on. Pure.
+
+The logarithm of measured over predicted seconds is the sum of a part that all steps share (the machine is slower today), one
+of each drafter (or of none), and one of each arm around a batch size. Each part is a Gaussian random walk of its own, and a
+step's surprise goes to them in proportion to how uncertain they are: a Kalman filter that neglects the correlations. So the
+first steps move all parts, and a change later on moves the common one, whose walk is the widest.
+
+A surprise counts only up to CLIP standard deviations: an outlier, however slow, moves little. When several in a row exceed that
+to the same side, it is no outlier: the machine has changed, and the common part becomes uncertain enough to follow at once.
+"""
+
+from dataclasses import dataclass
+from math import exp, floor, log, log2
+from typing import Any
+
+from erollout.speculation.step import Arm
+
+CLIP = 2.5
+PERSISTENCE = 5
+"""Clipped surprises of the same sign, in a row, that mean a lasting change."""
+NOISE_RANGE = (0.005, 0.3)
+"""Of a step's time, relative: least and most standard deviation that is believed."""
+NOISE_RATE = 0.05
+SMALLEST_FACTOR = 0.01
+"""Of measured over predicted: a clock that jumped is not a step."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """One summand of the correction."""
+
+    variance: float
+    value: float = 0.0
+
+    def widen(self, walk: float, limit: float) -> None:
+        self.variance = min(self.variance + walk, limit)
+
+    def learn(self, share: float, surprise: float, total: float) -> None:
+        """`share` of the part in the sum, whose variance with the noise is `total`."""
+        gain = self.variance * share / total
+        self.value += gain * surprise
+        self.variance *= 1 - gain * share
+
+
+_COMMON, _DRAFTER, _CELL = 0.2**2, 0.15**2, 0.1**2
+"""Prior variances, which are the largest too."""
+_COMMON_WALK, _DRAFTER_WALK, _CELL_WALK = 1e-5, 1e-6, 1e-6
+"""Added to the variances of what a step touches."""
+_PREFILL = 1.0
+"""Prior variance of prompt passes, of which nothing is measured beforehand. They say nothing of decoding, and learn alone."""
+
+
+class Corrections:
+    """Of one replica's cost model."""
+
+    def __init__(self) -> None:
+        self._common = _Part(_COMMON)
+        self._drafters: dict[str, _Part] = {}
+        self._cells: dict[tuple[Arm, int], _Part] = {}
+        self._prefill = _Part(_PREFILL)
+        self._noise = 0.05**2
+        self._run = 0
+        """Clipped surprises in a row: positive for slow steps, negative for quick ones."""
+
+    def factor(self, arm: Arm, batch: int) -> float:
+        """Of an arm's predicted seconds."""
+        value = self._common.value
+        drafter = self._drafters.get(arm.format)
+        if drafter is not None:
+            value += drafter.value
+        cells = self._cells
+        for node, share in _nodes(batch):
+            cell = cells.get((arm, node))
+            if cell is not None:
+                value += share * cell.value
+        return exp(value)
+
+    def prefill_factor(self) -> float:
+        """Of the predicted seconds of prompt tokens."""
+        return exp(self._common.value + self._prefill.value)
+
+    def observe_prefill(self, ratio: float) -> None:
+        """As `observe`, from a pass that mostly consisted of prompt tokens."""
+        surprise = log(max(ratio, SMALLEST_FACTOR) / self.prefill_factor())
+        self._prefill.widen(_DRAFTER_WALK, _PREFILL)
+        total = self._prefill.variance + self._noise
+        limit = CLIP * total**0.5
+        self._prefill.learn(1.0, max(-limit, min(limit, surprise)), total)
+
+    def observe(self, arm: Arm, batch: int, ratio: float) -> None:
+        """Learn from a step. `ratio`: its seconds over those predicted without any correction."""
+        surprise = log(max(ratio, SMALLEST_FACTOR) / self.factor(arm, batch))
+        drafter = self._drafters.setdefault(arm.format, _Part(_DRAFTER))
+        cells = [(self._cells.setdefault((arm, node), _Part(_CELL)), share) for node, share in _nodes(batch)]
+        self._common.widen(_COMMON_WALK, _COMMON)
+        drafter.widen(_DRAFTER_WALK, _DRAFTER)
+        for cell, _ in cells:
+            cell.widen(_CELL_WALK, _CELL)
+        certain = self._common.variance + drafter.variance + sum(share * share * cell.variance for cell, share in cells)
+        surprise = self._clipped(surprise, certain)
+        total = certain + self._noise
+        for part, share in ((self._common, 1.0), (drafter, 1.0), *cells):
+            part.learn(share, surprise, total)
+
+    def _clipped(self, surprise: float, variance: float) -> float:
+        """The part of a surprise that counts. Keeps the noise's level, and the count of surprises that can't be noise."""
+        limit = CLIP * (variance + self._noise) ** 0.5
+        if abs(surprise) <= limit:
+            self._run = 0
+        else:
+            sign = 1 if surprise > 0 else -1
+            self._run = self._run + sign if self._run * sign > 0 else sign
+            if abs(self._run) >= PERSISTENCE:
+                self._common.variance = max(self._common.variance, surprise * surprise)
+                self._run = 0
+                return surprise
+        clipped = max(-limit, min(limit, surprise))
+        low, high = NOISE_RANGE
+        self._noise += NOISE_RATE * (max(0.0, clipped * clipped - variance) - self._noise)
+        self._noise = max(low * low, min(high * high, self._noise))
+        return clipped
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "common": [self._common.value, self._common.variance],
+            "prefill": [self._prefill.value, self._prefill.variance],
+            "noise": self._noise,
+            "drafters": [[name, part.value, part.variance] for name, part in self._drafters.items()],
+            "cells": [
+                [arm.format, arm.num_speculative_tokens, node, part.value, part.variance]
+                for (arm, node), part in self._cells.items()
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        (value, variance), (prefill, prefill_variance) = state["common"], state["prefill"]
+        self._common, self._prefill = _Part(variance, value), _Part(prefill_variance, prefill)
+        self._noise = state["noise"]
+        self._drafters = {name: _Part(variance, value) for name, value, variance in state["drafters"]}
+        self._cells = {(Arm(format, n), node): _Part(variance, value) for format, n, node, value, variance in state["cells"]}
+        self._run = 0
+
+
+def _nodes(batch: int) -> tuple[tuple[int, float], ...]:
+    """The powers of two around a batch size, with their shares."""
+    position = log2(batch)
+    low = floor(position)
+    return ((low, 1.0),) if low == position else ((low, low + 1 - position), (low + 1, position - low))

@@ -4,28 +4,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 CURVE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Batch sizes that a replica tells its speed for."""
+"""Batch sizes that a replica tells its speed for: powers of two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """Of one replica in one rollout. Counts are totals since the rollout began unless said otherwise."""
+    """Of one replica in one rollout, once it has carried out the last decision. Counts of work done are the rollout's totals."""
 
     steps: int = 0
+    arm: int = 0
+    """Index into the agreed arms: what its last step did."""
     running: int = 0
-    """Sequences that decode or prefill now."""
+    """Responses that decode or prefill now."""
     waiting: int = 0
-    """Sequences queued here that no pass runs now."""
+    """Responses queued here that no pass runs now, siblings that wait for their prompt included."""
     context: float = 0.0
     """Mean tokens of the running ones."""
+    age: float = 0.0
+    """Mean response tokens of the running ones."""
     finished: int = 0
     """Responses completed here."""
-    groups_taken: int = 0
-    """Prompts (groups) of the shared queue that this replica has queued: acknowledges what was handed out."""
-    moves_out: int = 0
-    """Moves (not sequences) that it has answered as the source."""
-    moves_in: int = 0
-    """Moves that it has taken in as the target."""
+    claimed: int = 0
+    """Prompts that it has claimed while no window came (`StateMachine.claim`)."""
     num_drafts: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -38,19 +38,23 @@ class Occupancy:
     curve: tuple[float, ...] = ()
     """Predicted with the best arm, per CURVE_BATCHES: seconds in which every running sequence gets one token."""
 
+    @property
+    def outstanding(self) -> int:
+        """Responses that it still has to complete."""
+        return self.running + self.waiting
+
     def to_vector(self) -> list[float]:
         """All fields, flat. As long for every replica, where the arms are agreed."""
-        values: list[float] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            values.extend(value if isinstance(value, tuple) else (float(value),))
-        return values
+        scalars = [float(getattr(self, field.name)) for field in fields(self)[: len(_SCALARS)]]
+        return [*scalars, *self.seconds_per_token, *self.curve]
 
     @classmethod
     def from_vector(cls, vector: Sequence[float], num_arms: int) -> "Occupancy":
         """What `to_vector` made: counts are whole numbers again."""
-        *scalars, _, _ = fields(cls)
-        values = {f.name: int(v) if f.type is int else v for f, v in zip(scalars, vector, strict=False)}
-        start = len(scalars)
-        rest = tuple(vector[start : start + num_arms]), tuple(vector[start + num_arms :])
-        return cls(**values, seconds_per_token=rest[0], curve=rest[1])  # type: ignore[arg-type]
+        start = len(_SCALARS)
+        scalars = [kind(value) for kind, value in zip(_SCALARS, vector, strict=False)]
+        return cls(*scalars, tuple(vector[start : start + num_arms]), tuple(vector[start + num_arms :]))  # type: ignore[arg-type]
+
+
+_SCALARS = tuple(field.type for field in fields(Occupancy)[:-2])
+"""Their types."""

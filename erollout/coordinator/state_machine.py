@@ -1,14 +1,20 @@
 """The cluster's decisions: a deterministic machine that every replica runs over the same windows of occupancies. Pure.
 
 Equal inputs, equal decisions: nothing local enters, no clock, no cost model of one's own. What a replica predicts for itself
-stands in its occupancy.
+stands in its occupancy, which it writes after it has carried out the decision before. So a window shows every prompt that was
+handed out and every sequence that was moved as someone's own, and the rollout is over when nobody has any left.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from erollout.config import CoordinatorConfig
+from erollout.coordinator.hand_out import HandOut
+from erollout.coordinator.lengths import Lengths
 from erollout.coordinator.occupancy import Occupancy
+
+ARM_MARGIN = 0.03
+"""The cluster changes its arm for one that is better by this share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,7 @@ class Decision:
     """Of one window."""
 
     epoch: int
-    """Number of the window, from 1."""
+    """Number of the window, from 1; 0 before the first."""
     arm: int | None = None
     """Index into the agreed arms, for all replicas; None: each for itself."""
     hand_out: tuple[tuple[int, ...], ...] = ()
@@ -56,12 +62,60 @@ class StateMachine:
             max_num_seqs: that one replica decodes at once.
             lengths: of the last rollout's responses, of all replicas; empty before the first.
         """
-        raise NotImplementedError
+        self.options = options
+        self.num_responses = num_prompts * group_size
+        self._hand_out = HandOut(replicas, num_prompts, group_size, max_num_seqs, Lengths(lengths, max_tokens))
+        self._epoch = 0
+        self._arm = 0 if options.policy == "cluster" else None
+        self._claimed_here = 0
+        """By this process's replica; the others learn it from its occupancy, and so does `advance`."""
 
     def start(self) -> Decision:
         """Before the first window: what every replica begins with."""
-        raise NotImplementedError
+        static = self.options.hand_out == "static"
+        return Decision(0, self._arm, self._hand_out.everything() if static else self._hand_out.first())
 
     def advance(self, window: Sequence[Occupancy]) -> Decision:
         """The next decision, from one occupancy per replica."""
-        raise NotImplementedError
+        self._epoch += 1
+        self._hand_out.learn_claims(window)
+        if self._hand_out.is_done and not any(occupancy.outstanding for occupancy in window):
+            done = sum(occupancy.finished for occupancy in window)
+            assert done >= self.num_responses, f"{self.num_responses - done} responses were lost"
+            return Decision(self._epoch, self._arm, finished=True)
+        if self._arm is not None:
+            self._arm = self._best_arm(window, self._arm)
+        return Decision(self._epoch, self._arm, self._hand_out.more(window))
+
+    def claim(self, replica: int) -> int | None:
+        """A prompt that this process's replica may sample though no window gave it, because none comes; None: there is none.
+
+        To be told in its occupancies from now on, as `claimed`.
+        """
+        prompt = self._hand_out.claimable(replica, self._claimed_here)
+        self._claimed_here += prompt is not None
+        return prompt
+
+    @property
+    def claimed(self) -> int:
+        """Prompts that this process's replica has claimed: for its occupancy."""
+        return self._claimed_here
+
+    def mine(self, decision: Decision, replica: int) -> tuple[int, ...]:
+        """The prompts that a decision gives to this process's replica, without those that it had claimed before it came."""
+        given = decision.hand_out[replica] if decision.hand_out else ()
+        return tuple(prompt for prompt in given if not self._hand_out.is_claim(prompt, replica, self._claimed_here))
+
+    def _best_arm(self, window: Sequence[Occupancy], present: int) -> int:
+        """The arm for all. In lock step all wait for the slowest; else what counts is the sum over all responses to come."""
+        busy = [occupancy for occupancy in window if occupancy.running]
+        if not busy:
+            return present
+        columns = zip(*(occupancy.seconds_per_token for occupancy in busy), strict=True)
+        if self.options.lock_step:
+            costs = [max(column) for column in columns]
+        else:
+            weights = [occupancy.outstanding for occupancy in busy]
+            costs = [sum(w * s for w, s in zip(weights, column, strict=True)) for column in columns]
+        best = min(range(len(costs)), key=costs.__getitem__)
+        return best if costs[best] < (1 - ARM_MARGIN) * costs[present] else present

@@ -1,0 +1,39 @@
+"""How many tokens responses still have, from the lengths of the last rollout's. Pure."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+UNKNOWN_QUANTILES = 256
+"""Points that stand for the assumed distribution where there is no last rollout."""
+
+
+class Lengths:
+    """The distribution of response lengths.
+
+    One response of max_tokens is added to the known ones: it stands for what lies beyond the longest. Without known ones, all
+    lengths up to max_tokens are taken as equally likely.
+    """
+
+    def __init__(self, lengths: Sequence[int], max_tokens: int) -> None:
+        assumed = [max_tokens * (i + 1) / UNKNOWN_QUANTILES for i in range(UNKNOWN_QUANTILES)]
+        self._sorted = sorted([*lengths, max_tokens] if lengths else assumed)
+        self._sums = [0.0, *accumulate(self._sorted)]
+        """Of so many of the shortest."""
+
+    def mean_residual(self, age: float) -> float:
+        """Expected tokens that a response of so many tokens still gets; at least 1."""
+        longer = bisect_right(self._sorted, age)
+        count = len(self._sorted) - longer
+        return max(1.0, (self._sums[-1] - self._sums[longer]) / count - age) if count else 1.0
+
+    def residual(self, age: float, share: float) -> float:
+        """Tokens by which this share (0 to 1) of the responses that have so many tokens now is complete; at least 1."""
+        longer = bisect_right(self._sorted, age)
+        if longer == len(self._sorted):
+            return 1.0
+        place = share * (len(self._sorted) - longer) + longer - 0.5
+        low = min(max(int(place), longer), len(self._sorted) - 1)
+        high = min(low + 1, len(self._sorted) - 1)
+        between = self._sorted[low] + (self._sorted[high] - self._sorted[low]) * min(max(place - low, 0.0), 1.0)
+        return max(1.0, between - age)

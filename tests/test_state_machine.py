@@ -26,7 +26,7 @@ def busy(running: int = 0, waiting: int = 0, **values: object) -> Occupancy:
 
 
 def test_vectors_hold_every_field() -> None:
-    occupancy = Occupancy(3, 1, 4, 5, 100.5, 33.25, 7, 2, 11, 33, 22, 1.5, 1e-4, (0.1, inf), CURVE)
+    occupancy = Occupancy(3, 1, 4, 5, 7, 2, 11, 33, 22, 100.5, 33.25, 1.5, 1e-4, (0.1, inf), CURVE)
     vector = occupancy.to_vector()
     assert all(isinstance(value, float) for value in vector)
     again = Occupancy.from_vector(vector, num_arms=2)

@@ -9,7 +9,7 @@ CURVE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """Of one replica in one rollout, once it has carried out the last decision. Counts of work done are the rollout's totals."""
+    """Of one replica in one rollout, once it has carried out the last decision. Counts of work done are the rollout's."""
 
     steps: int = 0
     arm: int = 0
@@ -18,10 +18,6 @@ class Occupancy:
     """Responses that decode or prefill now."""
     waiting: int = 0
     """Responses queued here that no pass runs now, siblings that wait for their prompt included."""
-    context: float = 0.0
-    """Mean tokens of the running ones."""
-    age: float = 0.0
-    """Mean response tokens of the running ones."""
     finished: int = 0
     """Responses completed here."""
     claimed: int = 0
@@ -29,6 +25,10 @@ class Occupancy:
     num_drafts: int = 0
     drafted: int = 0
     accepted: int = 0
+    context: float = 0.0
+    """Mean tokens of the running ones."""
+    age: float = 0.0
+    """Mean response tokens of the running ones."""
     seconds: float = 0.0
     """Since the rollout began, by its own clock."""
     prefill_seconds: float = 0.0
@@ -45,16 +45,17 @@ class Occupancy:
 
     def to_vector(self) -> list[float]:
         """All fields, flat. As long for every replica, where the arms are agreed."""
-        scalars = [float(getattr(self, field.name)) for field in fields(self)[: len(_SCALARS)]]
-        return [*scalars, *self.seconds_per_token, *self.curve]
+        return [*(float(getattr(self, name)) for name in _SCALARS), *self.seconds_per_token, *self.curve]
 
     @classmethod
     def from_vector(cls, vector: Sequence[float], num_arms: int) -> "Occupancy":
         """What `to_vector` made: counts are whole numbers again."""
         start = len(_SCALARS)
-        scalars = [kind(value) for kind, value in zip(_SCALARS, vector, strict=False)]
-        return cls(*scalars, tuple(vector[start : start + num_arms]), tuple(vector[start + num_arms :]))  # type: ignore[arg-type]
+        arms, curve = tuple(vector[start : start + num_arms]), tuple(vector[start + num_arms :])
+        return cls(*map(int, vector[:_COUNTS]), *vector[_COUNTS:start], arms, curve)  # type: ignore[arg-type, misc]
 
 
-_SCALARS = tuple(field.type for field in fields(Occupancy)[:-2])
-"""Their types."""
+_SCALARS = tuple(field.name for field in fields(Occupancy) if field.type in (int, float))
+"""All fields but the last two."""
+_COUNTS = sum(field.type is int for field in fields(Occupancy))
+"""So many come first."""

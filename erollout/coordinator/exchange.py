@@ -1,0 +1,294 @@
+"""The cluster's one stream of operations: windows of occupancies, and the sequences that move between them.
+
+Every replica (its leader) takes part in the same operations over a gloo group of their own, in the same order, one after the
+other: window 1, the parcels of decision 1 if it moves sequences, window 2, ... A replica posts the next operation at a step
+border after the one before is complete, looks at the step borders whether it is, and never waits. All of them feed the complete
+windows to equal state machines, so all take the same decisions.
+
+An operation is an all-to-all: every two replicas talk directly, so that each of them notices at once when another one's
+connection ends. A peer that only stops costs nothing but time: operations wait for it, the replicas go on without them.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from erollout.config import CoordinatorConfig
+from erollout.coordinator.occupancy import Occupancy
+from erollout.coordinator.state_machine import Decision, Move, StateMachine
+from erollout.types import PartialRollout
+
+logger = logging.getLogger(__name__)
+
+BUSY_SHARE = 0.001
+"""Of a busy replica's time for the exchange: windows that cost more than this follow each other more slowly."""
+SLOWEST = 10
+"""Times window_seconds: the longest pause between two windows that the exchange's own cost may ask for."""
+
+
+class Stream:
+    """Operations over one group, one at a time, polled. All ranks post the same ones in the same order."""
+
+    def __init__(self, group: dist.ProcessGroup, stall_seconds: float, patience_seconds: float) -> None:
+        """
+        Args:
+            group: gloo, with a timeout beyond patience_seconds.
+            stall_seconds: after which a pending operation counts as stalled.
+            patience_seconds: after which nothing is expected of it any more.
+        """
+        self.group = group
+        self.rank = group.rank()
+        self.size = group.size()
+        self.stall_seconds = stall_seconds
+        self.patience_seconds = patience_seconds
+        self.error: str | None = None
+        """Why nothing will ever come again."""
+        self._work: dist.Work | None = None
+        self._sent = self._received = torch.empty(0)
+        self._waited = 0.0
+        self._polled_at = 0.0
+
+    @property
+    def is_free(self) -> bool:
+        return self._work is None and self.error is None
+
+    @property
+    def is_stalled(self) -> bool:
+        """The pending operation has waited for others for longer than stall_seconds."""
+        return self._waited > self.stall_seconds
+
+    def gather(self, vector: Sequence[float]) -> None:
+        """Post: this rank's vector to all; `poll` gives [ranks * len(vector)]."""
+        mine = torch.tensor(vector, dtype=torch.float64)
+        self._post(mine.repeat(self.size), torch.empty(self.size * len(vector), dtype=torch.float64))
+
+    def swap(self, parcels: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        """Post: a parcel (float64, may be empty) to each rank; `poll` gives this rank's, of these sizes, in rank order."""
+        received = torch.empty(sum(sizes), dtype=torch.float64)
+        self._post(torch.cat(list(parcels)), received, list(sizes), [len(parcel) for parcel in parcels])
+
+    def poll(self) -> Tensor | None:
+        """What the pending operation brought, once; None while it waits."""
+        if self._work is None:
+            return None
+        if not self._work.is_completed():
+            self._count_waiting()
+            return None
+        work, self._work, self._waited = self._work, None, 0.0
+        try:
+            work.wait()
+        except RuntimeError as error:  # gloo's: a connection ended, or the group's timeout passed
+            self.error = _first_line(error)
+            return None
+        return self._received
+
+    def _post(
+        self, sent: Tensor, received: Tensor, sizes: list[int] | None = None, sent_sizes: list[int] | None = None
+    ) -> None:
+        assert self.is_free
+        self._sent, self._received = sent, received
+        self._waited, self._polled_at = 0.0, time.monotonic()
+        try:
+            self._work = dist.all_to_all_single(received, sent, sizes, sent_sizes, self.group, async_op=True)
+        except RuntimeError as error:
+            self.error = _first_line(error)
+
+    def _count_waiting(self) -> None:
+        """Count the time since the last look, but not all of a long one: then it was this rank that was slow or stopped."""
+        now = time.monotonic()
+        self._waited += min(now - self._polled_at, self.stall_seconds / 2)
+        self._polled_at = now
+        if self._waited > self.patience_seconds:
+            self._work, self.error = None, f"no answer from some replica within {self.patience_seconds:g} s"
+
+
+@dataclass(slots=True)
+class News:
+    """What the stream brought since the last look."""
+
+    decision: Decision | None = None
+    release: int = 0
+    """So many sequences are to be given (`Exchange.give`): the stream waits for them."""
+    arrivals: list[PartialRollout] = field(default_factory=list)
+
+
+class Exchange:
+    """One replica's end of the stream in one rollout."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        machine: StateMachine,
+        num_arms: int,
+        max_tokens: int,
+        options: CoordinatorConfig,
+        patience_seconds: float,
+    ) -> None:
+        """
+        Args:
+            group: of the replicas' leaders, in their order; nothing else uses it, and nothing is pending in it.
+            machine: started with the same arguments on every replica.
+            max_tokens: longest response of the rollout.
+            patience_seconds: how long a replica that does not answer is waited for, once there is nothing else to do.
+        """
+        self.stream = Stream(group, options.stall_seconds, patience_seconds)
+        self.replica = group.rank()
+        self.decision = machine.start()
+        self.machine = machine
+        self.window_seconds = options.window_seconds
+        self.windows = self.moves_out = self.moves_in = self.sequences_out = self.sequences_in = 0
+        self.seconds = 0.0
+        """Of this thread, in here."""
+        self._num_arms = num_arms
+        self._width = 3 + 3 * max_tokens
+        self._given: list[PartialRollout] = []
+        """Sequences of the last moves, kept until a window shows that their targets have them."""
+        self._release_asked = self._swap_due = False
+        self._spent = 0.0
+        """Processor seconds of this thread for the present window."""
+        self._pause = 0.0
+        self._decided_at = -inf
+
+    @property
+    def has_ended(self) -> bool:
+        """Every response is complete, as all replicas know."""
+        return self.decision.finished
+
+    @property
+    def is_alone(self) -> bool:
+        """Nothing comes from the others, for the moment or for good."""
+        return self.stream.error is not None or self.stream.is_stalled
+
+    def poll(self, occupancy: Callable[[], Occupancy], pause: float | None = None) -> News:
+        """Go on with the stream as far as it goes without waiting.
+
+        Args:
+            occupancy: called when a window is posted.
+            pause: least seconds between the last window and the next; None: so many that the exchange costs little.
+        """
+        started = time.perf_counter()
+        news = News()
+        result = self.stream.poll()
+        if result is not None and self._swap_due:
+            news.arrivals = self._swapped(result)
+        elif result is not None:
+            news.decision = self._gathered(result)
+        elif self.stream.is_free and not self.has_ended:  # not before the caller has carried out what came
+            news.release = self._go_on(occupancy, self._pause if pause is None else pause)
+        self.seconds += time.perf_counter() - started
+        return news
+
+    def give(self, partials: list[PartialRollout]) -> None:
+        """Send the released sequences to their targets, as many to each as was decided, in order."""
+        rest = list(partials)
+        parcels = [torch.empty(0, dtype=torch.float64)] * self.stream.size
+        for move in self.decision.moves:
+            if move.source == self.replica:
+                part, rest = rest[: move.num_sequences], rest[move.num_sequences :]
+                parcel = encode(part, move.num_sequences, self._width)
+                parcels[move.target] = torch.cat([parcels[move.target], parcel])
+                self.moves_out += 1
+        assert not rest, f"{len(partials)} sequences released for {self.decision.moves}"
+        self.sequences_out += len(partials)
+        self._given = partials
+        self._post_swap(parcels)
+
+    def take_back(self) -> list[PartialRollout]:
+        """After the stream broke: the sequences given away that may have reached nobody. Once."""
+        assert self.stream.error is not None
+        partials, self._given = self._given, []
+        return partials
+
+    def _gathered(self, result: Tensor) -> Decision:
+        """Decide about a complete window."""
+        started = time.thread_time()
+        self.windows += 1
+        window = []
+        for replica, row in enumerate(result.view(self.stream.size, -1).tolist()):
+            assert row[0] == self.windows, (
+                f"replica {replica} is in window {row[0]:.0f}, replica {self.replica} in {self.windows}"
+            )
+            window.append(Occupancy.from_vector(row[1:], self._num_arms))
+        self._given = []  # whoever has posted this window has taken in what the decision before sent there
+        self.decision = self.machine.advance(window)
+        self._swap_due, self._release_asked = bool(self.decision.moves), False
+        spent = self._spent + time.thread_time() - started
+        self._pause = min(max(self.window_seconds, spent / BUSY_SHARE), SLOWEST * self.window_seconds)
+        self._decided_at = time.monotonic()
+        return self.decision
+
+    def _go_on(self, occupancy: Callable[[], Occupancy], pause: float) -> int:
+        """Post what is next in the stream, if it is time; how many sequences must be released for that."""
+        if self._swap_due:
+            return self._swap()
+        if time.monotonic() >= self._decided_at + pause:
+            started = time.thread_time()
+            self.stream.gather([self.windows + 1, *occupancy().to_vector()])
+            self._spent = time.thread_time() - started
+        return 0
+
+    def _swap(self) -> int:
+        """Post this replica's part in the decided moves; how many sequences it must release before that can be done."""
+        wanted = sum(move.num_sequences for move in self.decision.moves if move.source == self.replica)
+        if not wanted:
+            self._post_swap([torch.empty(0, dtype=torch.float64)] * self.stream.size)
+        elif not self._release_asked:
+            self._release_asked = True
+            return wanted
+        return 0
+
+    def _post_swap(self, parcels: Sequence[Tensor]) -> None:
+        if self.stream.is_free:
+            self.stream.swap(parcels, [sum(self._parcel_size(m) for m in moves) for moves in self._moves_to_here()])
+
+    def _swapped(self, result: Tensor) -> list[PartialRollout]:
+        """The sequences that came here with the moves of the last decision."""
+        self._swap_due = False
+        partials, start = [], 0
+        for moves in self._moves_to_here():
+            for move in moves:
+                size = self._parcel_size(move)
+                partials += decode(result[start : start + size], self._width)
+                start += size
+                self.moves_in += 1
+        self.sequences_in += len(partials)
+        return partials
+
+    def _moves_to_here(self) -> list[list[Move]]:
+        """The last decision's moves to this replica, by source."""
+        here = [move for move in self.decision.moves if move.target == self.replica]
+        return [[move for move in here if move.source == source] for source in range(self.stream.size)]
+
+    def _parcel_size(self, move: Move) -> int:
+        return 1 + move.num_sequences * self._width
+
+
+def encode(partials: Sequence[PartialRollout], num_sequences: int, width: int) -> Tensor:
+    """Up to num_sequences responses as float64 [1 + num_sequences * width]: how many; of each its place, tokens, log-probs."""
+    parcel = torch.zeros(1 + num_sequences * width, dtype=torch.float64)
+    parcel[0] = len(partials)
+    for row, partial in zip(parcel[1:].view(num_sequences, width), partials, strict=False):
+        place = partial.prompt_index, partial.sample_index, len(partial.response_ids)
+        values = [*place, *partial.response_ids, *partial.logprobs, *partial.raw_logprobs]
+        row[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    return parcel
+
+
+def decode(parcel: Tensor, width: int) -> list[PartialRollout]:
+    """What `encode` made."""
+    partials = []
+    for row in parcel[1:].view(-1, width)[: int(parcel[0])].tolist():
+        prompt_index, sample_index, length = (int(value) for value in row[:3])
+        ids, logprobs, raw = (tuple(row[3 + part * length : 3 + (part + 1) * length]) for part in range(3))
+        partials.append(PartialRollout(prompt_index, sample_index, tuple(int(i) for i in ids), logprobs, raw))
+    return partials
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0].partition(". This is typically")[0]

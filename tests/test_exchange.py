@@ -1,0 +1,155 @@
+"""The stream of windows and moves between real processes: equal decisions, late, stopped and dead peers."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import RankPool
+
+from erollout.config import CoordinatorConfig
+from erollout.coordinator.exchange import Exchange, News, Stream, decode, encode
+from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
+from erollout.coordinator.state_machine import Decision, StateMachine
+from erollout.types import PartialRollout
+
+MAX_TOKENS = 16
+QUICK: dict[str, Any] = {"window_seconds": 0.01}
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+def partial(index: int, length: int) -> PartialRollout:
+    ids = tuple(range(index, index + length))
+    return PartialRollout(index, index % 3, ids, tuple(-i / 7 for i in ids), tuple(-i / 3 for i in ids))
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (MAX_TOKENS, 0, 5)])
+def test_sequences_survive_the_way(lengths: tuple[int, ...]) -> None:
+    width = 3 + 3 * MAX_TOKENS
+    partials = [partial(index, length) for index, length in enumerate(lengths)]
+    parcel = encode(partials, 4, width)
+    assert parcel.shape == (1 + 4 * width,)
+    assert decode(parcel, width) == partials
+
+
+def world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+class Replica:
+    """Samples one token of every sequence per step; step times are slept."""
+
+    def __init__(self, prompts: int, group_size: int, slots: int, options: CoordinatorConfig) -> None:
+        machine = StateMachine(options, dist.get_world_size(), prompts, group_size, slots, (), MAX_TOKENS)
+        self.exchange = Exchange(world(), machine, 1, MAX_TOKENS, options, PATIENCE)
+        self.group_size, self.slots = group_size, slots
+        self.finished: list[tuple[int, int]] = []
+        self.queue: list[list[int]] = []
+        """[prompt, sample, tokens left] of what is to be completed here."""
+        self.decisions: list[Decision] = []
+        self.carry_out(self.exchange.decision)
+
+    def carry_out(self, decision: Decision) -> None:
+        self.decisions.append(decision)
+        for prompt in self.exchange.machine.mine(decision, self.exchange.replica):
+            self.queue += [[prompt, sample, 1 + prompt % 7] for sample in range(self.group_size)]
+
+    def occupancy(self) -> Occupancy:
+        running = min(len(self.queue), self.slots)
+        curve = tuple(0.001 for _ in CURVE_BATCHES)
+        return Occupancy(
+            running=running,
+            waiting=len(self.queue) - running,
+            finished=len(self.finished),
+            claimed=self.exchange.machine.claimed,
+            seconds_per_token=(0.001,),
+            curve=curve,
+        )
+
+    def take_in(self, news: News) -> None:
+        if news.decision is not None:
+            self.carry_out(news.decision)
+        if news.release:
+            leaving, self.queue = self.queue[: news.release], self.queue[news.release :]
+            self.exchange.give([PartialRollout(p, s, (0,) * left, (0.0,) * left, (0.0,) * left) for p, s, left in leaving])
+        self.queue += [[a.prompt_index, a.sample_index, len(a.response_ids)] for a in news.arrivals]
+
+    def step(self) -> None:
+        for sequence in self.queue[: self.slots]:
+            sequence[2] -= 1
+        self.finished += [(prompt, sample) for prompt, sample, left in self.queue if not left]
+        self.queue = [sequence for sequence in self.queue if sequence[2]]
+
+
+def run(replica: Replica, step_seconds: float, deadline: float) -> None:
+    while not replica.exchange.has_ended:
+        assert time.monotonic() < deadline, "the rollout does not end"
+        replica.take_in(replica.exchange.poll(replica.occupancy))
+        if replica.queue:
+            replica.step()
+        time.sleep(step_seconds)
+
+
+def rollout(prompts: int, slow: dict[int, float], options: CoordinatorConfig) -> dict[str, Any]:
+    replica = Replica(prompts, 2, 4, options)
+    run(replica, slow.get(dist.get_rank(), 0.002), time.monotonic() + 60)
+    exchange = replica.exchange
+    return {"finished": replica.finished, "decisions": replica.decisions, "windows": exchange.windows}
+
+
+def check_complete(results: list[dict[str, Any]], prompts: int) -> None:
+    """Every sample once, and one history of decisions."""
+    finished = sorted(place for result in results for place in result["finished"])
+    assert finished == [(prompt, sample) for prompt in range(prompts) for sample in range(2)]
+    assert all(result["decisions"] == results[0]["decisions"] for result in results)
+    assert [decision.epoch for decision in results[0]["decisions"]] == list(range(results[0]["windows"] + 1))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_replicas_share_a_rollout(ranks: RankPool, world_size: int) -> None:
+    options = CoordinatorConfig(**QUICK)
+    results = ranks.run(world_size, rollout, 40, {}, options)
+    check_complete(results, 40)
+    assert all(result["finished"] for result in results)
+
+
+@pytest.mark.distributed
+def test_a_slow_replica_gets_less(ranks: RankPool) -> None:
+    options = CoordinatorConfig(**QUICK)
+    results = ranks.run(3, rollout, 60, {2: 0.1}, options)
+    check_complete(results, 60)
+    assert len(results[2]["finished"]) < len(results[0]["finished"]) / 2
+
+
+def no_one_waits() -> tuple[float, list[float], str | None]:
+    """Rank 0 posts much later than the others, who look often: seconds of their longest look, what all get."""
+    stream = Stream(world(), 0.1, PATIENCE)
+    if dist.get_rank() == 0:
+        time.sleep(0.5)
+    stream.gather([float(dist.get_rank())])
+    longest, result, was_stalled = 0.0, None, False
+    while result is None:
+        started = time.thread_time()
+        result = stream.poll()
+        longest = max(longest, time.thread_time() - started)
+        was_stalled |= stream.is_stalled
+        time.sleep(0.001)
+    assert stream.is_free and not stream.is_stalled
+    return was_stalled, result.tolist(), stream.error
+
+
+@pytest.mark.distributed
+def test_who_waits_for_a_late_peer_knows_it(ranks: RankPool) -> None:
+    results = ranks.run(3, no_one_waits)
+    assert [stalled for stalled, _, _ in results] == [False, True, True]
+    assert all(values == [0.0, 1.0, 2.0] and error is None for _, values, error in results)

@@ -1,8 +1,10 @@
 """What was measured, over what the roofline predicts: log ratios, interpolated between the points. Pure.
 
-The ratio of a point has two parts. One is a curve over the tokens of a pass, common to all draft lengths and contexts: matmuls
-see nothing but the number of rows, and their steps, at whole tiles, stand at the same rows for any draft length. The other is
-what is left at the point itself. Both are linear in the logarithms between neighbours, and fade outside the measured range.
+The ratio of a point has three parts. A curve over the tokens of a pass is common to all draft lengths and contexts: matmuls
+see nothing but the number of rows, and their steps, at whole tiles, stand at the same rows for any draft length. What is left
+of it at a draft length and batch is common to all contexts. What is left then, at the context, counts up to MOST_AT_CONTEXT:
+attention makes no jumps there, but where the cache was too small for the batch, other sequences ran than were meant. All three
+are linear in the logarithms between neighbours, and fade outside the measured range.
 """
 
 from bisect import bisect_left
@@ -13,6 +15,8 @@ from statistics import median
 
 FADE_OCTAVES = 2.0
 """Distance outside the measured range at which half of a ratio's logarithm is left."""
+MOST_AT_CONTEXT = 0.1
+"""Log ratio of a point over the median of its batch's other contexts, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class Point:
 
 
 class MeasuredTable:
-    """Ratios of one kind of pass. Exact at its points; none: 0 everywhere."""
+    """Ratios of one kind of pass. Without any point: 0 everywhere."""
 
     def __init__(self, points: Iterable[Point], verifies: bool) -> None:
         """`verifies`: a pass has num_speculative_tokens + 1 tokens of each sequence, not one."""
@@ -51,10 +55,7 @@ class MeasuredTable:
             rest = p.log_ratio - self._curve_at(p.batch, p.num_speculative_tokens)
             row = tree.setdefault(log2(p.num_speculative_tokens + 1), {}).setdefault(log2(max(1.0, p.context)), {})
             row.setdefault(log2(p.batch), []).append(rest)
-        return [
-            (n, [(c, [(b, median(values)) for b, values in sorted(row.items())]) for c, row in sorted(rows.items())])
-            for n, rows in sorted(tree.items())
-        ]
+        return [(n, _steadied(rows)) for n, rows in sorted(tree.items())]
 
     def _curve_at(self, batch: int, num_speculative_tokens: int) -> float:
         return _interpolated(self._curve, self._tokens(batch, num_speculative_tokens))
@@ -66,7 +67,22 @@ class MeasuredTable:
 
 
 _Row = Sequence[tuple[float, float]]
-_Axis = list[tuple[float, list[tuple[float, list[tuple[float, float]]]]]]
+_Axis = list[tuple[float, list[tuple[float, _Row]]]]
+
+
+def _steadied(rows: dict[float, dict[float, list[float]]]) -> list[tuple[float, _Row]]:
+    """By context, then batch: the batch's median over its contexts, and as much of the context's own as counts."""
+    batches: dict[float, list[float]] = {}
+    for row in rows.values():
+        for batch, values in row.items():
+            batches.setdefault(batch, []).extend(values)
+    middle = {batch: median(values) for batch, values in batches.items()}
+
+    def steadied(batch: float, values: list[float]) -> float:
+        own = median(values) - middle[batch]
+        return middle[batch] + max(-MOST_AT_CONTEXT, min(MOST_AT_CONTEXT, own))
+
+    return [(context, [(b, steadied(b, v)) for b, v in sorted(row.items())]) for context, row in sorted(rows.items())]
 
 
 def _pooled(pairs: Iterable[tuple[float, float]]) -> _Row:

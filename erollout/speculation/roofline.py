@@ -52,12 +52,16 @@ class PassCost:
     """Seconds, whatever is computed."""
     per_sequence: float = 0.0
     """Seconds per sequence: c of the paper."""
+    per_token: float = 0.0
+    """Seconds per token of the verify pass: its decision."""
     per_context: float = 0.0
     """Seconds per token of the mean context, at any batch."""
     tile: int = 1
     """Tokens that matmuls compute at once."""
     sequence_tile: int = 1
     """Sequences that the overhead grows by at once."""
+    padded: bool = False
+    """Whether the drafter's batch is filled up to a multiple of n + 1, as in engines whose graphs serve both passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,13 @@ class Roofline:
         tokens = batch * (num_speculative_tokens + 1 if kind == "verify" else 1) + prefill_tokens
         memory = (weights * cost.weight_factor + size.kv_bytes * cost.kv_factor * batch * context) / cost.bandwidth
         compute = _tiled(tokens, cost.tile) * (size.flops + size.attention_flops * context) / cost.compute
-        overhead = cost.per_pass + cost.per_sequence * _tiled(batch, cost.sequence_tile) + cost.per_context * context
+        rows = _tiled(batch, num_speculative_tokens + 1) if cost.padded else batch
+        overhead = (
+            cost.per_token * tokens
+            + cost.per_pass
+            + cost.per_sequence * _tiled(rows, cost.sequence_tile)
+            + cost.per_context * context
+        )
         links = self.communication
         reduce = size.reduces * (links.latency + tokens * size.reduce_bytes / links.bandwidth) + links.per_sequence * batch
         return Parts(memory, compute, overhead, reduce)

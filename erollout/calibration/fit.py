@@ -1,0 +1,245 @@
+"""Fits a calibration to a sweep: the roofline's coefficients by robust least squares, then a table of what they leave over.
+
+Residuals are logarithms of measured over predicted seconds, so that a millisecond of a short pass counts as much as ten of a
+ten times longer one; soft_l1 keeps points that did not run as meant (a cache that was full, so that fewer sequences ran) from
+deciding. Weak priors hold what few points can't tell: a sweep of five seconds gives a usable roofline too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import log
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity
+from erollout.calibration.hardware import Hardware, find_hardware
+from erollout.calibration.sweep_file import SweepRow
+from erollout.errors import UserError
+from erollout.speculation.cost_model import PassTimes
+from erollout.speculation.measured_table import Point
+from erollout.speculation.roofline import Communication, ModelSize, Pass, PassCost, Roofline
+
+PASSES: Mapping[str, Pass] = {"target_decode": "target", "drafter_decode": "draft", "target_verify": "verify"}
+"""By mode of a sweep. target_decode_sd is an AR step too, of an engine that idles its drafter: not one of ours."""
+TILES = (1, 16, 32, 64, 128, 256)
+"""Tokens that a matmul may compute at once."""
+SEQUENCE_TILES = (1, 4, 8, 16, 32)
+"""Sequences by which the drafter's time may grow at once."""
+SHAPE_EVIDENCE = 6.0
+"""Of log likelihood ratios: what a tile must explain better than none. Few points don't show one."""
+OUTLIER = 0.05
+"""Log residual beyond which a point counts less."""
+AT_BOUND = 1e-3
+"""Distance from a bound, in the units of the search, that counts as being there."""
+PRIOR_WEIGHT = 0.01
+"""Of a coefficient's own prior, in units of a point."""
+
+
+Shape = TypeVar("Shape")
+"""Of a search: what is chosen from a list, not fitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One pass of a sweep."""
+
+    kind: Pass
+    format: str
+    """"" for target and verify."""
+    batch: int
+    context: float
+    num_speculative_tokens: int
+    seconds: float
+
+
+def measured_passes(rows: Sequence[SweepRow], format: str = REFERENCE_FORMAT) -> list[Measured]:
+    """The rows that a calibration is of, by their medians. `format`: the drafter's, where rows don't name it."""
+    return [
+        Measured(
+            PASSES[row.mode],
+            (row.format or format) if row.mode == "drafter_decode" else "",
+            row.batch,
+            float(row.seq),
+            row.gamma,
+            row.median_ms / 1e3,
+        )
+        for row in rows
+        if row.mode in PASSES
+    ]
+
+
+def fit(
+    points: Sequence[Measured],
+    size: ModelSize,
+    identity: Identity,
+    model_name: str = "",
+    provenance: Mapping[str, Any] | None = None,
+) -> Calibration:
+    """A calibration from measured passes: at least one of the target, of the verify pass and of each drafter.
+
+    The peaks of the identity's hardware, where known, bound the coefficients; the links of its ranks cost what is usual.
+
+    Raises UserError where one of these passes is missing.
+    """
+    _check_complete(points, identity.formats)
+    hardware = find_hardware(identity.hardware)
+    links = hardware.communication if size.reduces else Communication()
+    target, verify, bounds = _fit_target(points, size, links, hardware)
+    drafts, at_bounds = {}, {"target and verify": bounds}
+    for format in identity.formats:
+        drafts[format], at_bounds[f"draft {format}"] = _fit_draft(points, format, size, links, target)
+    roofline = Roofline(size, target, verify, drafts, links)
+    diagnostics = {"roofline": _accuracies(points, roofline), "at bounds": at_bounds}
+    return Calibration(identity, roofline, _tables(points, roofline), model_name, dict(provenance or {}), diagnostics)
+
+
+def _check_complete(points: Sequence[Measured], formats: Sequence[str]) -> None:
+    present = {(p.kind, p.format) for p in points}
+    needed: list[tuple[Pass, str]] = [("target", ""), ("verify", ""), *(("draft", format) for format in formats)]
+    missing = [" ".join(key).strip() for key in needed if key not in present]
+    if missing or not formats:
+        raise UserError(f"the sweep has no times of {', '.join(missing) or 'any drafter'}; measure those too")
+
+
+def _fit_target(
+    points: Sequence[Measured], size: ModelSize, links: Communication, peaks: Hardware
+) -> tuple[PassCost, PassCost, list[str]]:
+    """Target and verify pass together: the same weights and matmuls; the cache's part and the overheads are their own."""
+    mine = [p for p in points if p.kind != "draft"]
+    unit = min(p.seconds for p in mine)
+    fastest = max(size.flops * p.batch * (p.num_speculative_tokens + 1) / p.seconds for p in mine)
+    bandwidth = min(size.weight_bytes / unit, 0.8 * peaks.bandwidth)
+    compute = min(2 * fastest, 0.8 * peaks.compute)
+    search = [
+        _Coefficient("bandwidth", log(bandwidth), log(bandwidth) - 1, log(min(peaks.bandwidth, 100 * bandwidth))),
+        _Coefficient("compute", log(compute), log(compute) - 1.5, log(min(peaks.compute, 1e4 * compute))),
+        *(replace(c, name=f"{kind} {c.name}") for kind in ("target", "verify") for c in _OWN),
+        _Coefficient("verify per_token", 0.001, 0.0, 0.2),
+    ]
+
+    def costs(x: NDArray[np.float64], tile: int) -> tuple[PassCost, PassCost]:
+        shared = PassCost(float(np.exp(x[0])), float(np.exp(x[1])), tile=tile)
+        return _own(shared, x[2:6], unit), replace(_own(shared, x[6:10], unit), per_token=float(x[10]) * unit)
+
+    def roofline(x: NDArray[np.float64], tile: int) -> Roofline:
+        return Roofline(size, *costs(x, tile), {}, links)
+
+    x, tile, bounds = _search(mine, roofline, search, TILES)
+    return *costs(x, tile), bounds
+
+
+def _fit_draft(
+    points: Sequence[Measured], format: str, size: ModelSize, links: Communication, target: PassCost
+) -> tuple[PassCost, list[str]]:
+    """One drafter: its weights may be read, and its numbers computed, slower or faster than the target's."""
+    mine = [p for p in points if p.kind == "draft" and p.format == format]
+    unit = min(p.seconds for p in mine)
+    search = [_Coefficient("weight_factor", 0.0, -1.5, 2.5), _Coefficient("compute", 0.0, -3.0, 4.0), *_OWN]
+
+    def cost(x: NDArray[np.float64], shape: tuple[int, bool]) -> PassCost:
+        factor, compute = float(np.exp(x[0])), target.compute * float(np.exp(x[1]))
+        shared = replace(target, compute=compute, weight_factor=factor, tile=1, sequence_tile=shape[0], padded=shape[1])
+        return _own(shared, x[2:6], unit)
+
+    def roofline(x: NDArray[np.float64], shape: tuple[int, bool]) -> Roofline:
+        return Roofline(size, target, target, {format: cost(x, shape)}, links)
+
+    shapes = [(tile, padded) for padded in (False, True) for tile in SEQUENCE_TILES]
+    x, chosen, bounds = _search(mine, roofline, search, shapes)
+    return cost(x, chosen), bounds
+
+
+@dataclass(frozen=True, slots=True)
+class _Coefficient:
+    """Where to look for it: the value without any evidence, and its bounds."""
+
+    name: str
+    start: float
+    low: float
+    high: float
+    weight: float = PRIOR_WEIGHT
+    """Of the value without evidence, against a point's."""
+
+
+_OWN = (
+    _Coefficient("kv_factor", 0.0, -3.0, 1.5),
+    _Coefficient("per_pass", 0.05, 0.0, 1.0, 10 * PRIOR_WEIGHT),
+    _Coefficient("per_sequence", 0.01, 0.0, 0.5),
+    _Coefficient("per_context", 0.01, 0.0, 1.0),
+)
+"""A pass's own: logarithm of kv_factor, per_pass, per_sequence and per_context in units of the shortest measured pass."""
+_CONTEXT_UNIT = 1000
+"""Tokens of context that per_context is searched for."""
+
+
+def _own(cost: PassCost, x: NDArray[np.float64], unit: float) -> PassCost:
+    per_pass, per_sequence, per_context = (float(value) * unit for value in x[1:])
+    kv_factor = float(np.exp(x[0]))
+    return replace(
+        cost, kv_factor=kv_factor, per_pass=per_pass, per_sequence=per_sequence, per_context=per_context / _CONTEXT_UNIT
+    )
+
+
+def _search(
+    points: Sequence[Measured],
+    roofline: Callable[[NDArray[np.float64], Shape], Roofline],
+    coefficients: Sequence[_Coefficient],
+    shapes: Sequence[Shape],
+) -> tuple[NDArray[np.float64], Shape, list[str]]:
+    """The coefficients and the tiles with the least loss: no tile, the first shape, unless one explains clearly more.
+
+    Third, the names of the coefficients that ended at a bound: evidence against the model, or none for the coefficient.
+    """
+    start, low, high, weight = (np.array([getattr(c, f) for c in coefficients]) for f in ("start", "low", "high", "weight"))
+
+    def residuals(x: NDArray[np.float64], shape: Shape) -> NDArray[np.float64]:
+        costs = roofline(x, shape)
+        return np.array([*(_residual(point, costs) for point in points), *weight * (x - start)])
+
+    best, least = None, float("inf")
+    for shape in shapes:
+        found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=OUTLIER, args=(shape,))
+        evidence = len(points) * log(least / found.cost) if best else float("inf")
+        if not best or evidence > (SHAPE_EVIDENCE if best[1] == shapes[0] else 0):
+            best, least = (found.x, shape), found.cost
+    assert best
+    x, shape = best
+    at_bounds = [c.name for c, value in zip(coefficients, x, strict=True) if min(value - c.low, c.high - value) < AT_BOUND]
+    return x, shape, at_bounds
+
+
+def _residual(point: Measured, roofline: Roofline) -> float:
+    predicted = roofline.seconds(point.kind, point.format, point.batch, point.context, point.num_speculative_tokens)
+    return log(predicted / point.seconds)
+
+
+def _tables(points: Sequence[Measured], roofline: Roofline) -> dict[tuple[Pass, str], tuple[Point, ...]]:
+    tables: dict[tuple[Pass, str], list[Point]] = {}
+    for p in points:
+        point = Point(p.batch, p.context, p.num_speculative_tokens, -_residual(p, roofline))
+        tables.setdefault((p.kind, p.format), []).append(point)
+    return {key: tuple(table) for key, table in tables.items()}
+
+
+def _accuracies(points: Sequence[Measured], roofline: Roofline) -> dict[str, dict[str, float]]:
+    """By component, of the roofline alone: the table is exact at its points."""
+    passes = PassTimes(roofline)
+    keys = dict.fromkeys((p.kind, p.format) for p in points)
+    return {" ".join(key).strip(): accuracy([p for p in points if (p.kind, p.format) == key], passes) for key in keys}
+
+
+def accuracy(points: Sequence[Measured], passes: PassTimes) -> dict[str, float]:
+    """R2 of the seconds, mean absolute and mean relative error in per cent, and the number of points."""
+    true = np.array([p.seconds for p in points])
+    guess = np.array([passes.seconds(p.kind, p.format, p.batch, p.context, p.num_speculative_tokens) for p in points])
+    spread = float(((true - true.mean()) ** 2).sum())
+    relative = guess / true - 1
+    return {
+        "r2": 1 - float(((guess - true) ** 2).sum()) / spread if spread else float("nan"),
+        "mape": 100 * float(np.abs(relative).mean()),
+        "bias": 100 * float(relative.mean()),
+        "points": len(points),
+    }

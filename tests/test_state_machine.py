@@ -39,7 +39,7 @@ def test_vectors_hold_every_field() -> None:
 def test_static_hand_out_gives_everything_at_once() -> None:
     static = machine(CoordinatorConfig(policy="replica", hand_out="static"), prompts=7)
     assert static.start() == Decision(0, None, ((0, 2, 4, 6), (1, 3, 5)))
-    assert static.advance([busy(4, 4), busy(4, 2)]) == Decision(1, None, ((), ()))
+    assert static.advance([busy(4, 4), busy(4, 2)]) == Decision(1)
     assert static.claim(0) is None
 
 
@@ -53,10 +53,10 @@ def test_dynamic_hand_out_fills_the_slots_and_one_more() -> None:
 def test_the_rest_goes_to_who_is_free_first() -> None:
     dynamic = machine(prompts=9)
     dynamic.start()
-    assert dynamic.advance([busy(4, 1), busy(4, 2)]).hand_out == ((), ()), "a reserve of one prompt is enough"
+    assert dynamic.advance([busy(4, 1), busy(4, 2)]).hand_out == (), "a reserve of one prompt is enough"
     assert dynamic.advance([busy(4, 0, finished=2), busy(4, 2)]).hand_out == ((6, 7), ()), "more where they end quickly"
     assert dynamic.advance([busy(4, 4, finished=2), busy(1, 0, finished=5)]).hand_out == ((), (8,))
-    assert dynamic.advance([busy(1), busy(1)]).hand_out == ((), ())
+    assert dynamic.advance([busy(1), busy(1)]).hand_out == ()
 
 
 def test_the_last_prompt_goes_to_the_faster_of_two_full_replicas() -> None:
@@ -144,7 +144,7 @@ def test_every_prompt_is_handed_out_once_and_loads_stay_even(
         ]
         decision = dynamic.advance(window)
         if len(given_out) + sum(map(len, decision.hand_out)) < prompts:  # what is left waits for room
-            totals = [left + len(m) * group for left, m in zip(outstanding, decision.hand_out, strict=True)]
+            totals = [left + len(m) * group for left, m in zip(outstanding, decision.hand_out or [()] * replicas, strict=True)]
             assert all(total >= slots for total in totals), "no slot stays empty while a prompt waits"
     assert decision.finished
     assert sorted(given_out) == list(range(prompts))

@@ -6,7 +6,7 @@ of a claim from the next occupancy. What was handed to another in between is sam
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from erollout.coordinator.lengths import Lengths
 from erollout.coordinator.occupancy import Occupancy
@@ -53,22 +53,15 @@ class HandOut:
         self._skip_claimed()
 
     def more(self, window: Sequence[Occupancy]) -> tuple[tuple[int, ...], ...]:
-        """What the replicas with the shortest queues get now: the one that is predicted to be free first, first."""
+        """What the replicas with short queues get now; while that is not enough for all, who is predicted to be free first."""
         given: dict[int, list[int]] = {}
         if not self.is_done:
-            room = self._room(window)
-            heap = [(self._free_in(window[replica], 0), replica) for replica in room]
-            heapq.heapify(heap)
-            while heap and (prompt := self._take()) is not None:
-                _, replica = heap[0]
-                mine = given.setdefault(replica, [])
-                mine.append(prompt)
-                if len(mine) < room[replica]:
-                    heapq.heapreplace(heap, (self._free_in(window[replica], len(mine)), replica))
-                else:
-                    heapq.heappop(heap)
+            for replica in self._turns(window, self._room(window)):
+                if (prompt := self._take()) is None:
+                    break
+                given.setdefault(replica, []).append(prompt)
         self._finished = [occupancy.finished for occupancy in window]
-        return tuple(tuple(given.get(replica, ())) for replica in range(self.replicas)) if given else ((),) * self.replicas
+        return tuple(tuple(given.get(replica, ())) for replica in range(self.replicas)) if given else ()
 
     def claimable(self, replica: int, claimed: int) -> int | None:
         """The next prompt that a replica may claim after so many, as far as the decisions made here say."""
@@ -110,10 +103,30 @@ class HandOut:
                 room[replica] = missing // self.group_size
         return room
 
-    def _free_in(self, occupancy: Occupancy, given: int) -> float:
+    def _turns(self, window: Sequence[Occupancy], room: dict[int, int]) -> Iterator[int]:
+        """The replicas that get the next prompts, in order."""
+        if sum(room.values()) <= self.num_prompts - self._next:
+            yield from (replica for replica, prompts in room.items() for _ in range(prompts))
+            return
+        rate = {replica: self._seconds_per_response(window[replica]) for replica in room}
+        heap = [(self._free_in(window[replica], 0, rate[replica]), replica, 0) for replica in room]
+        heapq.heapify(heap)
+        while heap:
+            _, replica, given = heap[0]
+            yield replica
+            if given + 1 < room[replica]:
+                free_in = self._free_in(window[replica], given + 1, rate[replica])
+                heapq.heapreplace(heap, (free_in, replica, given + 1))
+            else:
+                heapq.heappop(heap)
+
+    def _free_in(self, occupancy: Occupancy, given: int, seconds_per_response: float) -> float:
         """Predicted seconds until a slot is free, when it has so many prompts more; the more negative, the more are free."""
         sequences = occupancy.outstanding + given * self.group_size
-        running = min(max(sequences, 1), self.max_num_seqs)
-        residual = self.lengths.mean_residual(occupancy.age)
-        seconds_per_response = residual * seconds_per_token(occupancy.curve, running, self.max_num_seqs) / running
         return (sequences + 1 - self.max_num_seqs) * seconds_per_response
+
+    def _seconds_per_response(self, occupancy: Occupancy) -> float:
+        """Predicted, between two responses that end, at the present load."""
+        running = min(max(occupancy.outstanding, 1), self.max_num_seqs)
+        residual = self.lengths.mean_residual(occupancy.age)
+        return residual * seconds_per_token(occupancy.curve, running, self.max_num_seqs) / running

@@ -7,17 +7,19 @@ from itertools import accumulate
 UNKNOWN_QUANTILES = 256
 """Points that stand for the assumed distribution where there is no last rollout."""
 
+BEYOND = 1.25
+
 
 class Lengths:
     """The distribution of response lengths.
 
-    One response of max_tokens is added to the known ones: it stands for what lies beyond the longest. Without known ones, all
-    lengths up to max_tokens are taken as equally likely.
+    One response, BEYOND times the longest, is added to the known ones, for those that grow longer than any before. Without
+    known ones, all lengths up to max_tokens are taken as equally likely.
     """
 
     def __init__(self, lengths: Sequence[int], max_tokens: int) -> None:
         assumed = [max_tokens * (i + 1) / UNKNOWN_QUANTILES for i in range(UNKNOWN_QUANTILES)]
-        self._sorted = sorted([*lengths, max_tokens] if lengths else assumed)
+        self._sorted = sorted([*lengths, min(BEYOND * max(lengths), max_tokens)] if lengths else assumed)
         self._sums = [0.0, *accumulate(self._sorted)]
         """Of so many of the shortest."""
 

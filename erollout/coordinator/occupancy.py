@@ -52,7 +52,7 @@ class Occupancy:
         """What `to_vector` made: counts are whole numbers again."""
         start = len(_SCALARS)
         arms, curve = tuple(vector[start : start + num_arms]), tuple(vector[start + num_arms :])
-        return cls(*map(int, vector[:_COUNTS]), *vector[_COUNTS:start], arms, curve)  # type: ignore[arg-type, misc]
+        return cls(*map(int, vector[:_COUNTS]), *vector[_COUNTS:start], arms, curve)  # type: ignore[call-arg, arg-type]
 
 
 _SCALARS = tuple(field.name for field in fields(Occupancy) if field.type in (int, float))

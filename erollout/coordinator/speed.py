@@ -1,5 +1,6 @@
 """What a replica's curve says of any number of sequences. Pure."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from erollout.coordinator.occupancy import CURVE_BATCHES
@@ -13,14 +14,14 @@ def seconds_per_token(curve: Sequence[float], sequences: float, max_num_seqs: in
     Args:
         curve: seconds at CURVE_BATCHES; empty where nothing is known: then every batch takes as long.
     """
-    batch = min(max(sequences, 1.0), float(max_num_seqs))
-    queueing = max(1.0, sequences / max_num_seqs)
+    if sequences > max_num_seqs:
+        return sequences / max_num_seqs * seconds_per_token(curve, max_num_seqs, max_num_seqs)
     if not curve:
-        return queueing
-    upper = (int(batch) - 1).bit_length() if batch == int(batch) else int(batch).bit_length()
-    if upper >= len(CURVE_BATCHES):
-        return queueing * curve[-1] * batch / CURVE_BATCHES[-1]
-    if upper == 0 or batch == CURVE_BATCHES[upper]:
-        return queueing * curve[upper]
+        return 1.0
+    upper = bisect_left(CURVE_BATCHES, sequences)
+    if upper == 0:
+        return curve[0]
+    if upper == len(CURVE_BATCHES):
+        return curve[-1] * sequences / CURVE_BATCHES[-1]
     low = CURVE_BATCHES[upper - 1]
-    return queueing * (curve[upper - 1] + (curve[upper] - curve[upper - 1]) * (batch - low) / low)
+    return curve[upper - 1] + (curve[upper] - curve[upper - 1]) * (sequences - low) / low

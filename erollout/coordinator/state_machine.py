@@ -12,19 +12,10 @@ from erollout.config import CoordinatorConfig
 from erollout.coordinator.hand_out import HandOut
 from erollout.coordinator.lengths import Lengths
 from erollout.coordinator.occupancy import Occupancy
+from erollout.coordinator.rebalancing import Move, Rebalancing
 
 ARM_MARGIN = 0.03
 """The cluster changes its arm for one that is better by this share."""
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """Sequences to go from one replica to another, by their tokens."""
-
-    source: int
-    target: int
-    num_sequences: int
-    """At most; the source gives what it still has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +27,9 @@ class Decision:
     arm: int | None = None
     """Index into the agreed arms, for all replicas; None: each for itself."""
     hand_out: tuple[tuple[int, ...], ...] = ()
-    """Per replica: prompts (positions in the rollout's list) that are its own from now on."""
+    """Per replica: prompts (positions in the rollout's list) that are its own from now on; empty: none for anybody."""
     moves: tuple[Move, ...] = ()
-    """Carried out in this order before the next window."""
+    """Carried out before the next window."""
     finished: bool = False
     """Every response is complete: no window follows."""
 
@@ -64,7 +55,9 @@ class StateMachine:
         """
         self.options = options
         self.num_responses = num_prompts * group_size
-        self._hand_out = HandOut(replicas, num_prompts, group_size, max_num_seqs, Lengths(lengths, max_tokens))
+        known = Lengths(lengths, max_tokens)
+        self._hand_out = HandOut(replicas, num_prompts, group_size, max_num_seqs, known)
+        self._rebalancing = Rebalancing(replicas, max_num_seqs, known, options.window_seconds)
         self._epoch = 0
         self._arm = 0 if options.policy == "cluster" else None
         self._claimed_here = 0
@@ -85,7 +78,13 @@ class StateMachine:
             return Decision(self._epoch, self._arm, finished=True)
         if self._arm is not None:
             self._arm = self._best_arm(window, self._arm)
-        return Decision(self._epoch, self._arm, self._hand_out.more(window))
+        moves = self._hand_out.is_done and self.options.policy == "makespan"
+        return Decision(
+            self._epoch,
+            self._arm,
+            hand_out=self._hand_out.more(window),
+            moves=self._rebalancing.moves(window) if moves else (),
+        )
 
     def claim(self, replica: int) -> int | None:
         """A prompt that this process's replica may sample though no window gave it, because none comes; None: there is none.

@@ -1,47 +1,349 @@
-"""Which arm a replica's next step takes, and what was learnt from the steps before. Pure."""
+"""Which arm a replica's next step takes, and what was learnt from the steps before. Pure.
 
-from collections.abc import Sequence
+The arm with the least predicted seconds per token: what its step costs at the present load over the tokens that it yields. Both
+are estimated from the steps that are taken; what is not taken is probed now and then.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from math import inf, log2, nan
+from typing import Any
 
 from erollout.config import SpeculationConfig
+from erollout.speculation.acceptance import Acceptance
 from erollout.speculation.cost_model import CostModel
-from erollout.speculation.step import Arm, Load, StepOutcome
+from erollout.speculation.hold_back import HoldBack
+from erollout.speculation.ladder import Ladder
+from erollout.speculation.probes import Probes
+from erollout.speculation.step import OFF, Arm, Load, StepOutcome
+from erollout.speculation.trace import Decision, Reason, Trace
+
+logger = logging.getLogger(__name__)
+
+REFRESH = 8
+"""Decisions for which predictions are kept while the load stays about the same."""
+CONTEXT_STEPS = 4
+"""Contexts per octave that count as one load."""
+REVERSAL_STEPS = 16
+"""So soon after a change, to change back must promise REVERSAL margins."""
+REVERSAL = 3.0
+WHOLE = 0.9
+"""Share of an arm's drafts that a step must have had for its time to be that of the arm."""
+ENDING_WINDOW = 2000.0
+"""Tokens after which an old one counts e times less in how often a token ends its response."""
+FIRST_TOKENS = 100.0
+"""Tokens that no response ended with, which are counted before any."""
+LOSS = 0.01
+"""Share of a rollout's seconds: speculation that lost more is held back."""
 
 
 class Toggle:
     """Of one replica, over the whole run."""
 
-    def __init__(self, options: SpeculationConfig, formats: Sequence[str], cost: CostModel) -> None:
-        """`formats`: the drafters that there are, the default one first; empty with mode off."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        options: SpeculationConfig,
+        formats: Sequence[str],
+        cost: CostModel,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """
+        Args:
+            formats: the drafters that there are, the default one first; empty with mode off.
+            clock: seconds; only the trace depends on it.
+        """
+        assert formats or options.mode == "off"
+        self.options = options
+        self.cost = cost
+        self.acceptance = {format: Acceptance(options.toggle.acceptance_window) for format in formats}
+        self.ladder = Ladder(options.toggle.ladder) if options.mode == "ladder" else None
+        self.probes = Probes(options.toggle.probe_interval, options.toggle.probe_steps)
+        self.hold = HoldBack()
+        self.trace = Trace()
+        """Of the present rollout, or of the last one."""
+        self._clock = clock
+        self._arms = _arms(options, formats)
+        self._index = {arm: index for index, arm in enumerate(self._arms)}
+        self._chooses = options.mode not in ("off", "always")
+        self._ended = self._emitted = 0.0
+        self._began = 0.0
+        self._learns = True
+        self._metrics: dict[str, float] = {}
+        self._current, self._previous, self._since_change = 0, -1, REVERSAL_STEPS
+        self._values: tuple[float, ...] = ()
+        self._best = self._second = 0
+        self._key: tuple[int, int, int] | None = None
+        self._age, self._fresh = 0, False
+        self._load = Load(0, 0.0)
+        self._decision = Decision(self._arms[0], Reason.FIXED)
 
     @property
     def arms(self) -> tuple[Arm, ...]:
         """What may be chosen, OFF first where it may be; the same list on all replicas."""
-        raise NotImplementedError
+        return self._arms
 
     def begin_rollout(self, learns: bool) -> None:
-        """`learns`: false for a validation rollout, which leaves no trace in acceptance, costs or ladder."""
-        raise NotImplementedError
+        """`learns`: false for a validation rollout, which leaves no trace in acceptance, costs, ladder or probes."""
+        self._learns = learns
+        self.trace = Trace()
+        self._began = self._clock()
+        self._start_over()
+        if learns:
+            for acceptance in self.acceptance.values():
+                acceptance.begin_rollout()
 
     def decide(self, load: Load, imposed: Arm | None = None) -> Arm:
         """The arm of the next step; an imposed one (the cluster's) is taken as it is."""
-        raise NotImplementedError
+        if imposed is not None:
+            self.probes.cancel()
+            self._current = self._index.get(imposed, self._current)
+        if load.decoding:
+            self._load = load
+            self._evaluate(load)
+            self._decision = self._decided(load) if imposed is None else self._taken(imposed, Reason.IMPOSED)
+        elif imposed is None:
+            self._decision = Decision(OFF, Reason.IDLE)
+        else:
+            self._decision = Decision(imposed, Reason.IMPOSED)
+        return self._decision.arm
 
     def observe(self, outcome: StepOutcome) -> None:
         """What the step after the last decision came to."""
-        raise NotImplementedError
+        self.trace.append(self._clock() - self._began - outcome.seconds, self._decision, outcome)
+        if not self._learns:
+            return
+        arm, load = outcome.arm, outcome.load
+        self.probes.passed(outcome.seconds)
+        if not arm.speculates or sum(outcome.drafted_at) >= WHOLE * arm.num_speculative_tokens * load.decoding:
+            self._observe_cost(arm, load, outcome.seconds)
+        if arm.speculates:
+            self.acceptance[arm.format].observe(outcome.drafted_at, outcome.accepted_at)
+        keep = 1 - min(1.0, outcome.emitted / ENDING_WINDOW)
+        self._emitted = self._emitted * keep + outcome.emitted
+        self._ended = self._ended * keep + outcome.finished
 
     def seconds_per_token(self, load: Load) -> tuple[float, ...]:
-        """Predicted for every arm: seconds in which each decoding sequence gets one token."""
-        raise NotImplementedError
+        """Predicted for every arm: seconds in which each decoding sequence gets one token; inf for one that is closed now.
 
-    def end_rollout(self) -> None:
-        """Close the rollout's trace; where speculation lost time over the whole of it, say so and hold it back."""
-        raise NotImplementedError
+        What prompt tokens cost an autoregressive pass is left out: it is paid once, whatever the arm.
+        """
+        step_seconds, lengths = self.cost.step_seconds, self._lengths()
+        common = self._prefill_seconds(load)
+        values = []
+        for arm in self._arms:
+            if self.ladder is not None and arm.num_speculative_tokens not in (0, self.ladder.rung):
+                values.append(inf)
+            else:
+                values.append((step_seconds(arm, load) - common) / lengths[arm.format][arm.num_speculative_tokens])
+        return tuple(values)
+
+    def end_rollout(self, acceptance_rate: float | None = None) -> None:
+        """Close the rollout's trace; where speculation lost time over the whole of it, say so and hold it back.
+
+        Args:
+            acceptance_rate: of the whole cluster's drafts, for the ladder; None: of those here.
+        """
+        trace = self.trace
+        saved = trace.saved(self.cost.step_seconds)
+        self._metrics = self._measured(saved)
+        if not self._learns or not self._chooses:
+            return
+        drafted, accepted = trace.total("drafted"), trace.total("accepted")
+        if self.ladder is not None and drafted:
+            self.ladder.end_rollout(accepted / drafted if acceptance_rate is None else acceptance_rate)
+        lost = -saved > LOSS * trace.seconds if drafted else None
+        self.hold.end_rollout(lost)
+        if lost:
+            logger.warning(
+                "speculation lost %.2f s of this rollout's %.2f s; the next %d go without it (probes apart)",
+                -saved,
+                trace.seconds,
+                self.hold.left,
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last rollout that ended."""
+        return dict(self._metrics)
+
+    def explain(self, load: Load | None = None) -> str:
+        """Why speculation is on or off: in the last decision, or what would be chosen at a load."""
+        if not self.acceptance:
+            return "off: speculation.mode is off"
+        load = self._load if load is None else load
+        if not load.decoding:
+            return "off: no sequence decodes"
+        values = self.seconds_per_token(load)
+        drafting = [index for index, arm in enumerate(self._arms) if arm.speculates]
+        best = min(drafting, key=lambda index: values[index])
+        chosen = self._current if load is self._load else min(range(len(values)), key=values.__getitem__)
+        arm = self._arms[chosen if chosen in drafting else best]
+        bare = Load(load.decoding, load.context)
+        cost = self.cost.step_seconds(arm, bare) / self.cost.step_seconds(OFF, bare)
+        length = self._lengths()[arm.format][arm.num_speculative_tokens]
+        state = "on" if chosen in drafting else "off"
+        held = f" (held back for {self.hold.left} rollouts: it lost time)" if self.hold.left else ""
+        sequences = f"{load.decoding} sequence{'s' if load.decoding > 1 else ''}"
+        return (
+            f"{state}: at {sequences} {arm} costs {cost:.2f}x a step and yields {length:.2f} tokens: {length / cost:.2f}x{held}"
+        )
 
     def state_dict(self) -> dict[str, object]:
         """Acceptance, online costs and ladder, as JSON: for the checkpoint."""
-        raise NotImplementedError
+        return {
+            "acceptance": {format: known.state_dict() for format, known in self.acceptance.items()},
+            "cost": self.cost.state_dict(),
+            "ladder": None if self.ladder is None else self.ladder.state_dict(),
+            "probes": self.probes.state_dict(),
+            "hold": self.hold.state_dict(),
+            "endings": [self._ended, self._emitted],
+        }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        raise NotImplementedError
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What fits the drafters of now is taken over. Raises ValueError for what no state_dict is."""
+        try:
+            for format, known in state["acceptance"].items():
+                if format in self.acceptance:
+                    self.acceptance[format].load_state_dict(known)
+                else:
+                    logger.info("the run drafted with %s before; its acceptance is dropped", format)
+            self.cost.load_state_dict(state["cost"])
+            if self.ladder is not None and state["ladder"] is not None:
+                self.ladder.load_state_dict(state["ladder"])
+            self.probes.load_state_dict(state["probes"])
+            self.hold.load_state_dict(state["hold"])
+            self._ended, self._emitted = map(float, state["endings"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"no state of a toggle: {error!r}") from error
+        self._start_over()
+
+    def _decided(self, load: Load) -> Decision:
+        """By predictions, at a load with decoding sequences."""
+        if not self._chooses:
+            return self._taken(self._arms[0], Reason.FIXED)
+        if self.probes.arm is not None:
+            if not load.prefill_tokens:
+                return self._taken(self.probes.arm, Reason.PROBE)
+            self.probes.cancel()
+        reason = self._choose()
+        if self._fresh and self._learns and not load.prefill_tokens and self._probes(load):
+            assert self.probes.arm is not None
+            return self._taken(self.probes.arm, Reason.PROBE)
+        return self._taken(self._arms[self._current], reason)
+
+    def _choose(self) -> Reason:
+        """Move the present arm to the best one where that pays."""
+        if self.hold.left:
+            self._current = 0
+            return Reason.HELD
+        values, best, current = self._values, self._best, self._current
+        self._since_change += 1
+        margin = self.options.toggle.margin
+        if best == self._previous and self._since_change < REVERSAL_STEPS:
+            margin *= REVERSAL
+        if best == current or values[best] >= values[current] * (1 - margin):
+            return Reason.KEPT
+        self._previous, self._current, self._since_change = current, best, 0
+        return Reason.BETTER
+
+    def _probes(self, load: Load) -> bool:
+        """Whether to begin measuring something else than the present arm: first the other side, then the best neighbour."""
+        values, size = self._values, load.decoding.bit_length()
+        drafting = [index for index in range(1, len(values)) if index != self._current and values[index] < inf]
+        best = min(drafting, key=values.__getitem__, default=None)
+        targets = [(0, (False, False, size)), (best, (True, True, size))] if self._current else [(best, (True, False, size))]
+        chosen = self.cost.step_seconds(self._arms[self._current], load)
+        for target, kind in targets:
+            if target is not None:
+                ratio = values[target] / values[self._current]
+                loss = self.cost.step_seconds(self._arms[target], load) * (1 - 1 / ratio)
+                if self.probes.start(self._arms[target], kind, ratio, loss, chosen):
+                    return True
+        return False
+
+    def _observe_cost(self, arm: Arm, load: Load, seconds: float) -> None:
+        """Learn from a step that was all its arm's."""
+        probes, size = self.probes, load.decoding.bit_length()
+        if probes.arm is not None and arm == probes.arm:
+            probes.measured(self.cost.step_seconds(arm, load), seconds)
+            self._age = REFRESH  # what was measured counts at once
+        elif load.decoding and not load.prefill_tokens:
+            probes.seen((arm.speculates, False, size))
+        self.cost.observe(arm, load, seconds)
+
+    def _evaluate(self, load: Load) -> None:
+        """Predict for a load, or keep the predictions of one that was about the same."""
+        context = int(CONTEXT_STEPS * log2(load.context)) if load.context > 1 else 0
+        key = (load.decoding, context, load.prefill_tokens)
+        self._fresh = key != self._key or self._age >= REFRESH
+        self._age += 1
+        if self._fresh:
+            values = self._values = self.seconds_per_token(load)
+            ranked = sorted(range(len(values)), key=values.__getitem__)
+            self._best, self._second = ranked[0], ranked[1 % len(ranked)]
+            self._key, self._age = key, 1
+
+    def _taken(self, arm: Arm, reason: Reason) -> Decision:
+        """A decision with its predictions, and those of the best of the rest."""
+        index, values = self._index.get(arm), self._values
+        other = self._second if index == self._best else self._best
+        return Decision(arm, reason, nan if index is None else values[index], self._arms[other], values[other])
+
+    def _lengths(self) -> dict[str, list[float]]:
+        """By format and num_speculative_tokens: tokens that a step yields."""
+        survival = 1 - self._ended / (self._emitted + FIRST_TOKENS)
+        longest = max(arm.num_speculative_tokens for arm in self._arms)
+        return {"": [1.0]} | {format: known.lengths(longest, survival) for format, known in self.acceptance.items()}
+
+    def _prefill_seconds(self, load: Load) -> float:
+        """What prompt tokens add to an autoregressive pass."""
+        if not load.prefill_tokens:
+            return 0.0
+        whole = self.cost.step_seconds(OFF, load)
+        return whole - self.cost.step_seconds(OFF, Load(load.decoding, load.context)) if load.decoding else whole
+
+    def _measured(self, saved: float) -> dict[str, float]:
+        """The rollout's metrics."""
+        trace = self.trace
+        steps = max(1, len(trace))
+        lengths = [n for n in trace.num_speculative_tokens if n]
+        known: dict[tuple[int, int, int], tuple[float, ...]] = {}
+
+        def in_hindsight(load: Load) -> tuple[float, ...]:
+            key = (load.decoding, int(CONTEXT_STEPS * log2(max(1.0, load.context))), load.prefill_tokens)
+            if key not in known:
+                known[key] = self.seconds_per_token(load)
+            return known[key]
+
+        return {
+            "share_speculating": len(lengths) / steps,
+            "mean_num_speculative_tokens": sum(lengths) / max(1, len(lengths)),
+            "switches": float(trace.count(Reason.BETTER)),
+            "probes": trace.count(Reason.PROBE) / steps,
+            "saved_seconds": saved,
+            "regret_seconds": trace.regret(in_hindsight, self._arms),
+            "held_back": float(self.hold.left > 0),
+        }
+
+    def _start_over(self) -> None:
+        """Forget what holds within one rollout."""
+        self.probes.cancel()
+        self._current, self._previous, self._since_change = 0, -1, REVERSAL_STEPS
+        self._key, self._age = None, 0
+        self._load = Load(0, 0.0)
+        self._decision = Decision(self._arms[0], Reason.FIXED)
+
+
+def _arms(options: SpeculationConfig, formats: Sequence[str]) -> tuple[Arm, ...]:
+    """What a mode may choose from."""
+    if options.mode == "off":
+        return (OFF,)
+    fixed = Arm(formats[0], options.num_speculative_tokens)
+    if options.mode == "always":
+        return (fixed,)
+    if options.mode == "toggle":
+        return (OFF, fixed)
+    if options.mode == "ladder":
+        return (OFF, *(Arm(formats[0], rung) for rung in sorted(set(options.toggle.ladder.rungs))))
+    lengths = range(1, options.toggle.max_speculative_tokens + 1)
+    return (OFF, *(Arm(format, n) for format in formats for n in lengths))

@@ -1,0 +1,112 @@
+"""How many drafts of one drafter are accepted, by their position in the draft, estimated while drafts are verified. Pure.
+
+Of every position a decaying count of drafts that got so far (all tokens before were accepted) and of those whose token was
+accepted there too. A position of which little is known takes after the one before it: acceptance is nearly flat in depth.
+"""
+
+from collections.abc import Sequence
+from math import exp, isfinite, sqrt
+from typing import Any
+
+PRIOR = 0.8
+"""Acceptance before any draft. INT4 drafters lie between 0.6 and 0.97: drafting looks worth a try, no more."""
+PRIOR_DRAFTS = 4.0
+"""Drafts that the prior weighs as much as."""
+NEIGHBOUR_DRAFTS = 50.0
+"""Drafts that the position before weighs as much as."""
+CARRIED = 0.25
+"""Of the window: most that all earlier rollouts weigh when one begins, since the policy has changed in between."""
+
+
+class Acceptance:
+    """Of one drafter, over the whole run."""
+
+    def __init__(self, window: float) -> None:
+        """`window`: drafts after which an old one counts e times less."""
+        self.window = window
+        self.tried: list[float] = []
+        """By position: drafts whose tokens before it were all accepted."""
+        self.accepted: list[float] = []
+
+    def begin_rollout(self) -> None:
+        most = CARRIED * self.window
+        if self.tried and self.tried[0] > most:
+            self._scale(most / self.tried[0])
+
+    def observe(self, drafted_at: Sequence[int], accepted_at: Sequence[int]) -> None:
+        """Count one step's drafts, as StepOutcome has them."""
+        if not drafted_at:
+            return
+        self._scale(exp(-drafted_at[0] / self.window))
+        missing = len(drafted_at) - len(self.tried)
+        if missing > 0:
+            self.tried += [0.0] * missing
+            self.accepted += [0.0] * missing
+        reached: float = drafted_at[0]
+        before = drafted_at[0]
+        for position, (drafted, accepted) in enumerate(zip(drafted_at, accepted_at, strict=True)):
+            if drafted != before:  # some drafts ended: those that go on were accepted so far as often as all
+                reached = max(accepted, reached * drafted / before)
+                before = drafted
+            self.tried[position] += reached
+            self.accepted[position] += accepted
+            reached = accepted
+
+    def rates(self, num_speculative_tokens: int) -> list[float]:
+        """Of the first, second, ... token of a draft: the chance that it is accepted where those before it are."""
+        rates, rate, weight = [], PRIOR, PRIOR_DRAFTS
+        for tried, accepted in zip(self.tried[:num_speculative_tokens], self.accepted, strict=False):
+            rate = (accepted + weight * rate) / (tried + weight)
+            rates.append(rate)
+            weight = NEIGHBOUR_DRAFTS
+        return rates + [rate] * (num_speculative_tokens - len(rates))
+
+    def lengths(self, num_speculative_tokens: int, survival: float = 1.0) -> list[float]:
+        """Tokens that a verify pass yields with drafts of 0, 1, 2, ... tokens, the recovered or bonus token included.
+
+        `survival`: chance that a token does not end its response; what is accepted behind one that does is lost.
+        """
+        lengths, chance = [1.0], 1.0
+        for rate in self.rates(num_speculative_tokens):
+            chance *= rate * survival
+            lengths.append(lengths[-1] + chance)
+        return lengths
+
+    def length(self, num_speculative_tokens: int) -> float:
+        """Expected acceptance_length."""
+        return self.lengths(num_speculative_tokens)[-1]
+
+    def length_error(self, num_speculative_tokens: int) -> float:
+        """Standard error of `length`."""
+        rates = self.rates(num_speculative_tokens)
+        chances, chance = [], 1.0
+        for rate in rates:
+            chance *= rate
+            chances.append(chance)
+        variance = 0.0
+        for position, error in enumerate(self.errors(num_speculative_tokens)):
+            variance += (sum(chances[position:]) / rates[position] * error) ** 2
+        return sqrt(variance)
+
+    def errors(self, num_speculative_tokens: int) -> list[float]:
+        """Standard errors of `rates`."""
+        tried = self.tried[:num_speculative_tokens] + [0.0] * (num_speculative_tokens - len(self.tried))
+        weights = [PRIOR_DRAFTS] + [min(NEIGHBOUR_DRAFTS, max(tried[:1], default=0.0) + PRIOR_DRAFTS)] * num_speculative_tokens
+        rates = self.rates(num_speculative_tokens)
+        return [sqrt(rate * (1 - rate) / (count + weight)) for rate, count, weight in zip(rates, tried, weights, strict=False)]
+
+    def state_dict(self) -> dict[str, object]:
+        return {"tried": list(self.tried), "accepted": list(self.accepted)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for counts that no drafts can have."""
+        tried, accepted = [[float(count) for count in state[key]] for key in ("tried", "accepted")]
+        if len(tried) != len(accepted) or not all(
+            isfinite(t) and 0 <= a <= t * (1 + 1e-9) for t, a in zip(tried, accepted, strict=True)
+        ):
+            raise ValueError(f"acceptance counts {accepted} of {tried} drafts")
+        self.tried, self.accepted = tried, accepted
+
+    def _scale(self, factor: float) -> None:
+        self.tried = [count * factor for count in self.tried]
+        self.accepted = [count * factor for count in self.accepted]

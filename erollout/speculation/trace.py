@@ -1,0 +1,278 @@
+"""Every decision of one rollout of one replica, with what it predicted and what came of it. Pure."""
+
+import csv
+import gzip
+import io
+import logging
+import os
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from math import nan
+from pathlib import Path
+
+from erollout.errors import UserError
+from erollout.speculation.step import OFF, Arm, Load, StepOutcome
+
+logger = logging.getLogger(__name__)
+
+OUTLIER = 3.0
+"""Times its prediction: more of a step's seconds is not laid to its arm."""
+
+
+class Reason(IntEnum):
+    """Why an arm was taken."""
+
+    FIXED = 0
+    """The mode leaves no choice."""
+    IDLE = 1
+    """No sequence decodes."""
+    KEPT = 2
+    """No other promises the margin."""
+    BETTER = 3
+    """It promises more than the margin over the one before."""
+    PROBE = 4
+    """To measure it."""
+    IMPOSED = 5
+    """By the cluster."""
+    HELD = 6
+    """Speculation lost time in rollouts before."""
+
+
+@dataclass(slots=True)
+class Decision:
+    """Predictions are seconds in which every decoding sequence gets one token; nan where there is none."""
+
+    arm: Arm
+    reason: Reason
+    predicted: float = nan
+    other: Arm = OFF
+    """The best of the rest."""
+    other_predicted: float = nan
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """A span of a rollout's time; means are over its seconds, empty ones included."""
+
+    busy: float
+    """Share of its seconds that steps took."""
+    decoding: float
+    """Mean number of sequences that decode."""
+    waiting: float
+    speculating: float
+    """Share of its seconds in steps that speculate."""
+    drafts: float
+    """Mean num_speculative_tokens; 0 without speculation."""
+
+
+_WHOLE = ("step", "decoding", "waiting", "prefill_tokens", "emitted", "drafted", "accepted", "finished")
+_REAL = ("start", "seconds", "context", "predicted", "other_predicted")
+_NAMED = ("arm", "other", "reason")
+COLUMNS = (
+    *_WHOLE[:1],
+    *_REAL[:2],
+    *_WHOLE[1:4],
+    "context",
+    "arm",
+    "predicted",
+    "other",
+    "other_predicted",
+    *_WHOLE[4:],
+    "reason",
+)
+"""Of the file. `start`: seconds since the rollout began; `seconds`: of the step."""
+
+
+class Trace:
+    """Columns of equal length, one entry for each step."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, array] = {name: array("q") for name in (*_WHOLE, *_NAMED)}
+        self.columns |= {name: array("d") for name in _REAL}
+        self.arms: list[Arm] = []
+        """What the columns `arm` and `other` index."""
+        self._index: dict[Arm, int] = {}
+        self._appends = [self.columns[name].append for name in COLUMNS]
+
+    def __len__(self) -> int:
+        return len(self.columns["step"])
+
+    def append(self, start: float, decision: Decision, outcome: StepOutcome) -> None:
+        """`start`: seconds from the rollout's begin to the step's."""
+        load, arm = outcome.load, outcome.arm
+        index = self._index
+        number = index.get(arm)
+        if number is None:
+            number = self._number(arm)
+        other = index.get(decision.other)
+        if other is None:
+            other = self._number(decision.other)
+        drafted, accepted = sum(outcome.drafted_at), sum(outcome.accepted_at)
+        row = (
+            len(self),
+            start,
+            outcome.seconds,
+            load.decoding,
+            load.waiting,
+            load.prefill_tokens,
+            load.context,
+            number,
+            decision.predicted,
+            other,
+            decision.other_predicted,
+            outcome.emitted,
+            drafted,
+            accepted,
+            outcome.finished,
+            decision.reason,
+        )
+        for append, value in zip(self._appends, row, strict=True):
+            append(value)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(self.columns["seconds"])
+
+    def total(self, column: str) -> int:
+        """Of a column of whole numbers."""
+        return int(sum(self.columns[column]))
+
+    def count(self, reason: Reason) -> int:
+        """Steps whose arm was taken for it."""
+        return self.columns["reason"].count(reason)
+
+    @property
+    def num_speculative_tokens(self) -> list[int]:
+        """Of every step."""
+        lengths = [arm.num_speculative_tokens for arm in self.arms]
+        return [lengths[index] for index in self.columns["arm"]]
+
+    def load(self, step: int) -> Load:
+        columns = self.columns
+        return Load(
+            columns["decoding"][step], columns["context"][step], columns["prefill_tokens"][step], columns["waiting"][step]
+        )
+
+    def arm(self, step: int) -> Arm:
+        return self.arms[self.columns["arm"][step]]
+
+    def tokens(self, step: int) -> float:
+        """That each decoding sequence got, on average; 0 where none decoded."""
+        columns = self.columns
+        decoding = columns["decoding"][step]
+        if not decoding:
+            return 0.0
+        if columns["prefill_tokens"][step]:  # emitted counts the first tokens of prompts too
+            return 1 + columns["accepted"][step] / decoding
+        return columns["emitted"][step] / decoding
+
+    def write(self, path: Path) -> bool:
+        """As gzipped CSV with a header, the same bytes for the same trace. Whether the disk took it: a run goes on without."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(self._rows())
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+            os.replace(partial, path)
+        except OSError as error:
+            logger.warning("the decisions of this rollout are not kept: %s can't be written (%s)", path, error)
+            return False
+        return True
+
+    @classmethod
+    def read(cls, path: Path) -> "Trace":
+        """What `write` wrote. UserError for a file that is missing or damaged."""
+        trace = cls()
+        try:
+            reader = csv.reader(io.StringIO(gzip.decompress(path.read_bytes()).decode()))
+            if tuple(next(reader, ())) != COLUMNS:
+                raise ValueError("its header is not that of decisions")
+            for row in reader:
+                trace._append_text(row)
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{path} can't be read as the decisions of a rollout ({error}); give a file of <run>/decisions"
+            ) from error
+        return trace
+
+    def binned(self, bins: int, seconds: float) -> list[Bin]:
+        """A summary of fixed size, to be gathered from many replicas: equal spans of [0, seconds)."""
+        width = seconds / bins
+        sums = [[0.0] * 5 for _ in range(bins)]
+        columns = self.columns
+        for step, (start, length) in enumerate(zip(columns["start"], columns["seconds"], strict=True)):
+            n = self.arm(step).num_speculative_tokens
+            values = (1.0, columns["decoding"][step], columns["waiting"][step], float(n > 0), float(n))
+            for index in range(min(bins - 1, int(start / width)), min(bins - 1, int((start + length) / width)) + 1):
+                share = max(0.0, min(start + length, (index + 1) * width) - max(start, index * width)) / width
+                sums[index] = [total + share * value for total, value in zip(sums[index], values, strict=True)]
+        return [Bin(*total) for total in sums]
+
+    def regret(self, seconds_per_token: Callable[[Load], Sequence[float]], arms: Sequence[Arm]) -> float:
+        """Seconds that the arms taken lost against the best one of every step, as predicted in hindsight.
+
+        Args:
+            seconds_per_token: of every arm, with all that is known now.
+        """
+        lost = 0.0
+        known = {arm: index for index, arm in enumerate(arms)}
+        for step in range(len(self)):
+            if (tokens := self.tokens(step)) and (index := known.get(self.arm(step))) is not None:
+                values = seconds_per_token(self.load(step))
+                lost += tokens * (values[index] - min(values))
+        return lost
+
+    def saved(self, step_seconds: Callable[[Arm, Load], float]) -> float:
+        """Seconds that speculating steps saved against autoregressive ones for the same tokens (negative: lost).
+
+        Args:
+            step_seconds: predicted with all that is known now; the steps themselves count as measured, outliers cut.
+        """
+        saved = 0.0
+        for step, seconds in enumerate(self.columns["seconds"]):
+            arm, load = self.arm(step), self.load(step)
+            if arm.speculates and (tokens := self.tokens(step)):
+                once = step_seconds(OFF, load)
+                again = step_seconds(OFF, Load(load.decoding, load.context)) if load.prefill_tokens else once
+                saved += once + (tokens - 1) * again - min(seconds, OUTLIER * step_seconds(arm, load))
+        return saved
+
+    def _number(self, arm: Arm) -> int:
+        self._index[arm] = len(self.arms)
+        self.arms.append(arm)
+        return self._index[arm]
+
+    def _rows(self) -> Iterator[list[str]]:
+        columns = self.columns
+        for step in range(len(self)):
+            row = {name: str(columns[name][step]) for name in _WHOLE} | {name: f"{columns[name][step]:.6g}" for name in _REAL}
+            row |= {name: str(self.arms[columns[name][step]]) for name in ("arm", "other")}
+            row["reason"] = Reason(columns["reason"][step]).name.lower()
+            yield [row[name] for name in COLUMNS]
+
+    def _append_text(self, row: Sequence[str]) -> None:
+        if len(row) != len(COLUMNS):
+            raise ValueError(f"a row of {len(row)} columns")
+        fields = dict(zip(COLUMNS, row, strict=True))
+        for name in _WHOLE:
+            self.columns[name].append(int(fields[name]))
+        for name in _REAL:
+            self.columns[name].append(float(fields[name]))
+        for name in ("arm", "other"):
+            arm = _arm(fields[name])
+            self.columns[name].append(self._index[arm] if arm in self._index else self._number(arm))
+        self.columns["reason"].append(Reason[fields["reason"].upper()])
+
+
+def _arm(text: str) -> Arm:
+    """What str(Arm) made."""
+    format, found, n = text.rpartition(" n=")
+    if not found and text != str(OFF):
+        raise ValueError(f"no arm: {text!r}")
+    return Arm(format, int(n)) if found else OFF

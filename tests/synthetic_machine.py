@@ -1,0 +1,136 @@
+"""A machine whose truth is known, for closed loops: rollouts under a toggle, with what it lost against the truth."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import exp, prod
+
+from erollout.speculation.cost_model import PassTimes
+from erollout.speculation.roofline import ModelSize, PassCost, Roofline
+from erollout.speculation.step import OFF, Arm, Load, StepOutcome
+from erollout.speculation.toggle import Toggle
+
+FORMATS = ("w4", "w8")
+_SIZE = ModelSize(270e6, {"w4": 70e6, "w8": 140e6}, 270e6, 2e4, 46e3)
+PROMPT = 64
+
+
+def passes(target: float = 1.0, draft: float = 1.0, verify: float = 1.0) -> PassTimes:
+    """About SmolLM2-135M on one CPU core; the factors are on the seconds of its passes."""
+    return PassTimes(
+        Roofline(
+            _SIZE,
+            PassCost(22.5e9 / target, 230e9 / target, per_sequence=1e-4 * target),
+            PassCost(22.5e9 / verify, 180e9 / verify, per_sequence=1e-4 * verify),
+            {f: PassCost(22.5e9 / draft, 250e9 / draft, per_pass=1e-3 * draft, per_sequence=1e-4 * draft) for f in FORMATS},
+        )
+    )
+
+
+def long_tailed(count: int, seed: int, median: float = 100.0, longest: int = 1000) -> list[int]:
+    """Response lengths."""
+    rng = random.Random(seed)
+    return [max(2, min(longest, round(median * exp(rng.gauss(0.0, 1.0))))) for _ in range(count)]
+
+
+@dataclass
+class Machine:
+    """Its steps take what the passes say, times noise."""
+
+    truth: PassTimes
+    acceptance: Callable[[int], float] = lambda step: 0.93
+    """Of a draft where those before it are accepted, by step."""
+    slow: Callable[[int, Arm], float] = lambda step, arm: 1.0
+    """Factor on the seconds of a step."""
+    noise: float = 0.05
+    outliers: float = 0.01
+    """Share of steps that take up to ten times as long."""
+    seed: int = 0
+    step: int = 0
+    now: float = 0.0
+    seconds: float = 0.0
+    """Without noise."""
+    lost: float = 0.0
+    """Of these, against the best arm of every step."""
+    best_arms: list[Arm] = field(default_factory=list)
+    arms: list[Arm] = field(default_factory=list)
+    rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+
+    def clock(self) -> float:
+        return self.now
+
+    def length(self, n: int) -> float:
+        return sum(self.acceptance(self.step) ** i for i in range(n + 1))
+
+    def step_seconds(self, arm: Arm, load: Load) -> float:
+        return self.truth.step_seconds(arm, load.decoding, load.context) * self.slow(self.step, arm)
+
+    def rollout(
+        self, toggle: Toggle, lengths: Sequence[int], choices: Sequence[Arm], slots: int = 64, learns: bool = True
+    ) -> None:
+        """Responses of these lengths, so many at once. `choices`: what the oracle chooses from."""
+        waiting, running = list(lengths), [[0, 0]][:0]
+        toggle.begin_rollout(learns)
+        while waiting or running:
+            prefill = 0
+            while waiting and len(running) < slots:
+                running.append([0, waiting.pop(0)])
+                prefill += PROMPT
+            arm = toggle.decide(self._load(running, prefill, len(waiting)))
+            toggle.observe(self._step(arm, running, prefill, len(waiting), choices))
+            running = [s for s in running if s[0] < s[1]]
+        toggle.end_rollout()
+
+    def _load(self, running: list[list[int]], prefill: int, waiting: int) -> Load:
+        decoding = [PROMPT + done for done, _ in running if done]
+        return Load(len(decoding), sum(decoding) / max(1, len(decoding)), prefill, waiting)
+
+    def _step(self, arm: Arm, running: list[list[int]], prefill: int, waiting: int, choices: Sequence[Arm]) -> StepOutcome:
+        load = self._load(running, prefill, waiting)
+        emitted = finished = 0
+        drafted_at, accepted_at = [0] * arm.num_speculative_tokens, [0] * arm.num_speculative_tokens
+        a = self.acceptance(self.step)
+        for s in running:
+            n = min(arm.num_speculative_tokens, s[1] - s[0] - 1) if s[0] else 0
+            accepted = 0
+            while accepted < n and self.rng.random() < a:
+                accepted += 1
+            for i in range(n):
+                drafted_at[i] += 1
+                accepted_at[i] += i < accepted
+            emitted += accepted + 1
+            s[0] += accepted + 1
+            finished += s[0] == s[1]
+        while drafted_at and not drafted_at[-1]:
+            drafted_at.pop()
+            accepted_at.pop()
+        done = arm if drafted_at else OFF
+        seconds = self._seconds(done, load, choices)
+        noisy = seconds * exp(self.rng.gauss(0.0, self.noise)) if self.noise else seconds
+        if self.rng.random() < self.outliers:
+            noisy *= 1 + 9 * self.rng.random()
+        self.now += noisy
+        self.step += 1
+        self.arms.append(done)
+        return StepOutcome(done, load, noisy, 0.0, emitted, tuple(drafted_at), tuple(accepted_at), finished)
+
+    def _seconds(self, arm: Arm, load: Load, choices: Sequence[Arm]) -> float:
+        """True seconds of a step, and the account of what was lost."""
+        prefill = self.truth.prefill_seconds(load.prefill_tokens) if load.prefill_tokens else 0.0
+        self.seconds += prefill
+        if not load.decoding:
+            return prefill
+        per_token = {c: self.step_seconds(c, load) / self.length(c.num_speculative_tokens) for c in choices}
+        best = min(per_token, key=lambda c: per_token[c])
+        seconds = self.step_seconds(arm, load)
+        self.best_arms.append(best)
+        self.seconds += seconds
+        self.lost += seconds - self.length(arm.num_speculative_tokens) * per_token[best]
+        return seconds + prefill
+
+
+def geometric(acceptance: float, n: int) -> float:
+    return sum(prod([acceptance] * i) for i in range(n + 1))

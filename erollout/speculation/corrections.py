@@ -96,10 +96,10 @@ class Corrections:
         drafter.widen(_DRAFTER_WALK, _DRAFTER)
         for cell, _ in cells:
             cell.widen(_CELL_WALK, _CELL)
-        certain = self._common.variance + drafter.variance + sum(share * share * cell.variance for cell, share in cells)
-        surprise = self._clipped(surprise, certain)
-        total = certain + self._noise
-        for part, share in ((self._common, 1.0), (drafter, 1.0), *cells):
+        parts = ((self._common, 1.0), (drafter, 1.0), *cells)
+        surprise = self._clipped(surprise, sum(share * share * part.variance for part, share in parts))
+        total = sum(share * share * part.variance for part, share in parts) + self._noise  # clipping may have changed it
+        for part, share in parts:
             part.learn(share, surprise, total)
 
     def _clipped(self, surprise: float, variance: float) -> float:

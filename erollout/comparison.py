@@ -49,18 +49,15 @@ class Comparison:
         ]
 
 
-def compare(worker: RolloutWorker, rollout: Callable[[], RolloutResult], rounds: int = 3) -> Comparison:
-    """Run a rollout without and with drafts, in turns, the first of a round being the second of the next.
+def compare(rollout: Callable[[bool], RolloutResult], rounds: int = 3) -> Comparison:
+    """Run a rollout without and with speculation, in turns, the first of a round being the second of the next.
 
-    Collective over the world. The worker speculates afterwards.
+    Collective over the world.
     """
-    assert worker.speculation is not None
     comparison = Comparison([], [])
     for index in range(rounds):
         for on in (False, True) if index % 2 == 0 else (True, False):
-            worker.speculation.switch(on)
-            (comparison.on if on else comparison.off).append(rollout())
-    worker.speculation.switch(True)
+            (comparison.on if on else comparison.off).append(rollout(on))
     return comparison
 
 
@@ -73,8 +70,8 @@ def compare_held_out(worker: RolloutWorker, data: PromptDataset, rounds: int = 3
     few = [data.prompt(i) for i in range(min(_ONE_BY_ONE, options.num_prompts, len(data)))]
     sampling = worker.sampling_params(options.temperature)
     with _at_once(worker, 1):
-        one = compare(worker, lambda: worker.rollout(few, sampling, 1, EVALUATION_STREAM, 0), rounds)
-    many = compare(worker, lambda: worker.evaluate(data, step=0), rounds)
+        one = compare(lambda on: worker.rollout(few, sampling, 1, EVALUATION_STREAM, 0, on), rounds)
+    many = compare(lambda on: worker.evaluate(data, 0, on), rounds)
     return {"one sequence at once": one, f"up to {worker.config.rollout.max_num_seqs} sequences at once": many}
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from erollout.config import Config
 from erollout.data.prompts import PromptDataset
 from erollout.drafter.drafter import RequantizeStats
 from erollout.drafter.self_speculation import SelfSpeculation
+from erollout.engine.control import Control
 from erollout.engine.engine import Engine
 from erollout.engine.placement import decode_placement
 from erollout.engine.random import request_seed
@@ -23,6 +26,7 @@ from erollout.resharding.planner import plan_for_rank
 from erollout.resharding.transport import ProcessGroupTransport
 from erollout.rewards.pool import RewardPool
 from erollout.speculation.statistics import SpeculationStatistics, merge
+from erollout.steering import Course, Steering
 from erollout.types import Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +45,8 @@ class RolloutResult:
     """One per decode replica: tokens, seconds, scoring errors."""
     speculation: SpeculationStatistics
     """Of all replicas together."""
+    courses: list[Course]
+    """One per decode replica: what was decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,7 @@ class RolloutWorker:
             architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
         )
         self.speculation = SelfSpeculation(config, self.engine) if config.speculation.mode != "off" else None
+        self.steering = Steering(config, context, self.engine, self.speculation)
         self.resharder = self._build_resharder(architecture)
 
     def refit(self, policy: dict[str, Tensor], policy_version: int) -> RefitStats:
@@ -89,35 +96,56 @@ class RolloutWorker:
         return self._updated(0)
 
     def rollout(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, group_size: int, stream: int, step: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        group_size: int,
+        stream: int,
+        step: int,
+        speculates: bool = True,
     ) -> RolloutResult:
         """Sample every prompt group_size times and score the samples.
 
         Args:
-            prompts: of the whole cluster, the same on every rank; replica r takes prompts r, r + replicas, ...
+            prompts: of the whole cluster, the same on every rank; the coordinator says which replica takes which.
             stream: TRAINING_STREAM or EVALUATION_STREAM.
+            speculates: false: without drafts, whatever the mode.
         """
-        replica = self.context.decode.replica(self.context.rank)
-        mine = prompts[replica :: self.context.decode.replicas]
         seed = self.config.train.seed * 2 + stream
         requests = [
-            RolloutRequest(p.index, p.prompt_ids, group_size, sampling, request_seed(seed, step, p.index)) for p in mine
+            RolloutRequest(p.index, p.prompt_ids, group_size, sampling, request_seed(seed, step, p.index)) for p in prompts
         ]
+        by_index = {p.index: p for p in prompts}
+        learns = stream == TRAINING_STREAM
         self.engine.wake_up()
-        rollouts = self._generate(requests, {p.index: p for p in mine})
-        if self.speculation is not None and stream == TRAINING_STREAM:
+        rollouts = self._generate(self.steering.begin(requests, learns, speculates), by_index)
+        course = self.steering.end(self._decisions_file(step) if learns else None)
+        if self.speculation is not None and learns:
             due = step % self.config.speculation.drafter.statistics_interval == 0
             if due or not self.speculation.has_learned:  # the first rollout of a resumed run too
                 self.speculation.learn_from(rollouts)
         self.engine.sleep()
-        return self._gather(rollouts, {p.index: p for p in prompts})
+        result = self._gather(rollouts, course, by_index)
+        _require_complete(result, len(prompts) * group_size)
+        if learns:
+            self.steering.lengths = tuple(sorted(len(s.rollout.response_ids) for s in result.scored))
+        return result
 
-    def evaluate(self, data: PromptDataset, step: int) -> RolloutResult:
+    def evaluate(self, data: PromptDataset, step: int, speculates: bool = True) -> RolloutResult:
         """Sample and score the held-out prompts as the evaluation section says."""
         options = self.config.evaluation
         prompts = [data.prompt(i) for i in range(min(options.num_prompts, len(data)))]
         sampling = self.sampling_params(options.temperature)
-        return self.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, step)
+        return self.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, step, speculates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later rollouts know from earlier ones, as JSON."""
+        return self.steering.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """None: of a checkpoint in which there is nothing."""
+        if state is not None:
+            self.steering.load_state_dict(state)
 
     def sampling_params(self, temperature: float | None = None) -> SamplingParams:
         """The configured distribution; evaluation may have its own temperature."""
@@ -139,32 +167,43 @@ class RolloutWorker:
         self.engine.weights_updated(policy_version)
         return self.speculation.complete(policy_version) if self.speculation is not None else None
 
-    def _generate(self, requests: list[RolloutRequest], prompts: dict[int, Prompt]) -> list[Rollout]:
+    def _generate(self, control: Control, prompts: dict[int, Prompt]) -> list[Rollout]:
         if not self.context.is_decode_leader:
-            return self.engine.generate(requests)
-        return self.engine.generate(
-            requests, on_finished=lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r))
-        )
+            return self.engine.run(control)
+        return self.engine.run(control, lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r)))
+
+    def _decisions_file(self, step: int) -> Path | None:
+        interval = self.config.speculation.trace_interval
+        if not interval or step % interval or self.config.speculation.mode == "off":
+            return None
+        replica = self.context.decode.replica(self.context.rank)
+        return Path(self.config.train.output_dir) / "decisions" / f"step_{step:08d}.replica_{replica:05d}.csv.gz"
 
     def text(self, rollout: Rollout) -> str:
         """The response as the scorer sees it."""
         return str(self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True))
 
-    def _gather(self, rollouts: list[Rollout], prompts: dict[int, Prompt]) -> RolloutResult:
+    def _gather(self, rollouts: list[Rollout], course: Course, prompts: dict[int, Prompt]) -> RolloutResult:
         """Every replica's rollouts and rewards to every rank."""
         contribution: _Contribution | None = None
         if self.context.is_decode_leader:
             rewards = self.rewards.collect()
-            contribution = _Contribution(rollouts, rewards, self._report(rollouts, rewards), self.engine.stats.speculation)
+            report = self._report(rollouts, rewards)
+            contribution = _Contribution(rollouts, rewards, report, self.engine.stats.speculation, course)
         parts = [part for part in all_gather(contribution) if part is not None]
-        scored: list[ScoredRollout] = []
+        scored: dict[tuple[int, int], ScoredRollout] = {}
         for part in parts:
             for rollout in part.rollouts:
-                reward = part.rewards[rollout.prompt_index, rollout.sample_index]
-                scored.append(ScoredRollout(rollout, reward.value, prompts[rollout.prompt_index].task))
+                key = rollout.prompt_index, rollout.sample_index
+                # Two replicas that had lost each other may both have made it: the first one's counts.
+                scored.setdefault(key, ScoredRollout(rollout, part.rewards[key].value, prompts[rollout.prompt_index].task))
         order = {index: position for position, index in enumerate(prompts)}
-        scored.sort(key=lambda s: (order[s.rollout.prompt_index], s.rollout.sample_index))
-        return RolloutResult(scored, [part.report for part in parts], merge(part.speculation for part in parts))
+        return RolloutResult(
+            sorted(scored.values(), key=lambda s: (order[s.rollout.prompt_index], s.rollout.sample_index)),
+            [part.report for part in parts],
+            merge(part.speculation for part in parts),
+            [part.course for part in parts],
+        )
 
     def _report(self, rollouts: list[Rollout], rewards: dict[tuple[int, int], Reward]) -> dict[str, float]:
         stats = self.engine.stats
@@ -196,3 +235,10 @@ class _Contribution:
     rewards: dict[tuple[int, int], Reward]
     report: dict[str, float]
     speculation: SpeculationStatistics
+    course: Course
+
+
+def _require_complete(result: RolloutResult, responses: int) -> None:
+    """RuntimeError where responses are missing: a replica left the rollout early."""
+    if missing := responses - len(result.scored):
+        raise RuntimeError(f"{missing} of {responses} responses are missing: a replica left the rollout before its end")

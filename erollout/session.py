@@ -44,13 +44,15 @@ def train(config: Config) -> None:
         checkpointer, state = _restore(config, actor, "reinforcement learning")
         with _rewards(config, resolved) as rewards, _tracked(config, resolved, context, state, config.train.steps) as tracked:
             tracker, run_id, report = tracked
+            worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
+            worker.load_state_dict(state.rollout)
             trainer = Trainer(
                 config,
                 context,
                 resolved.train_data,
                 resolved.test_data,
                 actor,
-                RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards),
+                worker,
                 algorithm,
                 tracker,
                 checkpointer,
@@ -117,8 +119,7 @@ def compare(config: Config) -> None:
         worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
         worker.load_weights()
         assert worker.speculation is not None
-        worker.speculation.switch(False)
-        first = worker.evaluate(resolved.test_data, step=0)
+        first = worker.evaluate(resolved.test_data, 0, speculates=False)
         worker.engine.wake_up()
         worker.speculation.learn_from([sample.rollout for sample in first.scored])
         requantize = worker.load_weights()

@@ -48,7 +48,8 @@ class Trainer:
             if self._due(self.config.evaluation.interval):
                 self.evaluate()
             if self._due(self.config.checkpoint.interval):
-                self.checkpointer.save(RunState(self.step, self.run_id, tuple(self.evaluations)))
+                state = RunState(self.step, self.run_id, tuple(self.evaluations), self.worker.state_dict())
+                self.checkpointer.save(state)
 
     def train_step(self) -> None:
         """One RL step (the order of phases is the method's)."""

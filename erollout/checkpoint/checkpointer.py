@@ -48,6 +48,8 @@ class RunState:
     """MLflow run."""
     history: tuple[dict[str, float], ...] = ()
     """Held-out evaluations so far."""
+    rollout: dict[str, Any] | None = None
+    """What the rollout worker has learnt: acceptance, costs, lengths. None: nothing yet."""
 
 
 class Checkpointer:
@@ -94,7 +96,7 @@ class Checkpointer:
         self.actor.optimizer.load_state_dict(loaded["optimizer"])
         self.actor.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
         self.actor.scheduler.load_state_dict(document["scheduler"])
-        return RunState(document["step"], document["run_id"], tuple(document["history"]))
+        return RunState(document["step"], document["run_id"], tuple(document["history"]), document.get("rollout"))
 
     def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
         model: dict[str, Any] = self.actor.module.sharded_state_dict()  # type: ignore[operator]

@@ -1,0 +1,66 @@
+"""The costs that a run starts with: of the configured calibration, measured now, or guessed where nothing depends on them."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from erollout.calibration.file import Calibration, Identity, load_calibration
+from erollout.calibration.fit import fit, measured_passes
+from erollout.calibration.hardware import Hardware, find_hardware, nominal_roofline
+from erollout.calibration.model_size import model_size
+from erollout.calibration.sweep import bootstrap, identify
+from erollout.config import Config
+from erollout.engine.engine import Engine
+from erollout.parallel.collectives import from_rank_zero
+from erollout.speculation.roofline import ModelSize
+
+logger = logging.getLogger(__name__)
+
+GUESS = Hardware("unknown", bandwidth=20e9, compute=200e9)
+"""A CPU core, in orders of magnitude."""
+
+
+def resolve_calibration(config: Config, engine: Engine, formats: Sequence[str], num_sequences: int) -> Calibration:
+    """What steps cost here, the same on every rank. Collective over the world; the engine is awake and idle.
+
+    Args:
+        formats: names of the drafters.
+        num_sequences: most that a replica will decode at once.
+
+    Raises UserError for a calibration file that is missing, damaged or of something else.
+    """
+    options, identity = config.speculation, identify(engine, formats)
+    if options.calibration is not None:
+        calibration = load_calibration(options.calibration)
+        calibration.require(identity)
+        logger.info("speculation.calibration: %s, of %s", options.calibration, calibration.identity.hardware)
+        return calibration
+    if options.mode in ("off", "always"):
+        return _guessed(config, engine, identity)
+    seconds = options.toggle.bootstrap_seconds
+    logger.info("speculation.calibration is not set: measuring this device's steps for about %g s", seconds)
+    drafts = _draft_lengths(config)
+    rows = bootstrap(engine, formats, num_sequences, drafts, seconds)  # on all replicas at once: they share the machine
+    return fit(measured_passes(from_rank_zero(rows)), _size(config, engine, identity), identity)
+
+
+def _draft_lengths(config: Config) -> list[int]:
+    """What the mode may choose between."""
+    options = config.speculation
+    if options.mode == "adaptive":
+        return list(range(1, options.toggle.max_speculative_tokens + 1))
+    return list(options.toggle.ladder.rungs) if options.mode == "ladder" else [options.num_speculative_tokens]
+
+
+def _guessed(config: Config, engine: Engine, identity: Identity) -> Calibration:
+    """For modes that don't choose: only the coordinator compares replicas by it, and live steps correct it."""
+    hardware = find_hardware(identity.hardware)
+    hardware = replace(GUESS, name=hardware.name) if hardware.bandwidth == float("inf") else hardware
+    roofline = nominal_roofline(_size(config, engine, identity), hardware, identity.formats)
+    return Calibration(identity, roofline)
+
+
+def _size(config: Config, engine: Engine, identity: Identity) -> ModelSize:
+    drafter = config.speculation.drafter
+    ranks, dtype = identity.tensor_model_parallel_size, identity.dtype
+    return model_size(engine.architecture, identity.formats, ranks, dtype, drafter.group_size, drafter.lm_head)

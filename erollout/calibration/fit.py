@@ -28,8 +28,10 @@ TILES = (1, 16, 32, 64, 128, 256)
 """Tokens that a matmul may compute at once."""
 SEQUENCE_TILES = (1, 4, 8, 16, 32)
 """Sequences by which the drafter's time may grow at once."""
-SHAPE_EVIDENCE = 6.0
-"""Of log likelihood ratios: what a tile must explain better than none. Few points don't show one."""
+SHAPE_EVIDENCE = 3.0
+"""Logarithm of the likelihood ratio with which a tile must explain the points better than none. Few points don't show one."""
+FLOOR = 0.02
+"""Log residual that is expected of any point: fits closer than that are equal."""
 OUTLIER = 0.05
 """Log residual beyond which a point counts less."""
 AT_BOUND = 1e-3
@@ -116,7 +118,7 @@ def _fit_target(
     search = [
         _Coefficient("bandwidth", log(bandwidth), log(bandwidth) - 1, log(min(peaks.bandwidth, 100 * bandwidth))),
         _Coefficient("compute", log(compute), log(compute) - 1.5, log(min(peaks.compute, 1e4 * compute))),
-        *(replace(c, name=f"{kind} {c.name}") for kind in ("target", "verify") for c in _OWN),
+        *(replace(c, name=f"{kind} {c.name}") for kind in ("target", "verify") for c in _own_search(mine)),
         _Coefficient("verify per_token", 0.001, 0.0, 0.2),
     ]
 
@@ -137,7 +139,7 @@ def _fit_draft(
     """One drafter: its weights may be read, and its numbers computed, slower or faster than the target's."""
     mine = [p for p in points if p.kind == "draft" and p.format == format]
     unit = min(p.seconds for p in mine)
-    search = [_Coefficient("weight_factor", 0.0, -1.5, 2.5), _Coefficient("compute", 0.0, -3.0, 4.0), *_OWN]
+    search = [_Coefficient("weight_factor", 0.0, -1.5, 2.5), _Coefficient("compute", 0.0, -3.0, 4.0), *_own_search(mine)]
 
     def cost(x: NDArray[np.float64], shape: tuple[int, bool]) -> PassCost:
         factor, compute = float(np.exp(x[0])), target.compute * float(np.exp(x[1]))
@@ -165,7 +167,7 @@ class _Coefficient:
 
 
 _OWN = (
-    _Coefficient("kv_factor", 0.0, -3.0, 1.5),
+    _Coefficient("kv_factor", 0.0, -3.0, 1.5, 5 * PRIOR_WEIGHT),
     _Coefficient("per_pass", 0.05, 0.0, 1.0, 10 * PRIOR_WEIGHT),
     _Coefficient("per_sequence", 0.01, 0.0, 0.5),
     _Coefficient("per_context", 0.01, 0.0, 1.0),
@@ -173,6 +175,15 @@ _OWN = (
 """A pass's own: logarithm of kv_factor, per_pass, per_sequence and per_context in units of the shortest measured pass."""
 _CONTEXT_UNIT = 1000
 """Tokens of context that per_context is searched for."""
+_BY_CONTEXT = ("kv_factor", "per_context")
+"""Coefficients that points of one context say nothing about: any growth with the batch could be theirs."""
+
+
+def _own_search(points: Sequence[Measured]) -> tuple[_Coefficient, ...]:
+    contexts = [p.context for p in points]
+    if max(contexts) >= 2 * min(contexts):
+        return _OWN
+    return tuple(replace(c, weight=1.0) if c.name in _BY_CONTEXT else c for c in _OWN)
 
 
 def _own(cost: PassCost, x: NDArray[np.float64], unit: float) -> PassCost:
@@ -199,12 +210,13 @@ def _search(
         costs = roofline(x, shape)
         return np.array([*(_residual(point, costs) for point in points), *weight * (x - start)])
 
+    places = len({(p.batch, p.num_speculative_tokens) for p in points})
     best, least = None, float("inf")
     for shape in shapes:
         found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=OUTLIER, args=(shape,))
-        evidence = len(points) * log(least / found.cost) if best else float("inf")
-        if not best or evidence > (SHAPE_EVIDENCE if best[1] == shapes[0] else 0):
-            best, least = (found.x, shape), found.cost
+        loss = found.cost + 0.5 * len(points) * FLOOR**2
+        if best is None or places * log(least / loss) > (SHAPE_EVIDENCE if best[1] == shapes[0] else 0):
+            best, least = (found.x, shape), loss
     assert best
     x, shape = best
     at_bounds = [c.name for c, value in zip(coefficients, x, strict=True) if min(value - c.low, c.high - value) < AT_BOUND]
@@ -226,15 +238,23 @@ def _tables(points: Sequence[Measured], roofline: Roofline) -> dict[tuple[Pass, 
 
 def _accuracies(points: Sequence[Measured], roofline: Roofline) -> dict[str, dict[str, float]]:
     """By component, of the roofline alone: the table is exact at its points."""
-    passes = PassTimes(roofline)
+
+    def passes(_: int) -> PassTimes:
+        return PassTimes(roofline)
+
     keys = dict.fromkeys((p.kind, p.format) for p in points)
     return {" ".join(key).strip(): accuracy([p for p in points if (p.kind, p.format) == key], passes) for key in keys}
 
 
-def accuracy(points: Sequence[Measured], passes: PassTimes) -> dict[str, float]:
-    """R2 of the seconds, mean absolute and mean relative error in per cent, and the number of points."""
+def accuracy(points: Sequence[Measured], passes_for: Callable[[int], PassTimes]) -> dict[str, float]:
+    """R2 of the seconds, mean absolute and mean relative error in per cent, and the number of points.
+
+    `passes_for`: what predicts the passes of a batch size.
+    """
     true = np.array([p.seconds for p in points])
-    guess = np.array([passes.seconds(p.kind, p.format, p.batch, p.context, p.num_speculative_tokens) for p in points])
+    guess = np.array(
+        [passes_for(p.batch).seconds(p.kind, p.format, p.batch, p.context, p.num_speculative_tokens) for p in points]
+    )
     spread = float(((true - true.mean()) ** 2).sum())
     relative = guess / true - 1
     return {

@@ -1,10 +1,11 @@
 """What was measured, over what the roofline predicts: log ratios, interpolated between the points. Pure.
 
-The ratio of a point has three parts. A curve over the tokens of a pass is common to all draft lengths and contexts: matmuls
-see nothing but the number of rows, and their steps, at whole tiles, stand at the same rows for any draft length. What is left
-of it at a draft length and batch is common to all contexts. What is left then, at the context, counts up to MOST_AT_CONTEXT:
-attention makes no jumps there, but where the cache was too small for the batch, other sequences ran than were meant. All three
-are linear in the logarithms between neighbours, and fade outside the measured range.
+The ratio of a point is a sum of four parts, each the median of what those before it leave. A curve over the tokens of a pass is
+common to all draft lengths and contexts: matmuls see nothing but the number of rows, and their steps, at whole tiles, stand at
+the same rows for any draft length. Each draft length has a curve over the batch, and each context has one. What then is left is
+the point's own, and counts up to MOST_OF_ITS_OWN: nothing makes a single point jump but other sequences running than were
+meant, as where the cache was too small for the batch. All parts are linear in the logarithms between neighbours, and fade
+outside the measured range.
 """
 
 from bisect import bisect_left
@@ -15,8 +16,13 @@ from statistics import median
 
 FADE_OCTAVES = 2.0
 """Distance outside the measured range at which half of a ratio's logarithm is left."""
-MOST_AT_CONTEXT = 0.1
-"""Log ratio of a point over the median of its batch's other contexts, at most."""
+MOST_OF_ITS_OWN = 0.05
+"""Log ratio that a single point shares with no other, at most."""
+
+_Row = Sequence[tuple[float, float]]
+"""Values by position."""
+_Plane = Sequence[tuple[float, _Row]]
+"""Rows by position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,70 +43,74 @@ class MeasuredTable:
         """`verifies`: a pass has num_speculative_tokens + 1 tokens of each sequence, not one."""
         self.points = tuple(points)
         self._verifies = verifies
-        self._curve = _pooled([(self._tokens(p.batch, p.num_speculative_tokens), p.log_ratio) for p in self.points])
-        self._rest = self._left_over()
+        self._curve: _Row = ()
+        self._by_length: _Plane = ()
+        self._by_context: _Plane = ()
+        self._own: Sequence[tuple[float, _Plane]] = ()
+        self._curve = _row((self._tokens(p.batch, p.num_speculative_tokens), rest) for p, rest in self._left())
+        self._by_length = _plane((_length(p), log2(p.batch), rest) for p, rest in self._left())
+        self._by_context = _plane((_context(p.context), log2(p.batch), rest) for p, rest in self._left())
+        own: dict[float, list[tuple[float, float, float]]] = {}
+        for p, rest in self._left():
+            bounded = max(-MOST_OF_ITS_OWN, min(MOST_OF_ITS_OWN, rest))
+            own.setdefault(_length(p), []).append((_context(p.context), log2(p.batch), bounded))
+        self._own = [(length, _plane(entries)) for length, entries in sorted(own.items())]
 
     def log_ratio(self, batch: int, context: float, num_speculative_tokens: int) -> float:
-        if not self.points:
-            return 0.0
-        return self._curve_at(batch, num_speculative_tokens) + self._rest_at(batch, context, num_speculative_tokens)
+        """0 batch is no pass."""
+        tokens, x = self._tokens(batch, num_speculative_tokens), log2(batch)
+        y, z = log2(num_speculative_tokens + 1), _context(context)
+        own = [(length, _in_plane(plane, z, x)) for length, plane in _near(self._own, y)]
+        common = _in_row(self._curve, tokens) + _in_plane(self._by_length, y, x) + _in_plane(self._by_context, z, x)
+        return common + _in_row(own, y)
 
     def _tokens(self, batch: int, num_speculative_tokens: int) -> float:
         return log2(batch * (num_speculative_tokens + 1 if self._verifies else 1))
 
-    def _left_over(self) -> "_Axis":
-        """By draft length, then context, then batch."""
-        tree: dict[float, dict[float, dict[float, list[float]]]] = {}
-        for p in self.points:
-            rest = p.log_ratio - self._curve_at(p.batch, p.num_speculative_tokens)
-            row = tree.setdefault(log2(p.num_speculative_tokens + 1), {}).setdefault(log2(max(1.0, p.context)), {})
-            row.setdefault(log2(p.batch), []).append(rest)
-        return [(n, _steadied(rows)) for n, rows in sorted(tree.items())]
-
-    def _curve_at(self, batch: int, num_speculative_tokens: int) -> float:
-        return _interpolated(self._curve, self._tokens(batch, num_speculative_tokens))
-
-    def _rest_at(self, batch: int, context: float, num_speculative_tokens: int) -> float:
-        x, y, z = log2(batch), log2(max(1.0, context)), log2(num_speculative_tokens + 1)
-        lengths = [(n, _interpolated([(c, _interpolated(row, x)) for c, row in rows], y)) for n, rows in _near(self._rest, z)]
-        return _interpolated(lengths, z)
+    def _left(self) -> list[tuple[Point, float]]:
+        """Of each point, what the parts so far leave."""
+        return [(p, p.log_ratio - self.log_ratio(p.batch, p.context, p.num_speculative_tokens)) for p in self.points]
 
 
-_Row = Sequence[tuple[float, float]]
-_Axis = list[tuple[float, list[tuple[float, _Row]]]]
+def _length(point: Point) -> float:
+    return log2(point.num_speculative_tokens + 1)
 
 
-def _steadied(rows: dict[float, dict[float, list[float]]]) -> list[tuple[float, _Row]]:
-    """By context, then batch: the batch's median over its contexts, and as much of the context's own as counts."""
-    batches: dict[float, list[float]] = {}
-    for row in rows.values():
-        for batch, values in row.items():
-            batches.setdefault(batch, []).extend(values)
-    middle = {batch: median(values) for batch, values in batches.items()}
-
-    def steadied(batch: float, values: list[float]) -> float:
-        own = median(values) - middle[batch]
-        return middle[batch] + max(-MOST_AT_CONTEXT, min(MOST_AT_CONTEXT, own))
-
-    return [(context, [(b, steadied(b, v)) for b, v in sorted(row.items())]) for context, row in sorted(rows.items())]
+def _context(context: float) -> float:
+    return log2(max(1.0, context))
 
 
-def _pooled(pairs: Iterable[tuple[float, float]]) -> _Row:
-    """The median value at each position, by position."""
+def _row(entries: Iterable[tuple[float, float]]) -> _Row:
+    """The median value at each position."""
     at: dict[float, list[float]] = {}
-    for position, value in pairs:
+    for position, value in entries:
         at.setdefault(position, []).append(value)
     return [(position, median(values)) for position, values in sorted(at.items())]
 
 
-def _near(axis: _Axis, position: float) -> _Axis:
+def _plane(entries: Iterable[tuple[float, float, float]]) -> _Plane:
+    """By the first position; rows by the second."""
+    rows: dict[float, list[tuple[float, float]]] = {}
+    for first, second, value in entries:
+        rows.setdefault(first, []).append((second, value))
+    return [(first, _row(row)) for first, row in sorted(rows.items())]
+
+
+def _near(axis: Sequence[tuple[float, _Plane]], position: float) -> Sequence[tuple[float, _Plane]]:
     """The neighbours of a position, which alone decide over its value."""
     index = bisect_left(axis, position, key=lambda entry: entry[0])
     return axis[max(0, index - 1) : index + 1]
 
 
-def _interpolated(row: _Row, position: float) -> float:
-    """Linear between neighbours; beyond the ends the last value fades to 0."""
+def _in_plane(plane: _Plane, first: float, second: float) -> float:
+    index = bisect_left(plane, first, key=lambda entry: entry[0])
+    return _in_row([(p, _in_row(row, second)) for p, row in plane[max(0, index - 1) : index + 1]], first)
+
+
+def _in_row(row: _Row, position: float) -> float:
+    """Linear between neighbours; beyond the ends the last value fades to 0, which it is without any."""
+    if not row:
+        return 0.0
     index = bisect_left(row, position, key=lambda entry: entry[0])
     if index == len(row) or (index == 0 and row[0][0] != position):
         edge, value = row[index - 1] if index else row[0]

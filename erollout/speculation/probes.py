@@ -1,32 +1,35 @@
 """When an arm that is not chosen is run for a few steps, so that what is known of it stays true. Pure.
 
 Probes are paid from a budget, SHARE of the seconds that pass. Within it, what was never measured at about the present batch
-size comes soon, what agreed with its prediction after `interval` steps, and what was found hopeless ever more rarely.
+size comes first, what agreed with its prediction after `interval` steps, and what was found hopeless ever more rarely.
 """
 
 from dataclasses import dataclass
-from math import log
 from typing import Any
 
-from erollout.speculation.step import Arm
+from erollout.speculation.step import OFF, Arm
 
 SHARE = 0.004
 """Of all seconds, what probes may lose by prediction."""
 FIRST_STEPS = 6.0
 """Steps whose time stands in the budget at first."""
 EARLY = 8
-"""Parts of the interval after which something unknown is due."""
+"""Parts of the interval between two probes, and after which one that ended in a surprise is repeated."""
+AT_ONCE = 4
+"""Steps after which the first probe ever may come: until then the cost model is not checked against the machine."""
 HOPELESS = 1.5
 """Times the seconds per token of the chosen arm."""
 RAREST = 16
 """Intervals between probes of what stays hopeless."""
-SURPRISE = log(1.25)
-"""Measured over predicted seconds that call for another probe soon."""
+SURPRISE = 1.25
+"""Measured over predicted seconds, or the inverse, that call for another probe soon."""
+LASTING = 4
+"""Surprises in a row, to the same side, that are no outliers."""
 EXTENSIONS = 2
 """Of a probe that ends in a surprise."""
 
-Kind = tuple[bool, bool, int]
-"""What a probe measures: speculation or none, an alternative to the speculation that is chosen, about which batch size."""
+Kind = tuple[Arm, int]
+"""An arm, and about which batch size: its number of binary digits."""
 
 
 @dataclass(slots=True)
@@ -46,30 +49,47 @@ class Probes:
         self.steps = steps
         self.arm: Arm | None = None
         """What is being probed."""
-        self._kind: Kind = (False, False, 0)
-        self._left = 0
-        self._extensions = 0
-        self._hopeless = False
+        self._early = max(1, interval // EARLY)
         self._step = 0
-        self._quiet_until = 0
-        self._budget = 0.0
-        self._is_new = True
+        self._quiet_until = AT_ONCE
+        self._budget: float | None = None
         self._plans: dict[Kind, _Plan] = {}
+        self._kind: Kind = (OFF, 0)
+        self._left = self._extensions = 0
+        self._hopeless = False
+        self._surprises = 0
+        """In a row: positive for slow steps, negative for quick ones."""
 
     def passed(self, seconds: float) -> None:
         """A step is over."""
         self._step += 1
-        self._budget += SHARE * seconds
+        if self._budget is not None:
+            self._budget += SHARE * seconds
 
-    def seen(self, kind: Kind) -> None:
-        """A chosen arm was measured: no probe of it is due for a while."""
-        plan = self._plans.get(kind)
+    def seen(self, arm: Arm, batch: int, predicted: float, seconds: float) -> None:
+        """A step of a chosen arm was measured: no probe of it is due for a while.
+
+        Several surprises in a row, to the same side: the machine has changed, and nothing that is known of the others counts.
+        """
+        plan = self._plans.get((arm, batch.bit_length()))
         if plan is None:
-            self._plans[kind] = _Plan(self._step + self.interval, self.interval)
+            self._plans[(arm, batch.bit_length())] = _Plan(self._step + self.interval, self.interval)
         else:
             plan.due, plan.wait = self._step + self.interval, self.interval
+        if predicted / SURPRISE < seconds < predicted * SURPRISE:
+            self._surprises = 0
+            return
+        sign = 1 if seconds > predicted else -1
+        self._surprises = self._surprises + sign if self._surprises * sign > 0 else sign
+        if abs(self._surprises) == LASTING and self._budget is not None:
+            self._plans.clear()
+            self._quiet_until = self._step
+            self._budget = max(self._budget, FIRST_STEPS * seconds)
 
-    def start(self, arm: Arm, kind: Kind, ratio: float, loss: float, chosen: float) -> bool:
+    def may_start(self) -> bool:
+        return self.interval > 0 and self._step >= self._quiet_until
+
+    def start(self, arm: Arm, batch: int, ratio: float, loss: float, chosen: float) -> bool:
         """Whether to probe an arm now. It then is `arm` until enough steps have been measured.
 
         Args:
@@ -77,20 +97,16 @@ class Probes:
             loss: predicted seconds that each step of it loses.
             chosen: predicted seconds of a step of the chosen arm.
         """
-        if self._is_new:
-            self._is_new = False
-            self._budget += FIRST_STEPS * chosen
+        if self._budget is None:
+            self._budget = FIRST_STEPS * chosen
         cost = max(0.0, loss) * self.steps
-        if not self.interval or self._step < self._quiet_until or cost > self._budget:
-            return False
+        kind = (arm, batch.bit_length())
         plan = self._plans.get(kind)
-        if plan is None:
-            early = max(1, self.interval // EARLY)
-            plan = self._plans[kind] = _Plan(self._step if self._step >= early else early, early)
-        if self._step < plan.due:
+        if cost > self._budget or (plan is not None and self._step < plan.due):
             return False
         self._budget -= cost
-        self.arm, self._kind, self._left, self._extensions, self._hopeless = arm, kind, self.steps, 0, ratio > HOPELESS
+        self.arm, self._kind = arm, kind
+        self._left, self._extensions, self._hopeless = self.steps, 0, ratio > HOPELESS
         return True
 
     def measured(self, predicted: float, seconds: float) -> None:
@@ -98,7 +114,7 @@ class Probes:
         self._left -= 1
         if self._left > 0:
             return
-        surprising = abs(log(max(seconds, 1e-9) / predicted)) > SURPRISE
+        surprising = not predicted / SURPRISE < seconds < predicted * SURPRISE
         if surprising and self._extensions < EXTENSIONS:
             self._extensions += 1
             self._left = self.steps
@@ -110,27 +126,29 @@ class Probes:
         self.arm = None
 
     def _finish(self, surprising: bool) -> None:
-        plan = self._plans[self._kind]
-        early = max(1, self.interval // EARLY)
+        plan = self._plans.setdefault(self._kind, _Plan(0, self.interval))
         if surprising:
-            plan.wait = early
+            plan.wait = self._early
         elif self._hopeless:
             plan.wait = min(max(self.interval, 2 * plan.wait), RAREST * self.interval)
         else:
             plan.wait = self.interval
         plan.due = self._step + plan.wait
-        self._quiet_until = self._step + early
+        self._quiet_until = self._step + self._early
         self.arm = None
 
     def state_dict(self) -> dict[str, object]:
         """Steps are counted from now."""
-        plans = [[*kind, plan.due - self._step, plan.wait] for kind, plan in self._plans.items()]
-        return {"new": self._is_new, "budget": self._budget, "plans": plans}
+        plans = [
+            [arm.format, arm.num_speculative_tokens, size, plan.due - self._step, plan.wait]
+            for (arm, size), plan in self._plans.items()
+        ]
+        return {"budget": self._budget, "quiet": max(0, self._quiet_until - self._step), "plans": plans}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step = self._quiet_until = 0
-        self._is_new, self._budget = bool(state["new"]), float(state["budget"])
+        self._step, self._quiet_until = 0, int(state["quiet"])
+        self._budget = None if state["budget"] is None else float(state["budget"])
         self._plans = {
-            (bool(on), bool(other), int(size)): _Plan(int(due), int(wait)) for on, other, size, due, wait in state["plans"]
+            (Arm(str(format), int(n)), int(size)): _Plan(int(due), int(wait)) for format, n, size, due, wait in state["plans"]
         }
         self.arm = None

@@ -34,8 +34,6 @@ ENDING_WINDOW = 2000.0
 """Tokens after which an old one counts e times less in how often a token ends its response."""
 FIRST_TOKENS = 100.0
 """Tokens that no response ended with, which are counted before any."""
-LOSS = 0.01
-"""Share of a rollout's seconds: speculation that lost more is held back."""
 
 
 class Toggle:
@@ -146,20 +144,19 @@ class Toggle:
         """
         trace = self.trace
         saved = trace.saved(self.cost.step_seconds)
-        self._metrics = self._measured(saved)
+        self._metrics = self._measured(sum(saved.values()))
         if not self._learns or not self._chooses:
             return
         drafted, accepted = trace.total("drafted"), trace.total("accepted")
         if self.ladder is not None and drafted:
             self.ladder.end_rollout(accepted / drafted if acceptance_rate is None else acceptance_rate)
-        lost = -saved > LOSS * trace.seconds if drafted else None
-        self.hold.end_rollout(lost)
-        if lost:
+        held = self.hold.end_rollout(saved, trace.seconds)
+        if held:
             logger.warning(
-                "speculation lost %.2f s of this rollout's %.2f s; the next %d go without it (probes apart)",
-                -saved,
+                "speculation lost %.2f s of this rollout's %.2f s; it is held back %s",
+                -sum(saved.values()),
                 trace.seconds,
-                self.hold.left,
+                ", ".join(f"at {2 ** (size - 1)}-{2**size - 1} sequences for {self.hold.left[size]} rollouts" for size in held),
             )
 
     def metrics(self) -> dict[str, float]:
@@ -182,7 +179,7 @@ class Toggle:
         cost = self.cost.step_seconds(arm, bare) / self.cost.step_seconds(OFF, bare)
         length = self._lengths()[arm.format][arm.num_speculative_tokens]
         state = "on" if chosen in drafting else "off"
-        held = f" (held back for {self.hold.left} rollouts: it lost time)" if self.hold.left else ""
+        held = " (held back: it lost time in the last rollouts)" if self.hold.holds(load.decoding) else ""
         sequences = f"{load.decoding} sequence{'s' if load.decoding > 1 else ''}"
         return (
             f"{state}: at {sequences} {arm} costs {cost:.2f}x a step and yields {length:.2f} tokens: {length / cost:.2f}x{held}"
@@ -225,15 +222,16 @@ class Toggle:
             if not load.prefill_tokens:
                 return self._taken(self.probes.arm, Reason.PROBE)
             self.probes.cancel()
-        reason = self._choose()
-        if self._fresh and self._learns and not load.prefill_tokens and self._probes(load):
-            assert self.probes.arm is not None
-            return self._taken(self.probes.arm, Reason.PROBE)
+        reason = self._choose(load.decoding)
+        if self._fresh and self._learns and not load.prefill_tokens and self.probes.may_start():
+            self._start_probe(load)
+            if self.probes.arm is not None:
+                return self._taken(self.probes.arm, Reason.PROBE)
         return self._taken(self._arms[self._current], reason)
 
-    def _choose(self) -> Reason:
+    def _choose(self, batch: int) -> Reason:
         """Move the present arm to the best one where that pays."""
-        if self.hold.left:
+        if self.hold.holds(batch):
             self._current = 0
             return Reason.HELD
         values, best, current = self._values, self._best, self._current
@@ -246,29 +244,36 @@ class Toggle:
         self._previous, self._current, self._since_change = current, best, 0
         return Reason.BETTER
 
-    def _probes(self, load: Load) -> bool:
-        """Whether to begin measuring something else than the present arm: first the other side, then the best neighbour."""
-        values, size = self._values, load.decoding.bit_length()
-        drafting = [index for index in range(1, len(values)) if index != self._current and values[index] < inf]
-        best = min(drafting, key=values.__getitem__, default=None)
-        targets = [(0, (False, False, size)), (best, (True, True, size))] if self._current else [(best, (True, False, size))]
-        chosen = self.cost.step_seconds(self._arms[self._current], load)
-        for target, kind in targets:
-            if target is not None:
-                ratio = values[target] / values[self._current]
-                loss = self.cost.step_seconds(self._arms[target], load) * (1 - 1 / ratio)
-                if self.probes.start(self._arms[target], kind, ratio, loss, chosen):
-                    return True
-        return False
+    def _start_probe(self, load: Load) -> None:
+        """Begin to measure something else than the present arm, where that is due."""
+        values, current = self._values, self._current
+        chosen = self.cost.step_seconds(self._arms[current], load)
+        for target in self._alternatives():
+            ratio = values[target] / values[current]
+            loss = self.cost.step_seconds(self._arms[target], load) * (1 - 1 / ratio)
+            if self.probes.start(self._arms[target], load.decoding, ratio, loss, chosen):
+                return
+
+    def _alternatives(self) -> list[int]:
+        """What is worth a probe beside the present arm: the other side, the next longer and shorter draft, the best of all."""
+        values, current = self._values, self._current
+        others = [index for index in range(1, len(values)) if index != current and values[index] < inf]
+        best = sorted(others, key=values.__getitem__)[:1]
+        if not current:
+            return best
+        arm = self._arms[current]
+        near = [Arm(arm.format, arm.num_speculative_tokens + step) for step in (1, -1)]
+        return list(dict.fromkeys([0, *(self._index[a] for a in near if self._index.get(a) in others), *best]))
 
     def _observe_cost(self, arm: Arm, load: Load, seconds: float) -> None:
         """Learn from a step that was all its arm's."""
-        probes, size = self.probes, load.decoding.bit_length()
-        if probes.arm is not None and arm == probes.arm:
-            probes.measured(self.cost.step_seconds(arm, load), seconds)
-            self._age = REFRESH  # what was measured counts at once
-        elif load.decoding and not load.prefill_tokens:
-            probes.seen((arm.speculates, False, size))
+        if load.decoding and not load.prefill_tokens:
+            predicted = self.cost.step_seconds(arm, load)
+            if arm == self.probes.arm:
+                self.probes.measured(predicted, seconds)
+                self._age = REFRESH  # what was measured counts at once
+            else:
+                self.probes.seen(arm, load.decoding, predicted, seconds)
         self.cost.observe(arm, load, seconds)
 
     def _evaluate(self, load: Load) -> None:
@@ -322,7 +327,7 @@ class Toggle:
             "probes": trace.count(Reason.PROBE) / steps,
             "saved_seconds": saved,
             "regret_seconds": trace.regret(in_hindsight, self._arms),
-            "held_back": float(self.hold.left > 0),
+            "sizes_held_back": float(len(self.hold.left)),
         }
 
     def _start_over(self) -> None:

@@ -228,19 +228,23 @@ class Trace:
                 lost += tokens * (values[index] - min(values))
         return lost
 
-    def saved(self, step_seconds: Callable[[Arm, Load], float]) -> float:
+    def saved(self, step_seconds: Callable[[Arm, Load], float]) -> dict[int, float]:
         """Seconds that speculating steps saved against autoregressive ones for the same tokens (negative: lost).
 
         Args:
             step_seconds: predicted with all that is known now; the steps themselves count as measured, outliers cut.
+
+        Returns: by the number of binary digits of the batch size, where there were such steps.
         """
-        saved = 0.0
+        saved: dict[int, float] = {}
         for step, seconds in enumerate(self.columns["seconds"]):
             arm, load = self.arm(step), self.load(step)
             if arm.speculates and (tokens := self.tokens(step)):
                 once = step_seconds(OFF, load)
                 again = step_seconds(OFF, Load(load.decoding, load.context)) if load.prefill_tokens else once
-                saved += once + (tokens - 1) * again - min(seconds, OUTLIER * step_seconds(arm, load))
+                gain = once + (tokens - 1) * again - min(seconds, OUTLIER * step_seconds(arm, load))
+                size = load.decoding.bit_length()
+                saved[size] = saved.get(size, 0.0) + gain
         return saved
 
     def _number(self, arm: Arm) -> int:

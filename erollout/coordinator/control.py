@@ -16,7 +16,6 @@ from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.state_machine import Decision
 from erollout.engine.control import Arrival, Control, Orders
-from erollout.speculation.cost_model import CostModel
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 from erollout.types import PartialRollout, RolloutRequest
@@ -41,7 +40,6 @@ class ReplicaControl:
         requests: Sequence[RolloutRequest],
         max_num_seqs: int,
         toggle: Toggle,
-        cost: CostModel,
         exchange: Exchange | None,
         lock_step: bool = False,
     ) -> None:
@@ -49,14 +47,12 @@ class ReplicaControl:
         Args:
             requests: of the whole cluster, the same on every replica.
             toggle: of this replica, in its rollout.
-            cost: the toggle's.
             exchange: new; None for the only replica, which takes all requests.
             lock_step: every call of `orders` is one window, waited for: all replicas call equally often.
         """
         self.requests = requests
         self.max_num_seqs = max_num_seqs
         self.toggle = toggle
-        self.cost = cost
         self.exchange = exchange
         self.lock_step = lock_step
         self.stalls = self.claims = self.decisions = 0
@@ -94,7 +90,7 @@ class ReplicaControl:
                 self._window_in_lock_step(self.exchange)
             else:
                 self._follow(self.exchange)
-        arm = self.toggle.decide(load, self._arm if not self._alone else None) if self._outstanding else OFF
+        arm = self.toggle.decide(load, None if self._alone else self._arm)
         new, arrivals, release = tuple(self._new), tuple(self._arrivals), self._release
         self._new, self._arrivals, self._release = [], [], 0
         return Orders(arm, new, arrivals, release, self.has_ended)
@@ -255,7 +251,7 @@ class ReplicaControl:
 
     def _prefill_seconds(self) -> float:
         context = self._load.context
-        step = partial(self.cost.step_seconds, OFF)
+        step = partial(self.toggle.cost.step_seconds, OFF)
         return max(0.0, step(Load(1, context, PREFILL_TOKENS)) - step(Load(1, context))) / PREFILL_TOKENS
 
 

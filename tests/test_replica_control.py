@@ -1,0 +1,296 @@
+"""Decode replicas under the coordinator, in real processes with real engines: every sample once, as one engine alone gives it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ranks import RankFailure, RankPool
+from test_engine import by_sample
+from tiny_decode import make_engine, prompts
+from tiny_speculation import DRAFTER, make_speculative_engine
+
+from erollout.config import CoordinatorConfig, SpeculationConfig
+from erollout.coordinator.control import AgreedControl, ReplicaControl
+from erollout.coordinator.exchange import Exchange
+from erollout.coordinator.occupancy import Occupancy
+from erollout.coordinator.state_machine import Decision, StateMachine
+from erollout.engine.control import Control, Orders
+from erollout.speculation.step import OFF, Arm, Load, StepOutcome
+from erollout.speculation.toggle import Toggle
+from erollout.types import PartialRollout, RolloutRequest, SamplingParams
+
+GROUP_SIZE = 2
+SLOTS = 4
+PATIENCE = 30.0
+DRAFT = Arm(DRAFTER, 2)
+
+
+@dataclass
+class Costs:
+    """A cost model in which each sequence costs as much as a step with one, and drafting pays for up to two."""
+
+    def step_seconds(self, arm: Arm, load: Load) -> float:
+        sequences = 0.2 * max(0, load.decoding - 2) if arm.speculates else 0.01 * load.decoding
+        return 0.01 + sequences + 1e-4 * load.prefill_tokens
+
+    def observe(self, arm: Arm, load: Load, seconds: float) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        pass
+
+
+class RecordingMachine(StateMachine):
+    """Keeps what it decided."""
+
+    decisions: list[Decision]
+
+    def start(self) -> Decision:
+        self.decisions = [super().start()]
+        return self.decisions[0]
+
+    def advance(self, window: Sequence[Occupancy]) -> Decision:
+        self.decisions.append(super().advance(window))
+        return self.decisions[-1]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens to a rank."""
+
+    rank: int
+    kind: str
+    """`slow`: waits before every step; `stop`: once, before the sixth; `kill`: when the first sequences arrive."""
+    seconds: float = 0.0
+
+
+@dataclass
+class Recorder:
+    """Passes everything on, keeps the orders, lets the events happen."""
+
+    control: Control
+    events: list[Event]
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    steps: int = 0
+
+    def orders(self, load: Load) -> Orders:
+        self._slow_or_stop()
+        orders = self.control.orders(load)
+        if orders.arrivals and any(event.kind == "kill" for event in self.events):
+            os.kill(os.getpid(), signal.SIGKILL)
+        taken = [request.prompt_index for request in orders.requests], [arrival.partial for arrival in orders.arrivals]
+        self.calls.append((str(orders.arm), *taken, orders.release, orders.is_last))
+        return orders
+
+    def released(self, partials: list[PartialRollout]) -> None:
+        self.control.released(partials)
+
+    def observe(self, outcome: StepOutcome) -> None:
+        self.steps += 1
+        self.control.observe(outcome)
+
+    def _slow_or_stop(self) -> None:
+        for event in list(self.events):
+            if event.kind == "slow":
+                time.sleep(event.seconds)
+            elif event.kind == "stop" and self.steps == 5:
+                self.events.remove(event)
+                subprocess.Popen(["sh", "-c", f"sleep {event.seconds}; kill -CONT {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def make_requests(lengths: Sequence[int]) -> list[RolloutRequest]:
+    """One prompt for each response length."""
+    ids = prompts(*(5 + 3 * (i % 4) for i in range(len(lengths))))
+    return [
+        RolloutRequest(100 + i, ids[i], GROUP_SIZE, SamplingParams(max_tokens=length, ignore_eos=True), seed=i)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def expected(lengths: Sequence[int]) -> dict[tuple[int, int], tuple[Any, ...]]:
+    return by_sample(make_engine("llama").generate(make_requests(lengths)))
+
+
+def replica(
+    lengths: Sequence[int],
+    coordinator: dict[str, Any],
+    speculation: dict[str, Any],
+    events: Sequence[Event] = (),
+    tensor: int = 1,
+    folder: str | None = None,
+) -> dict[str, Any]:
+    """One rank's part of a rollout; what came of it, also as a file where a folder is named."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    tensor_groups = [dist.new_group(list(range(first, first + tensor))) for first in range(0, world, tensor)]
+    leaders = dist.new_group(list(range(0, world, tensor)))
+    group = tensor_groups[rank // tensor] if tensor > 1 else None
+    requests = make_requests(lengths)
+    options, speculation_options = CoordinatorConfig(**coordinator), SpeculationConfig(**speculation)
+    formats = () if speculation_options.mode == "off" else (DRAFTER,)
+    toggle = Toggle(speculation_options, formats, Costs())
+    leader, machine, exchange = None, None, None
+    if rank % tensor == 0:
+        max_tokens = max(lengths)
+        machine = RecordingMachine(options, world // tensor, len(lengths), GROUP_SIZE, SLOTS, lengths, max_tokens)
+        exchange = Exchange(leaders, machine, len(toggle.arms), max_tokens, options, PATIENCE) if world > tensor else None
+        toggle.begin_rollout(True)
+        leader = ReplicaControl(requests, SLOTS, toggle, exchange, options.lock_step)
+    control = Recorder(
+        AgreedControl(leader, group, toggle.arms, requests, speculation_options.decision_interval),
+        [event for event in events if event.rank == rank],
+    )
+    engine = make_speculative_engine("good", "coupled", 2, group, max_num_seqs=SLOTS)
+    dist.barrier()
+    rollouts = engine.run(control)
+    result = {
+        "samples": by_sample(rollouts),
+        "steps": control.steps,
+        "calls": control.calls,
+        "report": leader.report() if leader is not None else {},
+        "decisions": machine.decisions if machine is not None and exchange is not None else [],
+        "error": exchange.stream.error if exchange is not None else None,
+    }
+    if folder is not None:
+        summary = {"samples": sorted(result["samples"]), "error": result["error"], "report": result["report"]}
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(summary))
+    return result
+
+
+def check(results: list[dict[str, Any]], lengths: Sequence[int], duplicates: bool = False) -> None:
+    """All samples, as one engine gives them, and one history of decisions."""
+    samples: dict[tuple[int, int], tuple[Any, ...]] = {}
+    for result in results:
+        samples |= result["samples"]
+    assert samples == expected(lengths)
+    if not duplicates:
+        assert sum(len(result["samples"]) for result in results) == len(samples)
+    decisions = [result["decisions"] for result in results if result["decisions"]]
+    assert all(d == decisions[0] for d in decisions)
+
+
+UNEVEN = [40, 4] * 8
+"""In turns: replica 0 of two gets all long responses."""
+QUICK: dict[str, Any] = {"window_seconds": 0.005}
+OFF_MODE: dict[str, Any] = {"mode": "off"}
+ADAPTIVE: dict[str, Any] = {"mode": "toggle", "num_speculative_tokens": 2}
+
+
+def test_one_replica_takes_everything_and_asks_nobody() -> None:
+    requests = make_requests(UNEVEN)
+    toggle = Toggle(SpeculationConfig(), (), Costs())
+    toggle.begin_rollout(True)
+    control = ReplicaControl(requests, SLOTS, toggle, None)
+    assert by_sample(make_engine("llama", max_num_seqs=SLOTS).run(control)) == expected(UNEVEN)
+    assert control.report() == {}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("speculation", [OFF_MODE, ADAPTIVE], ids=["off", "toggle"])
+def test_dynamic_hand_out_levels_uneven_prompts(rank_pool: RankPool, world_size: int, speculation: dict[str, Any]) -> None:
+    policy = {**QUICK, "policy": "replica"}
+    dynamic = rank_pool.run(world_size, replica, UNEVEN, policy, speculation)
+    check(dynamic, UNEVEN)
+    if world_size == 2 and speculation is OFF_MODE:
+        static = rank_pool.run(world_size, replica, UNEVEN, {**policy, "hand_out": "static"}, speculation)
+        check(static, UNEVEN)
+        assert max(result["steps"] for result in dynamic) < max(result["steps"] for result in static)
+
+
+@pytest.mark.distributed
+def test_a_tail_moves_to_an_idle_replica(rank_pool: RankPool) -> None:
+    lengths = [150, 4, 150, 4]
+    results = rank_pool.run(2, replica, lengths, {**QUICK, "policy": "makespan", "hand_out": "static"}, OFF_MODE)
+    check(results, lengths)
+    assert results[0]["report"]["sequences_out"] == results[1]["report"]["sequences_in"] >= 2
+    assert results[1]["report"]["sequences_out"] == results[0]["report"]["sequences_in"]
+    assert any(index in (100, 102) for index, _ in results[1]["samples"])
+
+
+@pytest.mark.distributed
+def test_a_replica_that_steps_far_more_slowly_delays_no_one(rank_pool: RankPool) -> None:
+    results = rank_pool.run(3, replica, [12] * 24, QUICK, OFF_MODE, [Event(2, "slow", 0.1)])
+    check(results, [12] * 24)
+    assert len(results[2]["samples"]) < len(results[0]["samples"])
+
+
+@pytest.mark.distributed
+def test_others_go_on_without_a_stopped_replica(rank_pool: RankPool) -> None:
+    lengths = [20] * 40
+    options = {**QUICK, "stall_seconds": 0.2}
+    results = rank_pool.run(3, replica, lengths, options, OFF_MODE, [Event(2, "stop", 2.0)])
+    check(results, lengths, duplicates=True)
+    assert all(result["report"]["stalls"] >= 1 for result in results[:2])
+    assert any(result["report"]["claims"] >= 1 for result in results[:2])
+    assert all(result["calls"][-1][-1] for result in results)
+
+
+@pytest.mark.distributed
+def test_others_end_without_a_killed_replica_and_lose_nothing_to_it(tmp_path: Path) -> None:
+    lengths = [150, 150, 4] * 2
+    options = {**QUICK, "policy": "makespan", "hand_out": "static"}
+    pool = RankPool()
+    with pytest.raises(RankFailure, match="rank 2 died"):
+        pool.run(3, replica, lengths, options, OFF_MODE, [Event(2, "kill")], 1, str(tmp_path))
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert sum(result["report"]["sequences_out"] for result in results) > 0
+    for rank, result in enumerate(results):
+        assert "onnection" in result["error"]
+        assert result["report"]["stalls"] == 1
+        home = {(100 + prompt, sample) for prompt in range(rank, len(lengths), 3) for sample in range(GROUP_SIZE)}
+        assert home <= {tuple(sample) for other in results for sample in other["samples"]}
+
+
+def failure(*args: Any) -> str:
+    """What a rank's part of a rollout fails with."""
+    with pytest.raises(RuntimeError) as caught:
+        replica(*args)
+    return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_in_lock_step_a_stopped_replica_ends_the_rollout(rank_pool: RankPool) -> None:
+    options = {"policy": "cluster", "lock_step": True, "hand_out": "static", "stall_seconds": 0.2}
+    errors = rank_pool.run(2, failure, [20] * 4, options, OFF_MODE, [Event(1, "stop", 1.0)])
+    assert errors[0] == "replicas in lock step lost each other: no answer within coordinator.stall_seconds = 0.2"
+    assert errors[1].startswith("replicas in lock step lost each other")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("interval", [1, 3])
+def test_in_lock_step_all_change_arms_at_the_same_step(rank_pool: RankPool, interval: int) -> None:
+    lengths = [30, 10, 10, 10, 10, 10]
+    options = {"policy": "cluster", "lock_step": True, "hand_out": "static"}
+    results = rank_pool.run(3, replica, lengths, options, {**ADAPTIVE, "decision_interval": interval})
+    check(results, lengths)
+    arms = [[call[0] for call in result["calls"]] for result in results]
+    assert arms[0] == arms[1] == arms[2]
+    assert arms[0][0] == str(OFF) and str(DRAFT) in arms[0]
+    changes = [step for step in range(1, len(arms[0])) if arms[0][step] != arms[0][step - 1]]
+    assert all(step % interval == 0 for step in changes)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("interval", [1, 3])
+def test_ranks_of_a_replica_agree_at_every_step(rank_pool: RankPool, interval: int) -> None:
+    lengths = [60, 4, 4, 4, 12, 8, 40, 4]
+    results = rank_pool.run(4, replica, lengths, QUICK, {**ADAPTIVE, "decision_interval": interval}, (), 2)
+    for leader, member in ((0, 1), (2, 3)):
+        assert results[leader]["calls"] == results[member]["calls"]
+        assert results[leader]["samples"] == results[member]["samples"]
+    samples = {place: sample[0] for result in results for place, sample in result["samples"].items()}
+    assert samples == {place: sample[0] for place, sample in expected(lengths).items()}
+    assert results[0]["decisions"] == results[2]["decisions"]
+    assert {str(OFF), str(DRAFT)} <= {call[0] for result in results for call in result["calls"]}

@@ -1,0 +1,323 @@
+"""`erollout calibrate sweep | fit | validate | predict | plot | info | explain`. Light: scipy comes with the work."""
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from erollout.calibration.explain import explanation
+from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity, load_calibration
+from erollout.calibration.hardware import find_hardware, nominal_roofline
+from erollout.calibration.model_size import describe_shape, known_model, model_size, parse_shape
+from erollout.calibration.sweep_file import SweepRow, read_sweep
+from erollout.errors import UserError
+from erollout.policy.architecture import Architecture
+from erollout.speculation.cost_model import PassTimes
+from erollout.speculation.selection import expected_length
+from erollout.speculation.step import Arm
+
+DEFAULT_ACCEPTANCE = 0.9
+"""Of each position of a draft, where nothing is said: about an INT4 drafter's on a policy in training."""
+DEFAULT_DRAFTS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+Run = Callable[[argparse.Namespace, list[str]], int]
+Lengths = Callable[[int], float]
+
+
+def add_commands(subparsers: argparse._SubParsersAction, sweep: Run) -> None:
+    """Add `calibrate` to the command line. `sweep` measures: it needs ranks, which the caller starts."""
+    calibrate = subparsers.add_parser("calibrate", help="measure, fit and question what steps cost on this hardware")
+    commands = calibrate.add_subparsers(dest="calibration_command", required=True, metavar="command")
+    _add_sweep(commands, sweep)
+    fit = _command(commands, "fit", _fit, "make a calibration from a sweep")
+    fit.add_argument("--csv", required=True, help="sweep to read")
+    fit.add_argument("--out", required=True, help="JSON file to write")
+    fit.add_argument("--hardware", help="of the sweep, where the file does not say: A100, H100, ...")
+    fit.add_argument(
+        "--model", help="of the sweep, where the file does not say: a name (Qwen2.5-7B) or a folder with config.json"
+    )
+    fit.add_argument("--format", default=REFERENCE_FORMAT, help="of the drafter, where the file does not say")
+    validate = _command(commands, "validate", _validate, "compare predictions with a sweep; exit status 1 when they are bad")
+    _add_config(validate)
+    validate.add_argument("--csv", required=True, help="sweep to compare with")
+    _add_acceptance(validate)
+    validate.add_argument("--held-out", action="store_true", help="predict each batch size from a fit to all others")
+    validate.add_argument("--against", help="a second calibration, ours or the reference's, to compare with")
+    predict = _command(commands, "predict", _predict, "predicted times of every arm at one load")
+    _add_point(predict)
+    plot = _command(commands, "plot", _plot, "draw where speculation pays")
+    _add_config(plot)
+    plot.add_argument("--csv", help="sweep whose points to draw too")
+    plot.add_argument("--out", required=True, help="PNG file to write")
+    _add_acceptance(plot)
+    _add_config(_command(commands, "info", _info, "what a calibration is of and how well it fits"))
+    _add_point(_command(commands, "explain", _explain, "say in words which arm is best at one load, and why"))
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: Run, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_sweep(commands: argparse._SubParsersAction, run: Run) -> None:
+    parser = _command(
+        commands, "sweep", run, "measure single steps on this device, with the model and drafters of a configuration"
+    )
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--out", required=True, help="CSV file to write; one that is there is continued")
+    parser.add_argument("--batches", type=_integers, help="sequences, as 1,2,4,8")
+    parser.add_argument("--contexts", type=_integers, help="tokens of each, as 64,512")
+    parser.add_argument("--drafts", type=_integers, help="num_speculative_tokens, as 1,3,7")
+    parser.add_argument("--minutes", type=float, default=5.0, help="to spend at most")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="calibration: a JSON file of `fit`, or of the reference implementation")
+
+
+def _add_acceptance(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--acceptance", type=_share, default=DEFAULT_ACCEPTANCE, help="probability that the next token of a draft is accepted"
+    )
+    group.add_argument("--length", type=_length, help="acceptance length L instead: one number for all n, or 3=3.6,7=6.7")
+
+
+def _add_point(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", help="calibration; without one, what a device of known peaks should do (see --model)")
+    parser.add_argument("--model", help="without --config: a name (Qwen2.5-7B) or a folder with config.json")
+    parser.add_argument("--hardware", help="without --config: A100, H100, ...")
+    parser.add_argument("--tp", type=int, default=1, help="without --config: tensor_model_parallel_size")
+    parser.add_argument("--format", default=REFERENCE_FORMAT, help="without --config: of the drafter")
+    parser.add_argument("--batch", type=_positive, required=True, help="sequences that decode")
+    parser.add_argument("--context", type=_positive, required=True, help="tokens of each")
+    parser.add_argument("--drafts", type=_integers, default=DEFAULT_DRAFTS, help="num_speculative_tokens to consider, as 1,3,7")
+    _add_acceptance(parser)
+
+
+def _fit(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.calibration.fit import fit, measured_passes
+    from erollout.calibration.report import print_accuracies, print_identity
+
+    rows = read_sweep(options.csv)
+    first, points = _one(rows, options.csv), measured_passes(rows, options.format)
+    architecture = _architecture(options.model, first, options.csv)
+    formats = tuple(dict.fromkeys(point.format for point in points if point.kind == "draft"))
+    hardware = options.hardware or first.hardware or "unknown"
+    ranks, dtype = first.tensor_model_parallel_size, first.dtype or "bfloat16"
+    identity = Identity(describe_shape(architecture), hardware, ranks, formats, first.dtype, first.kernels)
+    provenance = {
+        "date": time.strftime("%Y-%m-%d"),
+        "sweep": str(options.csv),
+        "points": len(points),
+        "versions": {name: _version(name) for name in ("erollout", "torch", "scipy")},
+    }
+    size = model_size(architecture, formats, ranks, dtype)
+    calibration = fit(points, size, identity, options.model or first.model, provenance)
+    calibration.save(options.out)
+    print_identity(calibration)
+    print_accuracies("the roofline alone, at the points it was fitted to", calibration.diagnostics["roofline"])
+    for component, names in calibration.diagnostics["at bounds"].items():
+        if names:
+            print(f"{component}: {', '.join(names)} ended at a bound; the points don't determine it")
+    if hardware == "unknown":
+        print("no hardware is named in the sweep; give --hardware: a run refuses calibrations of other hardware")
+    print(f"written to {options.out}")
+    return 0
+
+
+def _validate(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.calibration.fit import measured_passes
+    from erollout.calibration.report import print_accuracies, print_regrets, print_signs
+    from erollout.calibration.validate import Gates, Predictor, held_out, validate
+
+    calibration, rows = load_calibration(options.config), read_sweep(options.csv)
+    _one(rows, options.csv)
+    points = measured_passes(rows, calibration.identity.formats[0])
+    _require_formats(calibration, [p.format for p in points if p.kind == "draft"], options.csv)
+    lengths = _lengths(options)
+    predictors: dict[str, Predictor] = {"calibration": _same(calibration.passes())}
+    if options.held_out:
+        predictors["held out by batch"] = held_out(points, calibration.roofline.size, calibration.identity)
+    judged = list(predictors)[-1]
+    if options.against:
+        other = load_calibration(options.against)
+        _require_formats(other, [p.format for p in points if p.kind == "draft"], options.csv)
+        predictors[Path(options.against).name] = _same(other.passes())
+    validations = {name: validate(points, predictor, lengths) for name, predictor in predictors.items()}
+    for name, validation in validations.items():
+        print_accuracies(name, validation.components)
+    print_signs(validations, points, predictors, _assumption(options))
+    print_regrets(points, predictors, lengths)
+    failures = Gates().failures(validations[judged])
+    for failure in failures:
+        print(f"FAILED ({judged}): {failure}")
+    return 1 if failures else 0
+
+
+def _predict(options: argparse.Namespace, arguments: list[str]) -> int:
+    passes = _point_passes(options)
+    lengths = _lengths(options)
+    table = Table(title=f"{options.batch} sequences of {options.context} tokens, {_assumption(options)}", title_justify="left")
+    for heading in ("arm", "draft ms", "verify ms", "step ms", "tokens", "ms per token", "speed-up"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    at = (options.batch, float(options.context))
+    target = passes.target_seconds(*at)
+    table.add_row("off", "", "", f"{1e3 * target:.3f}", "1.00", f"{1e3 * target:.3f}", "1.000")
+    for arm in (Arm(format, n) for format in passes.formats for n in options.drafts):
+        n, step = arm.num_speculative_tokens, passes.step_seconds(arm, *at)
+        draft, verify, length = passes.draft_seconds(arm.format, *at, n), passes.verify_seconds(*at, n), lengths(n)
+        figures = [*(f"{1e3 * value:.3f}" for value in (draft, verify, step)), f"{length:.2f}"]
+        table.add_row(str(arm), *figures, f"{1e3 * step / length:.3f}", f"{length * target / step:.3f}")
+    Console(highlight=False).print(table)
+    return 0
+
+
+def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.calibration.fit import measured_passes
+    from erollout.calibration.validate import measured_cycles
+    from erollout.pictures.boundary import boundary
+
+    calibration, lengths = load_calibration(options.config), _lengths(options)
+    points = measured_passes(read_sweep(options.csv), calibration.identity.formats[0]) if options.csv else []
+    measured = [(c.arm, c.batch, c.context, c.speed_up(lengths(c.num_speculative_tokens))) for c in measured_cycles(points)]
+    title = f"{calibration.model_name} on {calibration.identity.hardware}, {_assumption(options)}"
+    figure = boundary(calibration.passes(), lengths, measured, title)
+    try:
+        figure.savefig(options.out, dpi=150)
+    except OSError as error:
+        raise UserError(f"can't write {options.out}: {error.strerror}") from error
+    print(f"written to {options.out}")
+    return 0
+
+
+def _info(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.calibration.report import print_accuracies, print_identity, print_roofline
+
+    calibration = load_calibration(options.config)
+    print_identity(calibration)
+    print_roofline(calibration.roofline)
+    if "roofline" in calibration.diagnostics:
+        print_accuracies("the roofline alone, at the points it was fitted to", calibration.diagnostics["roofline"])
+    return 0
+
+
+def _explain(options: argparse.Namespace, arguments: list[str]) -> int:
+    arms = options.drafts
+    print(explanation(_point_passes(options), options.batch, float(options.context), _lengths(options), arms))
+    return 0
+
+
+def _one(rows: Sequence[SweepRow], path: str) -> SweepRow:
+    """A row that stands for all: a calibration is of one model, device and layout."""
+    if not rows:
+        raise UserError(f"sweep {path} has no points")
+    kinds = {(row.model, row.hardware, row.tensor_model_parallel_size, row.dtype, row.kernels) for row in rows}
+    if len(kinds) > 1:
+        raise UserError(f"sweep {path} mixes {' and '.join(' '.join(map(str, kind)) for kind in sorted(kinds))}; split it")
+    return rows[0]
+
+
+def _architecture(model: str | None, row: SweepRow, path: str) -> Architecture:
+    """Of a sweep's model: as given, else as the sweep says, else by its name."""
+    if model is None and row.architecture:
+        return parse_shape(row.architecture)
+    return _named_architecture(model or row.model, f"sweep {path} names its model {row.model!r}")
+
+
+def _named_architecture(model: str, where: str) -> Architecture:
+    from erollout.config import ModelConfig
+    from erollout.policy.families import policy_architecture
+
+    if Path(model).is_dir():
+        return policy_architecture(ModelConfig(path=model))  # type: ignore[call-arg]  # mypy does not see through _section
+    architecture = known_model(model)
+    if architecture is None:
+        raise UserError(f"{where}: {model!r} is neither a folder nor a model whose sizes are known; give --model FOLDER")
+    return architecture
+
+
+def _point_passes(options: argparse.Namespace) -> PassTimes:
+    """Of the named calibration, or of a device's data sheet."""
+    if options.config:
+        return load_calibration(options.config).passes()
+    if not options.model or not options.hardware:
+        raise UserError("give --config CALIBRATION, or --model and --hardware for what a data sheet promises")
+    size = model_size(_named_architecture(options.model, "--model"), (options.format,), options.tp)
+    return PassTimes(nominal_roofline(size, find_hardware(options.hardware), (options.format,)))
+
+
+def _require_formats(calibration: Calibration, formats: Sequence[str], path: str) -> None:
+    missing = [format for format in dict.fromkeys(formats) if format not in calibration.identity.formats]
+    if missing:
+        raise UserError(
+            f"sweep {path} has drafter {', '.join(missing)}, calibration {calibration.source} has "
+            f"{', '.join(calibration.identity.formats)}: compare those of the same drafters"
+        )
+
+
+def _same(passes: PassTimes) -> Callable[[int], PassTimes]:
+    return lambda batch: passes
+
+
+def _lengths(options: argparse.Namespace) -> Lengths:
+    """Acceptance length by n, as the options say."""
+    given: Mapping[int, float] | float | None = options.length
+    if given is None:
+        return lambda n: expected_length(options.acceptance, n)
+    if isinstance(given, float):
+        return lambda n: given
+
+    def by_length(n: int) -> float:
+        if n not in given:
+            raise UserError(f"--length says nothing of num_speculative_tokens = {n}; add {n}=...")
+        return given[n]
+
+    return by_length
+
+
+def _assumption(options: argparse.Namespace) -> str:
+    return f"acceptance {options.acceptance:g}" if options.length is None else f"length {options.length}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(_positive(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive integers like 1,3,7") from None
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def _length(text: str) -> float | dict[int, float]:
+    try:
+        if "=" not in text:
+            return float(text)
+        return {int(n): float(value) for n, _, value in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a list like 3=3.6,7=6.7") from None

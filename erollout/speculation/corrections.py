@@ -6,9 +6,10 @@ step's surprise goes to them in proportion to how uncertain they are: a Kalman f
 first steps move all parts, and a change later on moves the common one, whose walk is the widest.
 
 A surprise counts only up to CLIP standard deviations: an outlier, however slow, moves little. When several in a row exceed that
-to the same side, it is no outlier: the machine has changed, and the common part becomes uncertain enough to follow at once.
+to the same side, they are no outliers: all parts become uncertain enough to follow at once, the common one most.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, floor, log, log2
 from typing import Any
@@ -18,6 +19,8 @@ from erollout.speculation.step import Arm
 CLIP = 2.5
 PERSISTENCE = 5
 """Clipped surprises of the same sign, in a row, that mean a lasting change."""
+COMMON_BLAME = 4.0
+"""How much more uncertain a lasting change makes the common part than the others: it is the machine, unless they are new."""
 NOISE_RANGE = (0.005, 0.3)
 """Of a step's time, relative: least and most standard deviation that is believed."""
 NOISE_RATE = 0.05
@@ -44,7 +47,7 @@ class _Part:
 
 _COMMON, _DRAFTER, _CELL = 0.2**2, 0.15**2, 0.1**2
 """Prior variances, which are the largest too."""
-_COMMON_WALK, _DRAFTER_WALK, _CELL_WALK = 1e-5, 1e-6, 1e-6
+_COMMON_WALK, _DRAFTER_WALK, _CELL_WALK = 4e-5, 1e-6, 1e-6
 """Added to the variances of what a step touches."""
 _PREFILL = 1.0
 """Prior variance of prompt passes, of which nothing is measured beforehand. They say nothing of decoding, and learn alone."""
@@ -97,28 +100,38 @@ class Corrections:
         for cell, _ in cells:
             cell.widen(_CELL_WALK, _CELL)
         parts = ((self._common, 1.0), (drafter, 1.0), *cells)
-        surprise = self._clipped(surprise, sum(share * share * part.variance for part, share in parts))
-        total = sum(share * share * part.variance for part, share in parts) + self._noise  # clipping may have changed it
+        surprise = self._clipped(surprise, parts)
+        total = _variance(parts) + self._noise
         for part, share in parts:
             part.learn(share, surprise, total)
 
-    def _clipped(self, surprise: float, variance: float) -> float:
-        """The part of a surprise that counts. Keeps the noise's level, and the count of surprises that can't be noise."""
+    def _clipped(self, surprise: float, parts: Sequence[tuple[_Part, float]]) -> float:
+        """The part of a surprise that counts. Keeps the noise's level; when the machine has changed, widens the parts."""
+        variance = _variance(parts)
         limit = CLIP * (variance + self._noise) ** 0.5
-        if abs(surprise) <= limit:
-            self._run = 0
-        else:
-            sign = 1 if surprise > 0 else -1
-            self._run = self._run + sign if self._run * sign > 0 else sign
-            if abs(self._run) >= PERSISTENCE:
-                self._common.variance = max(self._common.variance, surprise * surprise)
-                self._run = 0
-                return surprise
+        if self._has_changed(surprise, limit):
+            self._common.variance *= COMMON_BLAME
+            scale = surprise * surprise / _variance(parts)
+            for part, _ in parts:
+                part.variance *= scale
+            return surprise
         clipped = max(-limit, min(limit, surprise))
         low, high = NOISE_RANGE
         self._noise += NOISE_RATE * (max(0.0, clipped * clipped - variance) - self._noise)
         self._noise = max(low * low, min(high * high, self._noise))
         return clipped
+
+    def _has_changed(self, surprise: float, limit: float) -> bool:
+        """Whether this surprise is the last of so many to the same side that they can't all be outliers."""
+        if abs(surprise) <= limit:
+            self._run = 0
+            return False
+        sign = 1 if surprise > 0 else -1
+        self._run = self._run + sign if self._run * sign > 0 else sign
+        if abs(self._run) < PERSISTENCE:
+            return False
+        self._run = 0
+        return True
 
     def state_dict(self) -> dict[str, object]:
         return {
@@ -139,6 +152,11 @@ class Corrections:
         self._drafters = {name: _Part(variance, value) for name, value, variance in state["drafters"]}
         self._cells = {(Arm(format, n), node): _Part(variance, value) for format, n, node, value, variance in state["cells"]}
         self._run = 0
+
+
+def _variance(parts: Sequence[tuple[_Part, float]]) -> float:
+    """Of their sum."""
+    return sum(share * share * part.variance for part, share in parts)
 
 
 def _nodes(batch: int) -> tuple[tuple[int, float], ...]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from erollout.calibration.commands import add_commands
 from erollout.config import Config, load_config
 from erollout.environment import launcher_environment
 from erollout.errors import UserError
+from erollout.simulation.commands import add_command
 
 _SPEAK_AFTER_SECONDS = 5.0
 """An error of all ranks is printed by rank 0 alone: the others wait this long, and are usually ended before."""
@@ -49,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--warm-start", default="configs/demo-sft.yaml", help="config of the supervised warm-up")
     demo_rollout = _command(commands, "demo-rollout", _demo_rollout, "fetch a small model, teach it a task, compare rollouts")
     demo_rollout.add_argument("--warm-start", default="configs/demo-rollout-sft.yaml", help="config of the fine-tuning")
+    add_commands(commands, _sweep)
+    add_command(commands)
     plot = commands.add_parser("plot", help="draw the curves of a run")
     plot.add_argument("--run", required=True, dest="directory", help="train.output_dir of the run")
     plot.add_argument("--out", required=True, help="PNG file to write")
@@ -90,6 +94,15 @@ def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
 def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)
     return _on_ranks(config, arguments, lambda session: session.compare(config))
+
+
+def _sweep(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load_config(options.config, options.overrides)
+    from erollout.preflight import require_writable
+
+    require_writable("--out", Path(options.out).parent)
+    grid = {name: getattr(options, name) or () for name in ("batches", "contexts", "drafts")}
+    return _on_ranks(config, arguments, lambda session: session.sweep(config, options.out, grid, options.minutes))
 
 
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:

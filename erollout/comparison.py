@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from erollout.data.prompts import PromptDataset
 from erollout.rollout import EVALUATION_STREAM, RolloutResult, RolloutWorker
 from erollout.speculation.statistics import merge
+from erollout.steering import Share
 
 Rows = list[tuple[str, object]]
 
@@ -48,6 +49,30 @@ class Comparison:
             ("responses that are the same off and on", same),
         ]
 
+    def where(self) -> list[tuple[str, ...]]:
+        """A line per batch size: seconds without and with speculation per rollout, where it was on, and what that saved."""
+        off, on = (_shares(results) for results in (self.off, self.on))
+        rows: list[tuple[str, ...]] = []
+        for batch in sorted(off.keys() | on.keys()):
+            before, after = off.get(batch, Share()), on.get(batch, Share())
+            speeds = [share.emitted / share.seconds if share.seconds else 0.0 for share in (before, after)]
+            drafts = after.num_speculative_tokens / after.speculating if after.speculating else 0.0
+            rows.append(
+                (
+                    str(batch) if batch < 3 else f"{batch // 2 + 1}-{batch}",
+                    f"{before.seconds / len(self.off):.2f}",
+                    f"{after.seconds / len(self.on):.2f}",
+                    f"{after.speculating / after.seconds if after.seconds else 0.0:.0%}",
+                    f"{drafts:.1f}",
+                    f"{speeds[1] / speeds[0]:.2f}x" if all(speeds) else "-",
+                )
+            )
+        return rows
+
+
+WHERE = ("sequences", "seconds, off", "seconds, on", "speculating", "mean n", "tokens/s, on over off")
+"""Columns of Comparison.where."""
+
 
 def compare(rollout: Callable[[bool], RolloutResult], rounds: int = 3) -> Comparison:
     """Run a rollout without and with speculation, in turns, the first of a round being the second of the next.
@@ -70,8 +95,8 @@ def compare_held_out(worker: RolloutWorker, data: PromptDataset, rounds: int = 3
     few = [data.prompt(i) for i in range(min(_ONE_BY_ONE, options.num_prompts, len(data)))]
     sampling = worker.sampling_params(options.temperature)
     with _at_once(worker, 1):
-        one = compare(lambda on: worker.rollout(few, sampling, 1, EVALUATION_STREAM, 0, on), rounds)
-    many = compare(lambda on: worker.evaluate(data, 0, on), rounds)
+        one = compare(lambda on: worker.rollout(few, sampling, 1, EVALUATION_STREAM, 0, on, learns=on), rounds)
+    many = compare(lambda on: worker.evaluate(data, 0, on, learns=on), rounds)
     return {"one sequence at once": one, f"up to {worker.config.rollout.max_num_seqs} sequences at once": many}
 
 
@@ -84,6 +109,16 @@ def _at_once(worker: RolloutWorker, max_num_seqs: int) -> Iterator[None]:
         yield
     finally:
         worker.engine.rollout = options
+
+
+def _shares(results: list[RolloutResult]) -> dict[int, Share]:
+    """Of all replicas and rollouts together, by batch size."""
+    total: dict[int, Share] = {}
+    for result in results:
+        for course in result.courses:
+            for batch, share in course.shares.items():
+                total.setdefault(batch, Share()).add(share)
+    return total
 
 
 def _responses(result: RolloutResult) -> list[tuple[int, ...]]:

@@ -171,7 +171,7 @@ class SpeculationConfig:
     """`coupled`: the samples are those of autoregressive decoding, token for token. `rejection`: the same distribution, with
     the highest acceptance."""
     calibration: Location | None = None
-    """File of `erollout calibrate fit` for this model, device, layout and drafter; default: the device is measured at the start."""
+    """File of `erollout calibrate fit` for this model, device, layout and drafter; default: measured at the start."""
     decision_interval: Positive = 1
     """Steps between two decisions; above 1 where a replica has several ranks, which must agree on each."""
     trace_interval: Count = 1
@@ -190,7 +190,7 @@ class CoordinatorConfig:
     hand_out: Literal["dynamic", "static"] = "dynamic"
     """Of prompts that wait: to the replica that will be free first, or in turns at the start."""
     lock_step: bool = False
-    """Replicas share collectives: all take the same decision at the same step, and wait for each other there. Needs `cluster`."""
+    """Replicas share collectives: all take the same decision at the same step, and wait there. Needs `cluster`."""
     window_seconds: PositiveFloat = 0.05
     """Least time between two exchanges of occupancies."""
     stall_seconds: PositiveFloat = 5.0
@@ -502,8 +502,8 @@ def _check_speculation(options: SpeculationConfig) -> None:
         )
     if drafter.alternatives and options.mode != "adaptive":
         raise UserError(
-            f"speculation.drafter.alternatives = {list(drafter.alternatives)} but speculation.mode = {options.mode} drafts with "
-            "one format only; set the mode to adaptive or remove them"
+            f"speculation.drafter.alternatives = {list(drafter.alternatives)} but speculation.mode = {options.mode} drafts "
+            "with one format only; set the mode to adaptive or remove them"
         )
     if not rungs or list(rungs) != sorted(set(rungs)):
         raise UserError(f"speculation.toggle.ladder.rungs = {list(rungs)} must ascend, with at least one; sort them")
@@ -517,6 +517,6 @@ def _check_speculation(options: SpeculationConfig) -> None:
 def _check_coordinator(config: Config) -> None:
     if config.coordinator.lock_step and config.coordinator.policy != "cluster":
         raise UserError(
-            f"coordinator.lock_step = True but coordinator.policy = {config.coordinator.policy}: replicas that share collectives "
-            "need one state; set coordinator.policy to cluster"
+            f"coordinator.lock_step = True but coordinator.policy = {config.coordinator.policy}: replicas that share "
+            "collectives need one state; set coordinator.policy to cluster"
         )

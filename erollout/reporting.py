@@ -37,6 +37,7 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
         "reshard/seconds": reshard.seconds,
         "reshard/gigabytes_per_second": reshard.gigabytes_per_second,
     }
+    metrics |= course_metrics([course.metrics for course in result.courses])
     if refit.requantize is not None:
         metrics |= speculation_metrics(result.speculation, refit.requantize)
     metrics |= {f"response_length/{name}": value for name, value in summarize_lengths(lengths).items()}
@@ -45,6 +46,18 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
         for task in tasks:
             mine = [s.reward for s in scored if s.task == task]
             metrics[f"reward/{task}"] = sum(mine) / len(mine)
+    return metrics
+
+
+def course_metrics(replicas: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What toggle and coordinator did, of all replicas: means of the one, sums of the other (of shares the largest)."""
+    metrics = {}
+    for name in dict.fromkeys(name for replica in replicas for name in replica):
+        values = [replica[name] for replica in replicas if name in replica]
+        if name.startswith("toggle/"):
+            metrics[name] = sum(values) / len(values)
+        else:
+            metrics[name] = max(values) if name.endswith("_share") else sum(values)
     return metrics
 
 

@@ -1,5 +1,6 @@
 """The rollout of one step on all decode replicas: refit, generate, score while generating, gather."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from erollout.rewards.pool import RewardPool
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.steering import Course, Steering
 from erollout.types import Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,6 +83,8 @@ class RolloutWorker:
         self.speculation = SelfSpeculation(config, self.engine) if config.speculation.mode != "off" else None
         self.steering = Steering(config, context, self.engine, self.speculation)
         self.resharder = self._build_resharder(architecture)
+        self._states: tuple[str, ...] = ()
+        """On or off, at the batches of the last reasons that were logged."""
 
     def refit(self, policy: dict[str, Tensor], policy_version: int) -> RefitStats:
         """Take over the policy's weights from the training layout, and make the drafter of them as they land."""
@@ -103,6 +108,7 @@ class RolloutWorker:
         stream: int,
         step: int,
         speculates: bool = True,
+        learns: bool | None = None,
     ) -> RolloutResult:
         """Sample every prompt group_size times and score the samples.
 
@@ -110,33 +116,36 @@ class RolloutWorker:
             prompts: of the whole cluster, the same on every rank; the coordinator says which replica takes which.
             stream: TRAINING_STREAM or EVALUATION_STREAM.
             speculates: false: without drafts, whatever the mode.
+            learns: whether acceptance and costs are learnt from it for later ones; default: in training alone.
         """
         seed = self.config.train.seed * 2 + stream
         requests = [
             RolloutRequest(p.index, p.prompt_ids, group_size, sampling, request_seed(seed, step, p.index)) for p in prompts
         ]
         by_index = {p.index: p for p in prompts}
-        learns = stream == TRAINING_STREAM
+        trains = stream == TRAINING_STREAM
         self.engine.wake_up()
-        rollouts = self._generate(self.steering.begin(requests, learns, speculates), by_index)
-        course = self.steering.end(self._decisions_file(step) if learns else None)
-        if self.speculation is not None and learns:
+        rollouts = self._generate(self.steering.begin(requests, trains if learns is None else learns, speculates), by_index)
+        course = self.steering.end(self._decisions_file(step) if trains else None)
+        if self.speculation is not None and trains:
             due = step % self.config.speculation.drafter.statistics_interval == 0
             if due or not self.speculation.has_learned:  # the first rollout of a resumed run too
                 self.speculation.learn_from(rollouts)
         self.engine.sleep()
         result = self._gather(rollouts, course, by_index)
         _require_complete(result, len(prompts) * group_size)
-        if learns:
+        if trains:
+            self._say_why(course)
+        if trains:
             self.steering.lengths = tuple(sorted(len(s.rollout.response_ids) for s in result.scored))
         return result
 
-    def evaluate(self, data: PromptDataset, step: int, speculates: bool = True) -> RolloutResult:
-        """Sample and score the held-out prompts as the evaluation section says."""
+    def evaluate(self, data: PromptDataset, step: int, speculates: bool = True, learns: bool | None = None) -> RolloutResult:
+        """Sample and score the held-out prompts as the evaluation section says; as `rollout` otherwise."""
         options = self.config.evaluation
         prompts = [data.prompt(i) for i in range(min(options.num_prompts, len(data)))]
         sampling = self.sampling_params(options.temperature)
-        return self.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, step, speculates)
+        return self.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, step, speculates, learns)
 
     def state_dict(self) -> dict[str, Any]:
         """What later rollouts know from earlier ones, as JSON."""
@@ -171,6 +180,13 @@ class RolloutWorker:
         if not self.context.is_decode_leader:
             return self.engine.run(control)
         return self.engine.run(control, lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r)))
+
+    def _say_why(self, course: Course) -> None:
+        """Log why the first replica speculates or not: in its first rollout, and when that changes."""
+        states = tuple(reason.partition(":")[0] for reason in course.why)
+        if self.context.rank == 0 and self.speculation is not None and states != self._states:
+            self._states = states
+            logger.info("speculation in training rollouts: %s", "; ".join(course.why))
 
     def _decisions_file(self, step: int) -> Path | None:
         interval = self.config.speculation.trace_interval

@@ -6,14 +6,19 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from erollout.algorithm import build_algorithm
+from erollout.calibration.sweep import Grid
+from erollout.calibration.sweep import sweep as measure_steps
+from erollout.calibration.sweep_log import append_row, resume_rows
 from erollout.checkpoint.checkpointer import Checkpointer, RunKind, RunState
-from erollout.comparison import compare_held_out
+from erollout.comparison import WHERE, compare_held_out
 from erollout.config import Config
 from erollout.errors import UserError
 from erollout.evaluation import evaluation_metrics
+from erollout.figures import rollout_figures
 from erollout.parallel.collectives import from_rank_zero
 from erollout.parallel.groups import ParallelContext, current_rank, initialize, shut_down
 from erollout.policy.actor import Actor
@@ -23,10 +28,10 @@ from erollout.reporting import summary_rows
 from erollout.rewards.pool import RewardPool
 from erollout.rollout import RolloutWorker
 from erollout.supervised import SupervisedTrainer
-from erollout.tracking.console import StepReporter, print_summary
+from erollout.tracking.console import StepReporter, print_summary, print_table
 from erollout.tracking.journal import journal_path, read_history
 from erollout.tracking.log import configure_logging
-from erollout.tracking.plots import phase_seconds, response_lengths, reward_curve
+from erollout.tracking.plots import phase_seconds, response_lengths, reward_curve, save
 from erollout.tracking.tracker import RunStatus, Tracker, create_tracker
 from erollout.trainer import Trainer
 
@@ -127,12 +132,47 @@ def compare(config: Config) -> None:
         if context.rank == 0:
             options = config.speculation
             for case, comparison in comparisons.items():
-                print_summary(comparison.rows(), title=f"speculation off and on, {case}")
+                print_summary(comparison.rows(), title=f"speculation off and {config.speculation.mode}, {case}")
+                print_table(WHERE, comparison.where(), title="where the seconds of a rollout go, and where speculation was on")
+            last = comparisons[case].on[-1]
+            for name, figure in rollout_figures(last, config.speculation.drafter.format).items():
+                save(figure, Path(config.train.output_dir) / "figures" / f"{name}.png")
             facts = {
-                "drafts": f"{options.num_speculative_tokens} of {options.drafter.format}, {options.verification}",
+                "drafts": f"{options.drafter.format}, {options.verification}",
                 "requantise seconds": requantize.seconds if requantize is not None else 0.0,
+                "why": "\n".join(last.courses[0].why),
+                "pictures": f"{config.train.output_dir}/figures",
             }
             print_summary([*facts.items(), *evaluation_metrics(first.scored).items()], title="drafter and policy")
+
+
+def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes: float) -> None:
+    """Time single steps of the configured model and drafters on this device, and append each to a CSV file.
+
+    Args:
+        grid: `batches`, `contexts` and `drafts` (values of num_speculative_tokens); empty: chosen for the configuration.
+
+    Raises UserError for a file that is something else than a sweep, or can't be written.
+    """
+    if config.speculation.mode == "off":
+        raise UserError("speculation.mode = off has no drafter to measure; set speculation.mode=adaptive")
+    with _world(config) as (resolved, context), _rewards(config, resolved) as rewards:
+        worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
+        worker.load_weights()
+        leads = context.rank == 0
+        done = from_rank_zero(resume_rows(out) if leads else None)
+        engine, drafting = worker.engine, worker.steering.formats
+        longest = min(engine.max_model_len, config.rollout.max_prompt_tokens + config.rollout.max_tokens)
+        places = Grid(
+            grid["batches"] or tuple(2**i for i in range(config.rollout.max_num_seqs.bit_length())),
+            grid["contexts"] or tuple(sorted({max(2, longest // 8), max(2, longest // 2)})),
+            grid["drafts"] or tuple(n for n in (1, 3, 5, 8) if n <= config.speculation.toggle.max_speculative_tokens),
+        )
+        engine.wake_up()
+        write = partial(append_row, out) if leads else _drop
+        rows = measure_steps(engine, drafting, places, 60 * minutes, done, write, Path(config.model.path or "random").name)
+        if leads:
+            print_summary([("rows", len(done) + len(rows)), ("measured now", len(rows)), ("written to", out)], title="sweep")
 
 
 @contextmanager
@@ -190,6 +230,10 @@ def _started(tracker: Tracker, config: Config, facts: Mapping[str, str | int | f
     if failure:
         raise UserError(failure)
     return run_id or ""
+
+
+def _drop(row: object) -> None:
+    """What every rank but the first does with a measured row."""
 
 
 def _silent(step: int, values: Mapping[str, float]) -> None:

@@ -14,16 +14,37 @@ from erollout.coordinator.state_machine import StateMachine
 from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.control import Control
 from erollout.engine.engine import Engine
+from erollout.parallel.collectives import all_sum
 from erollout.parallel.groups import ParallelContext
 from erollout.speculation.cost_model import CalibratedCost
+from erollout.speculation.step import Load
 from erollout.speculation.toggle import Toggle
-from erollout.speculation.trace import Bin
+from erollout.speculation.trace import Bin, Trace
 from erollout.types import RolloutRequest
 
 logger = logging.getLogger(__name__)
 
 BINS = 200
 """Spans of a rollout's time that replicas tell each other about."""
+
+
+@dataclass(slots=True)
+class Share:
+    """Of a rollout, the steps at batches up to a power of two, and beyond the one before."""
+
+    seconds: float = 0.0
+    emitted: int = 0
+    """Tokens."""
+    speculating: float = 0.0
+    """Of the seconds, in steps that speculate."""
+    num_speculative_tokens: float = 0.0
+    """Summed over those seconds."""
+
+    def add(self, other: "Share") -> None:
+        self.seconds += other.seconds
+        self.emitted += other.emitted
+        self.speculating += other.speculating
+        self.num_speculative_tokens += other.num_speculative_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +56,14 @@ class Course:
     metrics: dict[str, float] = field(default_factory=dict)
     bins: list[Bin] = field(default_factory=list)
     """Equal spans of these seconds."""
-    why: str = ""
-    """Its last decision, in words."""
+    shares: dict[int, Share] = field(default_factory=dict)
+    """By the largest batch of each: 1, 2, 4, 8, ..."""
+    why: tuple[str, ...] = ()
+    """In words, why it would speculate or not at the most and at the fewest sequences that it had at once."""
 
 
 class Steering:
-    """Of one rank. `begin` is collective over the world: costs are measured in the first rollout that needs them."""
+    """Of one rank. `begin` and `end` are collective over the world."""
 
     def __init__(self, config: Config, context: ParallelContext, engine: Engine, speculation: SelfSpeculation | None) -> None:
         self.config = config
@@ -55,7 +78,7 @@ class Steering:
         self._control: ReplicaControl | None = None
 
     def begin(self, requests: Sequence[RolloutRequest], learns: bool, speculates: bool = True) -> Control:
-        """The control of the next rollout.
+        """The control of the next rollout. The first one measures what steps cost, where that is to be measured.
 
         Args:
             requests: of the whole cluster, the same on every rank.
@@ -81,18 +104,21 @@ class Steering:
         return AgreedControl(self._control, context.control_group, toggle.arms, requests, interval)
 
     def end(self, decisions: Path | None) -> Course:
-        """Close the rollout. `decisions`: file for what was decided; None: it is not kept."""
+        """Close the rollout; collective over the world. `decisions`: file for what was decided; None: it is not kept."""
         control, self._control = self._control, None
+        statistics = self.engine.stats.speculation
+        counts = (float(statistics.drafted), float(statistics.accepted)) if control is not None else (0.0, 0.0)
+        drafted, accepted = all_sum(counts, self.context.device)
         if control is None:
             return Course()
         toggle = control.toggle
-        toggle.end_rollout()
+        toggle.end_rollout(accepted / drafted if drafted else None)
         if decisions is not None:
             toggle.trace.write(decisions)
         metrics = {f"toggle/{name}": value for name, value in toggle.metrics().items()}
         metrics |= {f"coordinator/{name}": value for name, value in control.report().items()}
         seconds = max(self.engine.stats.seconds, toggle.trace.seconds)
-        return Course(seconds, metrics, toggle.trace.binned(BINS, seconds), toggle.explain())
+        return Course(seconds, metrics, toggle.trace.binned(BINS, seconds), shares(toggle.trace), _reasons(toggle))
 
     def state_dict(self) -> dict[str, Any]:
         """What later rollouts know, as JSON."""
@@ -114,3 +140,23 @@ class Steering:
         """One that leaves no trace in the run's own, but knows its costs."""
         assert isinstance(toggle.cost, CalibratedCost)
         return Toggle(replace(self.config.speculation, mode="off"), (), toggle.cost)  # type: ignore[type-var]
+
+
+def shares(trace: Trace) -> dict[int, Share]:
+    """Where a rollout's seconds went, by batch size; steps without any decoding sequence are left out."""
+    found: dict[int, Share] = {}
+    columns = trace.columns
+    for step, batch in enumerate(columns["decoding"]):
+        if batch:
+            seconds, n = columns["seconds"][step], trace.arm(step).num_speculative_tokens
+            share = Share(seconds, columns["emitted"][step], seconds * (n > 0), seconds * n)
+            found.setdefault(1 << (batch - 1).bit_length(), Share()).add(share)
+    return dict(sorted(found.items()))
+
+
+def _reasons(toggle: Toggle) -> tuple[str, ...]:
+    """At the largest and the smallest batch of the rollout."""
+    decoding, contexts = (toggle.trace.columns[name] for name in ("decoding", "context"))
+    loads = [Load(batch, context) for batch, context in zip(decoding, contexts, strict=True) if batch]
+    ends = [end(loads, key=lambda load: load.decoding) for end in (max, min)] if loads else []
+    return tuple(dict.fromkeys(toggle.explain(load) for load in ends))

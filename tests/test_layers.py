@@ -19,7 +19,7 @@ LAYERS = (
     ("calibration",),
     ("checkpoint", "evaluation", "simulation", "steering"),
     ("rollout",),
-    ("comparison", "preflight", "reporting"),
+    ("comparison", "figures", "preflight", "reporting"),
     ("trainer", "supervised"),
     ("session",),
     ("demo",),

@@ -103,5 +103,17 @@ def print_summary(rows: Sequence[tuple[str, Any]], title: str = "", console: Con
     (console or Console(highlight=False)).print(table)
 
 
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", console: Console | None = None
+) -> None:
+    """A table with a head; the first column to the left, the others to the right."""
+    table = Table(title=title or None, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    (console or Console(highlight=False)).print(table)
+
+
 def _progress_line(console: Console) -> Progress:
     return Progress(BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), console=console)

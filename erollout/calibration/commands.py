@@ -53,6 +53,7 @@ def add_commands(subparsers: argparse._SubParsersAction, sweep: Run) -> None:
     _add_config(plot)
     plot.add_argument("--csv", help="sweep whose points to draw too")
     plot.add_argument("--out", required=True, help="PNG file to write")
+    plot.add_argument("--drafts", type=_integers, help="num_speculative_tokens to choose from; default: the measured ones")
     _add_acceptance(plot)
     _add_config(_command(commands, "info", _info, "what a calibration is of and how well it fits"))
     _add_point(_command(commands, "explain", _explain, "say in words which arm is best at one load, and why"))
@@ -180,17 +181,25 @@ def _predict(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.calibration.boundary import SMALL_BATCHES, axis, measured_lengths, measurements, predictions
     from erollout.calibration.fit import measured_passes
+    from erollout.calibration.regret import measured_places
     from erollout.calibration.validate import measured_cycles
     from erollout.pictures.boundary import boundary
 
     calibration, lengths = load_calibration(options.config), _lengths(options)
     points = measured_passes(read_sweep(options.csv), calibration.identity.formats[0]) if options.csv else []
-    measured = [(c.arm, c.batch, c.context, c.speed_up(lengths(c.num_speculative_tokens))) for c in measured_cycles(points)]
-    title = f"{calibration.model_name} on {calibration.identity.hardware}, {_assumption(options)}"
-    figure = boundary(calibration.passes(), lengths, measured, title)
+    _require_formats(calibration, [p.format for p in points if p.kind == "draft"], options.csv)
+    places, passes = measured_places(measured_cycles(points), lengths), calibration.passes()
+    drafts = options.drafts or sorted({p.num_speculative_tokens for p in points} - {0}) or measured_lengths(calibration)
+    arms = [Arm(format, n) for format in passes.formats for n in drafts or DEFAULT_DRAFTS]
+    all_points = [point for table in calibration.tables.values() for point in table]
+    batches = axis(1, 2 * max((p.batch for p in all_points), default=SMALL_BATCHES), SMALL_BATCHES)
+    contexts = axis(min((p.context for p in all_points), default=128), 2 * max((p.context for p in all_points), default=4096))
+    prediction = predictions(passes, lengths, arms, batches, contexts)
+    title = f"Where speculation pays: {calibration.model_name} on {calibration.identity.hardware}, {_assumption(options)}"
     try:
-        figure.savefig(options.out, dpi=150)
+        boundary(prediction, measurements(places, passes, lengths), title).savefig(options.out, dpi=150)
     except OSError as error:
         raise UserError(f"can't write {options.out}: {error.strerror}") from error
     print(f"written to {options.out}")

@@ -1,0 +1,212 @@
+"""Simulated rollouts of one cluster: every strategy over the same lengths, several seeds, what each took."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from erollout.config import CoordinatorConfig, SpeculationConfig
+from erollout.coordinator.state_machine import StateMachine
+from erollout.simulation.acceptance import Acceptance
+from erollout.simulation.cluster import Cluster, Traffic
+from erollout.simulation.jumping import JumpingReplica
+from erollout.simulation.replica import Chooser, Ledger, Limits, Replica, Span
+from erollout.simulation.stepwise import StepwiseReplica
+from erollout.simulation.truth import Oracle, Truth
+from erollout.simulation.workload import Lengths, Workload
+from erollout.speculation.cost_model import CalibratedCost, PassTimes
+from erollout.speculation.step import Arm
+from erollout.speculation.toggle import Toggle
+
+Mode = Literal["off", "always", "toggle", "adaptive", "ladder", "oracle"]
+MODES: tuple[Mode, ...] = ("off", "always", "toggle", "ladder", "adaptive", "oracle")
+"""`oracle` is none of the configuration: it knows what the simulated hardware will do."""
+
+SHOWN_REPLICAS = 64
+"""Of these the spans are kept, for pictures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    mode: Mode
+    policy: Literal["replica", "cluster", "makespan"] = "replica"
+    hand_out: Literal["dynamic", "static"] = "static"
+
+    def __str__(self) -> str:
+        return f"{self.mode}, {self.policy}, {self.hand_out}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all strategies have in common."""
+
+    passes: PassTimes
+    """What the replicas believe at the start: their calibration."""
+    truth: PassTimes
+    """What steps take."""
+    acceptance: Acceptance
+    lengths: Lengths
+    replicas: int
+    num_prompts: int
+    group_size: int
+    max_tokens: int
+    limits: Limits = field(default_factory=Limits)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    """Its mode is the strategy's."""
+    window_seconds: float = 0.05
+    noise: float = 0.0
+    """Standard deviation of the logarithm of a step's time."""
+    rollouts: int = 1
+    """In a row, with new lengths each: what is learnt in one is known in the next."""
+    warm_up: int = 0
+    """Of these, the first that do not count."""
+    stepwise: bool = True
+    """Every step of every replica by the engine's scheduler; false: jumps between events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one rollout; shares are between 0 and 1."""
+
+    strategy: Strategy
+    seed: int
+    rollout: int
+    seconds: float
+    """Until the last response is complete."""
+    tokens: int
+    busy: float
+    """Share of all replicas' seconds in which they work."""
+    batch: float
+    """Mean sequences that decode in a replica that works."""
+    speculating: float
+    """Share of the working seconds in which drafts are verified."""
+    acceptance_length: float
+    regret: float
+    """Share of the working seconds that the best arm of each step would have saved."""
+    windows: int
+    moves: int
+    sequences_moved: int
+    recomputed_tokens: int
+    preemptions: int
+    spans: tuple[tuple[Span, ...], ...] = ()
+    """Of the first SHOWN_REPLICAS."""
+
+
+def simulate(setting: Setting, strategy: Strategy, seed: int) -> Iterator[Outcome]:
+    """The rollouts that count, of one strategy. Equal seeds give all strategies the same lengths."""
+    truth = Truth(setting.truth, setting.acceptance, _considered(setting), setting.noise)
+    choosers = [_chooser(setting, strategy.mode, truth, cost) for cost in _costs(setting)]
+    last: Sequence[int] = ()
+    for index in range(setting.rollouts):
+        lengths = np.random.default_rng([seed, index])
+        workload = setting.lengths.draw(setting.num_prompts, setting.group_size, setting.max_tokens, lengths)
+        outcome = _rollout(setting, strategy, workload, truth, choosers, (seed, index), last)
+        last = workload.response_tokens.ravel().tolist()
+        if index >= setting.warm_up:
+            yield outcome
+
+
+def compare(
+    setting: Setting, strategies: Sequence[Strategy], seeds: int, progress: Callable[[Outcome], None] = lambda _: None
+) -> list[Outcome]:
+    """All strategies over the same lengths."""
+    outcomes = []
+    for seed in range(seeds):
+        for strategy in strategies:
+            for outcome in simulate(setting, strategy, seed):
+                progress(outcome)
+                outcomes.append(outcome)
+    return outcomes
+
+
+def _rollout(
+    setting: Setting,
+    strategy: Strategy,
+    workload: Workload,
+    truth: Truth,
+    choosers: Sequence[Chooser],
+    seed: tuple[int, int],
+    last: Sequence[int],
+) -> Outcome:
+    options = CoordinatorConfig(strategy.policy, strategy.hand_out, window_seconds=setting.window_seconds)  # type: ignore[call-arg]
+    machine = StateMachine(
+        options,
+        setting.replicas,
+        setting.num_prompts,
+        setting.group_size,
+        setting.limits.max_num_seqs,
+        last,
+        setting.max_tokens,
+    )
+    replicas = [
+        _replica(setting, workload, truth, chooser, np.random.default_rng([*seed, 1, number]))
+        for number, chooser in enumerate(choosers)
+    ]
+    for replica in replicas[:SHOWN_REPLICAS]:
+        replica.ledger.spans = []
+    toggles = [chooser for chooser in choosers if isinstance(chooser, Toggle)]
+    for toggle in toggles:
+        toggle.begin_rollout(learns=True)
+    cluster = Cluster(replicas, machine, options)
+    seconds = cluster.run()
+    ledgers = [replica.ledger for replica in replicas]
+    drafted, accepted = sum(ledger.drafted for ledger in ledgers), sum(ledger.accepted for ledger in ledgers)
+    for toggle in toggles:
+        toggle.end_rollout(accepted / drafted if drafted else None)
+    return _outcome(strategy, seed, seconds, ledgers, cluster.traffic)
+
+
+def _replica(setting: Setting, workload: Workload, truth: Truth, chooser: Chooser, generator: np.random.Generator) -> Replica:
+    if setting.stepwise:
+        return StepwiseReplica(workload, truth, chooser, setting.limits, generator, setting.max_tokens)
+    return JumpingReplica(workload, truth, chooser, setting.limits, generator)
+
+
+def _chooser(setting: Setting, mode: Mode, truth: Truth, cost: CalibratedCost) -> Chooser:
+    if mode == "oracle":
+        return Oracle(truth)
+    options = replace(setting.speculation, mode=mode)  # type: ignore[type-var]  # mypy does not see through _section
+    return Toggle(options, _formats(setting) if mode != "off" else (), cost)
+
+
+def _costs(setting: Setting) -> list[CalibratedCost]:
+    """One for each replica; jumping ones, which may be many, share what they learn."""
+    if setting.stepwise:
+        return [CalibratedCost(setting.passes) for _ in range(setting.replicas)]
+    return [CalibratedCost(setting.passes)] * setting.replicas
+
+
+def _formats(setting: Setting) -> tuple[str, ...]:
+    drafter = setting.speculation.drafter
+    return tuple(dict.fromkeys((drafter.format, *drafter.alternatives)))
+
+
+def _considered(setting: Setting) -> list[Arm]:
+    """All that any strategy may do."""
+    options = setting.speculation
+    numbers = range(1, options.toggle.max_speculative_tokens + 1)
+    lengths = dict.fromkeys((*numbers, options.num_speculative_tokens, *options.toggle.ladder.rungs))
+    return [Arm(format, number) for format in _formats(setting) for number in lengths]
+
+
+def _outcome(strategy: Strategy, seed: tuple[int, int], seconds: float, ledgers: Sequence[Ledger], traffic: Traffic) -> Outcome:
+    busy = sum(ledger.busy for ledger in ledgers)
+    drafts = sum(ledger.num_drafts for ledger in ledgers)
+    return Outcome(
+        strategy,
+        *seed,
+        seconds=seconds,
+        tokens=sum(ledger.tokens for ledger in ledgers),
+        busy=busy / (seconds * len(ledgers)),
+        batch=sum(ledger.decoding for ledger in ledgers) / busy,
+        speculating=sum(ledger.speculating for ledger in ledgers) / busy,
+        acceptance_length=1 + sum(ledger.accepted for ledger in ledgers) / drafts if drafts else 1.0,
+        regret=sum(ledger.lost for ledger in ledgers) / busy,
+        windows=traffic.windows,
+        moves=traffic.moves,
+        sequences_moved=traffic.sequences_moved,
+        recomputed_tokens=sum(ledger.recomputed_tokens for ledger in ledgers),
+        preemptions=sum(ledger.preemptions for ledger in ledgers),
+        spans=tuple(tuple(ledger.spans) for ledger in ledgers if ledger.spans is not None),
+    )

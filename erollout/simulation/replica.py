@@ -1,0 +1,208 @@
+"""A decode replica under a virtual clock: what its stepwise and its jumping form have in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, inf
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
+from erollout.simulation.truth import Truth
+from erollout.simulation.workload import Workload
+from erollout.speculation.step import OFF, Arm, Load, StepOutcome
+
+CURVE_CONTEXT_STEP = 1.25
+"""As a real replica: its curve is predicted again when the mean context has changed by this factor."""
+PREFILL_TOKENS = 64
+
+
+class Chooser(Protocol):
+    """The part of a toggle that a rollout needs."""
+
+    @property
+    def arms(self) -> tuple[Arm, ...]: ...
+
+    def decide(self, load: Load, imposed: Arm | None = None) -> Arm: ...
+
+    def observe(self, outcome: StepOutcome) -> None: ...
+
+    def seconds_per_token(self, load: Load) -> tuple[float, ...]: ...
+
+
+class Part(NamedTuple):
+    """A response on its way from one replica to another."""
+
+    prompt: int
+    sample: int
+    emitted: int
+    """Tokens that it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of every replica's engine."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_tokens: int | None = None
+    """That the cache holds; None: enough for all."""
+    block_size: int = 16
+
+
+class Span(NamedTuple):
+    """Steps in a row that did the same."""
+
+    start: float
+    end: float
+    running: int
+    arm: Arm
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Of one replica in one rollout."""
+
+    steps: int = 0
+    tokens: int = 0
+    finished: int = 0
+    num_drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    recomputed_tokens: int = 0
+    """Of responses, after a move or a preemption."""
+    preemptions: int = 0
+    busy: float = 0.0
+    """Seconds of all steps."""
+    decoding: float = 0.0
+    """Seconds times sequences that decoded in them."""
+    speculating: float = 0.0
+    """Seconds of steps with drafts."""
+    lost: float = 0.0
+    """Seconds more than the best arm of each step would have taken for as many tokens."""
+    spans: list[Span] | None = None
+    """Kept where there is a list."""
+
+    def add(self, start: float, seconds: float, running: int, arm: Arm, steps: int) -> None:
+        self.steps += steps
+        self.busy += seconds
+        self.decoding += seconds * running
+        self.speculating += seconds * arm.speculates
+        if self.spans is not None:
+            end = start + seconds
+            if self.spans and self.spans[-1][1:] == (start, running, arm):
+                start = self.spans.pop().start
+            self.spans.append(Span(start, end, running, arm))
+
+
+class Replica(ABC):
+    """Steps follow each other without a pause while there is work; `now` is then a step border."""
+
+    def __init__(
+        self, workload: Workload, truth: Truth, chooser: Chooser, limits: Limits, generator: np.random.Generator
+    ) -> None:
+        self.workload = workload
+        self.truth = truth
+        self.chooser = chooser
+        self.limits = limits
+        self.generator = generator
+        self.imposed: Arm | None = None
+        """The cluster's arm; None: the chooser's."""
+        self.now = 0.0
+        self.finished_at = 0.0
+        """When its last response was complete."""
+        self.ledger = Ledger()
+        self._arm = OFF
+        self._prompt_tokens = self._samples = 0
+        """Of all responses that it was given, prompt tokens once for each."""
+        self._curve: tuple[float, tuple[float, ...]] = 0.0, ()
+        self._prefill = 0.0
+
+    @abstractmethod
+    def take(self, prompts: Sequence[int]) -> None:
+        """Queue all responses to these prompts."""
+
+    @abstractmethod
+    def arrive(self, parts: Sequence[Part]) -> None:
+        """Queue responses that began elsewhere: their tokens are computed again."""
+
+    @abstractmethod
+    def release(self, count: int) -> list[Part]:
+        """Forget up to so many responses, those first that cost least to compute again."""
+
+    @property
+    @abstractmethod
+    def outstanding(self) -> int:
+        """Responses still to be completed here."""
+
+    @abstractmethod
+    def _step(self, limit: float) -> None:
+        """One step, or several alike that begin before the limit; `now` moves to the border after them."""
+
+    @abstractmethod
+    def _load(self) -> Load:
+        """What the next step is about to compute."""
+
+    def run_until(self, time: float) -> None:
+        """Go on to the first step border at or after `time`; an idle replica waits until then."""
+        while self.now < time and self.outstanding:
+            self._step(time)
+        if self.now < time < inf:
+            self.now = time
+
+    def occupancy(self) -> Occupancy:
+        """What it tells the others at this border."""
+        load, ledger, arms = self._load(), self.ledger, self.chooser.arms
+        running = min(self.outstanding - min(load.waiting, self.outstanding), self.limits.max_num_seqs)
+        asked = load if load.decoding else Load(max(running, 1), load.context)
+        self._predict(load.context)
+        return Occupancy(
+            steps=ledger.steps,
+            arm=arms.index(self._arm) if self._arm in arms else 0,
+            running=running,
+            waiting=self.outstanding - running,
+            context=load.context,
+            age=max(0.0, load.context - self._prompt_tokens / max(self._samples, 1)),
+            finished=ledger.finished,
+            num_drafts=ledger.num_drafts,
+            drafted=ledger.drafted,
+            accepted=ledger.accepted,
+            seconds=self.now,
+            prefill_seconds=self._prefill,
+            seconds_per_token=self.chooser.seconds_per_token(asked),
+            curve=self._curve[1],
+        )
+
+    def _given(self, prompt: int, samples: int) -> None:
+        """Count responses that are queued here from now on."""
+        self._prompt_tokens += samples * int(self.workload.prompt_tokens[prompt])
+        self._samples += samples
+
+    def _predict(self, context: float) -> None:
+        """Renew what the occupancy says of other batches, where the context has changed."""
+        at, curve = self._curve
+        if curve and at / CURVE_CONTEXT_STEP <= context <= at * CURVE_CONTEXT_STEP:
+            return
+        curve = tuple(min(self.chooser.seconds_per_token(Load(batch, context))) for batch in CURVE_BATCHES)
+        self._curve = context, curve
+        with_prompt, without = (self.truth.step_seconds(OFF, Load(1, context, tokens)) for tokens in (PREFILL_TOKENS, 0))
+        self._prefill = max(0.0, with_prompt - without) / PREFILL_TOKENS
+
+    def _count(self, arm: Arm, load: Load, seconds: float, steps: int) -> None:
+        """Let so many steps pass, which take so long in all."""
+        if load.decoding:
+            best = self.truth.best(load)
+            if best != arm:
+                least, taken = (self.truth.seconds_per_token(each, load) for each in (best, arm))
+                self.ledger.lost += seconds * (1 - least / taken)
+        self.ledger.add(self.now, seconds, load.decoding, arm, steps)
+        self._arm = arm
+        self.now += seconds
+
+    def _seconds(self, arm: Arm, load: Load) -> float:
+        """Of one step, with noise."""
+        seconds = self.truth.step_seconds(arm, load)
+        if self.truth.noise:
+            seconds *= exp(self.truth.noise * float(self.generator.standard_normal()))
+        return seconds

@@ -1,0 +1,119 @@
+"""What the simulated strategies came to: means with confidence intervals, as a table, CSV and JSON."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean, stdev
+
+from rich.table import Table
+
+from erollout.errors import UserError
+from erollout.simulation.experiment import Outcome, Strategy
+
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Quantiles at 97.5 % of Student's t, for 1, 2, ... degrees of freedom."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    mean: float
+    half: float
+    """Half of the 95 % confidence interval of the mean; 0 for one value."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        if len(values) == 1:
+            return cls(values[0], 0.0)
+        quantile = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1]
+        return cls(fmean(values), quantile * stdev(values) / len(values) ** 0.5)
+
+    def show(self, form: str = ".2f", scale: float = 1.0) -> str:
+        text = f"{self.mean * scale:{form}}"
+        return f"{text} ±{self.half * scale:{form}}" if self.half else text
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Of one strategy, over all rollouts that count."""
+
+    strategy: Strategy
+    seconds: Estimate
+    saved: Estimate
+    """Share of the seconds of autoregressive decoding with the same coordination, over the same lengths; nan without that."""
+    step_seconds: Estimate
+    busy: Estimate
+    batch: Estimate
+    speculating: Estimate
+    regret: Estimate
+    moved: Estimate
+    """Sequences."""
+
+
+def summarize(outcomes: Sequence[Outcome], rest_seconds: float) -> list[Summary]:
+    """By strategy, in their order. `rest_seconds`: of an RL step outside the rollout."""
+    by_strategy: dict[Strategy, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_strategy.setdefault(outcome.strategy, []).append(outcome)
+    return [_summary(strategy, some, by_strategy, rest_seconds) for strategy, some in by_strategy.items()]
+
+
+def rest_of_step(outcomes: Sequence[Outcome], rollout_share: float) -> float:
+    """Seconds of an RL step outside the rollout, when the rollout has this share of one with autoregressive decoding."""
+    slowest = [outcome.seconds for outcome in outcomes if outcome.strategy.mode == "off"] or [o.seconds for o in outcomes]
+    return fmean(slowest) * (1 - rollout_share) / rollout_share
+
+
+def table(summaries: Sequence[Summary], title: str) -> Table:
+    """Intervals are of 95 % confidence."""
+    result = Table(title=title, title_justify="left")
+    result.add_column("mode")
+    result.add_column("policy, hand-out")
+    columns = ("rollout s", "saved %", "step s", "busy %", "batch", "speculating %", "regret %", "moved")
+    for column in columns:
+        result.add_column(column, justify="right")
+    for s in summaries:
+        saved = "" if s.saved.mean != s.saved.mean else s.saved.show(".1f", 100)
+        result.add_row(
+            *(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.hand_out}", s.seconds.show(), saved, s.step_seconds.show()),
+            *(s.busy.show(".1f", 100), s.batch.show(".1f"), s.speculating.show(".1f", 100), s.regret.show(".2f", 100)),
+            s.moved.show(".0f"),
+        )
+    return result
+
+
+def write(out: Path, outcomes: Sequence[Outcome], summaries: Sequence[Summary], setting: dict[str, object]) -> None:
+    """`rollouts.csv` with one line per rollout, `summary.json` with the setting and the means. Raises UserError."""
+    names = [field.name for field in fields(Outcome) if field.name not in ("strategy", "spans")]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "rollouts.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["mode", "policy", "hand_out", *names])
+            for o in outcomes:
+                s = o.strategy
+                writer.writerow([s.mode, s.policy, s.hand_out, *(getattr(o, name) for name in names)])
+        rows = [asdict(summary) for summary in summaries]
+        (out / "summary.json").write_text(json.dumps({"setting": setting, "strategies": rows}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write to --out {out}: {error.strerror}") from error
+
+
+def _summary(
+    strategy: Strategy, some: Sequence[Outcome], by_strategy: dict[Strategy, list[Outcome]], rest_seconds: float
+) -> Summary:
+    off = by_strategy.get(Strategy("off", strategy.policy, strategy.hand_out))
+    off = off or next((outcomes for other, outcomes in by_strategy.items() if other.mode == "off"), None)
+    saved = [1 - o.seconds / base.seconds for o, base in zip(some, off, strict=True)] if off else [float("nan")]
+    return Summary(
+        strategy,
+        seconds=Estimate.of([o.seconds for o in some]),
+        saved=Estimate.of(saved),
+        step_seconds=Estimate.of([o.seconds + rest_seconds for o in some]),
+        busy=Estimate.of([o.busy for o in some]),
+        batch=Estimate.of([o.batch for o in some]),
+        speculating=Estimate.of([o.speculating for o in some]),
+        regret=Estimate.of([o.regret for o in some]),
+        moved=Estimate.of([float(o.sequences_moved) for o in some]),
+    )

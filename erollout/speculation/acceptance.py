@@ -2,6 +2,7 @@
 
 Of every position a decaying count of drafts that got so far (all tokens before were accepted) and of those whose token was
 accepted there too. A position of which little is known takes after the one before it: acceptance is nearly flat in depth.
+When the latest drafts contradict the counts, most of the counts are forgotten at once.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,10 @@ PRIOR_DRAFTS = 4.0
 """Drafts that the prior weighs as much as."""
 NEIGHBOUR_DRAFTS = 50.0
 """Drafts that the position before weighs as much as."""
+RECENT = 0.1
+"""Of the window: what counts as the latest drafts, and what all earlier ones weigh when those contradict them."""
+CONTRADICTION = 4.0
+"""Standard errors between the latest drafts and all, at least: many, since drafts of one passage resemble each other."""
 CARRIED = 0.25
 """Of the window: most that all earlier rollouts weigh when one begins, since the policy has changed in between."""
 
@@ -27,6 +32,8 @@ class Acceptance:
         self.tried: list[float] = []
         """By position: drafts whose tokens before it were all accepted."""
         self.accepted: list[float] = []
+        self._recent = (0.0, 0.0)
+        """Of the latest drafts, all positions together: tokens tried and accepted."""
 
     def begin_rollout(self) -> None:
         most = CARRIED * self.window
@@ -42,15 +49,28 @@ class Acceptance:
         if missing > 0:
             self.tried += [0.0] * missing
             self.accepted += [0.0] * missing
-        reached: float = drafted_at[0]
-        before = drafted_at[0]
+        before, reached, total = drafted_at[0], float(drafted_at[0]), 0.0
         for position, (drafted, accepted) in enumerate(zip(drafted_at, accepted_at, strict=True)):
             if drafted != before:  # some drafts ended: those that go on were accepted so far as often as all
                 reached = max(accepted, reached * drafted / before)
                 before = drafted
             self.tried[position] += reached
             self.accepted[position] += accepted
+            total += reached
             reached = accepted
+        self._compare(drafted_at[0], total, sum(accepted_at))
+
+    def _compare(self, drafts: int, tried: float, accepted: int) -> None:
+        """Forget most where the latest drafts, these among them, contradict all."""
+        keep = exp(-drafts / (RECENT * self.window))
+        recent_tried, recent_accepted = self._recent
+        recent_tried, recent_accepted = recent_tried * keep + tried, recent_accepted * keep + accepted
+        self._recent = recent_tried, recent_accepted
+        rate = sum(self.accepted) / sum(self.tried)
+        excess = recent_accepted - rate * recent_tried
+        weight = self.tried[0] / (RECENT * self.window)
+        if weight > 1 and excess * excess > CONTRADICTION**2 * max(rate * (1 - rate), 0.01) * recent_tried:
+            self._scale(1 / weight)
 
     def rates(self, num_speculative_tokens: int) -> list[float]:
         """Of the first, second, ... token of a draft: the chance that it is accepted where those before it are."""
@@ -76,27 +96,26 @@ class Acceptance:
         """Expected acceptance_length."""
         return self.lengths(num_speculative_tokens)[-1]
 
+    def errors(self, num_speculative_tokens: int) -> list[float]:
+        """Standard errors of `rates`: what is known of a position, and of the one before it as far as that counts for it."""
+        errors, weight = [], PRIOR_DRAFTS
+        for position, rate in enumerate(self.rates(num_speculative_tokens)):
+            known = weight + (self.tried[position] if position < len(self.tried) else 0.0)
+            errors.append(sqrt(rate * (1 - rate) / known))
+            weight = min(NEIGHBOUR_DRAFTS, known)
+        return errors
+
     def length_error(self, num_speculative_tokens: int) -> float:
         """Standard error of `length`."""
-        rates = self.rates(num_speculative_tokens)
-        chances, chance = [], 1.0
-        for rate in rates:
-            chance *= rate
-            chances.append(chance)
+        rates, lengths = self.rates(num_speculative_tokens), self.lengths(num_speculative_tokens)
         variance = 0.0
         for position, error in enumerate(self.errors(num_speculative_tokens)):
-            variance += (sum(chances[position:]) / rates[position] * error) ** 2
+            behind = lengths[-1] - lengths[position]  # tokens that are accepted only if this one is
+            variance += (behind / rates[position] * error) ** 2
         return sqrt(variance)
 
-    def errors(self, num_speculative_tokens: int) -> list[float]:
-        """Standard errors of `rates`."""
-        tried = self.tried[:num_speculative_tokens] + [0.0] * (num_speculative_tokens - len(self.tried))
-        weights = [PRIOR_DRAFTS] + [min(NEIGHBOUR_DRAFTS, max(tried[:1], default=0.0) + PRIOR_DRAFTS)] * num_speculative_tokens
-        rates = self.rates(num_speculative_tokens)
-        return [sqrt(rate * (1 - rate) / (count + weight)) for rate, count, weight in zip(rates, tried, weights, strict=False)]
-
     def state_dict(self) -> dict[str, object]:
-        return {"tried": list(self.tried), "accepted": list(self.accepted)}
+        return {"tried": list(self.tried), "accepted": list(self.accepted), "recent": list(self._recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for counts that no drafts can have."""
@@ -105,7 +124,8 @@ class Acceptance:
             isfinite(t) and 0 <= a <= t * (1 + 1e-9) for t, a in zip(tried, accepted, strict=True)
         ):
             raise ValueError(f"acceptance counts {accepted} of {tried} drafts")
-        self.tried, self.accepted = tried, accepted
+        recent_tried, recent_accepted = state["recent"]
+        self.tried, self.accepted, self._recent = tried, accepted, (float(recent_tried), float(recent_accepted))
 
     def _scale(self, factor: float) -> None:
         self.tried = [count * factor for count in self.tried]

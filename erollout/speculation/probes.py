@@ -9,10 +9,10 @@ from typing import Any
 
 from erollout.speculation.step import OFF, Arm
 
-SHARE = 0.004
+SHARE = 0.003
 """Of all seconds, what probes may lose by prediction."""
 FIRST_STEPS = 6.0
-"""Steps whose time stands in the budget at first."""
+"""Autoregressive steps whose time stands in the budget at first, and after a change of the machine."""
 EARLY = 8
 """Parts of the interval between two probes, and after which one that ended in a surprise is repeated."""
 AT_ONCE = 4
@@ -55,6 +55,7 @@ class Probes:
         self._budget: float | None = None
         self._plans: dict[Kind, _Plan] = {}
         self._kind: Kind = (OFF, 0)
+        self._worth = 0.0
         self._left = self._extensions = 0
         self._hopeless = False
         self._surprises = 0
@@ -84,33 +85,33 @@ class Probes:
         if abs(self._surprises) == LASTING and self._budget is not None:
             self._plans.clear()
             self._quiet_until = self._step
-            self._budget = max(self._budget, FIRST_STEPS * seconds)
+            self._budget = max(self._budget, FIRST_STEPS * seconds / (1 + arm.num_speculative_tokens))
 
     def may_start(self) -> bool:
         return self.interval > 0 and self._step >= self._quiet_until
 
-    def start(self, arm: Arm, batch: int, ratio: float, loss: float, chosen: float) -> bool:
+    def start(self, arm: Arm, batch: int, seconds: float, worth: float, per_token: float) -> bool:
         """Whether to probe an arm now. It then is `arm` until enough steps have been measured.
 
         Args:
-            ratio: its predicted seconds per token over those of the chosen arm.
-            loss: predicted seconds that each step of it loses.
-            chosen: predicted seconds of a step of the chosen arm.
+            seconds: predicted, of a step of it.
+            worth: predicted seconds in which the chosen arm yields as many tokens.
+            per_token: predicted seconds per token of the chosen arm.
         """
         if self._budget is None:
-            self._budget = FIRST_STEPS * chosen
-        cost = max(0.0, loss) * self.steps
+            self._budget = FIRST_STEPS * per_token
         kind = (arm, batch.bit_length())
         plan = self._plans.get(kind)
-        if cost > self._budget or (plan is not None and self._step < plan.due):
+        if (seconds - worth) * self.steps > self._budget or (plan is not None and self._step < plan.due):
             return False
-        self._budget -= cost
-        self.arm, self._kind = arm, kind
-        self._left, self._extensions, self._hopeless = self.steps, 0, ratio > HOPELESS
+        self.arm, self._kind, self._worth = arm, kind, worth
+        self._left, self._extensions, self._hopeless = self.steps, 0, seconds > HOPELESS * worth
         return True
 
     def measured(self, predicted: float, seconds: float) -> None:
         """A step of the probed arm was taken: predicted and measured seconds of it."""
+        assert self._budget is not None
+        self._budget -= max(0.0, min(seconds, SURPRISE * predicted) - self._worth)
         self._left -= 1
         if self._left > 0:
             return

@@ -246,12 +246,10 @@ class Toggle:
 
     def _start_probe(self, load: Load) -> None:
         """Begin to measure something else than the present arm, where that is due."""
-        values, current = self._values, self._current
-        chosen = self.cost.step_seconds(self._arms[current], load)
+        values, chosen = self._values, self._values[self._current]
         for target in self._alternatives():
-            ratio = values[target] / values[current]
-            loss = self.cost.step_seconds(self._arms[target], load) * (1 - 1 / ratio)
-            if self.probes.start(self._arms[target], load.decoding, ratio, loss, chosen):
+            seconds = self.cost.step_seconds(self._arms[target], load)
+            if self.probes.start(self._arms[target], load.decoding, seconds, seconds * chosen / values[target], chosen):
                 return
 
     def _alternatives(self) -> list[int]:

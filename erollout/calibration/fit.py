@@ -42,6 +42,8 @@ PRIOR_WEIGHT = 0.01
 
 Shape = TypeVar("Shape")
 """Of a search: what is chosen from a list, not fitted."""
+Costs = TypeVar("Costs", bound=tuple[PassCost, ...])
+"""Of a search: one of each group of points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +108,41 @@ def _check_complete(points: Sequence[Measured], formats: Sequence[str]) -> None:
         raise UserError(f"the sweep has no times of {', '.join(missing) or 'any drafter'}; measure those too")
 
 
+class _Terms:
+    """One kind's points as arrays: what Roofline.seconds computes of each, for many coefficients in turn."""
+
+    def __init__(self, points: Sequence[Measured], size: ModelSize, links: Communication) -> None:
+        self.measured = np.array([p.seconds for p in points])
+        self._weights = np.array([size.draft_bytes[p.format] if p.kind == "draft" else size.weight_bytes for p in points])
+        self._batch = np.array([float(p.batch) for p in points])
+        self._context = np.array([p.context for p in points])
+        self._width = np.array([p.num_speculative_tokens + 1.0 for p in points])
+        self._tokens = self._batch * (self._width if points[0].kind == "verify" else 1.0)
+        self._cache = size.kv_bytes * self._batch * self._context
+        self._flops = size.flops + size.attention_flops * self._context
+        reduce = links.latency + self._tokens * size.reduce_bytes / links.bandwidth
+        self._reduces = size.reduces * reduce + links.per_sequence * self._batch
+
+    def seconds(self, cost: PassCost) -> NDArray[np.float64]:
+        memory = (self._weights * cost.weight_factor + self._cache * cost.kv_factor) / cost.bandwidth
+        compute = _tiled(self._tokens, cost.tile) * self._flops / cost.compute
+        rows = _tiled(self._batch, self._width) if cost.padded else self._batch
+        overhead = cost.per_pass + cost.per_token * self._tokens + cost.per_context * self._context
+        overhead += cost.per_sequence * _tiled(rows, cost.sequence_tile)
+        seconds: NDArray[np.float64] = np.maximum(memory, compute) + overhead + self._reduces
+        return seconds
+
+
+def _tiled(count: NDArray[np.float64], tile: NDArray[np.float64] | int) -> NDArray[np.float64]:
+    return np.ceil(count / tile) * tile
+
+
 def _fit_target(
     points: Sequence[Measured], size: ModelSize, links: Communication, peaks: Hardware
 ) -> tuple[PassCost, PassCost, list[str]]:
     """Target and verify pass together: the same weights and matmuls; the cache's part and the overheads are their own."""
     mine = [p for p in points if p.kind != "draft"]
+    groups = [_Terms([p for p in mine if p.kind == kind], size, links) for kind in ("target", "verify")]
     unit = min(p.seconds for p in mine)
     fastest = max(size.flops * p.batch * (p.num_speculative_tokens + 1) / p.seconds for p in mine)
     bandwidth = min(size.weight_bytes / unit, 0.8 * peaks.bandwidth)
@@ -126,11 +158,8 @@ def _fit_target(
         shared = PassCost(float(np.exp(x[0])), float(np.exp(x[1])), tile=tile)
         return _own(shared, x[2:6], unit), replace(_own(shared, x[6:10], unit), per_token=float(x[10]) * unit)
 
-    def roofline(x: NDArray[np.float64], tile: int) -> Roofline:
-        return Roofline(size, *costs(x, tile), {}, links)
-
-    x, tile, bounds = _search(mine, roofline, search, TILES)
-    return *costs(x, tile), bounds
+    (target, verify), bounds = _search(groups, costs, search, TILES, _places(mine))
+    return target, verify, bounds
 
 
 def _fit_draft(
@@ -141,17 +170,19 @@ def _fit_draft(
     unit = min(p.seconds for p in mine)
     search = [_Coefficient("weight_factor", 0.0, -1.5, 2.5), _Coefficient("compute", 0.0, -3.0, 4.0), *_own_search(mine)]
 
-    def cost(x: NDArray[np.float64], shape: tuple[int, bool]) -> PassCost:
+    def costs(x: NDArray[np.float64], shape: tuple[int, bool]) -> tuple[PassCost]:
         factor, compute = float(np.exp(x[0])), target.compute * float(np.exp(x[1]))
         shared = replace(target, compute=compute, weight_factor=factor, tile=1, sequence_tile=shape[0], padded=shape[1])
-        return _own(shared, x[2:6], unit)
-
-    def roofline(x: NDArray[np.float64], shape: tuple[int, bool]) -> Roofline:
-        return Roofline(size, target, target, {format: cost(x, shape)}, links)
+        return (_own(shared, x[2:6], unit),)
 
     shapes = [(tile, padded) for padded in (False, True) for tile in SEQUENCE_TILES]
-    x, chosen, bounds = _search(mine, roofline, search, shapes)
-    return cost(x, chosen), bounds
+    (cost,), bounds = _search([_Terms(mine, size, links)], costs, search, shapes, _places(mine))
+    return cost, bounds
+
+
+def _places(points: Sequence[Measured]) -> int:
+    """Points that tell something of tiles: contexts don't count."""
+    return len({(p.batch, p.num_speculative_tokens) for p in points})
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,32 +226,33 @@ def _own(cost: PassCost, x: NDArray[np.float64], unit: float) -> PassCost:
 
 
 def _search(
-    points: Sequence[Measured],
-    roofline: Callable[[NDArray[np.float64], Shape], Roofline],
+    groups: Sequence[_Terms],
+    costs: Callable[[NDArray[np.float64], Shape], Costs],
     coefficients: Sequence[_Coefficient],
     shapes: Sequence[Shape],
-) -> tuple[NDArray[np.float64], Shape, list[str]]:
-    """The coefficients and the tiles with the least loss: no tile, the first shape, unless one explains clearly more.
+    places: int,
+) -> tuple[Costs, list[str]]:
+    """The costs with the least loss: with no tile, the first shape, unless one explains clearly more.
 
-    Third, the names of the coefficients that ended at a bound: evidence against the model, or none for the coefficient.
+    Second, the names of the coefficients that ended at a bound: evidence against the model, or none for the coefficient.
     """
     start, low, high, weight = (np.array([getattr(c, f) for c in coefficients]) for f in ("start", "low", "high", "weight"))
 
     def residuals(x: NDArray[np.float64], shape: Shape) -> NDArray[np.float64]:
-        costs = roofline(x, shape)
-        return np.array([*(_residual(point, costs) for point in points), *weight * (x - start)])
+        pairs = zip(groups, costs(x, shape), strict=True)
+        return np.concatenate([*(np.log(g.seconds(cost) / g.measured) for g, cost in pairs), weight * (x - start)])
 
-    places = len({(p.batch, p.num_speculative_tokens) for p in points})
+    floor = 0.5 * FLOOR**2 * sum(len(group.measured) for group in groups)
     best, least = None, float("inf")
     for shape in shapes:
         found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=OUTLIER, args=(shape,))
-        loss = found.cost + 0.5 * len(points) * FLOOR**2
+        loss = found.cost + floor
         if best is None or places * log(least / loss) > (SHAPE_EVIDENCE if best[1] == shapes[0] else 0):
             best, least = (found.x, shape), loss
     assert best
     x, shape = best
     at_bounds = [c.name for c, value in zip(coefficients, x, strict=True) if min(value - c.low, c.high - value) < AT_BOUND]
-    return x, shape, at_bounds
+    return costs(x, shape), at_bounds
 
 
 def _residual(point: Measured, roofline: Roofline) -> float:

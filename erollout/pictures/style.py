@@ -1,0 +1,90 @@
+"""What all pictures share: fonts, colours, axes. Matplotlib without any display, loaded when a figure is drawn."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from erollout.speculation.step import Arm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID, EMPTY = "#1f2933", "#616e7c", "#e4e7eb", "#eef1f5"
+OFF_COLOR = "#b8c2cc"
+"""Steps without drafts."""
+ALERT = "#c2410c"
+"""What the reader should look at."""
+SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#616e7c")
+"""Distinguishable without colour vision (Okabe and Ito's palette, without black and yellow)."""
+_HUES = ("Blues", "Oranges", "Greens", "Purples")
+"""One for each drafter, darker with more drafts."""
+
+
+def figure(width: float, height: float, title: str) -> "Figure":
+    from matplotlib.figure import Figure  # without pyplot: no global state
+
+    made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    made.suptitle(title, x=0.01, ha="left", color=INK, fontweight="bold", fontsize=12)
+    return made
+
+
+def plain(axes: "Axes", xlabel: str = "", ylabel: str = "", title: str = "") -> None:
+    """No box, a quiet grid."""
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.set_title(title, loc="left", color=INK, fontsize=10)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(MUTED)
+
+
+def legend_beside(axes: "Axes", reverse: bool = False) -> None:
+    """To the right of the axes, where there is anything to explain."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=9, reverse=reverse)
+
+
+def say(axes: "Axes", text: str) -> None:
+    """In the middle of axes that have nothing to show."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def arm_colors(arms: Iterable[Arm]) -> dict[Arm, str]:
+    """Grey for none; for each drafter a hue that is darker with more drafts. Sorted: no drafts first."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    ordered = sorted(set(arms), key=lambda arm: (arm.speculates, arm))
+    colors = {arm: OFF_COLOR for arm in ordered if not arm.speculates}
+    formats = list(dict.fromkeys(arm.format for arm in ordered if arm.speculates))
+    for index, format in enumerate(formats):
+        mine = [arm for arm in ordered if arm.speculates and arm.format == format]
+        hue = colormaps[_HUES[index % len(_HUES)]]
+        for rank, arm in enumerate(mine):
+            colors[arm] = to_hex(hue(0.4 + 0.55 * (rank / (len(mine) - 1) if len(mine) > 1 else 0.6)))
+    return colors
+
+
+def draft_colors() -> "Colormap":
+    """Grey for 0; with more drafts darker, from green over blue to violet: hues that stay apart when they are paled."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("drafts", [(0, OFF_COLOR), (0.02, "#8ed8c0"), (0.5, "#1f78b4"), (1, "#4a1486")])
+
+
+def log2_ticks(axes: "Axes", values: Sequence[int]) -> None:
+    """The x axis in powers of two, with plain numbers at them."""
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+    axes.set_xscale("log", base=2)
+    low, high = min(values), max(values)
+    powers = [2**i for i in range(high.bit_length() + 1) if low <= 2**i <= high]
+    axes.xaxis.set_major_locator(FixedLocator(powers or [low]))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())

@@ -1,8 +1,9 @@
 """Every interleaving of a few replicas that step, answer late, claim prompts on their own and send each other sequences.
 
 The replicas here are as small as can be: a set of responses to complete, and the real state machine. They take part in the
-stream of operations as the exchange does: a window, the moves of its decision, the next window, ...; each posts an operation when
-it has carried out the one before, and sees at any later time that all have posted. All states that can be reached are visited.
+stream of operations as the exchange does: a window, the moves of its decision, the next window, ...; each posts an operation
+when it has carried out the one before, and sees at any later time that all have posted. All states that can be reached are
+visited.
 """
 
 import copy
@@ -41,6 +42,8 @@ class Replica:
     finished: tuple[Response, ...] = ()
     kept: tuple[Response, ...] = ()
     """Given away, until a window shows that their target has them."""
+    claims: tuple[int, ...] = ()
+    """Prompts, in the order of their claims."""
     alone: bool = False
     """It has noticed that somebody died: nothing comes from the stream any more."""
 
@@ -149,7 +152,9 @@ class Rules:
         replica = world.replicas[index]
         machine = clone(replica.machine)
         if (prompt := machine.claim(index)) is not None:
-            yield world.changed(index, self.taken(replace(replica, machine=machine, mind=state_of(machine)), (prompt,)))
+            claims = (*replica.claims, prompt)
+            replica = replace(replica, machine=machine, mind=state_of(machine), claims=claims)
+            yield world.changed(index, self.taken(replica, (prompt,)))
 
     def post(self, world: World, index: int, posted: tuple) -> World:
         replica = world.replicas[index]
@@ -157,7 +162,7 @@ class Rules:
         if replica.moves_due:
             replica, contribution = self.give(replica, index)
         else:
-            contribution = self.occupancy(replica)
+            contribution = self.occupancy(replica, index)
         entries = (*posted[:index], contribution, *posted[index + 1 :])
         return world.changed(index, replica, posted={**world.posted, replica.completed: entries})
 
@@ -172,8 +177,9 @@ class Rules:
                 owned = owned[: len(owned) - count]
         return replace(replica, owned=owned, kept=sum(parcels, ())), tuple(parcels)
 
-    def occupancy(self, replica: Replica) -> Occupancy:
-        running = min(len(replica.owned), self.slots)
+    def occupancy(self, replica: Replica, index: int) -> Occupancy:
+        """The last replica is asked before its first pass: all its responses wait."""
+        running = min(len(replica.owned), self.slots) if index < self.replicas - 1 else 0
         return Occupancy(
             running=running,
             waiting=len(replica.owned) - running,
@@ -194,7 +200,12 @@ class Rules:
             self.agrees(world, replica.completed, decision)
             moves_due = bool(decision.moves)
             replica = replace(replica, machine=machine, mind=mind, decision=decision, kept=(), moves_due=moves_due)
-            replica = self.taken(replica, machine.mine(decision, index))
+            mine = machine.mine(decision, index)
+            assert not set(mine) & set(replica.claims), "a replica samples twice what it had claimed"
+            replica = self.taken(replica, mine)
+            handed = {prompt for prompts in decision.hand_out for prompt in prompts}
+            for other, occupancy in zip(world.replicas, posted, strict=True):
+                assert not handed & set(other.claims[: occupancy.claimed]), "what is known to be claimed is handed out"
         replica = replace(replica, completed=replica.completed + 1)
         world = world.changed(index, replica, moves=moves)
         behind = min(r.completed for r in world.replicas)

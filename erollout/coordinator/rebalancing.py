@@ -104,8 +104,7 @@ class Rebalancing:
         latency = max(self.window_seconds, giver.seconds - self._before[source].seconds)
 
         def end(count: int) -> float:
-            computed_again = max(0, count - giver.waiting) * giver.context
-            arrival = latency + computed_again * taker.prefill_seconds
+            arrival = latency + count * giver.context * taker.prefill_seconds
             return max(self.seconds(giver, has - count, stages), self.seconds(taker, count, stages) + arrival)
 
         now = self.seconds(giver, has, stages)

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import log2
-from statistics import median
+from statistics import median_high, median_low
 
 FADE_OCTAVES = 2.0
 """Distance outside the measured range at which half of a ratio's logarithm is left."""
@@ -81,11 +81,16 @@ def _context(context: float) -> float:
 
 
 def _row(entries: Iterable[tuple[float, float]]) -> _Row:
-    """The median value at each position."""
+    """The middle value at each position."""
     at: dict[float, list[float]] = {}
     for position, value in entries:
         at.setdefault(position, []).append(value)
-    return [(position, median(values)) for position, values in sorted(at.items())]
+    return [(position, _middle(values)) for position, values in sorted(at.items())]
+
+
+def _middle(values: Sequence[float]) -> float:
+    """The median; of two middle values, the one nearer to 0."""
+    return min(median_low(values), median_high(values), key=abs)
 
 
 def _plane(entries: Iterable[tuple[float, float, float]]) -> _Plane:

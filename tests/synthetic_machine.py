@@ -3,7 +3,8 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import exp, prod
+from math import exp, log
+from typing import Any
 
 from erollout.speculation.cost_model import PassTimes
 from erollout.speculation.roofline import ModelSize, PassCost, Roofline
@@ -72,7 +73,8 @@ class Machine:
         self, toggle: Toggle, lengths: Sequence[int], choices: Sequence[Arm], slots: int = 64, learns: bool = True
     ) -> None:
         """Responses of these lengths, so many at once. `choices`: what the oracle chooses from."""
-        waiting, running = list(lengths), [[0, 0]][:0]
+        waiting: list[int] = list(lengths)
+        running: list[list[int]] = []  # tokens done and to do
         toggle.begin_rollout(learns)
         while waiting or running:
             prefill = 0
@@ -132,5 +134,37 @@ class Machine:
         return seconds + prefill
 
 
-def geometric(acceptance: float, n: int) -> float:
-    return sum(prod([acceptance] * i) for i in range(n + 1))
+class Learner:
+    """A cost model that starts from passes, right or wrong, and learns a factor of every drafter and of every arm by batch."""
+
+    def __init__(self, start: PassTimes) -> None:
+        self.start = start
+        self.parts: dict[str, list[float]] = {}
+        """Logarithm of the factor, and steps that it was learnt from."""
+
+    def step_seconds(self, arm: Arm, load: Load) -> float:
+        prefill = self.start.prefill_seconds(load.prefill_tokens) if load.prefill_tokens else 0.0
+        return prefill + (self._bare(arm, load) * exp(self._factor(arm, load)) if load.decoding else 0.0)
+
+    def observe(self, arm: Arm, load: Load, seconds: float) -> None:
+        if load.decoding and not load.prefill_tokens:
+            surprise = log(seconds / self._bare(arm, load)) - self._factor(arm, load)
+            for key in self._keys(arm, load):
+                part = self.parts.setdefault(key, [0.0, 0])
+                part[0] += max(0.05, 0.5 / (1 + part[1])) * max(-0.7, min(0.7, surprise))
+                part[1] = 0 if abs(surprise) > 0.5 else part[1] + 1
+
+    def state_dict(self) -> dict[str, object]:
+        return {"parts": self.parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.parts = {key: list(part) for key, part in state["parts"].items()}
+
+    def _keys(self, arm: Arm, load: Load) -> tuple[str, str]:
+        return arm.format, f"{arm} at {load.decoding.bit_length()}"
+
+    def _factor(self, arm: Arm, load: Load) -> float:
+        return sum(self.parts[key][0] for key in self._keys(arm, load) if key in self.parts)
+
+    def _bare(self, arm: Arm, load: Load) -> float:
+        return self.start.step_seconds(arm, load.decoding, max(1.0, load.context))

@@ -16,7 +16,9 @@ PRIOR_DRAFTS = 4.0
 NEIGHBOUR_DRAFTS = 50.0
 """Drafts that the position before weighs as much as."""
 RECENT = 0.1
-"""Of the window: what counts as the latest drafts, and what all earlier ones weigh when those contradict them."""
+"""Of the window: what counts as the latest drafts."""
+LEFT = 8.0
+"""Drafts that all together weigh when the latest contradict them."""
 CONTRADICTION = 4.0
 """Standard errors between the latest drafts and all, at least: many, since drafts of one passage resemble each other."""
 CARRIED = 0.25
@@ -52,7 +54,7 @@ class Acceptance:
         before, reached, total = drafted_at[0], float(drafted_at[0]), 0.0
         for position, (drafted, accepted) in enumerate(zip(drafted_at, accepted_at, strict=True)):
             if drafted != before:  # some drafts ended: those that go on were accepted so far as often as all
-                reached = max(accepted, reached * drafted / before)
+                reached *= drafted / before
                 before = drafted
             self.tried[position] += reached
             self.accepted[position] += accepted
@@ -66,17 +68,17 @@ class Acceptance:
         recent_tried, recent_accepted = self._recent
         recent_tried, recent_accepted = recent_tried * keep + tried, recent_accepted * keep + accepted
         self._recent = recent_tried, recent_accepted
-        rate = sum(self.accepted) / sum(self.tried)
+        rate = min(1.0, sum(self.accepted) / sum(self.tried))
         excess = recent_accepted - rate * recent_tried
-        weight = self.tried[0] / (RECENT * self.window)
-        if weight > 1 and excess * excess > CONTRADICTION**2 * max(rate * (1 - rate), 0.01) * recent_tried:
-            self._scale(1 / weight)
+        is_old = self.tried[0] > RECENT * self.window
+        if is_old and excess * excess > CONTRADICTION**2 * max(rate * (1 - rate), 0.01) * recent_tried:
+            self._scale(LEFT / self.tried[0])
 
     def rates(self, num_speculative_tokens: int) -> list[float]:
         """Of the first, second, ... token of a draft: the chance that it is accepted where those before it are."""
         rates, rate, weight = [], PRIOR, PRIOR_DRAFTS
         for tried, accepted in zip(self.tried[:num_speculative_tokens], self.accepted, strict=False):
-            rate = (accepted + weight * rate) / (tried + weight)
+            rate = min(1.0, (accepted + weight * rate) / (tried + weight))
             rates.append(rate)
             weight = NEIGHBOUR_DRAFTS
         return rates + [rate] * (num_speculative_tokens - len(rates))
@@ -120,9 +122,7 @@ class Acceptance:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for counts that no drafts can have."""
         tried, accepted = [[float(count) for count in state[key]] for key in ("tried", "accepted")]
-        if len(tried) != len(accepted) or not all(
-            isfinite(t) and 0 <= a <= t * (1 + 1e-9) for t, a in zip(tried, accepted, strict=True)
-        ):
+        if len(tried) != len(accepted) or not all(isfinite(count) and count >= 0 for count in tried + accepted):
             raise ValueError(f"acceptance counts {accepted} of {tried} drafts")
         recent_tried, recent_accepted = state["recent"]
         self.tried, self.accepted, self._recent = tried, accepted, (float(recent_tried), float(recent_accepted))

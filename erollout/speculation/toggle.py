@@ -160,29 +160,40 @@ class Toggle:
             )
 
     def metrics(self) -> dict[str, float]:
-        """Of the last rollout that ended."""
+        """Of the last rollout that ended; empty before."""
         return dict(self._metrics)
 
     def explain(self, load: Load | None = None) -> str:
-        """Why speculation is on or off: in the last decision, or what would be chosen at a load."""
+        """Why speculation is on or off: in the last decision with decoding sequences, or what would be best at a load."""
         if not self.acceptance:
             return "off: speculation.mode is off"
+        now = load is None
         load = self._load if load is None else load
         if not load.decoding:
             return "off: no sequence decodes"
         values = self.seconds_per_token(load)
+        chosen = self._decision.arm if now else self._arms[min(range(len(values)), key=values.__getitem__)]
         drafting = [index for index, arm in enumerate(self._arms) if arm.speculates]
-        best = min(drafting, key=lambda index: values[index])
-        chosen = self._current if load is self._load else min(range(len(values)), key=values.__getitem__)
-        arm = self._arms[chosen if chosen in drafting else best]
+        arm = chosen if chosen.speculates else self._arms[min(drafting, key=values.__getitem__)]
         bare = Load(load.decoding, load.context)
         cost = self.cost.step_seconds(arm, bare) / self.cost.step_seconds(OFF, bare)
         length = self._lengths()[arm.format][arm.num_speculative_tokens]
-        state = "on" if chosen in drafting else "off"
-        held = " (held back: it lost time in the last rollouts)" if self.hold.holds(load.decoding) else ""
-        sequences = f"{load.decoding} sequence{'s' if load.decoding > 1 else ''}"
+        state, sequences = "on" if chosen.speculates else "off", f"{load.decoding} sequence{'s' * (load.decoding > 1)}"
         return (
-            f"{state}: at {sequences} {arm} costs {cost:.2f}x a step and yields {length:.2f} tokens: {length / cost:.2f}x{held}"
+            f"{state}{_BECAUSE.get(self._decision.reason, '') if now else ''}: at {sequences} {arm} costs {cost:.2f}x a step "
+            f"and yields {length:.2f} tokens, {length / cost:.2f}x the speed"
+        )
+
+    def summary(self) -> str:
+        """What the last rollout's decisions came to, in words."""
+        trace, metrics = self.trace, self._metrics
+        batches = [b for b, n in zip(trace.columns["decoding"], trace.num_speculative_tokens, strict=True) if n]
+        if not batches:
+            return f"speculation in none of {len(trace)} steps"
+        return (
+            f"speculation in {len(batches)} of {len(trace)} steps, at {min(batches)} to {max(batches)} sequences, with "
+            f"{metrics['mean_num_speculative_tokens']:.1f} drafts on average; it saved "
+            f"{metrics['saved_seconds']:.2f} s, the steps took {trace.seconds:.2f} s"
         )
 
     def state_dict(self) -> dict[str, object]:
@@ -276,8 +287,7 @@ class Toggle:
 
     def _evaluate(self, load: Load) -> None:
         """Predict for a load, or keep the predictions of one that was about the same."""
-        context = int(CONTEXT_STEPS * log2(load.context)) if load.context > 1 else 0
-        key = (load.decoding, context, load.prefill_tokens)
+        key = _about(load)
         self._fresh = key != self._key or self._age >= REFRESH
         self._age += 1
         if self._fresh:
@@ -307,26 +317,29 @@ class Toggle:
 
     def _measured(self, saved: float) -> dict[str, float]:
         """The rollout's metrics."""
-        trace = self.trace
-        steps = max(1, len(trace))
-        lengths = [n for n in trace.num_speculative_tokens if n]
+        trace, options = self.trace, self.options
+        steps, lengths = max(1, len(trace)), [n for n in trace.num_speculative_tokens if n]
         known: dict[tuple[int, int, int], tuple[float, ...]] = {}
 
         def in_hindsight(load: Load) -> tuple[float, ...]:
-            key = (load.decoding, int(CONTEXT_STEPS * log2(max(1.0, load.context))), load.prefill_tokens)
+            key = _about(load)
             if key not in known:
                 known[key] = self.seconds_per_token(load)
             return known[key]
 
-        return {
+        metrics = {
             "share_speculating": len(lengths) / steps,
             "mean_num_speculative_tokens": sum(lengths) / max(1, len(lengths)),
             "switches": float(trace.count(Reason.BETTER)),
-            "probes": trace.count(Reason.PROBE) / steps,
+            "share_probing": trace.count(Reason.PROBE) / steps,
             "saved_seconds": saved,
             "regret_seconds": trace.regret(in_hindsight, self._arms),
+            "predicted_over_measured": trace.predicted_over_measured,
             "sizes_held_back": float(len(self.hold.left)),
         }
+        for format, known_acceptance in self.acceptance.items():
+            metrics[f"expected_length/{format}"] = known_acceptance.length(options.num_speculative_tokens)
+        return metrics
 
     def _start_over(self) -> None:
         """Forget what holds within one rollout."""
@@ -335,6 +348,18 @@ class Toggle:
         self._key, self._age = None, 0
         self._load = Load(0, 0.0)
         self._decision = Decision(self._arms[0], Reason.FIXED)
+
+
+_BECAUSE = {
+    Reason.PROBE: " (a probe)",
+    Reason.IMPOSED: " (the cluster's choice)",
+    Reason.HELD: " (held back: it lost time in earlier rollouts)",
+}
+
+
+def _about(load: Load) -> tuple[int, int, int]:
+    """Loads for which this is equal are predicted alike."""
+    return load.decoding, int(CONTEXT_STEPS * log2(load.context)) if load.context > 1 else 0, load.prefill_tokens
 
 
 def _arms(options: SpeculationConfig, formats: Sequence[str]) -> tuple[Arm, ...]:

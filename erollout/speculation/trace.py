@@ -5,6 +5,7 @@ import gzip
 import io
 import logging
 import os
+import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,17 @@ class Trace:
         lengths = [arm.num_speculative_tokens for arm in self.arms]
         return [lengths[index] for index in self.columns["arm"]]
 
+    @property
+    def predicted_over_measured(self) -> float:
+        """Seconds that were predicted for the tokens of the steps without prompts, over those that they took; 1 without any."""
+        columns = self.columns
+        predicted = measured = 0.0
+        for step, per_token in enumerate(columns["predicted"]):
+            if per_token == per_token and not columns["prefill_tokens"][step]:  # nan differs from itself
+                predicted += per_token * self.tokens(step)
+                measured += columns["seconds"][step]
+        return predicted / measured if measured else 1.0
+
     def load(self, step: int) -> Load:
         columns = self.columns
         return Load(
@@ -195,7 +207,7 @@ class Trace:
                 raise ValueError("its header is not that of decisions")
             for row in reader:
                 trace._append_text(row)
-        except (OSError, EOFError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, zlib.error, csv.Error) as error:
             raise UserError(
                 f"{path} can't be read as the decisions of a rollout ({error}); give a file of <run>/decisions"
             ) from error

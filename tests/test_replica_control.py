@@ -1,4 +1,4 @@
-"""Decode replicas under the coordinator, in real processes with real engines: every sample once, as one engine alone gives it."""
+"""Decode replicas under the coordinator: real processes, real engines; every sample once, as one engine alone gives it."""
 
 import json
 import os

@@ -26,10 +26,45 @@ SHORTEST_SLEEP, LONGEST_SLEEP = 0.0002, 0.005
 """Seconds between two looks of a replica that has nothing to do."""
 LONGEST_WAIT = 1.0
 """Seconds after which it returns to the engine, so that nobody waits for its orders for longer."""
+LOOKS_PER_WINDOW = 2
+"""In the least time between two windows: a replica that has something to do looks no more often."""
 CURVE_CONTEXT_STEP = 1.25
 """The curve is predicted again when the mean context has changed by this factor."""
 PREFILL_TOKENS = 64
 """Size of the prompt whose predicted time stands for a prompt token's."""
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Of a rollout's steps so far."""
+
+    steps: int = 0
+    arm: int = 0
+    """Index of the last step's, as far as it is one of the agreed."""
+    finished: int = 0
+    num_drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def add(self, outcome: StepOutcome, arms: Sequence[Arm]) -> None:
+        self.steps += 1
+        self.arm = arms.index(outcome.arm) if outcome.arm in arms else self.arm
+        self.finished += outcome.finished
+        self.num_drafts += outcome.drafted_at[0] if outcome.drafted_at else 0
+        self.drafted += sum(outcome.drafted_at)
+        self.accepted += sum(outcome.accepted_at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Speed:
+    """What does not depend on the load of the moment."""
+
+    context: float = 0.0
+    prefill_seconds: float = 0.0
+    curve: tuple[float, ...] = ()
+
+    def holds(self, context: float) -> bool:
+        return bool(self.curve) and self.context / CURVE_CONTEXT_STEP <= context <= self.context * CURVE_CONTEXT_STEP
 
 
 class ReplicaControl:
@@ -71,7 +106,8 @@ class ReplicaControl:
         self._last_work = self._started
         self._load = Load(0, 0.0)
         self._counts = _Counts()
-        self._curve: tuple[float, tuple[float, ...]] = 0.0, ()
+        self._next_look = 0.0
+        self._speed = _Speed()
         if exchange is None:
             self._take(requests)
         else:
@@ -127,7 +163,11 @@ class ReplicaControl:
 
     def _follow(self, exchange: Exchange) -> None:
         """Take in what the stream brought; with nothing to do, wait for something."""
-        until, sleep = time.monotonic() + LONGEST_WAIT, SHORTEST_SLEEP
+        now = time.monotonic()
+        if self._outstanding and now < self._next_look:
+            return
+        self._next_look = now + exchange.window_seconds / LOOKS_PER_WINDOW
+        until, sleep = now + LONGEST_WAIT, SHORTEST_SLEEP
         self._look(exchange)
         while not self._outstanding and not self._release and not self.has_ended and time.monotonic() < until:
             time.sleep(sleep)
@@ -222,6 +262,7 @@ class ReplicaControl:
         exchange, load, counts = self.exchange, self._load, self._counts
         assert exchange is not None
         running = min(self._outstanding - min(load.waiting, self._outstanding), self.max_num_seqs)
+        speed = self._predict(load.context)
         asked = load if load.decoding else Load(max(running, 1), load.context)
         return Occupancy(
             steps=counts.steps,
@@ -236,44 +277,19 @@ class ReplicaControl:
             drafted=counts.drafted,
             accepted=counts.accepted,
             seconds=time.monotonic() - self._started,
-            prefill_seconds=self._prefill_seconds(),
+            prefill_seconds=speed.prefill_seconds,
             seconds_per_token=self.toggle.seconds_per_token(asked),
-            curve=self._predicted_curve(load.context),
+            curve=speed.curve,
         )
 
-    def _predicted_curve(self, context: float) -> tuple[float, ...]:
+    def _predict(self, context: float) -> _Speed:
         """Kept while the context is much the same: it takes many predictions."""
-        at, curve = self._curve
-        if not curve or not at / CURVE_CONTEXT_STEP <= context <= at * CURVE_CONTEXT_STEP:
+        if not self._speed.holds(context):
+            step = partial(self.toggle.cost.step_seconds, OFF)
+            prefill = max(0.0, step(Load(1, context, PREFILL_TOKENS)) - step(Load(1, context))) / PREFILL_TOKENS
             curve = tuple(min(self.toggle.seconds_per_token(Load(batch, context))) for batch in CURVE_BATCHES)
-            self._curve = context, curve
-        return curve
-
-    def _prefill_seconds(self) -> float:
-        context = self._load.context
-        step = partial(self.toggle.cost.step_seconds, OFF)
-        return max(0.0, step(Load(1, context, PREFILL_TOKENS)) - step(Load(1, context))) / PREFILL_TOKENS
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Of a rollout's steps so far."""
-
-    steps: int = 0
-    arm: int = 0
-    """Index of the last step's, as far as it is one of the agreed."""
-    finished: int = 0
-    num_drafts: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-    def add(self, outcome: StepOutcome, arms: Sequence[Arm]) -> None:
-        self.steps += 1
-        self.arm = arms.index(outcome.arm) if outcome.arm in arms else self.arm
-        self.finished += outcome.finished
-        self.num_drafts += outcome.drafted_at[0] if outcome.drafted_at else 0
-        self.drafted += sum(outcome.drafted_at)
-        self.accepted += sum(outcome.accepted_at)
+            self._speed = _Speed(context, prefill, curve)
+        return self._speed
 
 
 class AgreedControl:

@@ -9,8 +9,8 @@ An operation is an all-to-all: every two replicas talk directly, so that each of
 connection ends. A peer that only stops costs nothing but time: operations wait for it, the replicas go on without them.
 """
 
-import logging
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -18,17 +18,16 @@ from math import inf
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllToAllOptions
 
 from erollout.config import CoordinatorConfig
 from erollout.coordinator.occupancy import Occupancy
 from erollout.coordinator.state_machine import Decision, Move, StateMachine
 from erollout.types import PartialRollout
 
-logger = logging.getLogger(__name__)
-
-BUSY_SHARE = 0.001
-"""Of a busy replica's time for the exchange: windows that cost more than this follow each other more slowly."""
-SLOWEST = 10
+BUSY_SHARE = 0.0007
+"""Of a busy replica's time for windows: if they cost more than this, they follow each other more slowly."""
+SLOWEST = 20
 """Times window_seconds: the longest pause between two windows that the exchange's own cost may ask for."""
 
 
@@ -50,7 +49,9 @@ class Stream:
         self.error: str | None = None
         """Why nothing will ever come again."""
         self._work: dist.Work | None = None
-        self._sent = self._received = torch.empty(0)
+        self._received = array("d")
+        self._options = AllToAllOptions()
+        self._options.asyncOp = True
         self._waited = 0.0
         self._polled_at = 0.0
 
@@ -64,16 +65,17 @@ class Stream:
         return self._waited > self.stall_seconds
 
     def gather(self, vector: Sequence[float]) -> None:
-        """Post: this rank's vector to all; `poll` gives [ranks * len(vector)]."""
-        mine = torch.tensor(vector, dtype=torch.float64)
-        self._post(mine.repeat(self.size), torch.empty(self.size * len(vector), dtype=torch.float64))
+        """Post: this rank's vector, as long on all ranks, to all; `poll` gives theirs in rank order."""
+        self._post(array("d", vector) * self.size, len(vector) * self.size, [], [])
 
-    def swap(self, parcels: Sequence[Tensor], sizes: Sequence[int]) -> None:
-        """Post: a parcel (float64, may be empty) to each rank; `poll` gives this rank's, of these sizes, in rank order."""
-        received = torch.empty(sum(sizes), dtype=torch.float64)
-        self._post(torch.cat(list(parcels)), received, list(sizes), [len(parcel) for parcel in parcels])
+    def swap(self, parcels: Sequence["array[float]"], sizes: Sequence[int]) -> None:
+        """Post: a parcel (may be empty) to each rank; `poll` gives those for this rank, of these sizes, in rank order."""
+        sent = array("d")
+        for parcel in parcels:
+            sent += parcel
+        self._post(sent, sum(sizes), list(sizes), [len(parcel) for parcel in parcels])
 
-    def poll(self) -> Tensor | None:
+    def poll(self) -> "array[float] | None":
         """What the pending operation brought, once; None while it waits."""
         if self._work is None:
             return None
@@ -88,14 +90,12 @@ class Stream:
             return None
         return self._received
 
-    def _post(
-        self, sent: Tensor, received: Tensor, sizes: list[int] | None = None, sent_sizes: list[int] | None = None
-    ) -> None:
+    def _post(self, sent: "array[float]", size: int, sizes: list[int], sent_sizes: list[int]) -> None:
         assert self.is_free
-        self._sent, self._received = sent, received
+        self._received = array("d", bytes(8 * size))
         self._waited, self._polled_at = 0.0, time.monotonic()
-        try:
-            self._work = dist.all_to_all_single(received, sent, sizes, sent_sizes, self.group, async_op=True)
+        try:  # by the group's own method: the checks of torch.distributed's function take twice as long as this
+            self._work = self.group.alltoall_base(_tensor(self._received), _tensor(sent), sizes, sent_sizes, self._options)
         except RuntimeError as error:
             self.error = _first_line(error)
 
@@ -187,12 +187,11 @@ class Exchange:
     def give(self, partials: list[PartialRollout]) -> None:
         """Send the released sequences to their targets, as many to each as was decided, in order."""
         rest = list(partials)
-        parcels = [torch.empty(0, dtype=torch.float64)] * self.stream.size
+        parcels = [array("d") for _ in range(self.stream.size)]
         for move in self.decision.moves:
             if move.source == self.replica:
                 part, rest = rest[: move.num_sequences], rest[move.num_sequences :]
-                parcel = encode(part, move.num_sequences, self._width)
-                parcels[move.target] = torch.cat([parcels[move.target], parcel])
+                parcels[move.target] += encode(part, move.num_sequences, self._width)
                 self.moves_out += 1
         assert not rest, f"{len(partials)} sequences released for {self.decision.moves}"
         self.sequences_out += len(partials)
@@ -205,12 +204,14 @@ class Exchange:
         partials, self._given = self._given, []
         return partials
 
-    def _gathered(self, result: Tensor) -> Decision:
+    def _gathered(self, result: "array[float]") -> Decision:
         """Decide about a complete window."""
         started = time.thread_time()
         self.windows += 1
         window = []
-        for replica, row in enumerate(result.view(self.stream.size, -1).tolist()):
+        length = len(result) // self.stream.size
+        for replica in range(self.stream.size):
+            row = result[replica * length : (replica + 1) * length]
             assert row[0] == self.windows, (
                 f"replica {replica} is in window {row[0]:.0f}, replica {self.replica} in {self.windows}"
             )
@@ -237,17 +238,17 @@ class Exchange:
         """Post this replica's part in the decided moves; how many sequences it must release before that can be done."""
         wanted = sum(move.num_sequences for move in self.decision.moves if move.source == self.replica)
         if not wanted:
-            self._post_swap([torch.empty(0, dtype=torch.float64)] * self.stream.size)
+            self._post_swap([array("d")] * self.stream.size)
         elif not self._release_asked:
             self._release_asked = True
             return wanted
         return 0
 
-    def _post_swap(self, parcels: Sequence[Tensor]) -> None:
+    def _post_swap(self, parcels: Sequence["array[float]"]) -> None:
         if self.stream.is_free:
             self.stream.swap(parcels, [sum(self._parcel_size(m) for m in moves) for moves in self._moves_to_here()])
 
-    def _swapped(self, result: Tensor) -> list[PartialRollout]:
+    def _swapped(self, result: "array[float]") -> list[PartialRollout]:
         """The sequences that came here with the moves of the last decision."""
         self._swap_due = False
         partials, start = [], 0
@@ -269,25 +270,32 @@ class Exchange:
         return 1 + move.num_sequences * self._width
 
 
-def encode(partials: Sequence[PartialRollout], num_sequences: int, width: int) -> Tensor:
-    """Up to num_sequences responses as float64 [1 + num_sequences * width]: how many; of each its place, tokens, log-probs."""
-    parcel = torch.zeros(1 + num_sequences * width, dtype=torch.float64)
+def encode(partials: Sequence[PartialRollout], num_sequences: int, width: int) -> "array[float]":
+    """Up to num_sequences responses in [1 + num_sequences * width]: how many; of each its place, tokens, log-probs."""
+    parcel = array("d", bytes(8 * (1 + num_sequences * width)))
     parcel[0] = len(partials)
-    for row, partial in zip(parcel[1:].view(num_sequences, width), partials, strict=False):
-        place = partial.prompt_index, partial.sample_index, len(partial.response_ids)
-        values = [*place, *partial.response_ids, *partial.logprobs, *partial.raw_logprobs]
-        row[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    for index, part in enumerate(partials):
+        place = part.prompt_index, part.sample_index, len(part.response_ids)
+        values = array("d", [*place, *part.response_ids, *part.logprobs, *part.raw_logprobs])
+        start = 1 + index * width
+        parcel[start : start + len(values)] = values
     return parcel
 
 
-def decode(parcel: Tensor, width: int) -> list[PartialRollout]:
+def decode(parcel: "array[float]", width: int) -> list[PartialRollout]:
     """What `encode` made."""
     partials = []
-    for row in parcel[1:].view(-1, width)[: int(parcel[0])].tolist():
+    for index in range(int(parcel[0])):
+        row = parcel[1 + index * width : 1 + (index + 1) * width]
         prompt_index, sample_index, length = (int(value) for value in row[:3])
         ids, logprobs, raw = (tuple(row[3 + part * length : 3 + (part + 1) * length]) for part in range(3))
         partials.append(PartialRollout(prompt_index, sample_index, tuple(int(i) for i in ids), logprobs, raw))
     return partials
+
+
+def _tensor(values: "array[float]") -> Tensor:
+    """Over the same memory, float64."""
+    return torch.frombuffer(values, dtype=torch.float64) if values else torch.empty(0, dtype=torch.float64)
 
 
 def _first_line(error: RuntimeError) -> str:

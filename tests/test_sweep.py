@@ -141,7 +141,7 @@ def test_without_time_one_place_is_measured_once() -> None:
     [(4, 100, 1, 4), (1, 100, 1, 3), (1, 2.5, 1, 2), (1, 0.5, 1, 1), (1, -3, 1, 1), (1e9, 1e9, 1, 5), (0.1, 100, 50, 2)],
 )
 def test_repetitions(share: float, left: float, once: float, expected: int) -> None:
-    assert repetitions(share, left, once) == expected
+    assert repetitions(share, left, once, 3) == expected
 
 
 def test_places_go_from_coarse_to_fine() -> None:
@@ -162,11 +162,13 @@ def test_what_the_engine_can_not_hold_is_left_out() -> None:
     assert {(row.batch, row.gamma) for row in rows if row.gamma} == {(2, 1), (2, 3), (4, 1)}  # 4 x 4 tokens fit no pass
 
 
-def test_bootstrap_covers_the_batches() -> None:
+def test_bootstrap_covers_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("erollout.calibration.grid.MOST_REPETITIONS", 1)
     engine = make_engine()
     rows = bootstrap(engine, [DRAFTER], 3, range(1, 9), LONG)
     assert points(rows) == [(1, 256), (2, 256), (3, 256), (1, 64), (2, 64), (3, 64)]
     assert {row.gamma for row in rows} == {0, 1, 3, 8}
+    assert {row.n_samples for row in rows} == {3}  # visits of each place
     assert points(bootstrap(engine, [DRAFTER], 3, [2], NO_TIME)) == [(1, 256)]
 
 

@@ -37,10 +37,10 @@ class Grid:
         return [Place(batch, context) for _, batch, context in ranked]
 
 
-def repetitions(share: float, left: float, once: float) -> int:
-    """How often to take steps that take `once` seconds together: for their share of the seconds left, but LEAST_REPETITIONS if
+def repetitions(share: float, left: float, once: float, least: int) -> int:
+    """How often to take steps that take `once` seconds together: for their share of the seconds left, but `least` times where
     there is time for so many."""
-    wanted = min(MOST_REPETITIONS, max(LEAST_REPETITIONS, int(share / once)))
+    wanted = min(MOST_REPETITIONS, max(least, int(share / once)))
     return max(1, min(wanted, int(left / once)))
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erollout.calibration.file import Identity
-from erollout.calibration.grid import Grid, Place, repetitions
+from erollout.calibration.grid import LEAST_REPETITIONS, Grid, Place, repetitions
 from erollout.calibration.model_size import describe_shape
 from erollout.calibration.sweep_file import Mode, SweepRow
 from erollout.engine.control import Orders
@@ -68,7 +68,7 @@ def sweep(
     arms = [Arm(format, n) for format in formats for n in grid.num_speculative_tokens]
     measurement = _Sweep(engine, arms, engine.rollout.max_num_batched_tokens, model)
     measurement.require_same(rows_done)
-    return measurement.run(grid.places(), seconds, {_key(row) for row in rows_done}, on_row)
+    return measurement.rows(grid.places(), seconds, {_key(row) for row in rows_done}, on_row)
 
 
 def bootstrap(
@@ -86,7 +86,7 @@ def bootstrap(
     few = sorted({min(drafts), max(drafts), min(drafts, key=lambda n: abs(n - 3))})
     places = [Place(batch, max(2, context)) for context in (longest // 2, longest // 8) for batch in batches]
     measurement = _Sweep(engine, [Arm(format, n) for format in formats for n in few], BOOTSTRAP_TOKENS, "")
-    return measurement.run(places, seconds)
+    return measurement.rows_in_rounds(places, seconds)
 
 
 def identify(engine: Engine, formats: Sequence[str]) -> Identity:
@@ -128,30 +128,43 @@ class _Sweep:
         self._cost_per_weight = 0.0
         """Seconds of one repetition at the place before, over its weight; 0 at the first."""
 
-    def run(
-        self,
-        places: Sequence[Place],
-        seconds: float,
-        done: Set[_Key] = frozenset(),
-        on_row: Callable[[SweepRow], None] = lambda row: None,
+    def rows(
+        self, places: Sequence[Place], seconds: float, done: Set[_Key], on_row: Callable[[SweepRow], None]
     ) -> list[SweepRow]:
-        """The rows of these places that are not done, as far as the budget reaches; of one place at least."""
-        deadline = time.perf_counter() + seconds
+        """Those of these places that are not done, as far as the budget reaches; of one place at least."""
         rows: list[SweepRow] = []
-        places = [place for place in places if self._fits(place) and not self._keys(place) <= done]
+        began = time.perf_counter()
+        missing = [place for place in places if not self._keys(place) <= done]
         with _measuring(self.engine) as stopwatch:
-            for index, place in enumerate(places):
-                left = self._agreed(deadline - time.perf_counter())
-                if index and left < self._cost_per_weight * place.weight:
-                    continue
-                share = left * place.weight / sum(p.weight for p in places[index:])
-                samples = self._measure(place, share, left, stopwatch)
+            for place, samples in self._visits(missing, seconds, LEAST_REPETITIONS, stopwatch):
                 new = [row for row in self._rows(place, samples) if _key(row) not in done]
                 for row in new:
                     on_row(row)
                 rows += new
-                self._log(f"{index + 1}/{len(places)}", place, samples, deadline - time.perf_counter())
+                self._log(place, samples, seconds - (time.perf_counter() - began))
         return rows
+
+    def rows_in_rounds(self, places: Sequence[Place], seconds: float) -> list[SweepRow]:
+        """As `rows`, with each place visited LEAST_REPETITIONS times, so that a busy second harms no place alone."""
+        taken: dict[Place, list[_Sample]] = {}
+        with _measuring(self.engine) as stopwatch:
+            for place, samples in self._visits(LEAST_REPETITIONS * list(places), seconds, 1, stopwatch):
+                taken.setdefault(place, []).extend(samples)
+        return [row for place, samples in taken.items() for row in self._rows(place, samples)]
+
+    def _visits(
+        self, places: Sequence[Place], seconds: float, least: int, stopwatch: "_Stopwatch"
+    ) -> Iterator[tuple[Place, list["_Sample"]]]:
+        """Place by place what was measured there, within the budget. `least`: repetitions at each, where there is time."""
+        deadline = time.perf_counter() + seconds
+        places = [place for place in places if self._fits(place)]
+        for index, place in enumerate(places):
+            left = self._agreed(deadline - time.perf_counter())
+            if self._cost_per_weight and left < self._cost_per_weight * place.weight:
+                continue
+            share = left * place.weight / sum(p.weight for p in places[index:])
+            samples = self._measure(place, share, left, least, stopwatch)
+            yield place, samples
 
     def require_same(self, rows: Iterable[SweepRow]) -> None:
         """Raise UserError unless all rows are of this engine and device."""
@@ -179,7 +192,7 @@ class _Sweep:
         """Repetitions in one run, after which the contexts have grown too much."""
         return max(1, _growth(place.context) // _most_emitted(self._arms_at(place)))
 
-    def _measure(self, place: Place, share: float, left: float, stopwatch: "_Stopwatch") -> list["_Sample"]:
+    def _measure(self, place: Place, share: float, left: float, least: int, stopwatch: "_Stopwatch") -> list["_Sample"]:
         """Repeat all arms at a place, for its share of the seconds that are left."""
         arms = self._arms_at(place)
         if stopwatch.on_device or not self._cost_per_weight:
@@ -188,7 +201,7 @@ class _Sweep:
         samples = self._take(place, arms, stopwatch)
         once = self._agreed(time.perf_counter() - began)
         self._cost_per_weight = once / place.weight
-        remaining = repetitions(share, left, once) - 1
+        remaining = repetitions(share, left, once, least) - 1
         while remaining > 0:
             times = min(remaining, self._at_once(place))
             samples += self._take(place, times * arms, stopwatch)
@@ -250,14 +263,14 @@ class _Sweep:
         dist.broadcast(tensor, group=group, group_src=0)
         return float(tensor.item())
 
-    def _log(self, progress: str, place: Place, samples: Sequence["_Sample"], left: float) -> None:
+    def _log(self, place: Place, samples: Sequence["_Sample"], left: float) -> None:
         seconds: dict[Arm, list[float]] = {}
         for sample in samples:
             seconds.setdefault(sample.arm, []).append(sample.seconds)
         figures = ", ".join(f"{arm} {1e3 * statistics.median(of_arm):.1f} ms" for arm, of_arm in seconds.items())
         logger.info(
-            "measured %s: batch %d, context %d, %d times: %s; at most %.0f s left",
-            *(progress, place.batch, place.context, len(samples) // len(self._arms_at(place)), figures, max(0.0, left)),
+            "batch %d, context %d, %d times: %s; at most %.0f s left",
+            *(place.batch, place.context, len(samples) // len(self._arms_at(place)), figures, max(0.0, left)),
         )
 
 

@@ -70,6 +70,12 @@ def test_the_last_prompt_goes_to_the_faster_of_two_full_replicas() -> None:
         assert dynamic.advance(window).hand_out == tuple(expected)
 
 
+def test_the_last_prompts_are_shared() -> None:
+    dynamic = machine(prompts=9)
+    dynamic.start()
+    assert dynamic.advance([busy(1), busy(2)]).hand_out == ((6, 8), (7,))
+
+
 def test_the_end_is_when_nobody_has_anything_left() -> None:
     dynamic = machine(prompts=7)
     dynamic.start()

@@ -24,7 +24,7 @@ from erollout.coordinator.occupancy import Occupancy
 from erollout.coordinator.speed import seconds_per_token
 
 MOVES_PER_WINDOW = 64
-GAIN = 0.03
+GAIN = 0.05
 """Share of the source's time that a move must save."""
 
 

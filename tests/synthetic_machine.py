@@ -55,6 +55,7 @@ class Machine:
     """Of these, against the best arm of every step."""
     best_arms: list[Arm] = field(default_factory=list)
     arms: list[Arm] = field(default_factory=list)
+    known: dict[tuple[Arm, int, int], float] = field(default_factory=dict)
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,7 +68,10 @@ class Machine:
         return sum(self.acceptance(self.step) ** i for i in range(n + 1))
 
     def step_seconds(self, arm: Arm, load: Load) -> float:
-        return self.truth.step_seconds(arm, load.decoding, load.context) * self.slow(self.step, arm)
+        key = (arm, load.decoding, int(load.context) // 16)
+        if key not in self.known:
+            self.known[key] = self.truth.step_seconds(arm, load.decoding, 16 * key[2] + 8)
+        return self.known[key] * self.slow(self.step, arm)
 
     def rollout(
         self, toggle: Toggle, lengths: Sequence[int], choices: Sequence[Arm], slots: int = 64, learns: bool = True

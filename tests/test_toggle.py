@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from math import log
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from erollout.speculation.hold_back import LONGEST, HoldBack
 from erollout.speculation.ladder import Ladder
 from erollout.speculation.probes import AT_ONCE, EXTENSIONS, RAREST, SHARE, Probes
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
-from erollout.speculation.toggle import Toggle
+from erollout.speculation.toggle import REFRESH, REVERSAL_STEPS, Toggle
 from erollout.speculation.trace import Reason
 
 N3 = Arm("w4", 3)
@@ -202,6 +203,29 @@ def test_modes_choose_from_what_they_should() -> None:
         machine.rollout(toggle, [30] * 20, (OFF, N3))
         assert all(toggle.decide(Load(batch, 100.0)) == arm for batch in (1, 64))
         assert toggle.trace.count(Reason.FIXED) == len(toggle.trace) - 1  # but for the prompts
+
+
+def test_a_change_must_promise_the_margin_and_more_to_go_back_at_once() -> None:
+    learner = Learner(passes())
+    toggle = Toggle(SpeculationConfig(mode="toggle", toggle=ToggleConfig(margin=0.05)), FORMATS[:1], learner)
+    toggle.begin_rollout(True)
+    load = Load(4, 100.0)
+
+    def chosen(advantage: float) -> Arm:
+        """With drafts that are better by this share of the time per token."""
+        learner.parts.clear()
+        off, on = toggle.seconds_per_token(load)
+        learner.parts["w4"] = [log(off * (1 - advantage) / on), 0]
+        for _ in range(REFRESH):
+            arm = toggle.decide(load)
+        return arm
+
+    assert [chosen(share) for share in (0.03, 0.07)] == [OFF, N3]
+    assert chosen(-0.08) == N3  # too soon for less than three margins
+    for _ in range(REVERSAL_STEPS // REFRESH):
+        assert chosen(-0.03) == N3
+    assert chosen(-0.08) == OFF
+    assert chosen(0.3) == N3  # for that it may turn round at once
 
 
 def test_formats_are_chosen_between() -> None:

@@ -121,11 +121,12 @@ class Acceptance:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for counts that no drafts can have."""
-        tried, accepted = [[float(count) for count in state[key]] for key in ("tried", "accepted")]
-        if len(tried) != len(accepted) or not all(isfinite(count) and count >= 0 for count in tried + accepted):
-            raise ValueError(f"acceptance counts {accepted} of {tried} drafts")
-        recent_tried, recent_accepted = state["recent"]
-        self.tried, self.accepted, self._recent = tried, accepted, (float(recent_tried), float(recent_accepted))
+        tried, accepted, recent = [[float(count) for count in state[key]] for key in ("tried", "accepted", "recent")]
+        counts = tried + accepted + recent
+        if len(tried) != len(accepted) or not all(isfinite(count) and count >= 0 for count in counts):
+            raise ValueError(f"acceptance counts {accepted} of {tried} drafts, {recent} of them recent")
+        recent_tried, recent_accepted = recent
+        self.tried, self.accepted, self._recent = tried, accepted, (recent_tried, recent_accepted)
 
     def _scale(self, factor: float) -> None:
         self.tried = [count * factor for count in self.tried]

@@ -5,6 +5,7 @@ size comes first, what agreed with its prediction after `interval` steps, and wh
 """
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from erollout.speculation.step import OFF, Arm
@@ -147,8 +148,11 @@ class Probes:
         return {"budget": self._budget, "quiet": max(0, self._quiet_until - self._step), "plans": plans}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._step, self._quiet_until = 0, int(state["quiet"])
-        self._budget = None if state["budget"] is None else float(state["budget"])
+        """Raises ValueError for what is no state."""
+        budget = None if state["budget"] is None else float(state["budget"])
+        if budget is not None and not isfinite(budget):
+            raise ValueError(f"a budget of {budget} s for probes")
+        self._step, self._quiet_until, self._budget = 0, int(state["quiet"]), budget
         self._plans = {
             (Arm(str(format), int(n)), int(size)): _Plan(int(due), int(wait)) for format, n, size, due, wait in state["plans"]
         }

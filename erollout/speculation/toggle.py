@@ -221,6 +221,8 @@ class Toggle:
             self.probes.load_state_dict(state["probes"])
             self.hold.load_state_dict(state["hold"])
             self._ended, self._emitted = map(float, state["endings"])
+            if not 0 <= self._ended <= self._emitted < inf:
+                raise ValueError(f"{self._ended} endings in {self._emitted} tokens")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"no state of a toggle: {error!r}") from error
         self._start_over()

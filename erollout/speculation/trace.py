@@ -7,7 +7,7 @@ import logging
 import os
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from math import nan
@@ -186,11 +186,11 @@ class Trace:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(self._rows())
+        writer.writerows(zip(*(self._texts(name) for name in COLUMNS), strict=True))
         partial = path.with_name(f"{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+            partial.write_bytes(gzip.compress(text.getvalue().encode(), 6, mtime=0))
             os.replace(partial, path)
         except OSError as error:
             logger.warning("the decisions of this rollout are not kept: %s can't be written (%s)", path, error)
@@ -264,13 +264,17 @@ class Trace:
         self.arms.append(arm)
         return self._index[arm]
 
-    def _rows(self) -> Iterator[list[str]]:
-        columns = self.columns
-        for step in range(len(self)):
-            row = {name: str(columns[name][step]) for name in _WHOLE} | {name: f"{columns[name][step]:.6g}" for name in _REAL}
-            row |= {name: str(self.arms[columns[name][step]]) for name in ("arm", "other")}
-            row["reason"] = Reason(columns["reason"][step]).name.lower()
-            yield [row[name] for name in COLUMNS]
+    def _texts(self, name: str) -> Iterable[str]:
+        """A column as it stands in the file."""
+        column = self.columns[name]
+        if name in _REAL:
+            return (f"{value:.6g}" for value in column)
+        if name == "reason":
+            return (Reason(value).name.lower() for value in column)
+        if name in _NAMED:
+            names = [str(arm) for arm in self.arms]
+            return (names[index] for index in column)
+        return map(str, column)
 
     def _append_text(self, row: Sequence[str]) -> None:
         if len(row) != len(COLUMNS):

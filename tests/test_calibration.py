@@ -277,7 +277,9 @@ REFERENCE = {
 
 def test_a_configuration_of_the_reference_is_its_roofline(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(REFERENCE))
-    passes = load_calibration(tmp_path / "r.json").passes()
+    calibration = load_calibration(tmp_path / "r.json")
+    assert calibration.identity == Identity(IDENTITY.model, "A100", 1, (REFERENCE_FORMAT,))
+    passes = calibration.passes()
     cache = 26205 * 16 * 1000
     assert passes.target_seconds(16, 1000) == pytest.approx((15e9 + cache) / 1.6e12 + 39e-6 * 16)
     assert passes.draft_seconds(REFERENCE_FORMAT, 16, 1000, 7) == pytest.approx((1.3 * 5e9 + cache) / 1.6e12 + 69e-6 * 16)

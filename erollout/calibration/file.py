@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from erollout.calibration.model_size import describe_shape, known_model
 from erollout.errors import UserError
 from erollout.speculation.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.measured_table import MeasuredTable, Point
@@ -171,7 +172,9 @@ def _from_reference(tree: dict[str, Any], path: str) -> Calibration:
         {REFERENCE_FORMAT: PassCost(**common, weight_factor=fit["eta_d"], per_sequence=fit["c_D"] * 1e-6)},
         Communication(per_sequence=hardware["c_comm"]),
     )
-    identity = Identity("", hardware["gpu"], hardware["tp"], (REFERENCE_FORMAT,))
+    architecture = known_model(model["name"])
+    sizes = describe_shape(architecture) if architecture else ""
+    identity = Identity(sizes, hardware["gpu"], hardware["tp"], (REFERENCE_FORMAT,))
     provenance = {key: tree.get("metadata", {}).get(key) for key in ("created", "csv_source")}
     return Calibration(identity, roofline, {}, model["name"], provenance, {}, path)
 

@@ -28,12 +28,14 @@ TILES = (1, 16, 32, 64, 128, 256)
 """Tokens that a matmul may compute at once."""
 SEQUENCE_TILES = (1, 4, 8, 16, 32)
 """Sequences by which the drafter's time may grow at once."""
-SHAPE_EVIDENCE = 3.0
+SHAPE_EVIDENCE = 1.0
 """Logarithm of the likelihood ratio with which a tile must explain the points better than none. Few points don't show one."""
 FLOOR = 0.02
 """Log residual that is expected of any point: fits closer than that are equal."""
 OUTLIER = 0.05
 """Log residual beyond which a point counts less."""
+TOLERANCE, MOST_STEPS = 1e-5, 100
+"""Of a search: coefficients that the points don't determine would let it creep on for seconds."""
 AT_BOUND = 1e-3
 """Distance from a bound, in the units of the search, that counts as being there."""
 PRIOR_WEIGHT = 0.01
@@ -245,7 +247,16 @@ def _search(
     floor = 0.5 * FLOOR**2 * sum(len(group.measured) for group in groups)
     best, least = None, float("inf")
     for shape in shapes:
-        found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=OUTLIER, args=(shape,))
+        found = least_squares(
+            residuals,
+            start,
+            bounds=(low, high),
+            loss="soft_l1",
+            f_scale=OUTLIER,
+            args=(shape,),
+            ftol=TOLERANCE,
+            max_nfev=MOST_STEPS,
+        )
         loss = found.cost + floor
         if best is None or places * log(least / loss) > (SHAPE_EVIDENCE if best[1] == shapes[0] else 0):
             best, least = (found.x, shape), loss

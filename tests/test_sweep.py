@@ -155,9 +155,9 @@ def test_places_go_from_coarse_to_fine() -> None:
 
 
 def test_what_the_engine_can_not_hold_is_left_out() -> None:
-    grid = Grid((2, 4, 8), (30, 500), (2,))  # 8 sequences are more than run at once, 500 tokens would grow out of the model
+    grid = Grid((2, 4, 8), (30, 600), (2,))  # 8 sequences are more than run at once, 600 tokens more than the model's positions
     assert points(sweep(make_engine(), [DRAFTER], grid, LONG)) == [(2, 30), (4, 30)]
-    assert points(sweep(make_engine(num_kv_blocks=12), [DRAFTER], grid, LONG)) == [(2, 30)]
+    assert points(sweep(make_engine(num_kv_blocks=6), [DRAFTER], grid, LONG)) == [(2, 30)]
     rows = sweep(make_engine(max_num_batched_tokens=8), [DRAFTER], Grid((2, 4), (30,), (1, 3)), LONG)
     assert {(row.batch, row.gamma) for row in rows if row.gamma} == {(2, 1), (2, 3), (4, 1)}  # 4 x 4 tokens fit no pass
 
@@ -170,6 +170,17 @@ def test_bootstrap_covers_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row.gamma for row in rows} == {0, 1, 3, 8}
     assert {row.n_samples for row in rows} == {3}  # visits of each place
     assert points(bootstrap(engine, [DRAFTER], 3, [2], NO_TIME)) == [(1, 256)]
+
+
+def test_bootstrap_of_short_responses() -> None:
+    """Drafts may be longer than half of them."""
+    rows = bootstrap(make_engine(max_prompt_tokens=8, max_tokens=16), [DRAFTER], 2, range(1, 9), NO_TIME)
+    assert points(rows) == [(1, 5)] and {row.gamma for row in rows} == {0, 1, 3, 8}
+
+
+def test_runs_end_before_sequences_outgrow_the_engine() -> None:
+    rows = sweep(make_engine(), [DRAFTER], Grid((4,), (505,), (2,)), LONG)
+    assert {row.n_samples for row in rows} == {5}
 
 
 def test_afterwards_the_engine_is_as_before() -> None:

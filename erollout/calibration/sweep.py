@@ -84,8 +84,10 @@ def bootstrap(
     longest = min(engine.max_model_len, engine.rollout.max_prompt_tokens + engine.rollout.max_tokens)
     batches = sorted({max_num_seqs, *(2**i for i in range(max_num_seqs.bit_length()))})
     few = sorted({min(drafts), max(drafts), min(drafts, key=lambda n: abs(n - 3))})
-    places = [Place(batch, max(2, context)) for context in (longest // 2, longest // 8) for batch in batches]
-    measurement = _Sweep(engine, [Arm(format, n) for format in formats for n in few], BOOTSTRAP_TOKENS, "")
+    arms = [Arm(format, n) for format in formats for n in few]
+    usual = min(longest // 2, longest - _response_tokens((*arms, OFF, OFF)))
+    places = [Place(batch, max(2, context)) for context in (usual, usual // 4) for batch in batches]
+    measurement = _Sweep(engine, arms, BOOTSTRAP_TOKENS, "")
     return measurement.rows_in_rounds(places, seconds)
 
 
@@ -156,8 +158,10 @@ class _Sweep:
         self, places: Sequence[Place], seconds: float, least: int, stopwatch: "_Stopwatch"
     ) -> Iterator[tuple[Place, list["_Sample"]]]:
         """Place by place what was measured there, within the budget. `least`: repetitions at each, where there is time."""
-        deadline = time.perf_counter() + seconds
         places = [place for place in places if self._fits(place)]
+        if places:
+            self._take(places[0], self._arms_at(places[0]), stopwatch)  # allocates and prepares, which the budget leaves out
+        deadline = time.perf_counter() + seconds
         for index, place in enumerate(places):
             left = self._agreed(deadline - time.perf_counter())
             if self._cost_per_weight and left < self._cost_per_weight * place.weight:
@@ -182,21 +186,25 @@ class _Sweep:
         return *(arm for arm in self.arms if place.batch * (1 + arm.num_speculative_tokens) <= self.most_tokens), OFF, OFF
 
     def _fits(self, place: Place) -> bool:
-        """The engine can hold a place's sequences to the end of the longest run."""
-        engine, arms = self.engine, self._arms_at(place)
-        end = _prompt_tokens(place) + _response_tokens(self._at_once(place) * arms)
-        blocks = place.batch * engine.blocks.blocks_for(end)
-        return place.batch <= engine.rollout.max_num_seqs and end <= engine.max_model_len and blocks <= engine.cache.num_blocks
+        """The engine can hold a place's sequences for one repetition."""
+        end = _prompt_tokens(place) + _response_tokens(self._arms_at(place))
+        return place.batch <= self.engine.rollout.max_num_seqs and end <= self._room(place)
+
+    def _room(self, place: Place) -> int:
+        """Tokens that each sequence may have."""
+        cache = self.engine.cache
+        return min(self.engine.max_model_len, cache.num_blocks // place.batch * cache.block_size)
 
     def _at_once(self, place: Place) -> int:
         """Repetitions in one run, after which the contexts have grown too much."""
-        return max(1, _growth(place.context) // _most_emitted(self._arms_at(place)))
+        growth = min(_growth(place.context), self._room(place) - _prompt_tokens(place) - _response_tokens(()))
+        return max(1, growth // _most_emitted(self._arms_at(place)))
 
     def _measure(self, place: Place, share: float, left: float, least: int, stopwatch: "_Stopwatch") -> list["_Sample"]:
         """Repeat all arms at a place, for its share of the seconds that are left."""
         arms = self._arms_at(place)
-        if stopwatch.on_device or not self._cost_per_weight:
-            self._take(place, arms, stopwatch)  # allocates, and compiles and prepares kernels
+        if stopwatch.on_device:
+            self._take(place, arms, stopwatch)  # compiles kernels for these shapes
         began = time.perf_counter()
         samples = self._take(place, arms, stopwatch)
         once = self._agreed(time.perf_counter() - began)

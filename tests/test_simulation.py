@@ -70,8 +70,15 @@ class Always:
         return (1.0,) * len(self.arms)
 
 
-def make(kind: str, workload: Workload, chooser: Always | Oracle, limits: Limits, times: PassTimes | None = None) -> Replica:
-    truth = Truth(times or passes(), Acceptance.constant(0.9), [Arm(FORMAT, n) for n in range(1, 9)])
+def make(
+    kind: str,
+    workload: Workload,
+    chooser: Always | Oracle,
+    limits: Limits,
+    times: PassTimes | None = None,
+    acceptance: float = 0.9,
+) -> Replica:
+    truth = Truth(times or passes(), Acceptance.constant(acceptance), [Arm(FORMAT, n) for n in range(1, 9)])
     generator = np.random.default_rng(7)
     if kind == "jump":
         return JumpingReplica(workload, truth, chooser, limits, generator)
@@ -87,12 +94,13 @@ def workload_of(*lengths: tuple[int, ...], prompt: int = 5) -> Workload:
 @pytest.mark.parametrize("policy", ["replica", "cluster", "makespan"])
 @pytest.mark.parametrize("mode", ["off", "always", "toggle", "ladder", "adaptive", "oracle"])
 def test_every_token_is_emitted_once(mode: str, policy: str, hand_out: str, stepwise: bool) -> None:
-    given = setting(stepwise=stepwise, window_seconds=0.02)
+    lengths = Lognormal(30, 1.0, prompt_tokens=10)
+    given = setting(stepwise=stepwise, num_prompts=10, limits=Limits(8, 64), lengths=lengths)
     outcome = only(given, mode, policy, hand_out)
-    workload = given.lengths.draw(16, 4, 400, np.random.default_rng([0, 0]))
+    workload = given.lengths.draw(10, 4, 400, np.random.default_rng([0, 0]))
     assert outcome.tokens == workload.tokens
-    assert 0 < outcome.busy <= 1 and 0 <= outcome.speculating <= 1 and outcome.batch <= 16
-    assert outcome.regret < 1
+    assert 0 < outcome.busy <= 1 and 0 <= outcome.speculating <= 1 and outcome.batch <= 8
+    assert 0 <= outcome.regret < 0.6
     # one pass emits at most its drafts and one token more, and no pass takes less than the target's at one sequence
     longest = int(workload.response_tokens.max())
     assert outcome.seconds >= (longest if mode == "off" else longest / 12) * 0.01
@@ -164,11 +172,12 @@ def test_jumps_agree_with_steps(arms: tuple[Arm, ...], group: int) -> None:
     """The same seconds, within the noise of the drawn acceptance."""
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     batch: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for seed in range(3 if arms == (OFF,) else 6):
-        workload = Lognormal(300, 0.8).draw(64 // group, group, 1200, np.random.default_rng(seed))
+    times = passes(kv=1e-6)
+    for seed in range(1 if arms == (OFF,) else 5):
+        workload = Lognormal(300, 0.8).draw(32 // group, group, 1200, np.random.default_rng(seed))
         for kind in KINDS:
-            chooser = Oracle(Truth(passes(kv=1e-6), Acceptance.constant(0.9), arms)) if len(arms) > 1 else Always(*arms)
-            replica = make(kind, workload, chooser, Limits(48, 512), passes(kv=1e-6))
+            chooser = Oracle(Truth(times, Acceptance.constant(0.97), arms)) if len(arms) > 1 else Always(*arms)
+            replica = make(kind, workload, chooser, Limits(24, 256), times, 0.97)
             replica.generator = np.random.default_rng([seed, 1])
             replica.take(range(workload.num_prompts))
             replica.run_until(inf)
@@ -178,15 +187,19 @@ def test_jumps_agree_with_steps(arms: tuple[Arm, ...], group: int) -> None:
     assert fmean(batch["jump"]) == pytest.approx(fmean(batch["step"]), rel=0.01)
 
 
-@pytest.mark.parametrize("mode", ["toggle", "adaptive"])
-def test_whole_clusters_agree_too(mode: str) -> None:
-    lengths = Lognormal(250, 1.0, prompt_tokens=10)
-    given = setting(lengths=lengths, max_tokens=1000, limits=Limits(32, 256), num_prompts=24)
-    quiet = replace(given.speculation.toggle, probe_interval=10**9)
-    given = replace(given, speculation=replace(given.speculation, toggle=quiet))
+def test_whole_clusters_agree_too() -> None:
+    given = setting(
+        lengths=Lognormal(250, 1.0, prompt_tokens=10),
+        acceptance=Acceptance.constant(0.95),
+        max_tokens=1000,
+        limits=Limits(32, 256),
+        num_prompts=24,
+        rollouts=2,
+        warm_up=1,
+    )
     ratios = []
-    for seed in range(5):
-        one, other = (only(replace(given, stepwise=each), mode, "makespan", "dynamic", seed) for each in (True, False))
+    for seed in range(3):
+        one, other = (only(replace(given, stepwise=each), "adaptive", "makespan", "dynamic", seed) for each in (True, False))
         ratios.append(other.seconds / one.seconds)
     assert fmean(ratios) == pytest.approx(1, abs=0.01)
 
@@ -203,7 +216,7 @@ def test_noise_leaves_the_mean() -> None:
     assert noisy == pytest.approx(quiet, rel=0.05) and noisy != quiet
 
 
-@pytest.mark.parametrize("slots", [2, 8, 24])
+@pytest.mark.parametrize("slots", [2, 24])
 @pytest.mark.parametrize("mode", ["toggle", "adaptive"])
 def test_with_a_right_cost_model_the_toggle_is_never_worse(mode: str, slots: int) -> None:
     """By more than 2 % than the better of off and always, once it has seen a rollout."""
@@ -384,6 +397,8 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(rows) == 2 * 2 * 2 and {row["mode"] for row in rows} == {"off", "adaptive"}
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["strategies"]) == 4
+    names = {path.name for path in out.glob("*.png")}
+    assert {"rollouts.png", "utilisation.png", "occupancy-adaptive-makespan-static.png"} <= names and len(names) == 6
     means = [fmean(float(r["seconds"]) for r in rows if (r["mode"], r["policy"]) == pair) for pair in (("off", "replica"),)]
     assert summary["strategies"][0]["seconds"]["mean"] == pytest.approx(means[0])
 

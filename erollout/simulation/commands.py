@@ -83,7 +83,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     summaries = summarize(outcomes, rest)
     console.print(table(summaries, f"{options.seeds} seeds, rest of a step {rest:.1f} s"))
     if options.out:
+        from erollout.simulation.pictures import draw  # matplotlib takes a second
+
         write(Path(options.out), outcomes, summaries, {"arguments": arguments, "window_seconds": setting.window_seconds})
+        draw(Path(options.out), outcomes, summaries)
     return 0
 
 

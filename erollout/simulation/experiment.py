@@ -16,13 +16,15 @@ from erollout.simulation.stepwise import StepwiseReplica
 from erollout.simulation.truth import Oracle, Truth
 from erollout.simulation.workload import Lengths, Workload
 from erollout.speculation.cost_model import CalibratedCost, PassTimes
-from erollout.speculation.step import Arm
+from erollout.speculation.step import Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 
 Mode = Literal["off", "always", "toggle", "adaptive", "ladder", "oracle"]
 MODES: tuple[Mode, ...] = ("off", "always", "toggle", "ladder", "adaptive", "oracle")
 """`oracle` is none of the configuration: it knows what the simulated hardware will do."""
 
+INTRODUCED = 400
+"""Drafts that a toggle sees before its first rollout where it will not probe."""
 SHOWN_REPLICAS = 64
 """Of these the spans are kept, for pictures."""
 
@@ -97,6 +99,9 @@ def simulate(setting: Setting, strategy: Strategy, seed: int) -> Iterator[Outcom
     """The rollouts that count, of one strategy. Equal seeds give all strategies the same lengths."""
     truth = Truth(setting.truth, setting.acceptance, _considered(setting), setting.noise)
     choosers = [_chooser(setting, strategy.mode, truth, cost) for cost in _costs(setting)]
+    if not setting.stepwise:
+        for toggle in _toggles(choosers):
+            _introduce(toggle, truth)
     last: Sequence[int] = ()
     for index in range(setting.rollouts):
         lengths = np.random.default_rng([seed, index])
@@ -145,14 +150,13 @@ def _rollout(
     ]
     for replica in replicas[:SHOWN_REPLICAS]:
         replica.ledger.spans = []
-    toggles = [chooser for chooser in choosers if isinstance(chooser, Toggle)]
-    for toggle in toggles:
+    for toggle in _toggles(choosers):
         toggle.begin_rollout(learns=True)
     cluster = Cluster(replicas, machine, options)
     seconds = cluster.run()
     ledgers = [replica.ledger for replica in replicas]
     drafted, accepted = sum(ledger.drafted for ledger in ledgers), sum(ledger.accepted for ledger in ledgers)
-    for toggle in toggles:
+    for toggle in _toggles(choosers):
         toggle.end_rollout(accepted / drafted if drafted else None)
     return _outcome(strategy, seed, seconds, ledgers, cluster.traffic)
 
@@ -168,6 +172,23 @@ def _chooser(setting: Setting, mode: Mode, truth: Truth, cost: CalibratedCost) -
         return Oracle(truth)
     options = replace(setting.speculation, mode=mode)  # type: ignore[type-var]  # mypy does not see through _section
     return Toggle(options, _formats(setting) if mode != "off" else (), cost)
+
+
+def _toggles(choosers: Sequence[Chooser]) -> list[Toggle]:
+    return [chooser for chooser in choosers if isinstance(chooser, Toggle)]
+
+
+def _introduce(toggle: Toggle, truth: Truth) -> None:
+    """Show a toggle one step of each drafter's longest run: jumping replicas do not probe, so it could not learn of them."""
+    longest: dict[str, Arm] = {}
+    for arm in sorted(toggle.arms, key=lambda arm: arm.num_speculative_tokens):
+        longest[arm.format] = arm
+    for arm in longest.values():
+        n, load = arm.num_speculative_tokens, Load(INTRODUCED, 1.0)
+        accepted = tuple(round(share * INTRODUCED) for share in truth.acceptance.shares[:n])
+        emitted = INTRODUCED + sum(accepted)
+        seconds = truth.step_seconds(arm, load)
+        toggle.observe(StepOutcome(arm, load, seconds, 0.0, emitted, (INTRODUCED,) * n, accepted))
 
 
 def _costs(setting: Setting) -> list[CalibratedCost]:

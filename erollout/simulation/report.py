@@ -68,17 +68,17 @@ def rest_of_step(outcomes: Sequence[Outcome], rollout_share: float) -> float:
 def table(summaries: Sequence[Summary], title: str) -> Table:
     """Intervals are of 95 % confidence."""
     result = Table(title=title, title_justify="left")
-    result.add_column("mode")
-    result.add_column("policy, hand-out")
-    columns = ("rollout s", "saved %", "step s", "busy %", "batch", "speculating %", "regret %", "moved")
+    result.add_column("mode", no_wrap=True)
+    result.add_column("policy, hand-out", no_wrap=True)
+    columns = ("rollout s", "saved %", "step s", "busy %", "batch", "drafting %", "regret %", "moved")
     for column in columns:
-        result.add_column(column, justify="right")
+        result.add_column(column, justify="right", no_wrap=True)
     for s in summaries:
         saved = "" if s.saved.mean != s.saved.mean else s.saved.show(".1f", 100)
         result.add_row(
             *(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.hand_out}", s.seconds.show(), saved, s.step_seconds.show()),
-            *(s.busy.show(".1f", 100), s.batch.show(".1f"), s.speculating.show(".1f", 100), s.regret.show(".2f", 100)),
-            s.moved.show(".0f"),
+            *(f"{100 * s.busy.mean:.1f}", f"{s.batch.mean:.1f}", f"{100 * s.speculating.mean:.1f}"),
+            *(s.regret.show(".2f", 100), f"{s.moved.mean:.0f}"),
         )
     return result
 

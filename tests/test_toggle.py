@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from math import log
 
 import pytest
@@ -226,6 +227,10 @@ def test_a_change_must_promise_the_margin_and_more_to_go_back_at_once() -> None:
         assert chosen(-0.03) == N3
     assert chosen(-0.08) == OFF
     assert chosen(0.3) == N3  # for that it may turn round at once
+    for arm in (OFF, N3):
+        chosen(0.0)
+        toggle.decide(load, arm)  # imposed: the next choice starts from there
+        assert chosen(0.03 if arm == OFF else -0.03) == arm
 
 
 def test_formats_are_chosen_between() -> None:
@@ -246,6 +251,17 @@ def test_prompts_in_a_pass_are_paid_once_whatever_the_arm() -> None:
     assert toggle.decide(Load(0, 0.0, 1000)) == OFF
 
 
+def test_a_probe_stops_when_prompts_come() -> None:
+    machine = Machine(passes())
+    toggle = toggle_of(machine, "toggle")
+    toggle.begin_rollout(True)
+    running = [[10, 1000] for _ in range(8)]
+    while toggle._decision.reason is not Reason.PROBE:
+        toggle.observe(machine._step(toggle.decide(machine._load(running, 0, 0)), running, 0, 0, toggle.arms))
+    assert toggle.probes.arm == N3
+    assert toggle.decide(Load(8, 100.0, 64)) == OFF and toggle.probes.arm is None
+
+
 def test_an_imposed_arm_is_taken_observed_and_traced() -> None:
     machine = Machine(passes())
     toggle = toggle_of(machine, "toggle")
@@ -264,6 +280,7 @@ def test_a_validation_rollout_leaves_no_trace() -> None:
     machine = Machine(passes())
     toggle = toggle_of(machine, "adaptive", (1.0, 1.5, 0.7))
     losses(machine, toggle, 2)
+    toggle.probes._plans.clear()  # every probe is due
     before = json.dumps(toggle.state_dict())
     machine.rollout(toggle, long_tailed(16, 9), toggle.arms, learns=False)
     assert len(toggle.trace) > 100 and toggle.trace.count(Reason.PROBE) == 0
@@ -485,10 +502,18 @@ def test_probes_come_at_once_then_by_the_interval() -> None:
     assert drive(Probes(0, 2), 500, 1.1, 1.0, 1.1) == []
 
 
-def test_hopeless_probes_become_rare_and_stay_within_the_budget() -> None:
+def test_probes_stay_within_their_budget() -> None:
     taken = drive(Probes(100, 2), 20_000, 4.0, 1.0, 4.0)
-    assert 2 <= len(taken) <= 2 * (20_000 / (RAREST * 100) + 7)
+    assert len(taken) >= 2
     assert len(taken) * 3.0 <= SHARE * 20_000 + 6
+
+
+def test_hopeless_probes_become_rare() -> None:
+    probes = Probes(100, 2)
+    probes._budget = 1e6
+    waits = [later - earlier for earlier, later in pairwise(drive(probes, 10_000, 4.0, 1.0, 4.0)[::2])]
+    assert waits[:4] == pytest.approx([200, 400, 800, RAREST * 100], abs=3)
+    assert max(waits) == pytest.approx(RAREST * 100, abs=3)
 
 
 def test_a_surprising_probe_is_extended_and_repeated_soon() -> None:
@@ -501,6 +526,7 @@ def test_a_lasting_change_calls_for_probes_and_an_outlier_does_not() -> None:
     for slow, expected in ((1, False), (4, True)):
         probes = Probes(1000, 1)
         drive(probes, 50, 1.1, 1.0, 1.1)
+        probes._budget = 0.0
         for step in range(8):
             probes.seen(OFF, 4, 1.0, 3.0 if step < slow else 1.0)
             probes.passed(1.0)

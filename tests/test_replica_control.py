@@ -160,6 +160,7 @@ def replica(
         "calls": control.calls,
         "report": leader.report() if leader is not None else {},
         "decisions": machine.decisions if machine is not None and exchange is not None else [],
+        "acceptance_rate": leader.acceptance_rate if leader is not None else None,
         "error": exchange.stream.error if exchange is not None else None,
     }
     if folder is not None:
@@ -203,6 +204,8 @@ def test_dynamic_hand_out_levels_uneven_prompts(rank_pool: RankPool, world_size:
     policy = {**QUICK, "policy": "replica"}
     dynamic = rank_pool.run(world_size, replica, UNEVEN, policy, speculation)
     check(dynamic, UNEVEN)
+    assert len({result["acceptance_rate"] for result in dynamic}) == 1
+    assert (dynamic[0]["acceptance_rate"] is None) == (speculation is OFF_MODE)
     if world_size == 2 and speculation is OFF_MODE:
         static = rank_pool.run(world_size, replica, UNEVEN, {**policy, "hand_out": "static"}, speculation)
         check(static, UNEVEN)
@@ -243,7 +246,7 @@ def test_others_end_without_a_killed_replica_and_lose_nothing_to_it(tmp_path: Pa
     options = {**QUICK, "policy": "makespan", "hand_out": "static"}
     pool = RankPool()
     with pytest.raises(RankFailure, match="rank 2 died"):
-        pool.run(3, replica, lengths, options, OFF_MODE, [Event(2, "kill")], 1, str(tmp_path))
+        pool.run(3, replica, lengths, options, OFF_MODE, [Event(2, "kill")], 1, str(tmp_path), timeout=240)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert sum(result["report"]["sequences_out"] for result in results) > 0
     for rank, result in enumerate(results):

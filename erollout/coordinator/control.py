@@ -118,6 +118,13 @@ class ReplicaControl:
         """Nothing more comes from the cluster."""
         return self.exchange is None or self.exchange.has_ended or self._broken
 
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Of the whole cluster's drafts, the same on every replica once the rollout has ended; None without any."""
+        counts = [self._counts] if self.exchange is None else self.exchange.window
+        drafted = sum(replica.drafted for replica in counts)
+        return sum(replica.accepted for replica in counts) / drafted if drafted else None
+
     def orders(self, load: Load) -> Orders:
         """For the next step; with nothing to do, waits up to LONGEST_WAIT for something."""
         self._load = load

@@ -280,7 +280,8 @@ def test_a_validation_rollout_leaves_no_trace() -> None:
     machine = Machine(passes())
     toggle = toggle_of(machine, "adaptive", (1.0, 1.5, 0.7))
     losses(machine, toggle, 2)
-    toggle.probes._plans.clear()  # every probe is due
+    toggle.probes._plans.clear()  # every probe is due,
+    toggle.probes._budget, toggle.probes._quiet_until = 100.0, 0  # and can be paid
     before = json.dumps(toggle.state_dict())
     machine.rollout(toggle, long_tailed(16, 9), toggle.arms, learns=False)
     assert len(toggle.trace) > 100 and toggle.trace.count(Reason.PROBE) == 0

@@ -197,6 +197,8 @@ def test_the_state_goes_through_json() -> None:
         cost.observe(OFF, Load(0, 0.0, 500), 40.0)
     other = cost_model()
     other.load_state_dict(json.loads(json.dumps(cost.state_dict())))
+    for model in (cost, other):
+        model.observe(DRAFT, Load(4, 60.0), 12.0)
     for load in (Load(3, 60.0), Load(9, 500.0), Load(5, 60.0, 300)):
         for arm in (OFF, DRAFT):
             assert other.step_seconds(arm, load) == cost.step_seconds(arm, load)

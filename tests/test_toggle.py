@@ -314,6 +314,16 @@ def test_speculation_that_lost_is_held_back_where_it_lost(caplog: pytest.LogCapt
     assert not toggle.hold.left
 
 
+def test_probes_alone_hold_nothing_back(caplog: pytest.LogCaptureFixture) -> None:
+    """A model on which drafts never pay, in rollouts of which the first probes are a good part."""
+    machine = Machine(passes(draft=5.0))
+    toggle = Toggle(SpeculationConfig(mode="adaptive"), FORMATS[:1], Learner(passes(draft=5.0)), machine.clock)
+    for _ in range(5):
+        machine.rollout(toggle, [12, 20, 30], toggle.arms)
+    assert any(arm.speculates for arm in machine.arms)
+    assert not toggle.hold.left and not caplog.records
+
+
 def test_rollouts_that_gain_are_not_held_back() -> None:
     machine = Machine(passes())
     toggle = toggle_of(machine, "adaptive")

@@ -101,6 +101,7 @@ def test_saved_seconds_compare_with_steps_without_drafts(trace: Trace) -> None:
     fourth = plain - 3 * 2 * plain  # the outlier counts as three times its prediction
     fifth = (plain + 0.5) + 2 * plain - 4.0  # the prompt is computed once
     assert trace.saved(step_seconds) == {2: pytest.approx(third + fourth + fifth)}
+    assert trace.saved(step_seconds, probes=False) == {2: pytest.approx(third + fifth)}
 
 
 def test_bins_are_means_over_time(trace: Trace) -> None:

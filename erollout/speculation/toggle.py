@@ -143,13 +143,13 @@ class Toggle:
             acceptance_rate: of the whole cluster's drafts, for the ladder; None: of those here.
         """
         trace = self.trace
-        saved = trace.saved(self.cost.step_seconds)
-        self._metrics = self._measured(sum(saved.values()))
+        self._metrics = self._measured()
         if not self._learns or not self._chooses:
             return
         drafted, accepted = trace.total("drafted"), trace.total("accepted")
         if self.ladder is not None and drafted:
             self.ladder.end_rollout(accepted / drafted if acceptance_rate is None else acceptance_rate)
+        saved = trace.saved(self.cost.step_seconds, probes=False)
         held = self.hold.end_rollout(saved, trace.seconds)
         if held:
             logger.warning(
@@ -167,7 +167,7 @@ class Toggle:
         """Why speculation is on or off: in the last decision with decoding sequences, or what would be best at a load."""
         if not self.acceptance:
             return "off: speculation.mode is off"
-        now = load is None
+        now = load is None and self._decision.reason is not Reason.IDLE
         load = self._load if load is None else load
         if not load.decoding:
             return "off: no sequence decodes"
@@ -317,7 +317,7 @@ class Toggle:
         whole = self.cost.step_seconds(OFF, load)
         return whole - self.cost.step_seconds(OFF, Load(load.decoding, load.context)) if load.decoding else whole
 
-    def _measured(self, saved: float) -> dict[str, float]:
+    def _measured(self) -> dict[str, float]:
         """The rollout's metrics."""
         trace, options = self.trace, self.options
         steps, lengths = max(1, len(trace)), [n for n in trace.num_speculative_tokens if n]
@@ -334,7 +334,7 @@ class Toggle:
             "mean_num_speculative_tokens": sum(lengths) / max(1, len(lengths)),
             "switches": float(trace.count(Reason.BETTER)),
             "share_probing": trace.count(Reason.PROBE) / steps,
-            "saved_seconds": saved,
+            "saved_seconds": sum(trace.saved(self.cost.step_seconds).values()),
             "regret_seconds": trace.regret(in_hindsight, self._arms),
             "predicted_over_measured": trace.predicted_over_measured,
             "sizes_held_back": float(len(self.hold.left)),

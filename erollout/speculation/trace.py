@@ -240,17 +240,21 @@ class Trace:
                 lost += tokens * (values[index] - min(values))
         return lost
 
-    def saved(self, step_seconds: Callable[[Arm, Load], float]) -> dict[int, float]:
+    def saved(self, step_seconds: Callable[[Arm, Load], float], probes: bool = True) -> dict[int, float]:
         """Seconds that speculating steps saved against autoregressive ones for the same tokens (negative: lost).
 
         Args:
             step_seconds: predicted with all that is known now; the steps themselves count as measured, outliers cut.
+            probes: whether they count too.
 
         Returns: by the number of binary digits of the batch size, where there were such steps.
         """
         saved: dict[int, float] = {}
+        reasons = self.columns["reason"]
         for step, seconds in enumerate(self.columns["seconds"]):
             arm, load = self.arm(step), self.load(step)
+            if reasons[step] == Reason.PROBE and not probes:
+                continue
             if arm.speculates and (tokens := self.tokens(step)):
                 once = step_seconds(OFF, load)
                 again = step_seconds(OFF, Load(load.decoding, load.context)) if load.prefill_tokens else once

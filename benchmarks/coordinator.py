@@ -214,9 +214,7 @@ def _rank(store: str, rank: int, size: int, answers: Any, function: Callable[...
 
 def report_cost(sizes: Sequence[int], steps: int, options: CoordinatorConfig) -> None:
     print(f"\nCost per decode step of {STEP_SECONDS * 1e3:.0f} ms (mean of the replicas), latency of decisions")
-    print(
-        "| replicas | stepping thread, us: median step | mean | share | all threads, us | share | window, ms | p50, ms | p99, ms |"
-    )
+    print("| replicas | median step, us | mean, us | share | all threads, us | share | window, ms | p50, ms | p99, ms |")
     print("|---|---|---|---|---|---|---|---|---|")
     for size in sizes:
         results = in_ranks(size, coordinate, options, steps)
@@ -224,11 +222,9 @@ def report_cost(sizes: Sequence[int], steps: int, options: CoordinatorConfig) ->
         median, thread, process, interval = (statistics.mean(result[name] for result in results) for name in names)
         waits = sorted(wait for result in results for wait in result["latencies"])
         p50, p99 = waits[len(waits) // 2], waits[int(0.99 * len(waits))]
-        print(
-            f"| {size} | {median * 1e6:.1f} | {thread * 1e6:.1f} | {thread / STEP_SECONDS:.3%} | {process * 1e6:.1f} | {process / STEP_SECONDS:.3%} "
-            f"| {interval * 1e3:.0f} | {p50 * 1e3:.0f} | {p99 * 1e3:.0f} |",
-            flush=True,
-        )
+        costs = f"{median * 1e6:.1f} | {thread * 1e6:.1f} | {thread / STEP_SECONDS:.3%}"
+        everything = f"{process * 1e6:.1f} | {process / STEP_SECONDS:.3%}"
+        print(f"| {size} | {costs} | {everything} | {interval * 1e3:.0f} | {p50 * 1e3:.0f} | {p99 * 1e3:.0f} |", flush=True)
 
 
 def report_many(sizes: Sequence[int]) -> None:

@@ -198,7 +198,7 @@ def test_bootstrap_of_short_responses() -> None:
 
 
 def test_runs_end_before_sequences_outgrow_the_engine() -> None:
-    rows = sweep(make_engine(), [DRAFTER], Grid((4,), (505,), (2,)), LONG)
+    rows = sweep(make_engine(), [DRAFTER], Grid((4,), (520,), (4,)), LONG)
     assert {row.n_samples for row in rows} == {5}
 
 

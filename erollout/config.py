@@ -500,6 +500,8 @@ def _check_speculation(options: SpeculationConfig) -> None:
             f"speculation.drafter.statistics_tokens = {drafter.statistics_tokens} leaves format = auto nothing to choose by; "
             "set it to some hundred, or name a format"
         )
+    if len({drafter.format, *drafter.alternatives}) <= len(drafter.alternatives):
+        raise UserError(f"speculation.drafter.alternatives = {list(drafter.alternatives)} names a format twice; remove one")
     if drafter.alternatives and options.mode != "adaptive":
         raise UserError(
             f"speculation.drafter.alternatives = {list(drafter.alternatives)} but speculation.mode = {options.mode} drafts "

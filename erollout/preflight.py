@@ -10,6 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from erollout.calibration.file import Identity, load_calibration
+from erollout.calibration.model_size import describe_shape
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.config import Config
 from erollout.data.build import build_datasets
@@ -17,7 +19,7 @@ from erollout.data.prompts import PromptDataset, PromptLimits
 from erollout.data.tokenizer import load_tokenizer
 from erollout.drafter.assignment import LM_HEAD, assign_formats
 from erollout.drafter.formats import check_shape
-from erollout.drafter.self_speculation import AUTO, FIRST_FORMAT
+from erollout.drafter.self_speculation import AUTO, FIRST_FORMAT, drafter_names
 from erollout.engine.placement import decode_placement
 from erollout.errors import UserError
 from erollout.parallel.groups import current_rank, expected_world_size, resolve_layouts
@@ -71,6 +73,7 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
         decoded = _parameters(decoded_placement)
     if rolls_out:
         check_drafter(config, decoded_placement)
+        check_calibration(config, architecture)
     if config.model.path is not None:
         check_weights(config.model.path, architecture)
     _check_export(config)
@@ -131,10 +134,28 @@ def check_drafter(config: Config, placement: Placement) -> None:
     embedding = shapes.pop("embed_tokens")
     shapes.setdefault(LM_HEAD, embedding)
     overrides = [(override.pattern, override.format) for override in options.overrides]
-    default = FIRST_FORMAT if options.format == AUTO else options.format
-    for layer, format in assign_formats(shapes, default, overrides, options.lm_head).items():
-        if format is not None:
-            check_shape(layer, format, (shapes[layer][0], shapes[layer][1]), options.group_size)
+    for name in (options.format, *options.alternatives):
+        default = FIRST_FORMAT if name == AUTO else name
+        for layer, format in assign_formats(shapes, default, overrides, options.lm_head).items():
+            if format is not None:
+                check_shape(layer, format, (shapes[layer][0], shapes[layer][1]), options.group_size)
+
+
+def check_calibration(config: Config, architecture: Architecture) -> None:
+    """A named calibration can be read and is of this model, layout and drafters; the ranks look at their hardware."""
+    path = config.speculation.calibration
+    if path is None or config.speculation.mode == "off":
+        return
+    calibration = load_calibration(path)
+    calibration.require(
+        Identity(
+            describe_shape(architecture),
+            calibration.identity.hardware,
+            config.rollout.tensor_model_parallel_size,
+            drafter_names(config.speculation.drafter),
+            config.rollout.dtype,
+        )
+    )
 
 
 def _check_first_items(train_data: PromptDataset, test_data: PromptDataset | None, rolls_out: bool) -> None:
@@ -215,8 +236,12 @@ def _speculation(config: Config) -> str:
     options = config.speculation
     if options.mode == "off":
         return "off"
-    drafter = f"{options.drafter.format}, LM head {options.drafter.lm_head}"
-    return f"{options.mode}, {options.num_speculative_tokens} tokens, {options.verification}, drafter {drafter}"
+    drafter = f"{', '.join((options.drafter.format, *options.drafter.alternatives))}, LM head {options.drafter.lm_head}"
+    longest = options.toggle.max_speculative_tokens
+    lengths = {"adaptive": f"up to {longest}", "ladder": f"one of {options.toggle.ladder.rungs}"}
+    tokens = lengths.get(options.mode, str(options.num_speculative_tokens))
+    costs = "" if options.mode == "always" else f", costs {options.calibration or 'measured at the start'}"
+    return f"{options.mode}, {tokens} tokens, {options.verification}, drafter {drafter}{costs}"
 
 
 def _distinct_ranks(layout: TrainLayout) -> tuple[int, ...]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from erollout.calibration.resolve import resolve_calibration
+from erollout.calibration.file import Calibration, read_calibration
+from erollout.calibration.resolve import named_calibration, present_calibration
+from erollout.calibration.sweep import identify
 from erollout.config import Config
 from erollout.coordinator.control import AgreedControl, ReplicaControl
 from erollout.coordinator.exchange import Exchange
@@ -14,6 +16,7 @@ from erollout.coordinator.state_machine import StateMachine
 from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.control import Control
 from erollout.engine.engine import Engine
+from erollout.errors import UserError
 from erollout.parallel.collectives import all_sum
 from erollout.parallel.groups import ParallelContext
 from erollout.speculation.cost_model import CalibratedCost
@@ -66,10 +69,12 @@ class Steering:
     """Of one rank. `begin` and `end` are collective over the world."""
 
     def __init__(self, config: Config, context: ParallelContext, engine: Engine, speculation: SelfSpeculation | None) -> None:
+        """Raises UserError for a calibration that is not of this run."""
         self.config = config
         self.context = context
         self.engine = engine
         self.formats = speculation.formats if speculation is not None else ()
+        self._calibration = named_calibration(config, engine, self.formats)
         self.lengths: tuple[int, ...] = ()
         """Of the last training rollout's responses, of all replicas."""
         self.toggle: Toggle | None = None
@@ -122,19 +127,36 @@ class Steering:
 
     def state_dict(self) -> dict[str, Any]:
         """What later rollouts know, as JSON."""
-        toggle = self.toggle.state_dict() if self.toggle is not None else self._state.get("toggle")
-        return {"toggle": toggle, "lengths": list(self.lengths)}
+        if self.toggle is None or self._calibration is None:
+            return self._state | {"lengths": list(self.lengths)}
+        calibration = self._calibration.to_dict()
+        return {"toggle": self.toggle.state_dict(), "calibration": calibration, "lengths": list(self.lengths)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of a run with the same configuration or another; what does not fit this one is measured and learnt again."""
         self._state = state
         self.lengths = tuple(state["lengths"])
 
     def _first_toggle(self, num_sequences: int) -> Toggle:
-        calibration = resolve_calibration(self.config, self.engine, self.formats, num_sequences)
-        toggle = Toggle(self.config.speculation, self.formats, calibration.cost_model())
-        if saved := self._state.get("toggle"):
-            toggle.load_state_dict(saved)
+        """With the costs and the acceptance of the run so far, where they are of this model, hardware and drafters."""
+        saved = self._saved_calibration()
+        found = self._calibration or saved or present_calibration(self.config, self.engine, self.formats, num_sequences)
+        self._calibration = found
+        toggle = Toggle(self.config.speculation, self.formats, found.cost_model())
+        if saved is not None and saved.to_dict() == found.to_dict():  # what was learnt is relative to it
+            toggle.load_state_dict(self._state["toggle"])
         return toggle
+
+    def _saved_calibration(self) -> Calibration | None:
+        if "calibration" not in self._state:
+            return None
+        try:
+            saved = read_calibration(self._state["calibration"], "of the checkpoint")
+            saved.require(identify(self.engine, self.formats))
+        except UserError as error:
+            logger.info("costs and acceptance of the run so far are not used: %s", error)
+            return None
+        return saved
 
     def _without_speculation(self, toggle: Toggle) -> Toggle:
         """One that leaves no trace in the run's own, but knows its costs."""

@@ -76,12 +76,16 @@ class Calibration:
             "`erollout calibrate sweep` and `fit`, or unset speculation.calibration to measure at the start"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, with a checksum."""
+        tree = _to_json(self)
+        return {**tree, "checksum": _checksum(tree)}
+
     def save(self, path: str | Path) -> None:
         """Raises UserError when the file can't be written."""
-        tree = _to_json(self)
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(json.dumps({**tree, "checksum": _checksum(tree)}, indent=1) + "\n")
+            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"can't write calibration {path}: {error.strerror}") from error
 
@@ -97,14 +101,19 @@ def load_calibration(path: str | Path) -> Calibration:
         ) from error
     except ValueError as error:
         raise UserError(f"calibration {path} is damaged: no valid JSON ({error}); make it again") from None
+    return read_calibration(tree, str(path))
+
+
+def read_calibration(tree: Any, source: str) -> Calibration:
+    """What `to_dict` made, or the reference implementation's. Raises UserError, which names the source, for anything else."""
     if not isinstance(tree, dict) or (tree.get("kind") != KIND and not {"hardware", "model", "calibration"} <= tree.keys()):
-        raise UserError(f"{path} is no calibration: it lacks kind = {KIND!r}; make one with `erollout calibrate fit`")
+        raise UserError(f"{source} is no calibration: it lacks kind = {KIND!r}; make one with `erollout calibrate fit`")
     try:
-        return _from_json(tree, str(path)) if tree.get("kind") == KIND else _from_reference(tree, str(path))
+        return _from_json(tree, source) if tree.get("kind") == KIND else _from_reference(tree, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"calibration {path} is damaged: {type(error).__name__} {error}; make it again") from None
+        raise UserError(f"calibration {source} is damaged: {type(error).__name__} {error}; make it again") from None
 
 
 def _to_json(calibration: Calibration) -> dict[str, Any]:
@@ -134,6 +143,7 @@ def _to_json(calibration: Calibration) -> dict[str, Any]:
 def _from_json(tree: dict[str, Any], path: str) -> Calibration:
     if tree.get("version") != VERSION:
         raise UserError(f"calibration {path} has version {tree.get('version')}, this erollout reads {VERSION}; make it again")
+    tree = dict(tree)
     found, expected = tree.pop("checksum", None), _checksum(tree)
     if found != expected:
         raise UserError(f"calibration {path} is damaged: its checksum is {found}, its content has {expected}; make it again")

@@ -37,7 +37,7 @@ def model_size(
     "w8a8", are the target's in every drafter.
 
     Args:
-        formats: of the drafters. Raises UserError for one whose name tells no number of bits.
+        formats: of the drafters; with "+head" in it, its LM head is INT8. Raises UserError where a name tells no bits.
         group_size: weights that share a scale, of the 4-bit formats.
     """
     a, ranks, number = architecture, tensor_model_parallel_size, BYTES[dtype]
@@ -45,8 +45,10 @@ def model_size(
         prod(shape) for name, shape in a.logical_tensors().items() if name.startswith("model.layers.") and len(shape) == 2
     )
     head = a.vocab_size * a.hidden_size
-    head_bytes = head * (1 if lm_head == "w8a8" else number)
-    drafts = {format: (linear * weight_bytes(format, number, group_size) + head_bytes) / ranks for format in formats}
+    drafts = {}
+    for format in formats:
+        head_bytes = head * (1 if lm_head == "w8a8" or "+head" in format else number)
+        drafts[format] = (linear * weight_bytes(format, number, group_size) + head_bytes) / ranks
     return ModelSize(
         weight_bytes=(linear + head) * number / ranks,
         draft_bytes=drafts,
@@ -60,9 +62,9 @@ def model_size(
 
 def weight_bytes(format: str, number: int = 2, group_size: int = 128) -> float:
     """Of one weight of a drafter's linear layer, its share of the scales included. Raises UserError for unknown names."""
-    if format == "none":
+    if format.startswith("none"):
         return number
-    bits = next((bits for name, bits in _BITS.items() if format.startswith(name)), 4 if format == "auto" else None)
+    bits = next((bits for name, bits in _BITS.items() if format.startswith(name)), 4 if format.startswith("auto") else None)
     if bits is None:
         raise UserError(f"drafter format {format!r} is unknown: its name begins with one of {', '.join(_BITS)}")
     scales = (2.0 if bits == 4 else 0.0) + (2.0 if "asym" in format else 0.0)

@@ -20,21 +20,28 @@ GUESS = Hardware("unknown", bandwidth=20e9, compute=200e9)
 """A CPU core, in orders of magnitude."""
 
 
-def resolve_calibration(config: Config, engine: Engine, formats: Sequence[str], num_sequences: int) -> Calibration:
-    """What steps cost here, the same on every rank. Collective over the world; the engine is awake and idle.
+def named_calibration(config: Config, engine: Engine, formats: Sequence[str]) -> Calibration | None:
+    """The configured file's, or None where none is named.
+
+    Raises UserError for one that is missing, damaged or of another model, hardware, layout or drafter.
+    """
+    path = config.speculation.calibration
+    if path is None or config.speculation.mode == "off":
+        return None
+    calibration = load_calibration(path)
+    calibration.require(identify(engine, formats))
+    logger.info("speculation.calibration: %s, of %s", path, calibration.identity.hardware)
+    return calibration
+
+
+def present_calibration(config: Config, engine: Engine, formats: Sequence[str], num_sequences: int) -> Calibration:
+    """What steps cost here and now, the same on every rank. Collective over the world; the engine is awake and idle.
 
     Args:
         formats: names of the drafters.
         num_sequences: most that a replica will decode at once.
-
-    Raises UserError for a calibration file that is missing, damaged or of something else.
     """
     options, identity = config.speculation, identify(engine, formats)
-    if options.calibration is not None:
-        calibration = load_calibration(options.calibration)
-        calibration.require(identity)
-        logger.info("speculation.calibration: %s, of %s", options.calibration, calibration.identity.hardware)
-        return calibration
     if options.mode in ("off", "always"):
         return _guessed(config, engine, identity)
     seconds = options.toggle.bootstrap_seconds
@@ -63,4 +70,4 @@ def _guessed(config: Config, engine: Engine, identity: Identity) -> Calibration:
 def _size(config: Config, engine: Engine, identity: Identity) -> ModelSize:
     drafter = config.speculation.drafter
     ranks, dtype = identity.tensor_model_parallel_size, identity.dtype
-    return model_size(engine.architecture, identity.formats, ranks, dtype, drafter.group_size, drafter.lm_head)
+    return model_size(engine.architecture, identity.formats, ranks, dtype, drafter.group_size)

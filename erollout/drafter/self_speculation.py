@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 
-from erollout.config import Config
+from erollout.config import Config, DrafterConfig
 from erollout.drafter.assignment import LM_HEAD, assign_formats
 from erollout.drafter.drafter import Drafter, RequantizeStats, target_linears
 from erollout.drafter.selection import Overrides, select_formats
@@ -17,6 +17,8 @@ from erollout.types import Rollout
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+INT8_HEAD = "+head"
+"""In a drafter's name: it has an INT8 LM head of its own."""
 FIRST_FORMAT = "w4a16_clip"
 """What `auto` drafts with until there is a rollout to choose by."""
 
@@ -33,9 +35,10 @@ class SelfSpeculation:
         self._undecided = options.format == AUTO
         self.has_learned = False
         """Whether there was a rollout to learn from: equal on all ranks."""
-        formats = dict.fromkeys((options.format, *options.alternatives))
+        formats = dict(zip(drafter_names(options), (options.format, *options.alternatives), strict=True))
         self.drafters = {
-            name: self._build(FIRST_FORMAT if name == AUTO else name, self._overrides, options.lm_head) for name in formats
+            name: self._build(FIRST_FORMAT if format == AUTO else format, self._overrides, options.lm_head)
+            for name, format in formats.items()
         }
         """By their names in Arm.format, the default one first."""
         self.switch(True)
@@ -118,7 +121,7 @@ class SelfSpeculation:
         )
         self._undecided = False
         speculates = self.engine.arm.speculates
-        self.drafters[AUTO] = self._build("none", [*overrides, *self._overrides], options.lm_head)
+        self.drafters[drafter_names(options)[0]] = self._build("none", [*overrides, *self._overrides], options.lm_head)
         self.drafter.use_statistics(statistics)
         self.all_landed()
         self.complete(self.engine.policy_version or 0)
@@ -142,6 +145,13 @@ class SelfSpeculation:
             overrides=overrides,
             kernel=self.config.rollout.kernels,
         )
+
+
+def drafter_names(options: DrafterConfig) -> tuple[str, ...]:
+    """Of the configured drafters, the default one first: the format, and what else decides about its costs."""
+    head = "" if options.lm_head == "target" else INT8_HEAD
+    others = f"+{len(options.overrides)} overrides" if options.overrides else ""
+    return tuple(f"{format}{head}{others}" for format in (options.format, *options.alternatives))
 
 
 def _total(parts: Iterable[RequantizeStats]) -> RequantizeStats:

@@ -18,6 +18,7 @@ from erollout.simulation.acceptance import Acceptance, parse_acceptance
 from erollout.simulation.commands import add_command
 from erollout.simulation.experiment import Outcome, Setting, Strategy, simulate
 from erollout.simulation.jumping import JumpingReplica
+from erollout.simulation.pictures import binned
 from erollout.simulation.replica import Limits, Part, Replica
 from erollout.simulation.report import Estimate, rest_of_step, summarize
 from erollout.simulation.stepwise import StepwiseReplica
@@ -285,6 +286,9 @@ def test_a_small_cache_preempts() -> None:
 def test_spans_cover_the_working_time() -> None:
     outcome = only(setting(), "adaptive")
     for spans in outcome.spans:
+        bins, worked = binned(spans, outcome.seconds), sum(span.end - span.start for span in spans)
+        assert sum(each.busy for each in bins) * outcome.seconds / len(bins) == pytest.approx(worked)
+        assert sum(each.speculating for each in bins) <= sum(each.busy for each in bins)
         assert all(a.end <= b.start + 1e-12 for a, b in pairwise(spans))
     assert sum(s.end - s.start for spans in outcome.spans for s in spans) == pytest.approx(outcome.busy * 2 * outcome.seconds)
 

@@ -256,7 +256,7 @@ def test_a_probe_stops_when_prompts_come() -> None:
     toggle = toggle_of(machine, "toggle")
     toggle.begin_rollout(True)
     running = [[10, 1000] for _ in range(8)]
-    while toggle._decision.reason is not Reason.PROBE:
+    while toggle._decision.reason is not Reason.PROBE and len(toggle.trace) < 300:
         toggle.observe(machine._step(toggle.decide(machine._load(running, 0, 0)), running, 0, 0, toggle.arms))
     assert toggle.probes.arm == N3
     assert toggle.decide(Load(8, 100.0, 64)) == OFF and toggle.probes.arm is None
@@ -356,6 +356,12 @@ def test_it_says_why() -> None:
     assert toggle.explain(Load(1, 100.0)).startswith("on: at 1 sequence w4 n=3 costs ")
     words = toggle.explain(Load(32, 100.0))
     assert words.startswith("off: at 32 sequences w4 n=3 costs ") and "tokens, 0." in words
+    toggle.begin_rollout(True)
+    toggle.decide(Load(32, 100.0), N3)
+    assert toggle.explain().startswith("on (the cluster's choice): at 32 sequences w4 n=3 costs ")
+    toggle.decide(Load(1, 100.0))
+    toggle.decide(Load(0, 0.0, 64))
+    assert toggle.explain().startswith("on: at 1 sequence w4 n=3 costs ")  # the passes in between had none
     assert Toggle(SpeculationConfig(mode="off"), (), Learner(passes())).explain() == "off: speculation.mode is off"
 
 

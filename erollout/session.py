@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from erollout.algorithm import build_algorithm
 from erollout.calibration.sweep import Grid
@@ -38,6 +39,7 @@ from erollout.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int, Mapping[str, float]], None]
+Value = TypeVar("Value")
 
 
 def train(config: Config) -> None:
@@ -135,7 +137,7 @@ def compare(config: Config) -> None:
                 print_summary(comparison.rows(), title=f"speculation off and {config.speculation.mode}, {case}")
                 print_table(WHERE, comparison.where(), title="where the seconds of a rollout go, and where speculation was on")
             last = comparisons[case].on[-1]
-            for name, figure in rollout_figures(last, config.speculation.drafter.format).items():
+            for name, figure in rollout_figures(last, worker.steering.last).items():
                 save(figure, Path(config.train.output_dir) / "figures" / f"{name}.png")
             facts = {
                 "drafts": f"{options.drafter.format}, {options.verification}",
@@ -160,7 +162,7 @@ def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes
         worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
         worker.load_weights()
         leads = context.rank == 0
-        done = from_rank_zero(resume_rows(out) if leads else None)
+        done = _on_rank_zero(lambda: resume_rows(out))
         engine, drafting = worker.engine, worker.steering.formats
         longest = min(engine.max_model_len, config.rollout.max_prompt_tokens + config.rollout.max_tokens)
         places = Grid(
@@ -221,15 +223,22 @@ def _tracked(
 
 def _started(tracker: Tracker, config: Config, facts: Mapping[str, str | int | float], run_id: str | None) -> str:
     """Start the tracker. What rank 0 can't honour is every rank's error: none is left behind in a collective."""
+    return _on_rank_zero(lambda: tracker.start(config, facts, run_id, config.train.output_dir))
+
+
+def _on_rank_zero(action: Callable[[], Value]) -> Value:
+    """Rank 0's value on every rank, or its UserError."""
+    value: Value | None = None
     failure = None
-    try:
-        run_id = tracker.start(config, facts, run_id, config.train.output_dir)
-    except UserError as error:
-        failure = str(error)
-    failure, run_id = from_rank_zero((failure, run_id))
+    if current_rank() == 0:
+        try:
+            value = action()
+        except UserError as error:
+            failure = str(error)
+    failure, value = from_rank_zero((failure, value))
     if failure:
         raise UserError(failure)
-    return run_id or ""
+    return value  # type: ignore[return-value]
 
 
 def _drop(row: object) -> None:

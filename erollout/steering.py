@@ -12,6 +12,7 @@ from erollout.calibration.sweep import identify
 from erollout.config import Config
 from erollout.coordinator.control import AgreedControl, ReplicaControl
 from erollout.coordinator.exchange import Exchange
+from erollout.coordinator.rebalancing import Move
 from erollout.coordinator.state_machine import StateMachine
 from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.control import Control
@@ -61,6 +62,8 @@ class Course:
     """Equal spans of these seconds."""
     shares: dict[int, Share] = field(default_factory=dict)
     """By the largest batch of each: 1, 2, 4, 8, ..."""
+    moves: list[tuple[float, Move]] = field(default_factory=list)
+    """Of sequences between replicas, of all of them, with the seconds at which this one learnt of them."""
     why: tuple[str, ...] = ()
     """In words, why it would speculate or not at the most and at the fewest sequences that it had at once."""
 
@@ -79,6 +82,8 @@ class Steering:
         """Of the last training rollout's responses, of all replicas."""
         self.toggle: Toggle | None = None
         """None until the first rollout."""
+        self.last: Toggle | None = None
+        """Of the last rollout, with its trace; None on ranks that decide nothing."""
         self._state: dict[str, Any] = {}
         self._control: ReplicaControl | None = None
 
@@ -116,14 +121,16 @@ class Steering:
         drafted, accepted = all_sum(counts, self.context.device)
         if control is None:
             return Course()
-        toggle = control.toggle
+        self.last = toggle = control.toggle
         toggle.end_rollout(accepted / drafted if drafted else None)
         if decisions is not None:
             toggle.trace.write(decisions)
         metrics = {f"toggle/{name}": value for name, value in toggle.metrics().items()}
         metrics |= {f"coordinator/{name}": value for name, value in control.report().items()}
         seconds = max(self.engine.stats.seconds, toggle.trace.seconds)
-        return Course(seconds, metrics, toggle.trace.binned(BINS, seconds), shares(toggle.trace), _reasons(toggle))
+        return Course(
+            seconds, metrics, toggle.trace.binned(BINS, seconds), shares(toggle.trace), control.moves, _reasons(toggle)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What later rollouts know, as JSON."""

@@ -10,6 +10,7 @@ from erollout.checkpoint.checkpointer import Checkpointer, RunState
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
 from erollout.evaluation import evaluation_metrics
+from erollout.figures import rollout_figures
 from erollout.parallel.collectives import all_sum
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
@@ -73,6 +74,8 @@ class Trainer:
         metrics |= seconds | memory_metrics(self.context.device.type)
         self.tracker.log_metrics(self.step, metrics)
         self.report(self.step, metrics)
+        if self._due(self.config.evaluation.interval) or self.step == self.config.train.steps:
+            self._log_figures(result)
 
     def evaluate(self) -> None:
         """Held-out accuracy of the present policy."""
@@ -121,6 +124,11 @@ class Trainer:
         for batch in batches:
             for index, sample in zip(batch.indices, batch.samples, strict=True):
                 sample.advantage = advantages[index]
+
+    def _log_figures(self, result: RolloutResult) -> None:
+        if self.context.rank == 0:
+            for name, figure in rollout_figures(result, self.worker.steering.last).items():
+                self.tracker.log_figure(f"{name}_step_{self.step:08d}", figure)
 
     def _sample_rows(self, result: RolloutResult) -> list[dict[str, object]]:
         chosen = result.scored[: self.config.tracking.num_sample_rollouts]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
+from erollout.coordinator.rebalancing import Move
 from erollout.coordinator.state_machine import Decision
 from erollout.engine.control import Arrival, Control, Orders
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
@@ -91,6 +92,8 @@ class ReplicaControl:
         self.exchange = exchange
         self.lock_step = lock_step
         self.stalls = self.claims = self.decisions = 0
+        self.moves: list[tuple[float, Move]] = []
+        """Of all replicas, with the seconds since the rollout began."""
         self._arm: Arm | None = None
         """The cluster's; None: the toggle's own."""
         self._arms = toggle.arms
@@ -212,6 +215,7 @@ class ReplicaControl:
         assert self.exchange is not None
         arm = None if decision.arm is None else self._arms[decision.arm]
         mine = self.exchange.machine.mine(decision, self.exchange.replica)
+        self.moves += [(time.monotonic() - self._started, move) for move in decision.moves]
         self.decisions += arm != self._arm or any(decision.hand_out) or bool(decision.moves)
         self._arm = arm
         self._take([self.requests[position] for position in mine])

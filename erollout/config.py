@@ -149,7 +149,7 @@ class ToggleConfig:
     """A change must promise this share of the time per token."""
     max_speculative_tokens: Positive = 8
     """Longest draft that `adaptive` considers."""
-    acceptance_window: Positive = 400
+    acceptance_window: Positive = 150
     """Drafts after which an old one counts e times less in the estimated acceptance."""
     probe_interval: Count = 200
     """Steps between two probes of what is not chosen; 0: none."""

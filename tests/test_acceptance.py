@@ -1,5 +1,6 @@
 """Acceptance by position against drafts whose chances are known."""
 
+import json
 import random
 from math import prod
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erollout.speculation.acceptance import PRIOR, Acceptance
+from erollout.speculation.acceptance import PRIOR, Acceptance, AcceptanceByContext
 
 
 def drafts(chances: list[float], lengths: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
@@ -139,3 +140,31 @@ def test_damaged_counts_are_refused() -> None:
     for tried, accepted in (([1.0, 1.0], [1.0]), ([float("nan")], [0.0]), ([1.0], [-1.0])):
         with pytest.raises(ValueError, match="acceptance counts"):
             Acceptance(50).load_state_dict({"tried": tried, "accepted": accepted, "recent": [0.0, 0.0]})
+
+
+def test_long_responses_may_accept_otherwise() -> None:
+    known = AcceptanceByContext(200)
+    for _ in range(50):
+        known.observe([16] * 3, [14, 13, 12], 60.0)
+        known.observe([16] * 3, [8, 4, 2], 700.0)
+    assert known.at(60.0).rates(1)[0] > 0.8 > 0.6 > known.at(700.0).rates(1)[0]
+    assert known.at(100_000.0).rates(3) == known.whole.rates(3)
+
+
+def test_a_context_that_little_is_known_of_takes_after_all() -> None:
+    known = AcceptanceByContext(200)
+    known.observe([100], [90], 60.0)
+    known.observe([1], [0], 700.0)
+    assert known.whole.rates(1)[0] - 0.05 < known.at(700.0).rates(1)[0] < known.whole.rates(1)[0]
+    assert known.at(700.0).rates(3)[1:] == known.whole.rates(3)[1:]
+
+
+def test_the_state_of_all_contexts_goes_on() -> None:
+    known, copy = AcceptanceByContext(100), AcceptanceByContext(100)
+    known.observe([20, 20], [15, 9], 60.0)
+    known.observe([20, 20], [5, 2], 700.0)
+    copy.load_state_dict(json.loads(json.dumps(known.state_dict())))
+    for context in (60.0, 700.0, 5.0):
+        assert copy.at(context).lengths(4) == known.at(context).lengths(4)
+    copy.begin_rollout()
+    assert copy.parts[10].tried[0] <= 25

@@ -117,7 +117,7 @@ def test_a_model_that_praises_speculation_is_put_right() -> None:
     """It predicts 2x and more where the truth is 0.6x."""
     machine = Machine(passes(), acceptance=lambda step: 0.5, noise=0.02)
     toggle = toggle_of(machine, "toggle", (2.0, 0.5, 0.5))
-    toggle.acceptance["w4"].observe([400] * 3, [380, 361, 343])
+    toggle.acceptance["w4"].observe([400] * 3, [380, 361, 343], 100.0)
     steps, lost = steps_until(machine, toggle, False)
     assert 0 < steps < 60 and lost < 60
 
@@ -238,7 +238,7 @@ def test_formats_are_chosen_between() -> None:
     for rate, best in ((0.9, "w4"), (0.2, "w8")):
         toggle = Toggle(SpeculationConfig(mode="adaptive"), FORMATS, Learner(passes()))
         for format, accepted in (("w4", rate), ("w8", 0.95)):
-            toggle.acceptance[format].observe([10_000] * 3, [int(10_000 * accepted**i) for i in (1, 2, 3)])
+            toggle.acceptance[format].observe([10_000] * 3, [int(10_000 * accepted**i) for i in (1, 2, 3)], 100.0)
         assert toggle.decide(Load(1, 100.0)).format == best
 
 
@@ -272,7 +272,7 @@ def test_an_imposed_arm_is_taken_observed_and_traced() -> None:
             assert toggle.decide(machine._load(running, 0, 0), arm) == arm
             toggle.observe(machine._step(arm, running, 0, 0, toggle.arms))
     assert toggle.trace.count(Reason.IMPOSED) == 90
-    assert toggle.acceptance["w4"].tried[6] > 100
+    assert toggle.acceptance["w4"].whole.tried[6] > 100
     assert toggle.decide(Load(20, 100.0)) == OFF
 
 
@@ -412,7 +412,7 @@ def test_a_state_of_other_drafters_is_taken_as_far_as_it_goes(caplog: pytest.Log
     with caplog.at_level(logging.INFO):
         other.load_state_dict(state)
     assert "w8" in caplog.text
-    assert other.acceptance["w4"].rates(3) == toggle.acceptance["w4"].rates(3)
+    assert other.acceptance["w4"].whole.rates(3) == toggle.acceptance["w4"].whole.rates(3)
     assert other.decide(Load(1, 100.0)).speculates
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.rebalancing import Move
+from erollout.coordinator.speed import PREFILL_TOKENS
 from erollout.coordinator.state_machine import Decision
 from erollout.engine.control import Arrival, Control, Orders
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
@@ -31,8 +32,6 @@ LOOKS_PER_WINDOW = 2
 """In the least time between two windows: a replica that has something to do looks no more often."""
 CURVE_CONTEXT_STEP = 1.25
 """The curve is predicted again when the mean context has changed by this factor."""
-PREFILL_TOKENS = 64
-"""Size of the prompt whose predicted time stands for a prompt token's."""
 
 
 @dataclass(slots=True)

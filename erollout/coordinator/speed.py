@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from erollout.coordinator.occupancy import CURVE_BATCHES
 
+PREFILL_TOKENS = 2048
+"""Size of the prompt whose predicted seconds per token count for all: a short one seems free beside the weights."""
+
 
 def seconds_per_token(curve: Sequence[float], sequences: float, max_num_seqs: int) -> float:
     """Seconds in which each of so many sequences gets one token, on the mean, where only max_num_seqs run at once.

@@ -9,14 +9,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
+from erollout.coordinator.speed import PREFILL_TOKENS
 from erollout.simulation.truth import Truth
 from erollout.simulation.workload import Workload
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 
 CURVE_CONTEXT_STEP = 1.25
 """As a real replica: its curve is predicted again when the mean context has changed by this factor."""
-PREFILL_TOKENS = 2048
-"""Size of the prompt whose predicted time stands for a prompt token's: a short one is free beside what a pass reads anyway."""
 
 
 class Chooser(Protocol):

@@ -15,6 +15,8 @@ PRIOR_DRAFTS = 4.0
 """Drafts that the prior weighs as much as."""
 NEIGHBOUR_DRAFTS = 50.0
 """Drafts that the position before weighs as much as."""
+WHOLE_DRAFTS = 30.0
+"""Drafts at other contexts that count for one context, in all."""
 RECENT = 0.1
 """Of the window: what counts as the latest drafts."""
 LEFT = 8.0
@@ -28,9 +30,14 @@ CARRIED = 0.25
 class Acceptance:
     """Of one drafter, over the whole run."""
 
-    def __init__(self, window: float) -> None:
-        """`window`: drafts after which an old one counts e times less."""
+    def __init__(self, window: float, whole: "Acceptance | None" = None) -> None:
+        """
+        Args:
+            window: drafts after which an old one counts e times less.
+            whole: what this is a part of: where little is known here, its rates are taken instead.
+        """
         self.window = window
+        self.whole = whole
         self.tried: list[float] = []
         """By position: drafts whose tokens before it were all accepted."""
         self.accepted: list[float] = []
@@ -76,12 +83,19 @@ class Acceptance:
 
     def rates(self, num_speculative_tokens: int) -> list[float]:
         """Of the first, second, ... token of a draft: the chance that it is accepted where those before it are."""
+        if self.whole is not None:
+            return self._partial_rates(self.whole.rates(num_speculative_tokens))
         rates, rate, weight = [], PRIOR, PRIOR_DRAFTS
         for tried, accepted in zip(self.tried[:num_speculative_tokens], self.accepted, strict=False):
             rate = min(1.0, (accepted + weight * rate) / (tried + weight))
             rates.append(rate)
             weight = NEIGHBOUR_DRAFTS
         return rates + [rate] * (num_speculative_tokens - len(rates))
+
+    def _partial_rates(self, whole: list[float]) -> list[float]:
+        known = zip(self.accepted, self.tried, whole, strict=False)
+        rates = [min(1.0, (accepted + WHOLE_DRAFTS * rate) / (tried + WHOLE_DRAFTS)) for accepted, tried, rate in known]
+        return rates + whole[len(rates) :]
 
     def lengths(self, num_speculative_tokens: int, survival: float = 1.0) -> list[float]:
         """Tokens that a verify pass yields with drafts of 0, 1, 2, ... tokens, the recovered or bonus token included.
@@ -131,3 +145,40 @@ class Acceptance:
     def _scale(self, factor: float) -> None:
         self.tried = [count * factor for count in self.tried]
         self.accepted = [count * factor for count in self.accepted]
+
+
+class AcceptanceByContext:
+    """Of one drafter, over the whole run: in all, and at each octave of context, since long responses accept otherwise."""
+
+    def __init__(self, window: float) -> None:
+        self.window = window
+        self.whole = Acceptance(window)
+        self.parts: dict[int, Acceptance] = {}
+        """By the number of binary digits of the mean context."""
+
+    def begin_rollout(self) -> None:
+        for known in (self.whole, *self.parts.values()):
+            known.begin_rollout()
+
+    def observe(self, drafted_at: Sequence[int], accepted_at: Sequence[int], context: float) -> None:
+        """Count one step's drafts, as StepOutcome has them."""
+        self.whole.observe(drafted_at, accepted_at)
+        self.parts.setdefault(int(context).bit_length(), self._part()).observe(drafted_at, accepted_at)
+
+    def at(self, context: float) -> Acceptance:
+        """What is known about a context, with what is known about others where that is little."""
+        return self.parts.get(int(context).bit_length(), self.whole)
+
+    def state_dict(self) -> dict[str, object]:
+        parts = {str(octave): part.state_dict() for octave, part in self.parts.items()}
+        return {"whole": self.whole.state_dict(), "parts": parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for counts that no drafts can have."""
+        self.whole.load_state_dict(state["whole"])
+        self.parts = {int(octave): self._part() for octave in state["parts"]}
+        for octave, part in state["parts"].items():
+            self.parts[int(octave)].load_state_dict(part)
+
+    def _part(self) -> Acceptance:
+        return Acceptance(self.window, self.whole)

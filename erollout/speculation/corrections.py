@@ -62,8 +62,8 @@ class Corrections:
         self._cells: dict[tuple[Arm, int], _Part] = {}
         self._prefill = _Part(_PREFILL)
         self._noise = 0.05**2
-        self._run = 0
-        """Clipped surprises in a row: positive for slow steps, negative for quick ones."""
+        self._run: list[float] = []
+        """Surprises in a row that were clipped, all of one sign."""
 
     def factor(self, arm: Arm, batch: int) -> float:
         """Of an arm's predicted seconds."""
@@ -109,29 +109,29 @@ class Corrections:
         """The part of a surprise that counts. Keeps the noise's level; when the machine has changed, widens the parts."""
         variance = _variance(parts)
         limit = CLIP * (variance + self._noise) ** 0.5
-        if self._has_changed(surprise, limit):
+        if (change := self._change(surprise, limit)) is not None:
             self._common.variance *= COMMON_BLAME
-            scale = surprise * surprise / _variance(parts)
+            scale = change * change / _variance(parts)
             for part, _ in parts:
                 part.variance *= scale
-            return surprise
+            return change
         clipped = max(-limit, min(limit, surprise))
         low, high = NOISE_RANGE
         self._noise += NOISE_RATE * (max(0.0, clipped * clipped - variance) - self._noise)
         self._noise = max(low * low, min(high * high, self._noise))
         return clipped
 
-    def _has_changed(self, surprise: float, limit: float) -> bool:
-        """Whether this surprise is the last of so many to the same side that they can't all be outliers."""
-        if abs(surprise) <= limit:
-            self._run = 0
-            return False
-        sign = 1 if surprise > 0 else -1
-        self._run = self._run + sign if self._run * sign > 0 else sign
-        if abs(self._run) < PERSISTENCE:
-            return False
-        self._run = 0
-        return True
+    def _change(self, surprise: float, limit: float) -> float | None:
+        """The least of so many surprises to the same side that they can't all be outliers; None before there are so many."""
+        if abs(surprise) <= limit or (self._run and self._run[0] * surprise < 0):
+            self._run = []
+        if abs(surprise) > limit:
+            self._run.append(surprise)
+        if len(self._run) < PERSISTENCE:
+            return None
+        least = min(self._run, key=abs)
+        self._run = []
+        return least
 
     def state_dict(self) -> dict[str, object]:
         return {
@@ -151,7 +151,7 @@ class Corrections:
         self._noise = state["noise"]
         self._drafters = {name: _Part(variance, value) for name, value, variance in state["drafters"]}
         self._cells = {(Arm(format, n), node): _Part(variance, value) for format, n, node, value, variance in state["cells"]}
-        self._run = 0
+        self._run = []
 
 
 def _variance(parts: Sequence[tuple[_Part, float]]) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LOSS = 0.01
-"""Share of a rollout's seconds that speculation must have lost."""
+"""Share of a rollout's seconds that speculation must have lost, in all and at a size that is held back."""
 LONGEST = 8
 """Rollouts without speculation before it is tried again."""
 
@@ -22,7 +22,7 @@ class HoldBack:
         return bool(self.left) and batch.bit_length() in self.left
 
     def end_rollout(self, saved: Mapping[int, float], seconds: float) -> list[int]:
-        """The sizes that are held back from now on, since speculation lost time in the rollout, and there.
+        """The sizes that are held back from now on, since speculation lost time in the whole rollout, and there.
 
         Args:
             saved: by it, in seconds, by size.
@@ -33,7 +33,7 @@ class HoldBack:
         for size, gain in saved.items():
             if gain >= 0:
                 self.losses.pop(size, None)
-            elif -sum(saved.values()) > LOSS * seconds:
+            elif -max(gain, sum(saved.values())) > LOSS * seconds:
                 self.left[size] = min(2 ** self.losses.get(size, 0), LONGEST)
                 self.losses[size] = self.losses.get(size, 0) + 1
                 held.append(size)

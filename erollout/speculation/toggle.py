@@ -11,7 +11,7 @@ from math import inf, log2, nan
 from typing import Any
 
 from erollout.config import SpeculationConfig
-from erollout.speculation.acceptance import Acceptance
+from erollout.speculation.acceptance import AcceptanceByContext
 from erollout.speculation.cost_model import CostModel
 from erollout.speculation.hold_back import HoldBack
 from erollout.speculation.ladder import Ladder
@@ -54,7 +54,7 @@ class Toggle:
         assert formats or options.mode == "off"
         self.options = options
         self.cost = cost
-        self.acceptance = {format: Acceptance(options.toggle.acceptance_window) for format in formats}
+        self.acceptance = {format: AcceptanceByContext(options.toggle.acceptance_window) for format in formats}
         self.ladder = Ladder(options.toggle.ladder) if options.mode == "ladder" else None
         self.probes = Probes(options.toggle.probe_interval, options.toggle.probe_steps)
         self.hold = HoldBack()
@@ -116,7 +116,7 @@ class Toggle:
         if not arm.speculates or sum(outcome.drafted_at) >= WHOLE * arm.num_speculative_tokens * load.decoding:
             self._observe_cost(arm, load, outcome.seconds)
         if arm.speculates:
-            self.acceptance[arm.format].observe(outcome.drafted_at, outcome.accepted_at)
+            self.acceptance[arm.format].observe(outcome.drafted_at, outcome.accepted_at, outcome.load.context)
         keep = 1 - min(1.0, outcome.emitted / ENDING_WINDOW)
         self._emitted = self._emitted * keep + outcome.emitted
         self._ended = self._ended * keep + outcome.finished
@@ -126,7 +126,7 @@ class Toggle:
 
         What prompt tokens cost an autoregressive pass is left out: it is paid once, whatever the arm.
         """
-        step_seconds, lengths = self.cost.step_seconds, self._lengths()
+        step_seconds, lengths = self.cost.step_seconds, self._lengths(load.context)
         common = self._prefill_seconds(load)
         values = []
         for arm in self._arms:
@@ -177,7 +177,7 @@ class Toggle:
         arm = chosen if chosen.speculates else self._arms[min(drafting, key=values.__getitem__)]
         bare = Load(load.decoding, load.context)
         cost = self.cost.step_seconds(arm, bare) / self.cost.step_seconds(OFF, bare)
-        length = self._lengths()[arm.format][arm.num_speculative_tokens]
+        length = self._lengths(load.context)[arm.format][arm.num_speculative_tokens]
         state, sequences = "on" if chosen.speculates else "off", f"{load.decoding} sequence{'s' * (load.decoding > 1)}"
         return (
             f"{state}{_BECAUSE.get(self._decision.reason, '') if now else ''}: at {sequences} {arm} costs {cost:.2f}x a step "
@@ -304,11 +304,11 @@ class Toggle:
         other = self._second if index == self._best else self._best
         return Decision(arm, reason, nan if index is None else values[index], self._arms[other], values[other])
 
-    def _lengths(self) -> dict[str, list[float]]:
+    def _lengths(self, context: float) -> dict[str, list[float]]:
         """By format and num_speculative_tokens: tokens that a step yields."""
         survival = 1 - self._ended / (self._emitted + FIRST_TOKENS)
         longest = max(arm.num_speculative_tokens for arm in self._arms)
-        return {"": [1.0]} | {format: known.lengths(longest, survival) for format, known in self.acceptance.items()}
+        return {"": [1.0]} | {format: known.at(context).lengths(longest, survival) for format, known in self.acceptance.items()}
 
     def _prefill_seconds(self, load: Load) -> float:
         """What prompt tokens add to an autoregressive pass."""
@@ -340,7 +340,7 @@ class Toggle:
             "sizes_held_back": float(len(self.hold.left)),
         }
         for format, known_acceptance in self.acceptance.items():
-            metrics[f"expected_length/{format}"] = known_acceptance.length(options.num_speculative_tokens)
+            metrics[f"expected_length/{format}"] = known_acceptance.whole.length(options.num_speculative_tokens)
         return metrics
 
     def _start_over(self) -> None:

@@ -59,7 +59,7 @@ class Comparison:
             drafts = after.num_speculative_tokens / after.speculating if after.speculating else 0.0
             rows.append(
                 (
-                    str(batch) if batch < 3 else f"{batch // 2 + 1}-{batch}",
+                    _sequences(batch),
                     f"{before.seconds / len(self.off):.2f}",
                     f"{after.seconds / len(self.on):.2f}",
                     f"{after.speculating / after.seconds if after.seconds else 0.0:.0%}",
@@ -109,6 +109,13 @@ def _at_once(worker: RolloutWorker, max_num_seqs: int) -> Iterator[None]:
         yield
     finally:
         worker.engine.rollout = options
+
+
+def _sequences(batch: int) -> str:
+    """Batch sizes of a Share, by the largest."""
+    if batch < 3:
+        return str(batch or "with prompts")
+    return f"{batch // 2 + 1}-{batch}"
 
 
 def _shares(results: list[RolloutResult]) -> dict[int, Share]:

@@ -24,8 +24,8 @@ def run_demo(config_path: str, warm_start_path: str, overrides: Sequence[str]) -
     if status or config.speculation.mode == "off" or config.checkpoint.export_path is None:
         return status
     print(
-        "Rollouts of the trained policy with speculation off and on. So small a model is bound by the work around its matrix "
-        "products, which drafts multiply: here speculation is exact, not faster. `make demo-rollout` shows where it is.",
+        f"Rollouts of the trained policy with speculation off and {config.speculation.mode}. A step of so small a model is mostly the "
+        "work around its matrix products, which drafts multiply. `make demo-rollout` shows a model whose steps wait for memory.",
         flush=True,
     )
     trained = (f"model.path={config.checkpoint.export_path}", "checkpoint.export_path=null")
@@ -33,7 +33,7 @@ def run_demo(config_path: str, warm_start_path: str, overrides: Sequence[str]) -
 
 
 def run_demo_rollout(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> int:
-    """Fetch SmolLM2 and fine-tune it, unless both are cached, then compare rollouts with speculation off and on.
+    """Fetch SmolLM2 and fine-tune it, unless both are cached, then compare rollouts with speculation off and as configured.
 
     Overrides go to the comparison. Returns the first non-zero exit status, or 0.
     """
@@ -45,7 +45,7 @@ def run_demo_rollout(config_path: str, warm_start_path: str, overrides: Sequence
         print(f"Fine-tuning: {warm_start.supervised.steps} steps on chain sums ({warm_start_path}), once", flush=True)
         if status := _run("sft", warm_start_path):
             return status
-    print(f"Rollouts with speculation off and on ({config_path})", flush=True)
+    print(f"Rollouts with speculation off and {config.speculation.mode} ({config_path})", flush=True)
     return _run("compare", config_path, *overrides)
 
 

@@ -61,7 +61,7 @@ class Course:
     bins: list[Bin] = field(default_factory=list)
     """Equal spans of these seconds."""
     shares: dict[int, Share] = field(default_factory=dict)
-    """By the largest batch of each: 1, 2, 4, 8, ..."""
+    """By the largest batch of each: 1, 2, 4, 8, ...; passes with prompt tokens in them: 0."""
     moves: list[tuple[float, Move]] = field(default_factory=list)
     """Of sequences between replicas, of all of them, with the seconds at which this one learnt of them."""
     why: tuple[str, ...] = ()
@@ -172,14 +172,13 @@ class Steering:
 
 
 def shares(trace: Trace) -> dict[int, Share]:
-    """Where a rollout's seconds went, by batch size; steps without any decoding sequence are left out."""
+    """Where a rollout's seconds went, by batch size; passes with prompt tokens in them are batch 0."""
     found: dict[int, Share] = {}
     columns = trace.columns
-    for step, batch in enumerate(columns["decoding"]):
-        if batch:
-            seconds, n = columns["seconds"][step], trace.arm(step).num_speculative_tokens
-            share = Share(seconds, columns["emitted"][step], seconds * (n > 0), seconds * n)
-            found.setdefault(1 << (batch - 1).bit_length(), Share()).add(share)
+    for step, (batch, prompts) in enumerate(zip(columns["decoding"], columns["prefill_tokens"], strict=True)):
+        seconds, n = columns["seconds"][step], trace.arm(step).num_speculative_tokens
+        share = Share(seconds, columns["emitted"][step], seconds * (n > 0), seconds * n)
+        found.setdefault(0 if prompts else 1 << (batch - 1).bit_length(), Share()).add(share)
     return dict(sorted(found.items()))
 
 

@@ -84,8 +84,10 @@ def test_shares_by_batch_size_add_up() -> None:
     trace = Trace()
     arms = [OFF, Arm("w4a16", 3), OFF, Arm("w4a16", 1), OFF]
     for arm, batch, seconds, emitted in zip(arms, (0, 1, 3, 4, 9), (1.0, 2.0, 3.0, 4.0, 5.0), (5, 3, 3, 6, 9), strict=True):
-        trace.append(0.0, Decision(arm, Reason.KEPT), StepOutcome(arm, Load(batch, 10.0), seconds, emitted=emitted))
-    assert shares(trace) == {1: Share(2.0, 3, 2.0, 6.0), 4: Share(7.0, 9, 4.0, 4.0), 16: Share(5.0, 9, 0.0, 0.0)}
+        load = Load(batch, 10.0, 0 if batch else 50)
+        trace.append(0.0, Decision(arm, Reason.KEPT), StepOutcome(arm, load, seconds, emitted=emitted))
+    decoding = {1: Share(2.0, 3, 2.0, 6.0), 4: Share(7.0, 9, 4.0, 4.0), 16: Share(5.0, 9, 0.0, 0.0)}
+    assert shares(trace) == {0: Share(1.0, 5, 0.0, 0.0), **decoding}
 
 
 def _calibration(config: Config, **other: Any) -> Calibration:

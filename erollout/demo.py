@@ -24,8 +24,9 @@ def run_demo(config_path: str, warm_start_path: str, overrides: Sequence[str]) -
     if status or config.speculation.mode == "off" or config.checkpoint.export_path is None:
         return status
     print(
-        f"Rollouts of the trained policy with speculation off and {config.speculation.mode}. A step of so small a model is mostly the "
-        "work around its matrix products, which drafts multiply. `make demo-rollout` shows a model whose steps wait for memory.",
+        f"Rollouts of the trained policy with speculation off and {config.speculation.mode}. A step of so small a model is "
+        "mostly the work around its matrix products, which drafts multiply. `make demo-rollout` shows a model whose steps wait "
+        "for memory.",
         flush=True,
     )
     trained = (f"model.path={config.checkpoint.export_path}", "checkpoint.export_path=null")

@@ -150,8 +150,12 @@ class Steering:
         found = self._calibration or saved or present_calibration(self.config, self.engine, self.formats, num_sequences)
         self._calibration = found
         toggle = Toggle(self.config.speculation, self.formats, found.cost_model())
-        if saved is not None and saved.to_dict() == found.to_dict():  # what was learnt is relative to it
-            toggle.load_state_dict(self._state["toggle"])
+        if saved is not None:
+            state = dict(self._state["toggle"])
+            if (saved.roofline, saved.tables) != (found.roofline, found.tables):  # corrections are relative to these
+                logger.info("speculation.calibration is not that of the checkpoint: what live steps added to it is dropped")
+                del state["cost"]
+            toggle.load_state_dict(state)
         return toggle
 
     def _saved_calibration(self) -> Calibration | None:

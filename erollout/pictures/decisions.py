@@ -94,7 +94,7 @@ def _draw_times(axes: "Axes", trace: Trace) -> None:
 
 def _draw_saved(axes: "Axes", trace: Trace, step_seconds: Callable[[Arm, Load], float]) -> None:
     plain(axes, ylabel="seconds", title="saved so far against decoding without drafts, by the model's times for that")
-    saved = list(accumulate(_saved(trace, step, step_seconds) for step in range(len(trace))))
+    saved = list(accumulate(trace.gain(step, step_seconds) for step in range(len(trace))))
     axes.axhline(0, color=MUTED, linewidth=0.8)
     at = range(1, len(trace) + 1)
     axes.fill_between(at, saved, 0, where=[s >= 0 for s in saved], color=SERIES[2], alpha=0.35, linewidth=0)
@@ -103,14 +103,6 @@ def _draw_saved(axes: "Axes", trace: Trace, step_seconds: Callable[[Arm, Load], 
     label = f"{saved[-1]:.2f} s of {total:.2f} s\n({saved[-1] / total:.1%})"
     axes.plot(at, saved, color=INK, linewidth=1.4, label=label)
     legend_beside(axes)
-
-
-def _saved(trace: Trace, step: int, step_seconds: Callable[[Arm, Load], float]) -> float:
-    """Seconds that a step with drafts saved: what steps without would have taken for the same tokens, less its own."""
-    arm, load = trace.arm(step), trace.load(step)
-    if not arm.speculates or not load.decoding:
-        return 0.0
-    return trace.tokens(step) * step_seconds(Arm(), load) - trace.columns["seconds"][step]
 
 
 def _medians(steps: Sequence[int], values: dict[int, float], length: int) -> tuple[list[float], list[float]]:

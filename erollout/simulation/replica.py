@@ -195,7 +195,9 @@ class Replica(ABC):
             best = self.truth.best(load)
             if best != arm:
                 least, taken = (self.truth.seconds_per_token(each, load) for each in (best, arm))
-                self.ledger.lost += seconds * (1 - least / taken)
+                self.ledger.lost += (
+                    steps * self.truth.step_seconds(arm, Load(load.decoding, load.context)) * (1 - least / taken)
+                )
         self.ledger.add(self.now, seconds, load.decoding, arm, steps)
         self._arm = arm
         self.now += seconds

@@ -28,15 +28,15 @@ class Truth:
         return self._cost.step_seconds(arm, load)
 
     def seconds_per_token(self, arm: Arm, load: Load) -> float:
-        """In which each decoding sequence gets one token."""
-        return self.step_seconds(arm, load) / self.acceptance.length(arm.num_speculative_tokens)
+        """In which each decoding sequence gets one token; what prompt tokens add is left out."""
+        decoding = Load(load.decoding, load.context)
+        return self.step_seconds(arm, decoding) / self.acceptance.length(arm.num_speculative_tokens)
 
     def best(self, load: Load) -> Arm:
         """What an oracle would do; prompt tokens don't count."""
         key = load.decoding, int(CONTEXT_STEPS * log2(max(1.0, load.context)))
         if key not in self._best:
-            decoding = Load(load.decoding, load.context)
-            self._best[key] = min(self.arms, key=lambda arm: self.seconds_per_token(arm, decoding))
+            self._best[key] = min(self.arms, key=lambda arm: self.seconds_per_token(arm, load))
         return self._best[key]
 
 

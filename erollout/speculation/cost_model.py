@@ -135,12 +135,11 @@ class CalibratedCost:
         return seconds
 
     def _prefill_seconds(self, arm: Arm, load: Load) -> float:
-        """What prompt tokens add to a pass, with their correction."""
+        """What prompt tokens add to a pass, with their correction: the same whatever the arm, since they are paid once."""
         tokens = load.prefill_tokens
         factor = self.corrections.prefill_factor()
         if not load.decoding:
             return self.passes.prefill_seconds(tokens) * factor
-        kind: Pass = "verify" if arm.speculates else "target"
-        n, roofline = arm.num_speculative_tokens, self.passes.roofline
-        together = roofline.seconds(kind, "", load.decoding, load.context, n, tokens)
-        return (together - roofline.seconds(kind, "", load.decoding, load.context, n)) * factor
+        roofline = self.passes.roofline
+        together = roofline.seconds("verify", "", load.decoding, load.context, 0, tokens)
+        return (together - roofline.seconds("verify", "", load.decoding, load.context)) * factor

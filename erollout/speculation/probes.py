@@ -117,11 +117,20 @@ class Probes:
         if self._left > 0:
             return
         surprising = not predicted / SURPRISE < seconds < predicted * SURPRISE
-        if surprising and self._extensions < EXTENSIONS:
+        worse = self._hopeless and seconds > predicted
+        if surprising and not worse and self._extensions < EXTENSIONS:
             self._extensions += 1
             self._left = self.steps
         else:
-            self._finish(surprising)
+            self._finish(surprising and not worse)
+
+    def spoilt(self, seconds: float) -> None:
+        """A step of the probe was not its arm's (its drafts were cut, or prompts came in): paid for, but nothing is learnt."""
+        assert self._budget is not None
+        self._budget -= max(0.0, seconds - self._worth)
+        self._left -= 1
+        if self._left <= 0:
+            self._finish(surprising=False)
 
     def cancel(self) -> None:
         """Stop probing; the plan stays as it was."""

@@ -124,7 +124,7 @@ class Roofline:
         compute = _tiled(tokens, cost.tile) * (size.flops + size.attention_flops * context) / cost.compute
         rows = _tiled(batch, num_speculative_tokens + 1) if cost.padded else batch
         overhead = (
-            cost.per_token * tokens
+            cost.per_token * (tokens - prefill_tokens)  # prompts are not decided about
             + cost.per_pass
             + cost.per_sequence * _tiled(rows, cost.sequence_tile)
             + cost.per_context * context

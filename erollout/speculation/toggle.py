@@ -113,7 +113,11 @@ class Toggle:
             return
         arm, load = outcome.arm, outcome.load
         self.probes.passed(outcome.seconds)
-        if not arm.speculates or sum(outcome.drafted_at) >= WHOLE * arm.num_speculative_tokens * load.decoding:
+        whole = not arm.speculates or sum(outcome.drafted_at) >= WHOLE * arm.num_speculative_tokens * load.decoding
+        probed = self.probes.arm
+        if probed is not None and (arm != probed or not whole or load.prefill_tokens or not load.decoding):
+            self.probes.spoilt(outcome.seconds)
+        if whole:
             self._observe_cost(arm, load, outcome.seconds)
         if arm.speculates:
             self.acceptance[arm.format].observe(outcome.drafted_at, outcome.accepted_at, outcome.load.context)
@@ -126,15 +130,13 @@ class Toggle:
 
         What prompt tokens cost an autoregressive pass is left out: it is paid once, whatever the arm.
         """
-        step_seconds, lengths = self.cost.step_seconds, self._lengths(load.context)
-        common = self._prefill_seconds(load)
-        values = []
-        for arm in self._arms:
-            if self.ladder is not None and arm.num_speculative_tokens not in (0, self.ladder.rung):
-                values.append(inf)
-            else:
-                values.append((step_seconds(arm, load) - common) / lengths[arm.format][arm.num_speculative_tokens])
-        return tuple(values)
+        values = self._predictions(load)
+        if self.ladder is None:
+            return values
+        open_lengths = (0, self.ladder.rung)
+        return tuple(
+            value if arm.num_speculative_tokens in open_lengths else inf for arm, value in zip(self._arms, values, strict=True)
+        )
 
     def end_rollout(self, acceptance_rate: float | None = None) -> None:
         """Close the rollout's trace; where speculation lost time over the whole of it, say so and hold it back.
@@ -208,14 +210,15 @@ class Toggle:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What fits the drafters of now is taken over. Raises ValueError for what no state_dict is."""
+        """What fits the drafters of now is taken over; costs may be missing. Raises ValueError for what no state_dict is."""
         try:
             for format, known in state["acceptance"].items():
                 if format in self.acceptance:
                     self.acceptance[format].load_state_dict(known)
                 else:
                     logger.info("the run drafted with %s before; its acceptance is dropped", format)
-            self.cost.load_state_dict(state["cost"])
+            if "cost" in state:
+                self.cost.load_state_dict(state["cost"])
             if self.ladder is not None and state["ladder"] is not None:
                 self.ladder.load_state_dict(state["ladder"])
             self.probes.load_state_dict(state["probes"])
@@ -266,15 +269,18 @@ class Toggle:
                 return
 
     def _alternatives(self) -> list[int]:
-        """What is worth a probe beside the present arm: the other side, the next longer and shorter draft, the best of all."""
+        """What is worth a probe beside the present arm: the other side, the next longer and shorter draft, the best of every
+        drafter."""
         values, current = self._values, self._current
         others = [index for index in range(1, len(values)) if index != current and values[index] < inf]
-        best = sorted(others, key=values.__getitem__)[:1]
+        best: dict[str, int] = {}
+        for index in sorted(others, key=values.__getitem__):
+            best.setdefault(self._arms[index].format, index)
         if not current:
-            return best
+            return list(best.values())
         arm = self._arms[current]
         near = [Arm(arm.format, arm.num_speculative_tokens + step) for step in (1, -1)]
-        return list(dict.fromkeys([0, *(self._index[a] for a in near if self._index.get(a) in others), *best]))
+        return list(dict.fromkeys([0, *(self._index[a] for a in near if self._index.get(a) in others), *best.values()]))
 
     def _observe_cost(self, arm: Arm, load: Load, seconds: float) -> None:
         """Learn from a step that was all its arm's."""
@@ -302,7 +308,14 @@ class Toggle:
         """A decision with its predictions, and those of the best of the rest."""
         index, values = self._index.get(arm), self._values
         other = self._second if index == self._best else self._best
-        return Decision(arm, reason, nan if index is None else values[index], self._arms[other], values[other])
+        predicted = values[index] if index is not None and values[index] < inf else nan
+        return Decision(arm, reason, predicted, self._arms[other], values[other])
+
+    def _predictions(self, load: Load) -> tuple[float, ...]:
+        """As `seconds_per_token`, of closed arms too."""
+        step_seconds, lengths = self.cost.step_seconds, self._lengths(load.context)
+        common = self._prefill_seconds(load)
+        return tuple((step_seconds(arm, load) - common) / lengths[arm.format][arm.num_speculative_tokens] for arm in self._arms)
 
     def _lengths(self, context: float) -> dict[str, list[float]]:
         """By format and num_speculative_tokens: tokens that a step yields."""
@@ -326,7 +339,7 @@ class Toggle:
         def in_hindsight(load: Load) -> tuple[float, ...]:
             key = _about(load)
             if key not in known:
-                known[key] = self.seconds_per_token(load)
+                known[key] = self._predictions(load)
             return known[key]
 
         metrics = {

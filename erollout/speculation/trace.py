@@ -251,17 +251,20 @@ class Trace:
         """
         saved: dict[int, float] = {}
         reasons = self.columns["reason"]
-        for step, seconds in enumerate(self.columns["seconds"]):
-            arm, load = self.arm(step), self.load(step)
-            if reasons[step] == Reason.PROBE and not probes:
-                continue
-            if arm.speculates and (tokens := self.tokens(step)):
-                once = step_seconds(OFF, load)
-                again = step_seconds(OFF, Load(load.decoding, load.context)) if load.prefill_tokens else once
-                gain = once + (tokens - 1) * again - min(seconds, OUTLIER * step_seconds(arm, load))
-                size = load.decoding.bit_length()
-                saved[size] = saved.get(size, 0.0) + gain
+        for step, batch in enumerate(self.columns["decoding"]):
+            if self.arm(step).speculates and batch and (probes or reasons[step] != Reason.PROBE):
+                size = batch.bit_length()
+                saved[size] = saved.get(size, 0.0) + self.gain(step, step_seconds)
         return saved
+
+    def gain(self, step: int, step_seconds: Callable[[Arm, Load], float]) -> float:
+        """Seconds that one step saved, as in `saved`; 0 without speculation."""
+        arm, load, tokens = self.arm(step), self.load(step), self.tokens(step)
+        if not arm.speculates or not tokens:
+            return 0.0
+        once = step_seconds(OFF, load)
+        again = step_seconds(OFF, Load(load.decoding, load.context)) if load.prefill_tokens else once
+        return once + (tokens - 1) * again - min(self.columns["seconds"][step], OUTLIER * step_seconds(arm, load))
 
     def _number(self, arm: Arm) -> int:
         self._index[arm] = len(self.arms)

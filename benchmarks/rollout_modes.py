@@ -10,7 +10,8 @@ what steps cost is measured before its first one, on a draw of its own that is n
 
 Seconds of a rollout are those of the slowest replica. Figures are medians over the draws; a saving is 1 minus the median of the
 ratios within the draws, with a bootstrap confidence interval of 95 % over the draws. A step adds what the other phases take,
-measured in the same run: refit (with requantisation, except in `off`), log-probs and update of as many samples.
+measured in the same run: refit (with requantisation, except in `off`), log-probs and update of as many samples. CPU seconds, of
+the replica that computed most, stand beside: other processes on the machine distort them less.
 
 Sections:
   tail      long-tailed lengths: prompts with a lognormal number of terms, natural stops, by number of sequences and by group
@@ -57,7 +58,7 @@ from erollout.types import Prompt
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo-rollout.yaml"
 BASE_POLICY = "~/.cache/erollout/smollm2-135m-instruct"
-BASE_SETTINGS = ("data.chat_template=true", "data.instruction=What is {prompt} Explain.", "rollout.max_tokens=384")
+BASE_SETTINGS = ("data.chat_template=true", "data.instruction=What is {prompt} Explain.", "rollout.max_tokens=256")
 REPLICAS = 2
 MODES = ("off", "always", "toggle", "adaptive", "ladder")
 POLICIES = ("replica", "cluster", "makespan")
@@ -133,6 +134,8 @@ class Outcome:
     """Of the slowest replica."""
     phase_seconds: float
     """Of the trainer's whole rollout phase."""
+    cpu_seconds: float
+    """Of the replica that computed most, in that phase."""
     tokens: int
     lengths: tuple[int, ...]
     digest: str
@@ -195,11 +198,11 @@ class Bench:
         if load.max_tokens is not None:
             sampling = replace(sampling, max_tokens=load.max_tokens, ignore_eos=True)
         dist.barrier()
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         result = worker.rollout(prompts, sampling, load.group_size, TRAINING_STREAM, draw + 1)
-        seconds = time.perf_counter() - start
+        seconds, computed = time.perf_counter() - start, time.process_time() - computed
         assert steering.toggle is not None
-        return _outcome(result, seconds, all_gather(_seconds_at(steering.toggle.trace)))
+        return _outcome(result, seconds, all_gather((computed, _seconds_at(steering.toggle.trace))))
 
     def _keep_decisions(self, steering: Steering, name: str) -> None:
         if self.decisions is not None and steering.toggle is not None:
@@ -243,18 +246,19 @@ def _prompts(data: PromptDataset, load: Load, draw: int) -> list[Prompt]:
     return [data.prompt(draw * load.num_prompts + i) for i in range(load.num_prompts)]
 
 
-def _outcome(result: RolloutResult, phase_seconds: float, seconds_at: list[dict[str, float]]) -> Outcome:
-    """`seconds_at`: of each replica."""
+def _outcome(result: RolloutResult, phase_seconds: float, replicas: list[tuple[float, dict[str, float]]]) -> Outcome:
+    """`replicas`: of each, CPU seconds, and seconds by TRACED."""
     responses = [sample.rollout.response_ids for sample in result.scored]
     return Outcome(
         max(report["seconds"] for report in result.reports),
         phase_seconds,
+        max(computed for computed, _ in replicas),
         sum(map(len, responses)),
         tuple(map(len, responses)),
         hashlib.sha256(repr(responses).encode()).hexdigest(),
         result.speculation,
         _over_replicas([course.metrics for course in result.courses], statistics.fmean),
-        _over_replicas(seconds_at, sum),
+        _over_replicas([seconds_at for _, seconds_at in replicas], sum),
     )
 
 
@@ -302,7 +306,7 @@ def _median(outcomes: Iterable[Outcome], value: Callable[[Outcome], float]) -> f
 
 def _mean(outcomes: Sequence[Outcome], metric: str) -> float:
     """Over the rollouts, of the replicas' mean."""
-    return statistics.fmean(outcome.metrics.get(metric, 0.0) for outcome in outcomes)
+    return statistics.fmean(outcome.metrics[metric] for outcome in outcomes)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -311,7 +315,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 MODE_COLUMNS = (
-    *("mode", "rollout s", "saved against off", "tokens/s", "step s", "saved of the step"),
+    *("mode", "rollout s", "saved against off", "by CPU seconds", "tokens/s", "step s", "saved of the step"),
     *("acceptance length", "mean n", "steps that speculate", "probes", "sequences moved"),
 )
 
@@ -346,13 +350,14 @@ def mode_rows(draws: Draws, phases: dict[str, float] | None) -> list[list[str]]:
                 arm,
                 f"{_median(outcomes, lambda o: o.seconds):.2f}",
                 "" if arm == "off" else _ratio(draws, arm, "off").saving,
+                "" if arm == "off" else _ratio(draws, arm, "off", lambda o: o.cpu_seconds).saving,
                 f"{_median(outcomes, lambda o: o.tokens / o.seconds):.0f}",
                 f"{_median(outcomes, step):.2f}" if phases else "-",
                 "" if arm == "off" or not phases else Interval.of(ratios).saving,
                 f"{spoken.acceptance_length:.2f}" if spoken.num_drafts else "",
                 f"{_mean(outcomes, 'toggle/mean_num_speculative_tokens'):.1f}",
                 f"{100 * _mean(outcomes, 'toggle/share_speculating'):.0f} %",
-                f"{100 * _mean(outcomes, 'toggle/probes'):.1f} %",
+                f"{100 * _mean(outcomes, 'toggle/share_probing'):.1f} %",
                 f"{REPLICAS * _mean(outcomes, MOVED):.1f}",
             ]
         )
@@ -360,23 +365,23 @@ def mode_rows(draws: Draws, phases: dict[str, float] | None) -> list[list[str]]:
 
 
 TAILS = (
-    Load("16 per replica", 16),
-    Load("32 per replica", 32),
-    Load("16 per replica, groups of 4", 16, group_size=4),
+    (Load("16 per replica", 16), MODES),
+    (Load("32 per replica", 32), MODES[:-1]),
+    (Load("16 per replica, groups of 4", 16, group_size=4), ("off", "always", "adaptive")),
 )
 
 
 def tail_section(bench: Bench, options: argparse.Namespace) -> list[str]:
-    lines, modes = [], MODES
-    phases = bench.other_phases(TAILS[0], options.steps) if options.steps else None
+    lines: list[str] = []
+    phases = bench.other_phases(TAILS[0][0], options.steps) if options.steps else None
     if phases is not None:
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
         lines += [f"Other phases of a step of the first load, seconds (refit contains requantise): {parts}.", ""]
-    for load in TAILS:
+    for load, modes in TAILS:
         draws = bench.measure({mode: bench.arm(mode) for mode in modes}, load, options.draws)
         lines += [f"### {load.name}", "", describe(draws), ""]
         lines += _table(MODE_COLUMNS, mode_rows(draws, phases))
-        phases, modes = None, MODES[:-1]
+        phases = None  # theirs are another load's
     return lines
 
 
@@ -475,11 +480,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--base-policy", default=BASE_POLICY, help="directory of the policy of section base; empty: the same")
-    parser.add_argument("--draws", type=int, default=4, help="of each load with natural stops")
+    parser.add_argument("--draws", type=int, default=3, help="of each load with natural stops")
     parser.add_argument("--steps", type=int, default=1, help="whole RL steps for the other phases' seconds; 0: none")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--batch-tokens", type=int, default=48, help="of each response in section batches, twice that up to 4")
-    parser.add_argument("--batch-draws", type=int, default=4)
+    parser.add_argument("--batch-tokens", type=int, default=24, help="of each response in section batches, twice that up to 4")
+    parser.add_argument("--batch-draws", type=int, default=5)
     parser.add_argument("--decisions", type=Path, help="directory for the decisions of every rollout")
     parser.add_argument("overrides", nargs="*", help="of the configuration: key=value")
     return parser.parse_intermixed_args(arguments)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -169,5 +170,16 @@ def _leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _run() -> NoReturn:
+    try:
+        status = main()
+    except Exception:
+        if launcher_environment() is None:
+            raise
+        traceback.print_exc()
+        status = 1
+    _leave(status)
+
+
 if __name__ == "__main__":
-    _leave(main())
+    _run()

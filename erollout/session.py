@@ -185,8 +185,13 @@ def _world(config: Config, rolls_out: bool = True) -> Iterator[tuple[Resolved, P
     context = initialize(config)
     try:
         yield resolved, context
-    finally:
-        shut_down(context)
+    except BaseException:
+        # An exchange between replicas may still be waiting for one that is gone, and would hold the end of its group up: the
+        # process ends without (cli._leave).
+        if context.coordination_group is None or not context.owns_world:
+            shut_down(context)
+        raise
+    shut_down(context)
 
 
 def _rewards(config: Config, resolved: Resolved) -> RewardPool:

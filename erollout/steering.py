@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from erollout.calibration.file import Calibration, read_calibration
-from erollout.calibration.resolve import named_calibration, present_calibration
+from erollout.calibration.resolve import GUESSED, named_calibration, present_calibration
 from erollout.calibration.sweep import identify
 from erollout.config import Config
 from erollout.coordinator.control import AgreedControl, ReplicaControl
@@ -18,7 +18,7 @@ from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.control import Control
 from erollout.engine.engine import Engine
 from erollout.errors import UserError
-from erollout.parallel.collectives import all_sum
+from erollout.parallel.collectives import all_sum, from_rank_zero
 from erollout.parallel.groups import ParallelContext
 from erollout.speculation.cost_model import CalibratedCost
 from erollout.speculation.step import Load
@@ -99,7 +99,7 @@ class Steering:
         max_num_seqs = self.engine.rollout.max_num_seqs
         group_size, max_tokens = requests[0].group_size, requests[0].sampling.max_tokens
         if self.toggle is None:
-            self.toggle = self._first_toggle(min(max_num_seqs, len(requests) * group_size))
+            self.toggle = self._first_toggle(min(max_num_seqs, max(len(requests) * group_size, self.config.samples_per_step)))
         toggle = self.toggle if speculates else self._without_speculation(self.toggle)
         toggle.begin_rollout(learns)
         if context.is_decode_leader:
@@ -146,7 +146,7 @@ class Steering:
 
     def _first_toggle(self, num_sequences: int) -> Toggle:
         """With the costs and the acceptance of the run so far, where they are of this model, hardware and drafters."""
-        saved = self._saved_calibration()
+        saved = from_rank_zero(self._saved_calibration())
         found = self._calibration or saved or present_calibration(self.config, self.engine, self.formats, num_sequences)
         self._calibration = found
         toggle = Toggle(self.config.speculation, self.formats, found.cost_model())
@@ -155,7 +155,10 @@ class Steering:
             if (saved.roofline, saved.tables) != (found.roofline, found.tables):  # corrections are relative to these
                 logger.info("speculation.calibration is not that of the checkpoint: what live steps added to it is dropped")
                 del state["cost"]
-            toggle.load_state_dict(state)
+            try:
+                toggle.load_state_dict(state)
+            except ValueError as error:
+                raise UserError(f"the checkpoint's rollout state is damaged: {error}; resume from an earlier one") from error
         return toggle
 
     def _saved_calibration(self) -> Calibration | None:
@@ -164,6 +167,8 @@ class Steering:
         try:
             saved = read_calibration(self._state["calibration"], "of the checkpoint")
             saved.require(identify(self.engine, self.formats))
+            if saved.provenance.get("source") == GUESSED and self.config.speculation.mode != "always":
+                raise UserError("they were guessed")
         except UserError as error:
             logger.info("costs and acceptance of the run so far are not used: %s", error)
             return None

@@ -297,3 +297,12 @@ def test_ranks_of_a_replica_agree_at_every_step(rank_pool: RankPool, interval: i
     assert samples == {place: sample[0] for place, sample in expected(lengths).items()}
     assert results[0]["decisions"] == results[2]["decisions"]
     assert {str(OFF), str(DRAFT)} <= {call[0] for result in results for call in result["calls"]}
+
+
+def test_a_response_that_is_here_is_not_taken_in_again() -> None:
+    """Two replicas that had lost each other may have begun the same one; a move then brings it to where it was made."""
+    requests = [RolloutRequest(index, (1, 2), 2, SamplingParams(max_tokens=8), 0) for index in range(2)]
+    control = ReplicaControl(requests, 4, Toggle(SpeculationConfig(), (), Costs()), None)
+    assert len(control.orders(Load(0, 0.0)).requests) == 2
+    control._arrive([PartialRollout(1, 0, (5,), (0.0,), (0.0,))])
+    assert control.orders(Load(4, 2.0)).arrivals == ()

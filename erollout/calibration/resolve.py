@@ -16,6 +16,8 @@ from erollout.speculation.roofline import ModelSize
 
 logger = logging.getLogger(__name__)
 
+GUESSED = "guessed"
+"""As source in a calibration's provenance: nothing was measured."""
 GUESS = Hardware("unknown", bandwidth=20e9, compute=200e9)
 """A CPU core, in orders of magnitude."""
 
@@ -64,7 +66,7 @@ def _guessed(config: Config, engine: Engine, identity: Identity) -> Calibration:
     hardware = find_hardware(identity.hardware)
     hardware = replace(GUESS, name=hardware.name) if hardware.bandwidth == float("inf") else hardware
     roofline = nominal_roofline(_size(config, engine, identity), hardware, identity.formats)
-    return Calibration(identity, roofline)
+    return Calibration(identity, roofline, provenance={"source": GUESSED})
 
 
 def _size(config: Config, engine: Engine, identity: Identity) -> ModelSize:

@@ -99,6 +99,8 @@ class ReplicaControl:
         self._by_index = {request.prompt_index: request for request in requests}
         self._new: list[RolloutRequest] = []
         self._arrivals: list[Arrival] = []
+        self._known: set[tuple[int, int]] = set()
+        """Prompt and sample indices of the responses that are here, or were completed here."""
         self._release = 0
         self._outstanding = 0
         """Responses to be completed here."""
@@ -143,6 +145,7 @@ class ReplicaControl:
     def released(self, partials: list[PartialRollout]) -> None:
         assert self.exchange is not None
         self._outstanding -= len(partials)
+        self._known -= {(part.prompt_index, part.sample_index) for part in partials}
         self.exchange.give(partials)
 
     def observe(self, outcome: StepOutcome) -> None:
@@ -205,7 +208,7 @@ class ReplicaControl:
         self._arrive(news.arrivals)
         if news.decision is not None:
             self._carry_out(news.decision)
-        if exchange.is_alone != self._alone:
+        if exchange.is_alone != self._alone or (exchange.stream.error is not None and not self._broken):
             self._change_company(exchange)
         if self._alone and not self.lock_step:
             self._claim(exchange)
@@ -221,7 +224,7 @@ class ReplicaControl:
 
     def _change_company(self, exchange: Exchange) -> None:
         """This replica is on its own now, or no longer."""
-        self._alone = exchange.is_alone
+        was_alone, self._alone = self._alone, exchange.is_alone
         if exchange.stream.error is not None:
             self._broken = True
             self._arrive(exchange.take_back())
@@ -240,7 +243,7 @@ class ReplicaControl:
             )
         else:
             logger.info("replica %d follows the cluster again, from window %d", exchange.replica, exchange.windows)
-        self.stalls += self._alone
+        self.stalls += self._alone and not was_alone
 
     def _claim(self, exchange: Exchange) -> None:
         """Keep the slots filled with prompts that no window gives."""
@@ -254,11 +257,15 @@ class ReplicaControl:
     def _take(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:
             self._new.append(request)
+            self._known |= {(request.prompt_index, sample) for sample in range(request.group_size)}
             self._count_samples(request, request.group_size)
 
     def _arrive(self, partials: Sequence[PartialRollout]) -> None:
         for part in partials:
             request = self._by_index[part.prompt_index]
+            if (part.prompt_index, part.sample_index) in self._known:
+                continue  # two replicas that had lost each other began it: it is here already
+            self._known.add((part.prompt_index, part.sample_index))
             self._arrivals.append(Arrival(request, part))
             self._count_samples(request, 1)
 

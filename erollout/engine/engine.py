@@ -216,6 +216,7 @@ class Engine:
         if speculates:
             step.seconds_drafting, step.seconds_verifying = drafting, time.perf_counter() - verifying
             self.stats.speculation.add(step)
+        seconds = time.perf_counter() - started  # what the caller does with rollouts is not the step's
         for sequence in finished:
             rollout = generation.rollouts[sequence.order] = self._rollout(generation.requests[sequence.request_index], sequence)
             if on_finished is not None:
@@ -223,7 +224,7 @@ class Engine:
         return StepOutcome(
             arm if speculates else OFF,
             load,
-            time.perf_counter() - started,
+            seconds,
             drafting,
             self.stats.decode_tokens - before,
             tuple(step.drafted_at),

@@ -15,9 +15,6 @@ from erollout.parallel.layout import DecodeLayout, TrainLayout
 
 logger = logging.getLogger(__name__)
 
-_COORDINATION_TIMEOUT = timedelta(days=1)
-"""Nobody waits in this group: a replica that was stopped for a while finds its exchanges as they were."""
-
 
 @dataclass(frozen=True, slots=True)
 class ParallelContext:
@@ -95,7 +92,7 @@ def initialize(config: Config) -> ParallelContext:
     parallel_state.initialize_model_parallel(train.tensor, train.pipeline, distributed_timeout_minutes=_minutes(timeout))
     decode_group = _decode_group(decode, timeout)
     control_group = _decode_group(decode, timeout, "gloo")
-    coordination_group = _coordination_group(decode)
+    coordination_group = _coordination_group(decode, 2 * timeout)  # longer than a replica is waited for in it
     logger.info("%s", patches.describe())
     logger.info(
         "%s on %s: training tensor %d x data %d x pipeline %d, decoding %d replicas of %d",
@@ -168,11 +165,11 @@ def _decode_group(decode: DecodeLayout, timeout: timedelta, backend: str | None 
     return mine
 
 
-def _coordination_group(decode: DecodeLayout) -> dist.ProcessGroup | None:
+def _coordination_group(decode: DecodeLayout, timeout: timedelta) -> dist.ProcessGroup | None:
     if decode.replicas == 1:
         return None
     leaders = [decode.ranks(replica)[0] for replica in range(decode.replicas)]
-    group = dist.new_group(leaders, timeout=_COORDINATION_TIMEOUT, backend="gloo")
+    group = dist.new_group(leaders, timeout=timeout, backend="gloo")
     return group if dist.get_rank() in leaders else None
 
 

@@ -103,9 +103,7 @@ def print_summary(rows: Sequence[tuple[str, Any]], title: str = "", console: Con
     (console or Console(highlight=False)).print(table)
 
 
-def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", console: Console | None = None
-) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", console: Console | None = None) -> None:
     """A table with a head; the first column to the left, the others to the right."""
     table = Table(title=title or None, title_justify="left")
     for index, column in enumerate(columns):

@@ -70,7 +70,8 @@ def test_compare_prints_equal_responses_and_their_acceptance(world_size: int, ra
     assert first.count(SAME) == 2, first
     for words in ("one sequence at once", "up to 64 sequences at once", "acceptance_length", "requantise seconds", "pass_at_2"):
         assert words in first, words
-    assert not (tmp_path / "run").exists(), "a comparison records nothing"
+    left = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.*")}
+    assert left == {f"figures/{name}.png" for name in ("occupancy", "acceptance", "decisions")}
 
 
 def test_compare_needs_speculation(tmp_path: Path) -> None:

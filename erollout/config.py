@@ -216,8 +216,10 @@ class AlgorithmConfig:
 class RewardsConfig:
     function: str | None = None
     """`package.module:name` of a function (prompt: Prompt, response: str) -> float; default: the task's own scorer."""
+    pool: Literal["processes", "ray"] = "processes"
+    """`ray`: workers are actors on a running Ray cluster, for scoring that outgrows a machine."""
     num_workers: Positive = 1
-    """Scoring processes per decode replica."""
+    """Scoring processes (or actors) per decode replica."""
     timeout_seconds: PositiveFloat = 5.0
     """For one response."""
     error_value: float = 0.0
@@ -326,6 +328,20 @@ class CheckpointConfig:
     """Go on from the newest complete checkpoint in the directory, when there is one; false: refuse to mix two runs."""
     export_path: Location | None = None
     """Where to write the final policy as a Hugging Face directory."""
+    asynchronous: bool = False
+    """Write in the background while training goes on; a checkpoint counts once it is complete."""
+
+
+@_section
+class FaultToleranceConfig:
+    heartbeat_seconds: PositiveFloat = 5.0
+    """Between two writings of where each rank is (<train.output_dir>/heartbeats)."""
+    hang_seconds: PositiveFloat = 3600.0
+    """A rank that stays in one phase for so long is taken to hang: who waits for whom is said, and the run ends."""
+    max_nonfinite_steps: Positive = 5
+    """Updates in a row whose loss or gradient is not finite: that many end the run, with the last batch saved."""
+    checksum_interval: Count = 100
+    """Steps between comparisons of the parameters of data-parallel ranks; 0: none."""
 
 
 @_section
@@ -344,6 +360,7 @@ class Config:
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload]  # mypy does not see through _section

@@ -33,17 +33,6 @@ ALL_FACTORS = [
 ]
 
 
-@pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the toggle logs, whatever was set up for a run or switched off by a library in this process."""
-    for name in ("erollout", "erollout.speculation.toggle"):
-        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
-    logging.getLogger("erollout.speculation.toggle")._cache.clear()  # type: ignore[attr-defined]
-    return caplog
-
-
 def toggle_of(machine: Machine, mode: str, bias: tuple[float, float, float] = RIGHT, **options: object) -> Toggle:
     """With a cost model that takes the machine's passes for slower or quicker than they are."""
     config = SpeculationConfig(mode=mode, **options)  # type: ignore[arg-type]
@@ -303,7 +292,7 @@ def test_a_validation_rollout_leaves_no_trace() -> None:
     assert ladder.ladder is not None and ladder.ladder.rung == 5
 
 
-def test_speculation_that_lost_is_held_back_where_it_lost(logged: pytest.LogCaptureFixture) -> None:
+def test_speculation_that_lost_is_held_back_where_it_lost(caplog: pytest.LogCaptureFixture) -> None:
     """The cluster imposes drafts at every size: that loses at sixteen sequences, and gains at one."""
     machine = Machine(passes(), noise=0.02, outliers=0.0)
     toggle = toggle_of(machine, "toggle")
@@ -313,10 +302,10 @@ def test_speculation_that_lost_is_held_back_where_it_lost(logged: pytest.LogCapt
             toggle.decide(machine._load(running, 0, 0), N3)
             toggle.observe(machine._step(N3, running, 0, 0, toggle.arms))
             running = [s for s in running if s[0] < s[1]]
-    with logged.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING):
         toggle.end_rollout()
-    assert "speculation lost" in logged.text and "16-31 sequences for 1 rollouts" in logged.text and len(logged.records) == 1
-    assert "1-1" not in logged.text
+    assert "speculation lost" in caplog.text and "16-31 sequences for 1 rollouts" in caplog.text and len(caplog.records) == 1
+    assert "1-1" not in caplog.text
     toggle.begin_rollout(True)
     assert toggle.decide(Load(1, 100.0)) == N3
     assert toggle.decide(Load(16, 100.0)) == OFF and toggle._decision.reason is Reason.HELD
@@ -325,14 +314,14 @@ def test_speculation_that_lost_is_held_back_where_it_lost(logged: pytest.LogCapt
     assert not toggle.hold.left
 
 
-def test_probes_alone_hold_nothing_back(logged: pytest.LogCaptureFixture) -> None:
+def test_probes_alone_hold_nothing_back(caplog: pytest.LogCaptureFixture) -> None:
     """A model on which drafts never pay, in rollouts of which the first probes are a good part."""
     machine = Machine(passes(draft=5.0))
     toggle = Toggle(SpeculationConfig(mode="adaptive"), FORMATS[:1], Learner(passes(draft=5.0)), machine.clock)
     for _ in range(5):
         machine.rollout(toggle, [12, 20, 30], toggle.arms)
     assert any(arm.speculates for arm in machine.arms)
-    assert not toggle.hold.left and not logged.records
+    assert not toggle.hold.left and not caplog.records
 
 
 def test_rollouts_that_gain_are_not_held_back() -> None:
@@ -414,15 +403,15 @@ def test_what_was_learnt_goes_through_a_checkpoint(mode: str) -> None:
     assert machine.arms[-200:] == twin.arms[-200:]
 
 
-def test_a_state_of_other_drafters_is_taken_as_far_as_it_goes(logged: pytest.LogCaptureFixture) -> None:
+def test_a_state_of_other_drafters_is_taken_as_far_as_it_goes(caplog: pytest.LogCaptureFixture) -> None:
     machine = Machine(passes())
     toggle = Toggle(SpeculationConfig(mode="adaptive"), FORMATS, Learner(passes()), machine.clock)
     losses(machine, toggle, 1)
     state = json.loads(json.dumps(toggle.state_dict()))
     other = toggle_of(machine, "ladder")
-    with logged.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO):
         other.load_state_dict(state)
-    assert "w8" in logged.text
+    assert "w8" in caplog.text
     assert other.acceptance["w4"].whole.rates(3) == toggle.acceptance["w4"].whole.rates(3)
     assert other.decide(Load(1, 100.0)).speculates
 

@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +69,6 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from erollout.simulation.experiment import Outcome, compare
     from erollout.simulation.report import rest_of_step, summarize, table, write
 
-    logging.getLogger("erollout.speculation").setLevel(logging.ERROR)  # toggles tell about losses: here of every replica
     setting, strategies = build_setting(options), build_strategies(options)
     console = Console(highlight=False)
     console.width = max(console.width, TABLE_WIDTH)
@@ -78,7 +79,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             f"{outcome.strategy}: seed {outcome.seed}, {outcome.seconds:.1f} s, {outcome.windows} windows", style="dim"
         )
 
-    outcomes = compare(setting, strategies, options.seeds, tell)
+    with _errors_alone("erollout.speculation"):  # toggles tell about losses: here of every replica
+        outcomes = compare(setting, strategies, options.seeds, tell)
     rest = options.rest_seconds if options.rest_seconds is not None else rest_of_step(outcomes, options.rollout_share)
     summaries = summarize(outcomes, rest)
     console.print(table(summaries, f"{options.seeds} seeds, rest of a step {rest:.1f} s"))
@@ -88,6 +90,17 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         write(Path(options.out), outcomes, summaries, {"arguments": arguments, "window_seconds": setting.window_seconds})
         draw(Path(options.out), outcomes, summaries)
     return 0
+
+
+@contextmanager
+def _errors_alone(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def build_setting(options: argparse.Namespace) -> "Setting":

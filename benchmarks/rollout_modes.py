@@ -378,6 +378,7 @@ def tail_section(bench: Bench, options: argparse.Namespace) -> list[str]:
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
         lines += [f"Other phases of a step of the first load, seconds (refit contains requantise): {parts}.", ""]
     for load, modes in TAILS:
+        modes = tuple(mode for mode in modes if mode in options.modes)
         draws = bench.measure({mode: bench.arm(mode) for mode in modes}, load, options.draws)
         lines += [f"### {load.name}", "", describe(draws), ""]
         lines += _table(MODE_COLUMNS, mode_rows(draws, phases))
@@ -478,6 +479,7 @@ def _rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of section tail; off must be one")
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--base-policy", default=BASE_POLICY, help="directory of the policy of section base; empty: the same")
     parser.add_argument("--draws", type=int, default=3, help="of each load with natural stops")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from erollout.calibration.commands import add_commands
-from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity, load_calibration
+from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity, load_calibration, read_calibration
 from erollout.calibration.fit import Measured, _Terms, fit, measured_passes
 from erollout.calibration.hardware import find_hardware, nominal_roofline
 from erollout.calibration.model_size import describe_shape, known_model, model_size, parse_shape, weight_bytes
@@ -123,6 +123,7 @@ def test_a_sweep_of_the_reference_needs_no_more_than_its_columns(tmp_path: Path)
 
 
 REFUSED: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
+    "unknown dtype": (lambda lines: [line.replace("bfloat16", "bf16") for line in lines], "row 2: dtype = 'bf16' is none of"),
     "no column": (lambda lines: [line.replace("median_ms", "middle") for line in lines], "row 1: no column median_ms"),
     "unknown mode": (lambda lines: [*lines[:3], lines[3].replace("target_verify", "prefill"), *lines[4:]], "row 4: mode"),
     "a time of 0": (lambda lines: [*lines[:2], _with(lines[2], 6, "0"), *lines[3:]], "row 3: median_ms = 0.0 is no time"),
@@ -245,6 +246,15 @@ def test_a_damaged_calibration_is_refused(
     assert str(path) in str(refusal.value)
 
 
+def test_equal_seconds_have_no_r2_and_can_be_saved(tmp_path: Path) -> None:
+    points = [replace(p, seconds=0.01) for p in measured_passes(sweep(batches=(4,), contexts=(512,)))]
+    flat = fit(points, SIZE, IDENTITY)
+    assert all("r2" not in figures for figures in flat.diagnostics["roofline"].values())
+    flat.save(tmp_path / "flat.json")
+    assert load_calibration(tmp_path / "flat.json").diagnostics == flat.diagnostics
+    assert command("info", "--config", str(tmp_path / "flat.json")) == 0
+
+
 def test_a_missing_calibration_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.json.*calibrate fit"):
         load_calibration(tmp_path / "nowhere.json")
@@ -288,6 +298,43 @@ def test_a_configuration_of_the_reference_is_its_roofline(tmp_path: Path) -> Non
     assert passes.draft_seconds(REFERENCE_FORMAT, 16, 1000, 7) == pytest.approx((1.3 * 5e9 + cache) / 1.6e12 + 69e-6 * 16)
     flops = 16 * 12 * (14e9 + 4e5 * 1000)
     assert passes.verify_seconds(16, 1000, 11) == pytest.approx(flops / 233e12 + 152e-6 * 16)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("calibration", "F_eff", float("nan")),
+        ("calibration", "kappa_eff", float("inf")),
+        ("calibration", "c_T", -1.0),
+        ("hardware", "BW_eff", 0),
+        ("model", "W_t", "15e9"),
+        ("model", "kappa_theoretical", None),
+    ],
+)
+def test_numbers_that_no_pass_has_are_refused(section: str, key: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({**REFERENCE, section: {**REFERENCE[section], key: value}}))
+    with pytest.raises(UserError, match=rf"r\.json: {section}\.{key} = {value!r} must be a number"):
+        load_calibration(path)
+
+
+def test_numbers_of_our_own_are_checked_too(calibration: Calibration) -> None:
+    line, points = calibration.roofline, calibration.tables["verify", ""]
+    damaged = {
+        r"roofline\.target\.compute = -1": replace(line, target=replace(line.target, compute=-1)),
+        r"roofline\.draft\.w4a16\.bandwidth = 0": replace(line, draft={"w4a16": replace(line.target, bandwidth=0)}),
+        r"size\.draft_bytes\.w4a16 = 'x'": replace(line, size=replace(line.size, draft_bytes={"w4a16": "x"})),
+    }
+    for message, roofline in damaged.items():
+        with pytest.raises(UserError, match=f"file: {message}"):
+            read_calibration(replace(calibration, roofline=roofline).to_dict(), "file")
+    tree = calibration.to_dict()
+    tree["roofline"]["verify"]["per_pass"] = float("nan")
+    with pytest.raises(UserError, match=r"file: roofline\.verify\.per_pass = nan must be a number of at least 0"):
+        read_calibration(tree, "file")
+    empty = replace(calibration, tables={("verify", ""): (replace(points[0], batch=0),)})
+    with pytest.raises(UserError, match="file: tables has a point"):
+        read_calibration(empty.to_dict(), "file")
 
 
 def test_a_wrong_calibration_fails_the_gates(calibration: Calibration) -> None:
@@ -392,6 +439,13 @@ def test_the_commands_name_what_is_missing(tmp_path: Path) -> None:
         command("fit", "--csv", csv, "--out", str(tmp_path / "o.json"))
     with pytest.raises(UserError, match="--config CALIBRATION"):
         command("predict", "--batch", "1", "--context", "8")
+
+
+@pytest.mark.parametrize("length", ["0", "nan", "-1", "inf", "3=0.5", "0=3", "3=nan"])
+def test_lengths_that_no_cycle_has_are_refused(length: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("explain", "--model", MODEL, "--hardware", "A100", "--batch", "8", "--context", "9", f"--length={length}")
+    assert "argument --length: " in capsys.readouterr().err
 
 
 DATA = os.environ.get("EROLLOUT_TEST_DATA")

@@ -11,7 +11,7 @@ from test_engine import by_sample, make_requests
 from tiny_speculation import DRAFTER, NOISE, make_speculative_engine
 
 from erollout.calibration import sweep as module
-from erollout.calibration.grid import Grid, Place, repetitions
+from erollout.calibration.grid import Grid, Place, coarse_to_fine, repetitions
 from erollout.calibration.sweep import bootstrap, identify, sweep
 from erollout.calibration.sweep_file import SweepRow, read_sweep
 from erollout.calibration.sweep_log import append_row, resume_rows
@@ -173,6 +173,11 @@ def test_places_go_from_coarse_to_fine() -> None:
     assert Grid((4, 4, 2), (9, 7), (1,)).places() == [Place(2, 7), Place(2, 9), Place(4, 7), Place(4, 9)]
 
 
+def test_values_go_from_the_ends_to_the_middle() -> None:
+    assert coarse_to_fine((1, 2, 4, 8, 16)) == [1, 16, 4, 2, 8]
+    assert coarse_to_fine([3, 3]) == [3]
+
+
 def test_what_the_engine_can_not_hold_is_left_out() -> None:
     grid = Grid((2, 4, 8), (30, 600), (2,))  # 8 sequences are more than run at once, 600 tokens more than the model's positions
     assert points(sweep(make_engine(), [DRAFTER], grid, LONG)) == [(2, 30), (4, 30)]
@@ -185,7 +190,7 @@ def test_bootstrap_covers_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erollout.calibration.grid.MOST_REPETITIONS", 1)
     engine = make_engine()
     rows = bootstrap(engine, [DRAFTER], 3, range(1, 9), LONG)
-    assert points(rows) == [(1, 256), (2, 256), (3, 256), (1, 64), (2, 64), (3, 64)]
+    assert points(rows) == [(1, 256), (3, 256), (2, 256), (1, 64), (3, 64), (2, 64)]
     assert {row.gamma for row in rows} == {0, 1, 3, 8}
     assert {row.n_samples for row in rows} == {3}  # visits of each place
     assert points(bootstrap(engine, [DRAFTER], 3, [2], NO_TIME)) == [(1, 256)]

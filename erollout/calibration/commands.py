@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from pathlib import Path
 
 from rich.console import Console
@@ -326,7 +327,14 @@ def _share(text: str) -> float:
 def _length(text: str) -> float | dict[int, float]:
     try:
         if "=" not in text:
-            return float(text)
-        return {int(n): float(value) for n, _, value in (part.partition("=") for part in text.split(","))}
+            return _at_least_one(text)
+        return {_positive(n): _at_least_one(value) for n, _, value in (part.partition("=") for part in text.split(","))}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a list like 3=3.6,7=6.7") from None
+
+
+def _at_least_one(text: str) -> float:
+    value = float(text)
+    if not 1 <= value < inf:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1: every cycle yields a token")
+    return value

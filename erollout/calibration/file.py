@@ -5,8 +5,9 @@ The reference implementation's configurations are read as they are, to compare i
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ KIND = "erollout calibration"
 VERSION = 1
 REFERENCE_FORMAT = "w4a16"
 """What the reference implementation's drafter is, which its files do not say."""
+_REFERENCE_NUMBERS = {
+    "hardware": ("tp", "BW_eff", "c_comm"),
+    "model": ("W_t", "W_d", "C_dense", "C_attn", "kappa_theoretical"),
+    "calibration": ("eta_d", "kappa_eff", "F_eff", "c_T", "c_V", "c_D"),
+}
+_OVERHEADS = ("per_pass", "per_sequence", "per_token", "per_context", "latency", "reduces", "reduce_bytes")
+_MAY_BE_ZERO = frozenset(("attention_flops", "padded", *_OVERHEADS, "C_attn", "c_comm", "c_T", "c_V", "c_D"))
+"""Of the numbers that passes are computed from; all others are above 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +94,7 @@ class Calibration:
         """Raises UserError when the file can't be written."""
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+            Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"can't write calibration {path}: {error.strerror}") from error
 
@@ -143,6 +152,7 @@ def _to_json(calibration: Calibration) -> dict[str, Any]:
 def _from_json(tree: dict[str, Any], path: str) -> Calibration:
     if tree.get("version") != VERSION:
         raise UserError(f"calibration {path} has version {tree.get('version')}, this erollout reads {VERSION}; make it again")
+    _require_numbers({"size": tree["size"], "roofline": tree["roofline"]}, path)
     tree = dict(tree)
     found, expected = tree.pop("checksum", None), _checksum(tree)
     if found != expected:
@@ -156,12 +166,13 @@ def _from_json(tree: dict[str, Any], path: str) -> Calibration:
         Communication(**costs["communication"]),
     )
     identity = Identity(**{**tree["identity"], "formats": tuple(tree["identity"]["formats"])})
-    tables = {(t["pass"], t["format"]): tuple(Point(*point) for point in t["points"]) for t in tree["tables"]}
+    tables = {(t["pass"], t["format"]): tuple(_point(point, path) for point in t["points"]) for t in tree["tables"]}
     return Calibration(identity, roofline, tables, tree["model_name"], tree["provenance"], tree["diagnostics"], path)
 
 
 def _from_reference(tree: dict[str, Any], path: str) -> Calibration:
     """The reference's roofline: eta_d on the drafter's weights, one kappa, a verify pass with n + 1 times the FLOP."""
+    _require_numbers({name: {key: tree[name][key] for key in keys} for name, keys in _REFERENCE_NUMBERS.items()}, path)
     hardware, model, fit = tree["hardware"], tree["model"], tree["calibration"]
     size = ModelSize(
         weight_bytes=model["W_t"],
@@ -189,5 +200,22 @@ def _from_reference(tree: dict[str, Any], path: str) -> Calibration:
     return Calibration(identity, roofline, {}, model["name"], provenance, {}, path)
 
 
+def _require_numbers(tree: Mapping[str, Any], path: str, where: str = "") -> None:
+    """Raise UserError, naming file and key, for what can't be computed with."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _require_numbers(value, path, f"{where}{key}.")
+        elif not isinstance(value, int | float) or not 0 <= value < inf or (value == 0 and key not in _MAY_BE_ZERO):
+            least = "of at least 0" if key in _MAY_BE_ZERO else "above 0"
+            raise UserError(f"calibration {path}: {where}{key} = {value!r} must be a number {least}; make it again")
+
+
+def _point(values: Sequence[Any], path: str) -> Point:
+    point = Point(*values)
+    if not (point.batch >= 1 and 0 < point.context < inf and point.num_speculative_tokens >= 0 and isfinite(point.log_ratio)):
+        raise UserError(f"calibration {path}: tables has a point {list(values)}, which no sweep measures; make it again")
+    return point
+
+
 def _checksum(tree: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]

@@ -290,7 +290,7 @@ def _accuracies(points: Sequence[Measured], roofline: Roofline) -> dict[str, dic
 
 
 def accuracy(points: Sequence[Measured], passes_for: Callable[[int], PassTimes]) -> dict[str, float]:
-    """R2 of the seconds, mean absolute and mean relative error in per cent, and the number of points.
+    """R2 of the seconds (none where all are equal), mean absolute and mean relative error in per cent, and how many points.
 
     `passes_for`: what predicts the passes of a batch size.
     """
@@ -300,8 +300,9 @@ def accuracy(points: Sequence[Measured], passes_for: Callable[[int], PassTimes])
     )
     spread = float(((true - true.mean()) ** 2).sum())
     relative = guess / true - 1
+    r2 = {"r2": 1 - float(((guess - true) ** 2).sum()) / spread} if spread else {}
     return {
-        "r2": 1 - float(((guess - true) ** 2).sum()) / spread if spread else float("nan"),
+        **r2,
         "mape": 100 * float(np.abs(relative).mean()),
         "bias": 100 * float(relative.mean()),
         "points": len(points),

@@ -37,6 +37,12 @@ class Grid:
         return [Place(batch, context) for _, batch, context in ranked]
 
 
+def coarse_to_fine(values: Iterable[int]) -> list[int]:
+    """Both ends, then the middle, then the quarters, ...: any beginning of it spans the range."""
+    levels = _levels(values)
+    return sorted(levels, key=lambda value: (levels[value], value))
+
+
 def repetitions(share: float, left: float, once: float, least: int) -> int:
     """How often to take steps that take `once` seconds together: for their share of the seconds left, but `least` times where
     there is time for so many."""

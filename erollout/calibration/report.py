@@ -33,7 +33,8 @@ def print_accuracies(title: str, components: Mapping[str, Mapping[str, float]]) 
     for heading in ("pass", "R2", "MAPE %", "bias %", "points"):
         table.add_column(heading, justify="left" if heading == "pass" else "right")
     for name, c in components.items():
-        table.add_row(name, f"{c['r2']:.3f}", f"{c['mape']:.2f}", f"{c['bias']:+.2f}", str(c["points"]))
+        r2 = f"{c['r2']:.3f}" if "r2" in c else ""
+        table.add_row(name, r2, f"{c['mape']:.2f}", f"{c['bias']:+.2f}", str(c["points"]))
     Console(highlight=False).print(table)
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erollout.calibration.file import Identity
-from erollout.calibration.grid import LEAST_REPETITIONS, Grid, Place, repetitions
+from erollout.calibration.grid import LEAST_REPETITIONS, Grid, Place, coarse_to_fine, repetitions
 from erollout.calibration.model_size import describe_shape
 from erollout.calibration.sweep_file import Mode, SweepRow
 from erollout.engine.control import Orders
@@ -75,14 +75,14 @@ def bootstrap(
     engine: Engine, formats: Sequence[str], max_num_seqs: int, drafts: Sequence[int], seconds: float
 ) -> list[SweepRow]:
     """The few steps to begin with where no calibration is named: batches 1, 2, 4, ... at a rollout's usual context, and at a
-    short one if there is time. As `sweep` otherwise.
+    short one if there is time; the ends first, so that little time spans the range too. As `sweep` otherwise.
 
     Args:
         max_num_seqs: most sequences that one replica decodes at once.
         drafts: values of num_speculative_tokens that may be chosen later; up to three of them are measured.
     """
     longest = min(engine.max_model_len, engine.rollout.max_prompt_tokens + engine.rollout.max_tokens)
-    batches = sorted({max_num_seqs, *(2**i for i in range(max_num_seqs.bit_length()))})
+    batches = coarse_to_fine((max_num_seqs, *(2**i for i in range(max_num_seqs.bit_length()))))
     few = sorted({min(drafts), max(drafts), min(drafts, key=lambda n: abs(n - 3))})
     arms = [Arm(format, n) for format in formats for n in few]
     usual = min(longest // 2, longest - _response_tokens((*arms, OFF, OFF)))

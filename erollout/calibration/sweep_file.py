@@ -11,6 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from erollout.calibration.model_size import BYTES
 from erollout.errors import UserError
 
 Mode = Literal["target_decode", "drafter_decode", "target_verify", "target_decode_sd"]
@@ -119,6 +120,8 @@ def _problem(row: SweepRow) -> str | None:
     """What can't be in a row."""
     if row.mode not in get_args(Mode):
         return f"mode = {row.mode!r} is none of {', '.join(get_args(Mode))}"
+    if row.dtype and row.dtype not in BYTES:
+        return f"dtype = {row.dtype!r} is none of {', '.join(BYTES)}"
     if min(row.batch, row.seq, row.gamma) < 0 or (row.batch == 0) != (row.seq == 0):
         return f"batch = {row.batch}, seq = {row.seq}, gamma = {row.gamma} is no point"
     if row.batch and (row.gamma == 0) != (row.mode == "target_decode"):

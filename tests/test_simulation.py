@@ -18,7 +18,7 @@ from erollout.simulation.acceptance import Acceptance, parse_acceptance
 from erollout.simulation.commands import add_command
 from erollout.simulation.experiment import Outcome, Setting, Strategy, simulate
 from erollout.simulation.jumping import JumpingReplica
-from erollout.simulation.pictures import binned
+from erollout.simulation.pictures import bins_of
 from erollout.simulation.replica import Limits, Part, Replica
 from erollout.simulation.report import Estimate, rest_of_step, summarize
 from erollout.simulation.stepwise import StepwiseReplica
@@ -286,7 +286,7 @@ def test_a_small_cache_preempts() -> None:
 def test_spans_cover_the_working_time() -> None:
     outcome = only(setting(), "adaptive")
     for spans in outcome.spans:
-        bins, worked = binned(spans, outcome.seconds), sum(span.end - span.start for span in spans)
+        bins, worked = bins_of(spans, outcome.seconds), sum(span.end - span.start for span in spans)
         assert sum(each.busy for each in bins) * outcome.seconds / len(bins) == pytest.approx(worked)
         assert sum(each.speculating for each in bins) <= sum(each.busy for each in bins)
         assert all(a.end <= b.start + 1e-12 for a, b in pairwise(spans))
@@ -356,7 +356,7 @@ def test_savings_are_paired_by_seed() -> None:
     outcomes = [only(setting(), mode, seed=seed) for seed in range(3) for mode in ("off", "adaptive")]
     assert rest_of_step(outcomes, 0.5) == pytest.approx(fmean(o.seconds for o in outcomes if o.strategy.mode == "off"))
     off, adaptive = summarize(outcomes, rest_seconds=1.0)
-    assert off.saved == Estimate(0.0, 0.0) and adaptive.saved.mean > 0
+    assert off.saved == Estimate(0.0, 0.0) and adaptive.saved is not None and adaptive.saved.mean > 0
     pairs = [1 - b.seconds / a.seconds for a, b in zip(outcomes[::2], outcomes[1::2], strict=True)]
     assert adaptive.saved.mean == pytest.approx(fmean(pairs))
     assert adaptive.step_seconds.mean == pytest.approx(adaptive.seconds.mean + 1)
@@ -407,6 +407,12 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert summary["strategies"][0]["seconds"]["mean"] == pytest.approx(means[0])
 
 
+def test_without_autoregressive_decoding_nothing_is_said_of_savings(tmp_path: Path) -> None:
+    assert run(*SMALL, "--modes", "always", "--out", str(tmp_path)) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [strategy["saved"] for strategy in summary["strategies"]] == [None]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -418,6 +424,10 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
         ((*SMALL, "--acceptance", "2"), "acceptance"),
         ((*SMALL, "--clock", "jump", "--kv-tokens", "9000"), "--kv-tokens"),
         ((*SMALL, "--seeds", "0"), "--seeds 0"),
+        ((*SMALL, "--noise", "nan"), "--noise nan"),
+        ((*SMALL, "--rest-seconds", "inf"), "--rest-seconds inf"),
+        ((*SMALL, "--window-seconds", "nan"), "--window-seconds nan"),
+        ((*SMALL, "--lengths", "lognormal:inf,1"), "the median"),
         ((*SMALL, "--rollout-share", "0"), "--rollout-share"),
         ((*SMALL[:4], "--gpus", "9", "--tensor-parallel", "2"), "--gpus 9"),
         (("--hardware", "abacus", "--model", "Qwen2.5-7B"), "abacus"),

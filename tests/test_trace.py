@@ -54,6 +54,13 @@ def test_what_is_written_is_read_again(trace: Trace, tmp_path: Path) -> None:
     assert tuple(rows[0]) == COLUMNS and isnan(float(rows[0]["predicted"]))
 
 
+def test_late_steps_keep_their_microseconds(tmp_path: Path) -> None:
+    trace = Trace()
+    trace.append(123456.789012, Decision(OFF, Reason.KEPT), outcome(OFF, 1, 0.01, 1))
+    trace.write(tmp_path / "late")
+    assert Trace.read(tmp_path / "late").columns["start"][0] == 123456.789012
+
+
 def test_a_disk_that_fails_costs_the_trace_and_not_the_run(
     trace: Trace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -75,6 +82,7 @@ def test_a_damaged_file_is_named(trace: Trace, tmp_path: Path) -> None:
         gzip.compress(text.replace("better", "worse").encode()),
         gzip.compress(text.replace("off", "of").encode()),
         gzip.compress(text.rpartition(",")[0].encode()),
+        gzip.compress(text.replace(",100,", f",{10**30},").encode()),
         whole[:60] + bytes([whole[60] ^ 255]) + whole[61:],
     ]
     for content in damaged:
@@ -113,6 +121,9 @@ def test_bins_are_means_over_time(trace: Trace) -> None:
     assert [b.waiting for b in bins] == pytest.approx([7.0, 4.9, 7.0, 7.0])
     assert sum(b.busy for b in trace.binned(7, 109.0)) * 109 / 7 == pytest.approx(trace.seconds)
     assert Trace().binned(3, 1.0)[2].busy == 0.0
+    early = Trace()
+    early.append(-3.0, Decision(OFF, Reason.KEPT), outcome(OFF, 1, 4.0, 1))
+    assert [b.busy for b in early.binned(2, 4.0)] == [0.5, 0.0]
 
 
 def test_predicted_over_measured_leaves_prompts_out(trace: Trace) -> None:

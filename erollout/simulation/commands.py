@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,13 +177,13 @@ def _check(options: argparse.Namespace) -> None:
     }
     for name, low in least.items():
         value = getattr(options, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {low}")
+        if value is not None and not low <= value < inf:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be a number of at least {low}")
     if options.warm_up >= options.rollouts:
         raise UserError(f"--warm-up {options.warm_up} leaves nothing of --rollouts {options.rollouts}; raise --rollouts")
     if not 0 < options.rollout_share <= 1:
         raise UserError(f"--rollout-share {options.rollout_share} must be above 0 and at most 1")
-    if options.window_seconds is not None and options.window_seconds <= 0:
+    if options.window_seconds is not None and not 0 < options.window_seconds < inf:
         raise UserError(f"--window-seconds {options.window_seconds} must be above 0")
 
 

@@ -9,7 +9,7 @@ from erollout.pictures.simulation import Bar, rollout_times, utilisation
 from erollout.simulation.experiment import Outcome, Strategy
 from erollout.simulation.replica import Span
 from erollout.simulation.report import Summary
-from erollout.speculation.trace import Bin
+from erollout.speculation.trace import Bin, binned
 
 BINS = 200
 """Of a rollout's time."""
@@ -27,7 +27,7 @@ def draw(out: Path, outcomes: Sequence[Outcome], summaries: Sequence[Summary]) -
     shares = {}
     for strategy, outcome in first.items():
         lanes = [
-            Lane(f"replica {index}", outcome.seconds, binned(spans, outcome.seconds))
+            Lane(f"replica {index}", outcome.seconds, bins_of(spans, outcome.seconds))
             for index, spans in enumerate(outcome.spans)
         ]
         figures[f"occupancy-{'-'.join((strategy.mode, strategy.policy, strategy.hand_out))}"] = occupancy(
@@ -43,14 +43,6 @@ def draw(out: Path, outcomes: Sequence[Outcome], summaries: Sequence[Summary]) -
         raise UserError(f"can't write to --out {out}: {error.strerror}") from error
 
 
-def binned(spans: Sequence[Span], seconds: float) -> list[Bin]:
+def bins_of(spans: Sequence[Span], seconds: float) -> list[Bin]:
     """Equal parts of [0, seconds)."""
-    width = seconds / BINS
-    sums = [[0.0] * 4 for _ in range(BINS)]
-    for span in spans:
-        n = span.arm.num_speculative_tokens
-        for index in range(min(BINS - 1, int(span.start / width)), min(BINS - 1, int(span.end / width)) + 1):
-            share = max(0.0, min(span.end, (index + 1) * width) - max(span.start, index * width)) / width
-            values = 1.0, span.running, float(n > 0), float(n)
-            sums[index] = [total + share * value for total, value in zip(sums[index], values, strict=True)]
-    return [Bin(busy, decoding, 0.0, speculating, drafts) for busy, decoding, speculating, drafts in sums]
+    return binned(((s.start, s.end, s.running, 0.0, s.arm.num_speculative_tokens) for s in spans), BINS, seconds)

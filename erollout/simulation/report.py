@@ -40,8 +40,8 @@ class Summary:
 
     strategy: Strategy
     seconds: Estimate
-    saved: Estimate
-    """Share of the seconds of autoregressive decoding with the same coordination, over the same lengths; nan without that."""
+    saved: Estimate | None
+    """Share of the seconds of autoregressive decoding with the same coordination, over the same lengths; None without that."""
     step_seconds: Estimate
     busy: Estimate
     batch: Estimate
@@ -61,8 +61,8 @@ def summarize(outcomes: Sequence[Outcome], rest_seconds: float) -> list[Summary]
 
 def rest_of_step(outcomes: Sequence[Outcome], rollout_share: float) -> float:
     """Seconds of an RL step outside the rollout, when the rollout has this share of one with autoregressive decoding."""
-    slowest = [outcome.seconds for outcome in outcomes if outcome.strategy.mode == "off"] or [o.seconds for o in outcomes]
-    return fmean(slowest) * (1 - rollout_share) / rollout_share
+    seconds = [outcome.seconds for outcome in outcomes if outcome.strategy.mode == "off"] or [o.seconds for o in outcomes]
+    return fmean(seconds) * (1 - rollout_share) / rollout_share
 
 
 def table(summaries: Sequence[Summary], title: str) -> Table:
@@ -74,7 +74,7 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
     for column in columns:
         result.add_column(column, justify="right", no_wrap=True)
     for s in summaries:
-        saved = "" if s.saved.mean != s.saved.mean else s.saved.show(".1f", 100)
+        saved = s.saved.show(".1f", 100) if s.saved else ""
         result.add_row(
             *(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.hand_out}", s.seconds.show(), saved, s.step_seconds.show()),
             *(f"{100 * s.busy.mean:.1f}", f"{s.batch.mean:.1f}", f"{100 * s.speculating.mean:.1f}"),
@@ -94,8 +94,8 @@ def write(out: Path, outcomes: Sequence[Outcome], summaries: Sequence[Summary], 
             for o in outcomes:
                 s = o.strategy
                 writer.writerow([s.mode, s.policy, s.hand_out, *(getattr(o, name) for name in names)])
-        rows = [asdict(summary) for summary in summaries]
-        (out / "summary.json").write_text(json.dumps({"setting": setting, "strategies": rows}, indent=1) + "\n")
+        tree = {"setting": setting, "strategies": [asdict(summary) for summary in summaries]}
+        (out / "summary.json").write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"can't write to --out {out}: {error.strerror}") from error
 
@@ -105,11 +105,11 @@ def _summary(
 ) -> Summary:
     off = by_strategy.get(Strategy("off", strategy.policy, strategy.hand_out))
     off = off or next((outcomes for other, outcomes in by_strategy.items() if other.mode == "off"), None)
-    saved = [1 - o.seconds / base.seconds for o, base in zip(some, off, strict=True)] if off else [float("nan")]
+    saved = Estimate.of([1 - o.seconds / base.seconds for o, base in zip(some, off, strict=True)]) if off else None
     return Summary(
         strategy,
         seconds=Estimate.of([o.seconds for o in some]),
-        saved=Estimate.of(saved),
+        saved=saved,
         step_seconds=Estimate.of([o.seconds + rest_seconds for o in some]),
         busy=Estimate.of([o.busy for o in some]),
         batch=Estimate.of([o.batch for o in some]),

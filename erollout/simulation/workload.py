@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log, sqrt
+from math import inf, log, sqrt
 from pathlib import Path
 from typing import Protocol
 
@@ -125,7 +125,7 @@ def parse_lengths(text: str, prompt_tokens: int = 128) -> Lengths:
         median, sigma, correlation = [*values, 0.5] if len(values) == 2 else values
     except ValueError:
         raise UserError(f"lengths {text!r} must be lognormal:median,sigma or lognormal:median,sigma,correlation") from None
-    if not (median >= 1 and sigma >= 0 and 0 <= correlation <= 1):
+    if not (1 <= median < inf and 0 <= sigma < inf and 0 <= correlation <= 1):
         raise UserError(f"lengths {text!r}: the median is at least 1, sigma at least 0, the correlation between 0 and 1")
     return Lognormal(median, sigma, correlation, prompt_tokens)
 

@@ -207,7 +207,7 @@ class Trace:
                 raise ValueError("its header is not that of decisions")
             for row in reader:
                 trace._append_text(row)
-        except (OSError, EOFError, ValueError, KeyError, zlib.error, csv.Error) as error:
+        except (OSError, EOFError, ValueError, KeyError, OverflowError, zlib.error, csv.Error) as error:
             raise UserError(
                 f"{path} can't be read as the decisions of a rollout ({error}); give a file of <run>/decisions"
             ) from error
@@ -215,16 +215,9 @@ class Trace:
 
     def binned(self, bins: int, seconds: float) -> list[Bin]:
         """A summary of fixed size, to be gathered from many replicas: equal spans of [0, seconds)."""
-        width = seconds / bins
-        sums = [[0.0] * 5 for _ in range(bins)]
-        columns = self.columns
-        for step, (start, length) in enumerate(zip(columns["start"], columns["seconds"], strict=True)):
-            n = self.arm(step).num_speculative_tokens
-            values = (1.0, columns["decoding"][step], columns["waiting"][step], float(n > 0), float(n))
-            for index in range(min(bins - 1, int(start / width)), min(bins - 1, int((start + length) / width)) + 1):
-                share = max(0.0, min(start + length, (index + 1) * width) - max(start, index * width)) / width
-                sums[index] = [total + share * value for total, value in zip(sums[index], values, strict=True)]
-        return [Bin(*total) for total in sums]
+        names = ("start", "seconds", "decoding", "waiting")
+        rows = zip(*(self.columns[name] for name in names), self.num_speculative_tokens, strict=True)
+        return binned(((start, start + length, *rest) for start, length, *rest in rows), bins, seconds)
 
     def regret(self, seconds_per_token: Callable[[Load], Sequence[float]], arms: Sequence[Arm]) -> float:
         """Seconds that the arms taken lost against the best one of every step, as predicted in hindsight.
@@ -274,6 +267,8 @@ class Trace:
     def _texts(self, name: str) -> Iterable[str]:
         """A column as it stands in the file."""
         column = self.columns[name]
+        if name == "start":
+            return (f"{value:.6f}" for value in column)  # microseconds, however long the rollout
         if name in _REAL:
             return (f"{value:.6g}" for value in column)
         if name == "reason":
@@ -295,6 +290,22 @@ class Trace:
             arm = _arm(fields[name])
             self.columns[name].append(self._index[arm] if arm in self._index else self._number(arm))
         self.columns["reason"].append(Reason[fields["reason"].upper()])
+
+
+def binned(spans: Iterable[tuple[float, float, float, float, int]], bins: int, seconds: float) -> list[Bin]:
+    """Means over equal parts of [0, seconds).
+
+    Args:
+        spans: start, end, sequences that decode, those that wait, num_speculative_tokens.
+    """
+    width, last = seconds / bins, bins - 1
+    sums = [[0.0] * 5 for _ in range(bins)]
+    for start, end, decoding, waiting, n in spans:
+        values = (1.0, decoding, waiting, float(n > 0), float(n))
+        for index in range(max(0, min(last, int(start / width))), min(last, int(end / width)) + 1):
+            share = max(0.0, min(end, (index + 1) * width) - max(start, index * width)) / width
+            sums[index] = [total + share * value for total, value in zip(sums[index], values, strict=True)]
+    return [Bin(*total) for total in sums]
 
 
 def _arm(text: str) -> Arm:

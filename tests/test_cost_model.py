@@ -205,6 +205,26 @@ def test_the_state_goes_through_json() -> None:
             assert cost.step_seconds(arm, load) != cost_model().step_seconds(arm, load)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"common": [float("nan"), 0.1]},
+        {"prefill": [0.1, -1.0]},
+        {"noise": float("inf")},
+        {"noise": 0.0},
+        {"drafters": [["w4", 0.1, float("nan")]]},
+        {"cells": [["w4", 3, 2, float("inf"), 0.1]]},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(damage: dict[str, object]) -> None:
+    corrections = fed(20, 1.5)
+    before = corrections.state_dict()
+    with pytest.raises(ValueError, match=r"a correction of|a noise of"):
+        corrections.load_state_dict({**Corrections().state_dict(), **damage})
+    assert corrections.state_dict() == before
+
+
 def test_prompt_passes_teach_what_prompts_cost_and_nothing_else() -> None:
     cost = cost_model()
     before = cost.step_seconds(OFF, Load(4, 100.0))

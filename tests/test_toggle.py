@@ -428,6 +428,17 @@ def test_a_damaged_state_is_refused(key: str) -> None:
         toggle.load_state_dict(state)
 
 
+def test_a_damaged_state_changes_nothing() -> None:
+    machine = Machine(passes())
+    learnt, fresh = toggle_of(machine, "ladder"), toggle_of(machine, "ladder")
+    losses(machine, learnt, 2)
+    before = fresh.state_dict()
+    for key in ("probes", "hold", "endings", "cost"):
+        with pytest.raises(ValueError, match="no state of a toggle"):
+            fresh.load_state_dict({**learnt.state_dict(), key: {}})
+        assert fresh.state_dict() == before != learnt.state_dict()
+
+
 def test_steps_whose_drafts_were_cut_teach_no_cost() -> None:
     toggle = Toggle(SpeculationConfig(mode="toggle"), FORMATS[:1], Learner(passes()))
     toggle.begin_rollout(True)

@@ -6,7 +6,7 @@ When the latest drafts contradict the counts, most of the counts are forgotten a
 """
 
 from collections.abc import Sequence
-from math import exp, isfinite, sqrt
+from math import exp, isfinite
 from typing import Any
 
 PRIOR = 0.8
@@ -111,24 +111,6 @@ class Acceptance:
     def length(self, num_speculative_tokens: int) -> float:
         """Expected acceptance_length."""
         return self.lengths(num_speculative_tokens)[-1]
-
-    def errors(self, num_speculative_tokens: int) -> list[float]:
-        """Standard errors of `rates`: what is known of a position, and of the one before it as far as that counts for it."""
-        errors, weight = [], PRIOR_DRAFTS
-        for position, rate in enumerate(self.rates(num_speculative_tokens)):
-            known = weight + (self.tried[position] if position < len(self.tried) else 0.0)
-            errors.append(sqrt(rate * (1 - rate) / known))
-            weight = min(NEIGHBOUR_DRAFTS, known)
-        return errors
-
-    def length_error(self, num_speculative_tokens: int) -> float:
-        """Standard error of `length`."""
-        rates, lengths = self.rates(num_speculative_tokens), self.lengths(num_speculative_tokens)
-        variance = 0.0
-        for position, error in enumerate(self.errors(num_speculative_tokens)):
-            behind = lengths[-1] - lengths[position]  # tokens that are accepted only if this one is
-            variance += (behind / rates[position] * error) ** 2
-        return sqrt(variance)
 
     def state_dict(self) -> dict[str, object]:
         return {"tried": list(self.tried), "accepted": list(self.accepted), "recent": list(self._recent)}

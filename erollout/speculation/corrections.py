@@ -11,7 +11,7 @@ to the same side, they are no outliers: all parts become uncertain enough to fol
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, floor, log, log2
+from math import exp, floor, inf, isfinite, log, log2
 from typing import Any
 
 from erollout.speculation.step import Arm
@@ -146,12 +146,22 @@ class Corrections:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        (value, variance), (prefill, prefill_variance) = state["common"], state["prefill"]
-        self._common, self._prefill = _Part(variance, value), _Part(prefill_variance, prefill)
-        self._noise = state["noise"]
-        self._drafters = {name: _Part(variance, value) for name, value, variance in state["drafters"]}
-        self._cells = {(Arm(format, n), node): _Part(variance, value) for format, n, node, value, variance in state["cells"]}
-        self._run = []
+        """Raises ValueError for what nothing can have taught; all is as before then."""
+        common, prefill = _part(*state["common"]), _part(*state["prefill"])
+        drafters = {str(name): _part(*part) for name, *part in state["drafters"]}
+        cells = {(Arm(str(format), int(n)), int(node)): _part(*part) for format, n, node, *part in state["cells"]}
+        noise = float(state["noise"])
+        if not 0 < noise < inf:
+            raise ValueError(f"a noise of {noise}")
+        self._common, self._prefill, self._drafters, self._cells = common, prefill, drafters, cells
+        self._noise, self._run = noise, []
+
+
+def _part(value: float, variance: float) -> _Part:
+    """From a state. Raises ValueError."""
+    if not (isfinite(value) and 0 <= variance < inf):
+        raise ValueError(f"a correction of {value} with a variance of {variance}")
+    return _Part(float(variance), float(value))
 
 
 def _variance(parts: Sequence[tuple[_Part, float]]) -> float:

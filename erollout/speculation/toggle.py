@@ -7,6 +7,7 @@ are estimated from the steps that are taken; what is not taken is probed now and
 import logging
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from math import inf, log2, nan
 from typing import Any
 
@@ -210,24 +211,30 @@ class Toggle:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What fits the drafters of now is taken over; costs may be missing. Raises ValueError for what no state_dict is."""
+        """What fits the drafters of now is taken over; costs may be missing.
+
+        Raises ValueError for what no state_dict is; all is as before then.
+        """
+        acceptance, ladder, probes, hold = deepcopy((self.acceptance, self.ladder, self.probes, self.hold))
         try:
             for format, known in state["acceptance"].items():
-                if format in self.acceptance:
-                    self.acceptance[format].load_state_dict(known)
+                if format in acceptance:
+                    acceptance[format].load_state_dict(known)
                 else:
                     logger.info("the run drafted with %s before; its acceptance is dropped", format)
-            if "cost" in state:
+            if ladder is not None and state["ladder"] is not None:
+                ladder.load_state_dict(state["ladder"])
+            probes.load_state_dict(state["probes"])
+            hold.load_state_dict(state["hold"])
+            ended, emitted = map(float, state["endings"])
+            if not 0 <= ended <= emitted < inf:
+                raise ValueError(f"{ended} endings in {emitted} tokens")
+            if "cost" in state:  # last: it takes all or nothing
                 self.cost.load_state_dict(state["cost"])
-            if self.ladder is not None and state["ladder"] is not None:
-                self.ladder.load_state_dict(state["ladder"])
-            self.probes.load_state_dict(state["probes"])
-            self.hold.load_state_dict(state["hold"])
-            self._ended, self._emitted = map(float, state["endings"])
-            if not 0 <= self._ended <= self._emitted < inf:
-                raise ValueError(f"{self._ended} endings in {self._emitted} tokens")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"no state of a toggle: {error!r}") from error
+        self.acceptance, self.ladder, self.probes, self.hold = acceptance, ladder, probes, hold
+        self._ended, self._emitted = ended, emitted
         self._start_over()
 
     def _decided(self, load: Load) -> Decision:

@@ -51,11 +51,11 @@ class Stage:
 class Rebalancing:
     """Of one rollout. The same arguments on every replica."""
 
-    def __init__(self, replicas: int, max_num_seqs: int, lengths: Lengths, window_seconds: float) -> None:
+    def __init__(self, max_num_seqs: int, lengths: Lengths, window_seconds: float) -> None:
         self.max_num_seqs = max_num_seqs
         self.lengths = lengths
         self.window_seconds = window_seconds
-        self._before: Sequence[Occupancy] = [Occupancy()] * replicas
+        self._before: Sequence[Occupancy] = ()
 
     def moves(self, window: Sequence[Occupancy]) -> tuple[Move, ...]:
         """From the replicas that take longest to those that have nothing left; each one in one move at most.
@@ -101,7 +101,8 @@ class Rebalancing:
         giver, taker = window[source], window[target]
         has = giver.outstanding
         stages = self.stages(has, giver.running * giver.age / has)
-        latency = max(self.window_seconds, giver.seconds - self._before[source].seconds)
+        since = giver.seconds - self._before[source].seconds if self._before else 0.0
+        latency = max(self.window_seconds, since)
 
         def end(count: int) -> float:
             arrival = latency + count * giver.context * taker.prefill_seconds

@@ -57,7 +57,7 @@ class StateMachine:
         self.num_responses = num_prompts * group_size
         known = Lengths(lengths, max_tokens)
         self._hand_out = HandOut(replicas, num_prompts, group_size, max_num_seqs, known)
-        self._rebalancing = Rebalancing(replicas, max_num_seqs, known, options.window_seconds)
+        self._rebalancing = Rebalancing(max_num_seqs, known, options.window_seconds)
         self._epoch = 0
         self._arm = 0 if options.policy == "cluster" else None
         self._claimed_here = 0

@@ -86,6 +86,8 @@ class Steering:
         """Of the last rollout, with its trace; None on ranks that decide nothing."""
         self._state: dict[str, Any] = {}
         self._control: ReplicaControl | None = None
+        self._has_split = False
+        """Replicas lost each other in the last rollout, as all ranks know."""
 
     def begin(self, requests: Sequence[RolloutRequest], learns: bool, speculates: bool = True) -> Control:
         """The control of the next rollout. The first one measures what steps cost, where that is to be measured.
@@ -94,7 +96,11 @@ class Steering:
             requests: of the whole cluster, the same on every rank.
             learns: false: nothing of the rollout is kept for later ones.
             speculates: false: autoregressive, whatever the mode.
+
+        Raises RuntimeError after a rollout in which replicas lost each other.
         """
+        if self._has_split:
+            raise RuntimeError("replicas lost each other in the last rollout and can't be coordinated again; resume the run")
         options, context = self.config.coordinator, self.context
         max_num_seqs = self.engine.rollout.max_num_seqs
         group_size, max_tokens = requests[0].group_size, requests[0].sampling.max_tokens
@@ -117,8 +123,9 @@ class Steering:
         """Close the rollout; collective over the world. `decisions`: file for what was decided; None: it is not kept."""
         control, self._control = self._control, None
         statistics = self.engine.stats.speculation
-        counts = (float(statistics.drafted), float(statistics.accepted)) if control is not None else (0.0, 0.0)
-        drafted, accepted = all_sum(counts, self.context.device)
+        counts = [0.0] * 3 if control is None else [statistics.drafted, statistics.accepted, control.has_lost_others]
+        drafted, accepted, split = all_sum(counts, self.context.device)
+        self._has_split = split > 0
         if control is None:
             return Course()
         self.last = toggle = control.toggle

@@ -1,11 +1,13 @@
 """Decode replicas under the coordinator: real processes, real engines; every sample once, as one engine alone gives it."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,22 @@ class Recorder:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
 
+@contextmanager
+def logged(name: str) -> Iterator[list[str]]:
+    """What a logger is told meanwhile."""
+    messages: list[str] = []
+    logger, handler = logging.getLogger(name), logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def make_requests(lengths: Sequence[int]) -> list[RolloutRequest]:
     """One prompt for each response length."""
     ids = prompts(*(5 + 3 * (i % 4) for i in range(len(lengths))))
@@ -130,6 +148,7 @@ def replica(
     events: Sequence[Event] = (),
     tensor: int = 1,
     folder: str | None = None,
+    patience: float = PATIENCE,
 ) -> dict[str, Any]:
     """One rank's part of a rollout; what came of it, also as a file where a folder is named."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -144,7 +163,7 @@ def replica(
     if rank % tensor == 0:
         max_tokens = max(lengths)
         machine = RecordingMachine(options, world // tensor, len(lengths), GROUP_SIZE, SLOTS, lengths, max_tokens)
-        exchange = Exchange(leaders, machine, len(toggle.arms), max_tokens, options, PATIENCE) if world > tensor else None
+        exchange = Exchange(leaders, machine, len(toggle.arms), max_tokens, options, patience) if world > tensor else None
         toggle.begin_rollout(True)
         leader = ReplicaControl(requests, SLOTS, toggle, exchange, options.lock_step)
     control = Recorder(
@@ -153,14 +172,15 @@ def replica(
     )
     engine = make_speculative_engine("good", "coupled", 2, group, max_num_seqs=SLOTS)
     dist.barrier()
-    rollouts = engine.run(control)
+    with logged("erollout.coordinator.control") as messages:
+        rollouts = engine.run(control)
     result = {
         "samples": by_sample(rollouts),
         "steps": control.steps,
         "calls": control.calls,
         "report": leader.report() if leader is not None else {},
         "decisions": machine.decisions if machine is not None and exchange is not None else [],
-        "acceptance_rate": leader.acceptance_rate if leader is not None else None,
+        "messages": messages,
         "error": exchange.stream.error if exchange is not None else None,
     }
     if folder is not None:
@@ -204,8 +224,6 @@ def test_dynamic_hand_out_levels_uneven_prompts(rank_pool: RankPool, world_size:
     policy = {**QUICK, "policy": "replica"}
     dynamic = rank_pool.run(world_size, replica, UNEVEN, policy, speculation)
     check(dynamic, UNEVEN)
-    assert len({result["acceptance_rate"] for result in dynamic}) == 1
-    assert (dynamic[0]["acceptance_rate"] is None) == (speculation is OFF_MODE)
     if world_size == 2 and speculation is OFF_MODE:
         static = rank_pool.run(world_size, replica, UNEVEN, {**policy, "hand_out": "static"}, speculation)
         check(static, UNEVEN)
@@ -241,6 +259,23 @@ def test_others_go_on_without_a_stopped_replica(rank_pool: RankPool) -> None:
 
 
 @pytest.mark.distributed
+def test_a_peer_that_is_always_slow_is_warned_about_once(rank_pool: RankPool) -> None:
+    results = rank_pool.run(2, replica, [8] * 16, {**QUICK, "stall_seconds": 0.05}, OFF_MODE, [Event(1, "slow", 0.2)])
+    check(results, [8] * 16, duplicates=True)
+    assert results[0]["report"]["stalls"] >= 2
+    assert len([message for message in results[0]["messages"] if "decides for itself" in message]) == 1
+
+
+@pytest.mark.distributed
+def test_the_end_of_a_stall_is_told(rank_pool: RankPool) -> None:
+    lengths = [60] * 24
+    results = rank_pool.run(2, replica, lengths, {**QUICK, "stall_seconds": 0.2}, OFF_MODE, [Event(1, "stop", 0.6)])
+    check(results, lengths, duplicates=True)
+    kinds = ["decides for itself" in message for message in results[0]["messages"]]
+    assert kinds[:2] == [True, False] and "follows the cluster again" in results[0]["messages"][1]
+
+
+@pytest.mark.distributed
 def test_others_end_without_a_killed_replica_and_lose_nothing_to_it(tmp_path: Path) -> None:
     lengths = [150, 150, 4] * 2
     options = {**QUICK, "policy": "makespan", "hand_out": "static"}
@@ -266,9 +301,17 @@ def failure(*args: Any) -> str:
 @pytest.mark.distributed
 def test_in_lock_step_a_stopped_replica_ends_the_rollout(rank_pool: RankPool) -> None:
     options = {"policy": "cluster", "lock_step": True, "hand_out": "static", "stall_seconds": 0.2}
-    errors = rank_pool.run(2, failure, [20] * 4, options, OFF_MODE, [Event(1, "stop", 1.0)])
-    assert errors[0] == "replicas in lock step lost each other: no answer within coordinator.stall_seconds = 0.2"
+    errors = rank_pool.run(2, failure, [20] * 4, options, OFF_MODE, [Event(1, "stop", 1.5)], 1, None, 0.5)
+    assert errors[0] == "replicas in lock step lost each other: no answer from some replica within 0.5 s"
     assert errors[1].startswith("replicas in lock step lost each other")
+
+
+@pytest.mark.distributed
+def test_in_lock_step_a_slow_replica_is_waited_for(rank_pool: RankPool) -> None:
+    options = {"policy": "cluster", "lock_step": True, "hand_out": "static", "stall_seconds": 0.2}
+    results = rank_pool.run(2, replica, [20] * 4, options, OFF_MODE, [Event(1, "stop", 1.0)])
+    check(results, [20] * 4)
+    assert results[0]["report"]["stalls"] == 1 and "replica 0 waits: window" in results[0]["messages"][0]
 
 
 @pytest.mark.distributed

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import RankFailure, RankPool
+from test_replica_control import Event, Recorder
 from tiny_runs import history, tiny_tree, train_here
 
 from erollout.calibration.file import Calibration, Identity
@@ -21,7 +23,7 @@ from erollout.preflight import preflight
 from erollout.speculation.roofline import PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.trace import Decision, Reason, Trace
-from erollout.steering import Share, shares
+from erollout.steering import Share, Steering, shares
 
 DRAFTER = {"format": "w4a16", "group_size": 16}
 ADAPTIVE: dict[str, Any] = {
@@ -133,6 +135,25 @@ def test_a_calibration_of_other_hardware_is_refused_by_the_ranks(rank_pool: Rank
     _calibration(build_config(tree), hardware="A100").save(path)
     with pytest.raises(RankFailure, match="is of hardware A100, this run has"):
         rank_pool.run(1, train_here, tree)
+
+
+def _train_with_a_stop(tree: dict[str, Any]) -> None:
+    """Rank 1 stops in its first rollout, for longer than it is waited for."""
+    begin = Steering.begin
+
+    def interrupted(self: Steering, *args: Any) -> Recorder:
+        return Recorder(begin(self, *args), [Event(1, "stop", 5.0)] if dist.get_rank() == 1 else [])
+
+    Steering.begin = interrupted  # type: ignore[assignment,method-assign]
+    train_here(tree)
+
+
+@pytest.mark.distributed
+def test_replicas_that_lost_each_other_do_not_begin_another_rollout(tmp_path: Path) -> None:
+    tree = _tree(tmp_path, 2, speculation={"mode": "off"}, coordinator={"hand_out": "static"}, parallel={"timeout_seconds": 2})
+    with pytest.raises(RankFailure, match="replicas lost each other in the last rollout"):
+        RankPool().run(2, _train_with_a_stop, tree, timeout=120)
+    assert [row["step"] for row in history(tmp_path)] == [1]
 
 
 def _saved(folder: Path, step: int) -> dict[str, Any]:

@@ -106,6 +106,8 @@ class ReplicaControl:
         """Responses to be completed here."""
         self._prompt_tokens = self._samples = 0
         self._alone = self._broken = False
+        self._late: int | None = None
+        """Windows before the last one that stalled, until one comes without: a peer that is always slow stalls every one."""
         self._started = time.monotonic()
         self._last_work = self._started
         self._load = Load(0, 0.0)
@@ -123,11 +125,9 @@ class ReplicaControl:
         return self.exchange is None or self.exchange.has_ended or self._broken
 
     @property
-    def acceptance_rate(self) -> float | None:
-        """Of the whole cluster's drafts, the same on every replica once the rollout has ended; None without any."""
-        counts = [self._counts] if self.exchange is None else self.exchange.window
-        drafted = sum(replica.drafted for replica in counts)
-        return sum(replica.accepted for replica in counts) / drafted if drafted else None
+    def has_lost_others(self) -> bool:
+        """An operation of the exchange failed or was given up: another one in its group could meet what is left of it."""
+        return self.exchange is not None and self.exchange.stream.error is not None
 
     def orders(self, load: Load) -> Orders:
         """For the next step; with nothing to do, waits up to LONGEST_WAIT for something."""
@@ -137,7 +137,7 @@ class ReplicaControl:
                 self._window_in_lock_step(self.exchange)
             else:
                 self._follow(self.exchange)
-        arm = self.toggle.decide(load, None if self._alone else self._arm)
+        arm = self.toggle.decide(load, None if self._alone and not self.lock_step else self._arm)
         new, arrivals, release = tuple(self._new), tuple(self._arrivals), self._release
         self._new, self._arrivals, self._release = [], [], 0
         return Orders(arm, new, arrivals, release, self.has_ended)
@@ -191,9 +191,8 @@ class ReplicaControl:
         before, sleep = exchange.windows, SHORTEST_SLEEP
         while exchange.windows == before and not exchange.has_ended:
             self._look(exchange, pause=0.0)
-            if self._alone:
-                stalled = f"no answer within coordinator.stall_seconds = {exchange.stream.stall_seconds:g}"
-                raise RuntimeError(f"replicas in lock step lost each other: {exchange.stream.error or stalled}")
+            if exchange.stream.error is not None:
+                raise RuntimeError(f"replicas in lock step lost each other: {exchange.stream.error}")
             if not exchange.stream.is_free:
                 time.sleep(sleep)
                 sleep = min(2 * sleep, LONGEST_SLEEP)
@@ -212,6 +211,9 @@ class ReplicaControl:
             self._change_company(exchange)
         if self._alone and not self.lock_step:
             self._claim(exchange)
+        if self._late is not None and exchange.windows >= self._late + 2:
+            self._late = None
+            logger.info("replica %d follows the cluster again, from window %d", exchange.replica, exchange.windows)
 
     def _carry_out(self, decision: Decision) -> None:
         assert self.exchange is not None
@@ -235,14 +237,15 @@ class ReplicaControl:
                 exchange.stream.error,
             )
         elif self._alone:
-            logger.warning(
-                "replica %d decides for itself: window %d has waited for others for %g s",
-                exchange.replica,
-                exchange.windows + 1,
-                exchange.stream.stall_seconds,
-            )
-        else:
-            logger.info("replica %d follows the cluster again, from window %d", exchange.replica, exchange.windows)
+            if self._late is None:
+                logger.warning(
+                    "replica %d %s: window %d has waited for others for %g s",
+                    exchange.replica,
+                    "waits" if self.lock_step else "decides for itself",
+                    exchange.windows + 1,
+                    exchange.stream.stall_seconds,
+                )
+            self._late = exchange.windows
         self.stalls += self._alone and not was_alone
 
     def _claim(self, exchange: Exchange) -> None:

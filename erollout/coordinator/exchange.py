@@ -142,8 +142,6 @@ class Exchange:
         self.decision = machine.start()
         self.machine = machine
         self.window_seconds = options.window_seconds
-        self.window: list[Occupancy] = []
-        """The last complete one, by replica."""
         self.windows = self.moves_out = self.moves_in = self.sequences_out = self.sequences_in = 0
         self.seconds = 0.0
         """Of this thread, in here."""
@@ -218,7 +216,6 @@ class Exchange:
                 f"replica {replica} is in window {row[0]:.0f}, replica {self.replica} in {self.windows}"
             )
             window.append(Occupancy.from_vector(row[1:], self._num_arms))
-        self.window = window
         self._given = []  # whoever has posted this window has taken in what the decision before sent there
         self.decision = self.machine.advance(window)
         self._swap_due, self._release_asked = bool(self.decision.moves), False

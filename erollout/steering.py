@@ -77,6 +77,8 @@ class Steering:
         self.context = context
         self.engine = engine
         self.formats = speculation.formats if speculation is not None else ()
+        self._drafters = speculation.drafters if speculation is not None else {}
+        self._known_drafters = dict(self._drafters)
         self._calibration = named_calibration(config, engine, self.formats)
         self.lengths: tuple[int, ...] = ()
         """Of the last training rollout's responses, of all replicas."""
@@ -106,6 +108,7 @@ class Steering:
         group_size, max_tokens = requests[0].group_size, requests[0].sampling.max_tokens
         if self.toggle is None:
             self.toggle = self._first_toggle(min(max_num_seqs, max(len(requests) * group_size, self.config.samples_per_step)))
+        self._forget_replaced(self.toggle)
         toggle = self.toggle if speculates else self._without_speculation(self.toggle)
         toggle.begin_rollout(learns)
         if context.is_decode_leader:
@@ -167,6 +170,16 @@ class Steering:
             except ValueError as error:
                 raise UserError(f"the checkpoint's rollout state is damaged: {error}; resume from an earlier one") from error
         return toggle
+
+    def _forget_replaced(self, toggle: Toggle) -> None:
+        """A drafter's name may stand for other formats since the last rollout: `auto` has chosen them."""
+        for name, drafter in self._drafters.items():
+            if drafter is not self._known_drafters[name]:
+                logger.info(
+                    "drafter %s is another one now: its acceptance and what live steps said of its costs start anew", name
+                )
+                toggle.forget(name)
+        self._known_drafters = dict(self._drafters)
 
     def _saved_calibration(self) -> Calibration | None:
         if "calibration" not in self._state:

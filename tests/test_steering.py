@@ -22,6 +22,7 @@ from erollout.policy.families import policy_architecture
 from erollout.preflight import preflight
 from erollout.speculation.roofline import PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
+from erollout.speculation.toggle import Toggle
 from erollout.speculation.trace import Decision, Reason, Trace
 from erollout.steering import Share, Steering, shares
 
@@ -135,6 +136,31 @@ def test_a_calibration_of_other_hardware_is_refused_by_the_ranks(rank_pool: Rank
     _calibration(build_config(tree), hardware="A100").save(path)
     with pytest.raises(RankFailure, match="is of hardware A100, this run has"):
         rank_pool.run(1, train_here, tree)
+
+
+def _forgotten(tree: dict[str, Any]) -> list[str]:
+    """Names of the drafters that a training run's toggle forgets."""
+    forget, names = Toggle.forget, []
+
+    def recorded(self: Toggle, format: str) -> None:
+        names.append(format)
+        forget(self, format)
+
+    Toggle.forget = recorded  # type: ignore[method-assign]
+    try:
+        train_here(tree)
+    finally:
+        Toggle.forget = forget  # type: ignore[method-assign]
+    return names
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("format", "expected"), [("auto", ["auto"]), ("w4a16", [])])
+def test_what_was_learnt_before_auto_chose_is_forgotten_once(
+    rank_pool: RankPool, tmp_path: Path, format: str, expected: list[str]
+) -> None:
+    tree = _tree(tmp_path, 3, speculation=ADAPTIVE | {"drafter": {"format": format, "group_size": 16}})
+    assert rank_pool.run(1, _forgotten, tree) == [expected]
 
 
 def _train_with_a_stop(tree: dict[str, Any]) -> None:

@@ -428,6 +428,21 @@ def test_a_damaged_state_is_refused(key: str) -> None:
         toggle.load_state_dict(state)
 
 
+def test_of_a_drafter_that_is_replaced_nothing_is_kept() -> None:
+    toggle = Toggle(SpeculationConfig(mode="adaptive"), FORMATS, CalibratedCost(passes()))
+    fresh = Toggle(SpeculationConfig(mode="adaptive"), FORMATS, CalibratedCost(passes()))
+    toggle.begin_rollout(True)
+    load = Load(4, 100.0)
+    for format in 3 * FORMATS:
+        toggle.decide(load, Arm(format, 2))
+        toggle.observe(StepOutcome(Arm(format, 2), load, 0.5, 0.0, 5, (4, 4), (1, 0), 0))
+    toggle.forget(FORMATS[0])
+    kept, dropped = (toggle.acceptance[format].state_dict() for format in (FORMATS[1], FORMATS[0]))
+    assert dropped == fresh.acceptance[FORMATS[0]].state_dict() != kept
+    state = toggle.cost.state_dict()
+    assert [row[0] for row in state["drafters"]] == [FORMATS[1]] and {row[0] for row in state["cells"]} == {FORMATS[1]}
+
+
 def test_a_damaged_state_changes_nothing() -> None:
     machine = Machine(passes())
     learnt, fresh = toggle_of(machine, "ladder"), toggle_of(machine, "ladder")

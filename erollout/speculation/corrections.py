@@ -133,6 +133,11 @@ class Corrections:
         self._run = []
         return least
 
+    def forget(self, format: str) -> None:
+        """Drop what was learnt of one drafter."""
+        self._drafters.pop(format, None)
+        self._cells = {key: part for key, part in self._cells.items() if key[0].format != format}
+
     def state_dict(self) -> dict[str, object]:
         return {
             "common": [self._common.value, self._common.variance],

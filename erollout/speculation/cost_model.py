@@ -28,6 +28,10 @@ class CostModel(Protocol):
         """Learn from a step that was taken. Robust to outliers: one slow step changes little."""
         ...
 
+    def forget(self, format: str) -> None:
+        """Drop what was learnt of one drafter: it is another one now."""
+        ...
+
     def state_dict(self) -> dict[str, object]:
         """What was learnt online, as JSON."""
         ...
@@ -117,6 +121,9 @@ class CalibratedCost:
         if prefill > 0.5 * whole:
             ratio = max(seconds - (whole - prefill), 0.0) / prefill
             self.corrections.observe_prefill(ratio * self.corrections.prefill_factor())
+
+    def forget(self, format: str) -> None:
+        self.corrections.forget(format)
 
     def state_dict(self) -> dict[str, object]:
         return self.corrections.state_dict()

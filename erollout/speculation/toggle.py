@@ -82,6 +82,11 @@ class Toggle:
         """What may be chosen, OFF first where it may be; the same list on all replicas."""
         return self._arms
 
+    def forget(self, format: str) -> None:
+        """Drop what was learnt of one drafter, between rollouts: another one has its name now."""
+        self.acceptance[format] = AcceptanceByContext(self.options.toggle.acceptance_window)
+        self.cost.forget(format)
+
     def begin_rollout(self, learns: bool) -> None:
         """`learns`: false for a validation rollout, which leaves no trace in acceptance, costs, ladder or probes."""
         self._learns = learns

@@ -260,7 +260,7 @@ def test_others_go_on_without_a_stopped_replica(rank_pool: RankPool) -> None:
 
 @pytest.mark.distributed
 def test_a_peer_that_is_always_slow_is_warned_about_once(rank_pool: RankPool) -> None:
-    results = rank_pool.run(2, replica, [8] * 16, {**QUICK, "stall_seconds": 0.05}, OFF_MODE, [Event(1, "slow", 0.2)])
+    results = rank_pool.run(2, replica, [8] * 16, {**QUICK, "stall_seconds": 0.02}, OFF_MODE, [Event(1, "slow", 0.2)])
     check(results, [8] * 16, duplicates=True)
     assert results[0]["report"]["stalls"] >= 2
     assert len([message for message in results[0]["messages"] if "decides for itself" in message]) == 1
@@ -311,7 +311,7 @@ def test_in_lock_step_a_slow_replica_is_waited_for(rank_pool: RankPool) -> None:
     options = {"policy": "cluster", "lock_step": True, "hand_out": "static", "stall_seconds": 0.2}
     results = rank_pool.run(2, replica, [20] * 4, options, OFF_MODE, [Event(1, "stop", 1.0)])
     check(results, [20] * 4)
-    assert results[0]["report"]["stalls"] == 1 and "replica 0 waits: window" in results[0]["messages"][0]
+    assert results[0]["report"]["stalls"] >= 1 and "replica 0 waits: window" in results[0]["messages"][0]
 
 
 @pytest.mark.distributed

@@ -194,7 +194,7 @@ class CoordinatorConfig:
     window_seconds: PositiveFloat = 0.05
     """Least time between two exchanges of occupancies."""
     stall_seconds: PositiveFloat = 5.0
-    """After so long without an exchange a replica decides for itself until the next one."""
+    """After so long without an exchange a replica decides for itself until the next one; in lock step it warns and waits."""
 
 
 @_section

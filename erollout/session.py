@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from erollout.preflight import Resolved, preflight, resolved_facts
 from erollout.reporting import summary_rows
 from erollout.rewards.pool import RewardPool
 from erollout.rollout import RolloutWorker
+from erollout.stopping import Stop, stoppable
 from erollout.supervised import SupervisedTrainer
 from erollout.tracking.console import StepReporter, print_summary, print_table
 from erollout.tracking.journal import journal_path, read_history
@@ -35,6 +36,7 @@ from erollout.tracking.log import configure_logging
 from erollout.tracking.plots import phase_seconds, response_lengths, reward_curve, save
 from erollout.tracking.tracker import RunStatus, Tracker, create_tracker
 from erollout.trainer import Trainer
+from erollout.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +45,16 @@ Value = TypeVar("Value")
 
 
 def train(config: Config) -> None:
-    """The RL run of a configuration, from its newest checkpoint if it has one, to the last step."""
-    with _world(config) as (resolved, context):
+    """The RL run of a configuration, from its newest checkpoint if it has one, to the last step or until asked to stop."""
+    with _stoppable(config) as stop, _world(config) as (resolved, context), _watched(config, context) as watchdog:
         algorithm = build_algorithm(config.algorithm)
         updates = config.train.steps * (config.samples_per_step // (config.train.global_batch_size or config.samples_per_step))
         actor = Actor(config, resolved.architecture, context, updates, with_reference=algorithm.uses_reference)
         checkpointer, state = _restore(config, actor, "reinforcement learning")
-        with _rewards(config, resolved) as rewards, _tracked(config, resolved, context, state, config.train.steps) as tracked:
+        with (
+            _rewards(config, resolved) as rewards,
+            _tracked(config, resolved, context, state, config.train.steps, stop) as tracked,
+        ):
             tracker, run_id, report = tracked
             worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
             worker.load_state_dict(state.rollout)
@@ -67,23 +72,39 @@ def train(config: Config) -> None:
                 report,
                 step=state.step,
                 evaluations=list(state.history),
+                stops=partial(stop.agree, device=context.device),
+                enter=watchdog.enter,
             )
             trainer.run()
-            _export(config, resolved, actor)
-            _log_figures(config, context, tracker)
-        if context.rank == 0:
+            if stop.agreed is None:
+                _export(config, resolved, actor)
+                _log_figures(config, context, tracker)
+        if context.rank == 0 and stop.agreed is None:
             print_summary(summary_rows(_history(config), trainer.evaluations, config, run_id), title=config.train.output_dir)
 
 
 def supervised(config: Config) -> None:
     """Supervised fine-tuning on the training data's written solutions."""
-    with _world(config, rolls_out=False) as (resolved, context):
+    with _stoppable(config) as stop, _world(config, False) as (resolved, context), _watched(config, context) as watchdog:
         actor = Actor(config, resolved.architecture, context, config.supervised.steps)
         checkpointer, state = _restore(config, actor, "supervised")
-        with _tracked(config, resolved, context, state, config.supervised.steps) as (tracker, run_id, report):
-            data = resolved.train_data
-            SupervisedTrainer(config, context, data, actor, tracker, checkpointer, run_id, report, step=state.step).run()
-            _export(config, resolved, actor)
+        with _tracked(config, resolved, context, state, config.supervised.steps, stop) as (tracker, run_id, report):
+            trainer = SupervisedTrainer(
+                config,
+                context,
+                resolved.train_data,
+                actor,
+                tracker,
+                checkpointer,
+                run_id,
+                report,
+                partial(stop.agree, device=context.device),
+                watchdog.enter,
+                step=state.step,
+            )
+            trainer.run()
+            if stop.agreed is None:
+                _export(config, resolved, actor)
 
 
 def rollout(config: Config, out: str) -> None:
@@ -194,6 +215,19 @@ def _world(config: Config, rolls_out: bool = True) -> Iterator[tuple[Resolved, P
     shut_down(context)
 
 
+def _stoppable(config: Config) -> AbstractContextManager[Stop]:
+    return stoppable(config.train.output_dir, saves=config.checkpoint.interval > 0)
+
+
+def _watched(config: Config, context: ParallelContext) -> AbstractContextManager[Watchdog]:
+    """Loading and building are its first phase."""
+    options = config.fault_tolerance
+    watchdog = Watchdog(
+        config.train.output_dir, context.rank, context.world_size, options.heartbeat_seconds, options.hang_seconds
+    )
+    return watchdog.watching()
+
+
 def _rewards(config: Config, resolved: Resolved) -> RewardPool:
     options = config.rewards
     return RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
@@ -201,7 +235,7 @@ def _rewards(config: Config, resolved: Resolved) -> RewardPool:
 
 @contextmanager
 def _tracked(
-    config: Config, resolved: Resolved, context: ParallelContext, state: RunState, total_steps: int
+    config: Config, resolved: Resolved, context: ParallelContext, state: RunState, total_steps: int, stop: Stop
 ) -> Iterator[tuple[Tracker, str, Report]]:
     """A started tracker, its run id and the console's reporter; the run's status follows from how the block ends."""
     tracker = create_tracker(context.rank)
@@ -218,7 +252,7 @@ def _tracked(
                 yield tracker, run_id, reporter.update
         else:
             yield tracker, run_id, _silent
-        status = "FINISHED"
+        status = "FINISHED" if stop.agreed is None else "KILLED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise

@@ -26,14 +26,29 @@ class SupervisedTrainer:
     checkpointer: Checkpointer
     run_id: str
     report: Callable[[int, Mapping[str, float]], None]
+    stops: Callable[[int], bool]
+    """Whether the ranks agree to stop after so many steps. Collective."""
+    enter: Callable[[int, str], None]
+    """Tells the watchdog of this rank that a phase begins in the step after so many."""
     step: int = 0
 
     def run(self) -> None:
-        steps, interval = self.config.supervised.steps, self.config.checkpoint.interval
+        """Train to the configured number of steps, or until asked to stop."""
+        steps, interval, saved = self.config.supervised.steps, self.config.checkpoint.interval, self.step
         while self.step < steps:
+            if self.stops(self.step):
+                if interval and saved < self.step:
+                    self.save()
+                break
             self.train_step()
             if interval and (self.step % interval == 0 or self.step == steps):
-                self.checkpointer.save(RunState(self.step, self.run_id))
+                self.save()
+                saved = self.step
+        self.enter(self.step, "end")
+
+    def save(self) -> None:
+        self.enter(self.step, "checkpoint")
+        self.checkpointer.save(RunState(self.step, self.run_id))
 
     def train_step(self) -> None:
         """One optimizer step on the next batch_size examples."""
@@ -44,6 +59,7 @@ class SupervisedTrainer:
         algorithm = Supervised()
         weights = token_weights([len(s.response_ids) for s in samples], algorithm.aggregation)
         mine = balance([s.length for s in samples], self.context.train.data)[self.context.data_parallel_rank]
+        self.enter(self.step, "update")
         with timer("update"):
             metrics = self.actor.update([samples[i] for i in mine], [weights[i] for i in mine], algorithm)
         self.step += 1

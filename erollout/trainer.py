@@ -1,6 +1,7 @@
 """The synchronous, colocated training loop: refit, rollout, log-probs, update. Every rank runs it; only rank 0 tracks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from erollout.algorithm import Algorithm
@@ -21,6 +22,15 @@ from erollout.tracking.tracker import Tracker
 from erollout.types import ScoredRollout
 
 
+def never_stops(step: int) -> bool:
+    """Of a run that no signal ends."""
+    return False
+
+
+def unwatched(step: int, phase: str) -> None:
+    """Of a run without a watchdog."""
+
+
 @dataclass
 class Trainer:
     """The parts of a run and its position. All methods are collective."""
@@ -39,34 +49,48 @@ class Trainer:
     """Shows a finished step on the console."""
     step: int = 0
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    stops: Callable[[int], bool] = never_stops
+    """Whether the ranks agree to stop after so many steps. Collective."""
+    enter: Callable[[int, str], None] = unwatched
+    """Tells the watchdog of this rank that a phase begins in the step after so many."""
 
     def run(self) -> None:
-        """Train to the configured number of steps, evaluating and saving on the way."""
+        """Train to the configured number of steps, or until asked to stop, evaluating and saving on the way."""
+        saved = self.step
         if self.step == 0:
             self.evaluate()
         while self.step < self.config.train.steps:
+            if self.stops(self.step):
+                if self.config.checkpoint.interval and saved < self.step:
+                    self.save()
+                break
             self.train_step()
             if self._due(self.config.evaluation.interval):
                 self.evaluate()
             if self._due(self.config.checkpoint.interval):
-                state = RunState(self.step, self.run_id, tuple(self.evaluations), self.worker.state_dict())
-                self.checkpointer.save(state)
+                self.save()
+                saved = self.step
+        self.enter(self.step, "end")
+
+    def save(self) -> None:
+        self.enter(self.step, "checkpoint")
+        self.checkpointer.save(RunState(self.step, self.run_id, tuple(self.evaluations), self.worker.state_dict()))
 
     def train_step(self) -> None:
         """One RL step (the order of phases is the method's)."""
         timer = PhaseTimer()
         first, count = self.step * self.config.rollout.prompts_per_step, self.config.rollout.prompts_per_step
         prompts = [self.train_data.prompt(first + i) for i in range(count)]
-        with timer("refit"):
+        with self._phase(timer, "refit"):
             self.actor.sleep()
             refit = self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
-        with timer("rollout"):
+        with self._phase(timer, "rollout"):
             sampling, group_size = self.worker.sampling_params(), self.config.rollout.group_size
             result = self.worker.rollout(prompts, sampling, group_size, TRAINING_STREAM, self.step)
-        with timer("logprobs"):
+        with self._phase(timer, "logprobs"):
             self.actor.wake_up()
             batches = self._with_logprobs(self._split(result.scored))
-        with timer("update"):
+        with self._phase(timer, "update"):
             metrics = self._update(batches, result.scored)
         self.step += 1
         seconds = timer.collect()
@@ -81,6 +105,7 @@ class Trainer:
         """Held-out accuracy of the present policy."""
         if not self.config.evaluation.interval or self.test_data is None:
             return
+        self.enter(self.step, "evaluation")
         self.actor.sleep()
         self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
         result = self.worker.evaluate(self.test_data, self.step)
@@ -89,6 +114,12 @@ class Trainer:
         self.evaluations.append({"step": float(self.step), **metrics})
         self.tracker.log_metrics(self.step, metrics)
         self.tracker.log_samples(self.step, self._sample_rows(result))
+
+    @contextmanager
+    def _phase(self, timer: PhaseTimer, name: str) -> Iterator[None]:
+        self.enter(self.step, name)
+        with timer(name):
+            yield
 
     def _split(self, scored: list[ScoredRollout]) -> list[MiniBatch]:
         size = self.config.train.global_batch_size or len(scored)

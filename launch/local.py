@@ -2,10 +2,14 @@
 
 import ctypes
 import logging
+import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -16,15 +20,19 @@ from erollout.environment import set_default
 from erollout.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PASSED_ON = {signal.SIGTERM, signal.SIGUSR1}
+_POLL_SECONDS = 0.2
 
 
 def launch_local(arguments: Sequence[str], world_size: int) -> int:
     """Run `erollout <arguments>` on `world_size` ranks and wait for them.
 
-    The rendezvous takes a free port by itself. When a rank fails or this process is told to end, the others are ended.
+    The rendezvous takes a free port by itself. When a rank fails, the others are ended. SIGTERM and SIGUSR1 are passed on to
+    the ranks, which stop at the end of a step.
 
     Returns:
-        Exit status: 0, that of the first rank that failed, or 128 + the signal that ended it or this process.
+        Exit status: 0 (also after SIGUSR1), that of the first rank that failed, or 128 + the signal that ended it or this
+        process.
 
     Raises UserError when the ranks can't meet: no free port.
     """
@@ -41,9 +49,11 @@ def launch_local(arguments: Sequence[str], world_size: int) -> int:
         run_id="erollout",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "erollout.cli", *arguments)
+        with _passing_on() as passed:
+            elastic_launch(config, sys.executable)("-m", "erollout.cli", *arguments)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
@@ -51,7 +61,7 @@ def launch_local(arguments: Sequence[str], world_size: int) -> int:
         return 128 + error.sigval
     except RendezvousError as error:
         raise UserError(f"the ranks can't meet on localhost: {error}; is another process using its ports?") from error
-    return 0
+    return 128 + signal.SIGTERM if signal.SIGTERM in passed else 0
 
 
 def end_with_parent() -> None:
@@ -59,7 +69,58 @@ def end_with_parent() -> None:
     checkpoints as the run that is started next. Linux only; elsewhere they end at the next collective that misses someone.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+@contextmanager
+def _passing_on() -> Iterator[set[int]]:
+    """In the block, SIGTERM and SIGUSR1 go to the ranks; yields those that came.
+
+    Torch's agent would die of SIGUSR1, and kill the ranks some time after SIGTERM. The ranks start with both signals blocked,
+    as this process has them: one that comes before a rank listens waits for it. Linux only; elsewhere the agent decides.
+    """
+    passed: set[int] = set()
+    if sys.platform != "linux":  # no /proc to find the ranks by
+        yield passed
+        return
+    waiting: list[int] = []
+    ended = threading.Event()
+    handlers = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in _PASSED_ON}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    thread = threading.Thread(target=_pass_on, args=(waiting, passed, ended), daemon=True)
+    thread.start()
+    try:
+        yield passed
+    finally:
+        ended.set()
+        thread.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _pass_on(waiting: list[int], passed: set[int], ended: threading.Event) -> None:
+    """This thread alone is sure to take the signals in; Python runs their handlers in the main thread all the same."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    while not ended.wait(_POLL_SECONDS):
+        passed.update(waiting)
+        ranks = _children() if waiting else []
+        while ranks and waiting:
+            number = waiting.pop(0)
+            for rank in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(rank, number)
+
+
+def _children() -> list[int]:
+    """Process ids of the ranks that run; none while they are being started."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            parent = file.read_text().rpartition(")")[2].split()[1]
+            found += [int(file.parent.name)] if int(parent) == os.getpid() else []
+    return found
 
 
 def _require_port() -> None:

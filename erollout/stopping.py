@@ -1,0 +1,111 @@
+"""Ends a run on request: a signal sets a flag, all ranks agree at the border of a step, and a file says how the run ended.
+
+SIGUSR1 asks for a checkpoint and a later start (a time limit is near), SIGTERM for a checkpoint and the end.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from erollout.environment import launcher_environment
+from erollout.errors import UserError
+from erollout.parallel.collectives import all_max
+from erollout.parallel.groups import current_rank
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+VERDICT = "verdict"
+"""File in train.output_dir, of one word: done, requeue or stopped. Exit statuses don't survive every launcher."""
+
+_REPEAT_SECONDS = 5.0
+"""A second SIGTERM after so long ends the process at once. Sooner, it is the first one, passed on by a launcher too."""
+_URGENCY = {signal.SIGUSR1: 1, signal.SIGTERM: 2}
+"""Where ranks were asked for different things, SIGTERM wins: who cancels a run doesn't want it back."""
+
+
+class Stop:
+    """What this rank was asked for, and what all ranks have agreed on."""
+
+    def __init__(self, saves: bool) -> None:
+        """`saves`: whether the run has checkpoints at all."""
+        self.saves = saves
+        self.agreed: signal.Signals | None = None
+        self._asked = 0
+        self._terminated_at: float | None = None
+
+    def agree(self, step: int, device: "torch.device") -> bool:
+        """Whether all ranks stop after `step` steps: one of them was asked to. Collective."""
+        urgency = all_max([self._asked], device)[0]
+        self.agreed = next((asked for asked, rank in _URGENCY.items() if rank == urgency), None)
+        if self.agreed is None:
+            return False
+        logger.info("%s: stopping after step %d", self.agreed.name, step)
+        if not self.saves:
+            logger.warning("checkpoint.interval = 0: nothing is saved, and the run can't be continued")
+        return True
+
+    @property
+    def verdict(self) -> str:
+        """A run that saves nothing is not to be requeued: it would begin again each time."""
+        if self.agreed is None:
+            return "done"
+        return "requeue" if self._asked < _URGENCY[signal.SIGTERM] and self._requeues else "stopped"
+
+    @property
+    def _requeues(self) -> bool:
+        return self.agreed is signal.SIGUSR1 and self.saves
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        asked, now = signal.Signals(number), time.monotonic()
+        if asked is signal.SIGTERM:
+            if self._terminated_at is not None and now - self._terminated_at > _REPEAT_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._terminated_at = self._terminated_at or now
+        if not self._asked and current_rank() == 0:  # a signal may come in the middle of a print
+            os.write(2, f"erollout: {asked.name}: stops at the end of this step\n".encode())
+        self._asked = max(self._asked, _URGENCY[asked])
+
+
+@contextmanager
+def stoppable(output_dir: str, saves: bool) -> Iterator[Stop]:
+    """The signals are heard in the block; at its end the verdict is written. A failed block leaves none.
+
+    Raises SystemExit(143) after a SIGTERM where no launcher started this process: a launcher would take it for a crash.
+    Raises UserError when the verdict can't be written.
+    """
+    path = Path(output_dir) / VERDICT
+    leads = current_rank() == 0
+    if leads:
+        path.unlink(missing_ok=True)
+    stop = Stop(saves)
+    before = {number: signal.signal(number, stop.note) for number in _URGENCY}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _URGENCY)  # our launcher starts the ranks with SIGUSR1 blocked
+    try:
+        yield stop
+        if leads:
+            _write(path, stop.verdict)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if stop.agreed is signal.SIGTERM and launcher_environment() is None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _write(path: Path, verdict: str) -> None:
+    partial = path.with_name(f"{VERDICT}.partial")
+    try:
+        partial.write_text(f"{verdict}\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"train.output_dir: can't write {path}: {error.strerror}; free space or make it writable") from error

@@ -1,0 +1,164 @@
+"""Where every rank is, in small files, and the end of a rank that stays in one phase for too long.
+
+A collective that one rank never enters holds all others. Each rank's thread writes `heartbeats/rank_00000.json`; the first
+one that has waited for too long reads the others' files, says who is behind, leaves the stacks of its threads and ends its
+process, and with it the run: the launcher ends the other ranks.
+"""
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+HUNG = 70
+"""Exit status of a rank that waited for too long."""
+_SILENT_BEATS = 3.0
+"""A rank is silent when its file is older than so many heartbeats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Where a rank is. Times are seconds since the epoch."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int = 0
+    phase: str = "start"
+    phases: int = 0
+    """Phases entered so far: the same course on every rank, so it says who is behind."""
+    since: float = 0.0
+    """Begin of the phase."""
+    beat: float = 0.0
+    """When this was written."""
+    collectives: int = -1
+    """Sequence number of the world's last collective, where the backend counts them; -1: not known."""
+
+
+class Watchdog:
+    """One per rank. `enter` is cheap; everything else happens in a thread between `start` and `stop`."""
+
+    def __init__(self, output_dir: str, rank: int, world_size: int, heartbeat_seconds: float, hang_seconds: float) -> None:
+        self._directory = Path(output_dir) / "heartbeats"
+        self._world_size = world_size
+        self._period, self._limit = heartbeat_seconds, hang_seconds
+        self._place = Heartbeat(rank, socket.gethostname(), os.getpid(), since=time.time())
+        self._ended = threading.Event()
+        self._write_failed = False
+
+    def enter(self, step: int, phase: str) -> None:
+        """A phase begins, and the one before is over."""
+        self._place = replace(self._place, step=step, phase=phase, phases=self._place.phases + 1, since=time.time())
+
+    @contextmanager
+    def watching(self) -> Iterator["Watchdog"]:
+        """In the block, hangs are found."""
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            thread.join(self._period)  # a disk that hangs doesn't keep the run from ending
+
+    def _watch(self) -> None:
+        """The seconds of a phase are counted in ticks: a process that was suspended as a whole did not wait meanwhile."""
+        tick = min(self._period, self._limit / 4)
+        watched, waited = self._place.phases, 0.0
+        written = last = time.monotonic()
+        self._write()
+        while not self._ended.wait(tick):
+            now = time.monotonic()
+            waited = waited + min(now - last, 2 * tick) if watched == self._place.phases else 0.0
+            watched, last = self._place.phases, now
+            if now - written >= self._period:
+                self._write()
+                written = now
+            if waited >= self._limit:
+                self._end(waited)
+
+    def _write(self) -> None:
+        path = _file(self._directory, self._place.rank)
+        partial = path.with_suffix(".partial")
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(asdict(replace(self._place, beat=time.time(), collectives=_collectives()))))
+            partial.replace(path)
+        except OSError as error:
+            if not self._write_failed:
+                logger.warning("can't write heartbeats to %s: %s", self._directory, error.strerror)
+            self._write_failed = True
+
+    def _end(self, waited: float) -> None:
+        others = [beat for beat in read_heartbeats(self._directory, self._world_size) if beat.rank != self._place.rank]
+        mine = replace(self._place, collectives=_collectives())
+        stacks = self._directory / f"stacks_rank_{mine.rank:05d}.txt"
+        with suppress(OSError), open(stacks, "w") as file:
+            faulthandler.dump_traceback(file)
+        message = f"erollout: error: {describe_hang(mine, others, waited, self._period)}; stacks in {stacks}"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{message}\n".encode())
+        os._exit(HUNG)
+
+
+def read_heartbeats(directory: Path, world_size: int) -> list[Heartbeat]:
+    """The last sign of every rank, in rank order; a file that can't be read is left out."""
+    beats = []
+    for rank in range(world_size):
+        with suppress(OSError, ValueError, TypeError):
+            beats.append(Heartbeat(**json.loads(_file(directory, rank).read_text())))
+    return beats
+
+
+def describe_hang(mine: Heartbeat, others: list[Heartbeat], waited: float, period: float) -> str:
+    """One line: who waits where since when, and for whom."""
+    now = time.time()
+    silent = [beat for beat in others if now - beat.beat > _SILENT_BEATS * period]
+    behind = [beat for beat in others if beat not in silent and beat.phases < mine.phases]
+    fewer = [beat for beat in others if beat not in silent + behind and 0 <= beat.collectives < mine.collectives]
+    parts = [
+        f"rank {mine.rank} has been in phase {_where(mine)} for {waited:.0f} s, since {_clock(mine.since)} "
+        f"(host {mine.host}, pid {mine.pid}{_number(mine)})"
+    ]
+    for what, beats in (("silent", silent), ("behind", behind), ("in the same phase, behind in collectives", fewer)):
+        parts += [
+            f"{what}: rank {b.rank}, in {_where(b)} since {_clock(b.since)}, last heard {now - b.beat:.0f} s ago "
+            f"(host {b.host}, pid {b.pid}{_number(b)})"
+            for b in beats
+        ]
+    if len(parts) == 1:
+        parts.append("no other rank is behind")
+    return "; ".join(parts)
+
+
+def _where(beat: Heartbeat) -> str:
+    return f"{beat.phase} of step {beat.step + 1}"
+
+
+def _number(beat: Heartbeat) -> str:
+    return f", collective {beat.collectives}" if beat.collectives >= 0 else ""
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _collectives() -> int:
+    torch: Any = sys.modules.get("torch.distributed")
+    if torch is None or not torch.is_initialized():
+        return -1
+    return int(torch.group.WORLD._get_sequence_number_for_group())
+
+
+def _file(directory: Path, rank: int) -> Path:
+    return directory / f"rank_{rank:05d}.json"

@@ -1,0 +1,167 @@
+"""Runs that are asked to stop: all ranks leave at the same step, saved, and the same command goes on."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ENVIRONMENT, command
+from ranks import RankPool
+from tiny_runs import history, sft_here, tiny_tree, train_here, write_config
+
+from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.stopping import Stop, stoppable
+from erollout.tracking.journal import journal_path, read_history
+
+FOREVER = 300
+
+
+def _asked(work: Callable[[dict[str, Any]], None], tree: dict[str, Any], asked: signal.Signals) -> int | str | None:
+    """The run, with a signal to rank 1 alone once a step is done. Returns the exit status it asks for."""
+    import torch.distributed as dist
+
+    def ask() -> None:
+        while not _steps(Path(tree["train"]["output_dir"])):
+            time.sleep(0.01)
+        os.kill(os.getpid(), asked)
+
+    if dist.get_rank() == 1:
+        threading.Thread(target=ask, daemon=True).start()
+    try:
+        work(tree)
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def _steps(run: Path) -> int:
+    return len(read_history(journal_path(run))) if journal_path(run).exists() else 0
+
+
+def asked_train(tree: dict[str, Any], asked: signal.Signals) -> int | str | None:
+    return _asked(train_here, tree, asked)
+
+
+def asked_sft(tree: dict[str, Any], asked: signal.Signals) -> int | str | None:
+    return _asked(sft_here, tree, asked)
+
+
+def _verdict(folder: Path) -> str:
+    return (folder / "run" / "verdict").read_text().strip()
+
+
+def _tree(folder: Path, steps: int) -> dict[str, Any]:
+    tree = tiny_tree(folder, checkpoint={"interval": FOREVER}, supervised={"steps": steps, "batch_size": 8})
+    tree["train"]["steps"] = steps
+    return tree
+
+
+@pytest.mark.distributed
+def test_one_rank_is_asked_and_all_save_the_same_step_and_go_on_as_if_unbroken(rank_pool: RankPool, tmp_path: Path) -> None:
+    assert rank_pool.run(2, asked_train, _tree(tmp_path, FOREVER), signal.SIGUSR1) == [0, 0]
+    assert _verdict(tmp_path) == "requeue"
+    reached = len(history(tmp_path))
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == [f"step_{reached:08d}"]
+    rank_pool.run(2, train_here, _tree(tmp_path, reached + 1))
+    assert _verdict(tmp_path) == "done"
+    unbroken = tmp_path / "unbroken"
+    unbroken.mkdir()
+    rank_pool.run(2, train_here, _tree(unbroken, reached + 1))
+    ours, theirs = history(tmp_path), history(unbroken)
+    assert [row["step"] for row in ours] == list(range(1, reached + 2))
+    for name in ("train/loss", "train/grad_norm", "reward/mean"):
+        assert [row[name] for row in ours] == [row[name] for row in theirs], name
+
+
+@pytest.mark.distributed
+def test_sigterm_stops_a_supervised_run_for_good(rank_pool: RankPool, tmp_path: Path) -> None:
+    assert rank_pool.run(2, asked_sft, _tree(tmp_path, FOREVER), signal.SIGTERM) == [143, 143]
+    assert _verdict(tmp_path) == "stopped"
+    assert len(complete_checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "saves", "verdict"),
+    [
+        ((), True, "done"),
+        ((signal.SIGUSR1,), True, "requeue"),
+        ((signal.SIGUSR1,), False, "stopped"),
+        ((signal.SIGUSR1, signal.SIGTERM), True, "stopped"),
+        ((signal.SIGTERM, signal.SIGTERM), True, "stopped"),  # the second by a launcher, at once
+    ],
+)
+def test_verdict(asked: tuple[signal.Signals, ...], saves: bool, verdict: str, rank_pool: RankPool, tmp_path: Path) -> None:
+    assert rank_pool.run(1, stop_here, str(tmp_path), asked, saves) == [verdict]
+    assert (tmp_path / "verdict").read_text() == f"{verdict}\n"
+
+
+def stop_here(folder: str, asked: tuple[signal.Signals, ...], saves: bool) -> str:
+    import torch
+
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with stoppable(folder, saves) as stop:
+            for number in asked:
+                os.kill(os.getpid(), number)
+            assert stop.agree(3, torch.device("cpu")) == bool(asked)
+            verdict = stop.verdict
+    except SystemExit as ended:
+        assert ended.code == 143 and signal.SIGTERM in asked
+    assert signal.getsignal(signal.SIGUSR1) == before
+    return verdict
+
+
+def test_a_run_that_fails_leaves_no_verdict_not_even_an_old_one(tmp_path: Path) -> None:
+    (tmp_path / "verdict").write_text("done\n")
+    with pytest.raises(ZeroDivisionError), stoppable(str(tmp_path), saves=True):
+        raise ZeroDivisionError
+    assert not (tmp_path / "verdict").exists()
+
+
+def test_a_later_second_sigterm_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = os.fork()
+    if not process:
+        stop = Stop(saves=True)
+        stop.note(signal.SIGTERM, None)
+        monkeypatch.setattr("erollout.stopping._REPEAT_SECONDS", -1.0)
+        stop.note(signal.SIGTERM, None)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(("asked", "status", "verdict"), [(signal.SIGUSR1, 0, "requeue"), (signal.SIGTERM, 143, "stopped")])
+def test_the_launcher_passes_it_on_and_waits(asked: signal.Signals, status: int, verdict: str, tmp_path: Path) -> None:
+    """SIGUSR1 before the ranks listen, SIGTERM in the middle of the run."""
+    sections: dict[str, Any] = {"checkpoint": {"interval": FOREVER}, "parallel": {"world_size": 2}}
+    tree = tiny_tree(tmp_path)
+    config = write_config(tmp_path, train=tree["train"] | {"steps": FOREVER}, **sections)
+    arguments = command("train", "--config", str(config))
+    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        ready = _ranks if asked == signal.SIGUSR1 else lambda process: _steps(tmp_path / "run")
+        deadline = time.monotonic() + 200
+        while not ready(process):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(asked)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == status, output
+    assert _verdict(tmp_path) == verdict, output
+    reached = len(history(tmp_path))
+    saved = [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert saved == ([f"step_{reached:08d}"] if reached else []), output
+    assert "Traceback" not in output
+
+
+def _ranks(launcher: subprocess.Popen[str]) -> bool:
+    import psutil
+
+    return any("train" in child.cmdline() for child in psutil.Process(launcher.pid).children())

@@ -1,0 +1,110 @@
+"""Heartbeats of real processes, and the end of one that waits in vain."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from erollout.watchdog import HUNG, Heartbeat, Watchdog, describe_hang, read_heartbeats
+
+RANK = """
+import sys, time
+from erollout.watchdog import Watchdog
+directory, rank, phases, hang = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(","), float(sys.argv[4])
+watchdog = Watchdog(directory, rank, 2, 0.1, hang)
+with watchdog.watching():
+    for phase in phases:
+        watchdog.enter(4, phase)
+    time.sleep(60)
+"""
+
+
+def _rank(folder: Path, rank: int, phases: str, hang_seconds: float) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", RANK, str(folder), str(rank), phases, str(hang_seconds)]
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.01)
+
+
+def test_a_rank_that_waits_names_the_one_that_is_behind_and_ends(tmp_path: Path) -> None:
+    behind = _rank(tmp_path, 1, "refit", 50)
+    try:
+        _wait_for(lambda: [b.phase for b in read_heartbeats(tmp_path / "heartbeats", 2)] == ["refit"])
+        waiting = _rank(tmp_path, 0, "refit,rollout", 1)
+        message = waiting.communicate(timeout=40)[1]
+    finally:
+        behind.kill()
+        behind.communicate()
+    assert waiting.returncode == HUNG
+    assert message.count("\n") == 1 and "rank 0 has been in phase rollout of step 5" in message
+    assert "behind: rank 1, in refit of step 5" in message and f"pid {behind.pid}" in message
+    assert (
+        "time.sleep" in Path(message.strip().rpartition(" ")[2]).read_text()
+        or "<string>" in message + (tmp_path / "heartbeats" / "stacks_rank_00000.txt").read_text()
+    ), "the stack shows where the main thread is"
+
+
+def test_a_stopped_process_is_named_silent(tmp_path: Path) -> None:
+    stopped = _rank(tmp_path, 1, "refit,rollout", 50)
+    try:
+        _wait_for(lambda: [b.phase for b in read_heartbeats(tmp_path / "heartbeats", 2)] == ["rollout"])
+        stopped.send_signal(signal.SIGSTOP)
+        waiting = _rank(tmp_path, 0, "refit,rollout", 1)
+        message = waiting.communicate(timeout=40)[1]
+    finally:
+        stopped.kill()
+        stopped.communicate()
+    assert waiting.returncode == HUNG
+    assert "silent: rank 1, in rollout of step 5" in message
+
+
+def test_a_process_that_was_suspended_did_not_wait_meanwhile(tmp_path: Path) -> None:
+    rank = _rank(tmp_path, 0, "rollout", 1.5)
+    try:
+        _wait_for(lambda: [b.phase for b in read_heartbeats(tmp_path / "heartbeats", 1)] == ["rollout"])
+        rank.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        rank.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+        assert rank.poll() is None
+        assert rank.wait(40) == HUNG
+    finally:
+        rank.kill()
+        rank.communicate()
+
+
+def test_phases_that_go_on_keep_it_quiet_and_its_files_say_where_it_is(tmp_path: Path) -> None:
+    watchdog = Watchdog(str(tmp_path), 0, 1, heartbeat_seconds=0.02, hang_seconds=30)
+    with watchdog.watching():
+        for step in range(3):
+            watchdog.enter(step, "update")
+            _wait_for(lambda step=step: [b.step for b in read_heartbeats(tmp_path / "heartbeats", 1)] == [step])
+    (beat,) = read_heartbeats(tmp_path / "heartbeats", 1)
+    assert (beat.phase, beat.phases, beat.rank) == ("update", 3, 0) and 0 <= beat.beat - beat.since < 30
+    assert json.loads((tmp_path / "heartbeats" / "rank_00000.json").read_text())["host"] == beat.host
+
+
+def test_a_heartbeat_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "heartbeats").write_text("in the way")
+    with Watchdog(str(tmp_path), 0, 1, heartbeat_seconds=0.01, hang_seconds=30).watching():
+        _wait_for(lambda: bool(caplog.records))
+        time.sleep(0.1)
+    assert len(caplog.records) == 1 and "can't write heartbeats" in caplog.text
+
+
+def test_ranks_in_one_phase_differ_in_their_collectives() -> None:
+    now = time.time()
+    mine = Heartbeat(0, "a", 1, step=2, phase="update", phases=9, since=now, beat=now, collectives=12)
+    other = Heartbeat(1, "b", 2, step=2, phase="update", phases=9, since=now, beat=now, collectives=11)
+    assert "behind in collectives: rank 1" in describe_hang(mine, [other], 5, 1)
+    assert "no other rank is behind" in describe_hang(mine, [mine], 5, 1)

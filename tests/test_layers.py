@@ -12,15 +12,15 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("erollout", "errors", "environment"),
     ("config", "types", "megatron_patches"),
-    ("parallel", "tracking", "launch", "kernels", "speculation"),
-    ("policy", "rewards", "data", "pictures"),
+    ("parallel", "tracking", "launch", "kernels", "speculation", "watchdog"),
+    ("policy", "rewards", "data", "pictures", "stopping"),
     ("resharding", "algorithm", "engine"),
     ("drafter", "coordinator"),
     ("calibration",),
     ("checkpoint", "evaluation", "simulation", "steering"),
     ("rollout",),
     ("comparison", "figures", "preflight", "reporting"),
-    ("trainer", "supervised"),
+    ("trainer", "supervised", "doctor"),
     ("session",),
     ("demo",),
     ("cli",),
@@ -101,6 +101,7 @@ PURE = (
     "speculation.toggle",
     "speculation.trace",
     "types",
+    "watchdog",
 )
 """Modules whose import loads none of FRAMEWORKS, not even through another module of erollout."""
 

@@ -216,10 +216,8 @@ class AlgorithmConfig:
 class RewardsConfig:
     function: str | None = None
     """`package.module:name` of a function (prompt: Prompt, response: str) -> float; default: the task's own scorer."""
-    pool: Literal["processes", "ray"] = "processes"
-    """`ray`: workers are actors on a running Ray cluster, for scoring that outgrows a machine."""
     num_workers: Positive = 1
-    """Scoring processes (or actors) per decode replica."""
+    """Scoring processes per decode replica."""
     timeout_seconds: PositiveFloat = 5.0
     """For one response."""
     error_value: float = 0.0
@@ -328,8 +326,6 @@ class CheckpointConfig:
     """Go on from the newest complete checkpoint in the directory, when there is one; false: refuse to mix two runs."""
     export_path: Location | None = None
     """Where to write the final policy as a Hugging Face directory."""
-    asynchronous: bool = False
-    """Write in the background while training goes on; a checkpoint counts once it is complete."""
 
 
 @_section

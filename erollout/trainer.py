@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from erollout.algorithm import Algorithm
 from erollout.algorithm.minibatch import MiniBatch, split
@@ -15,6 +16,7 @@ from erollout.figures import rollout_figures
 from erollout.parallel.collectives import all_sum
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
+from erollout.policy.nonfinite import SkippedUpdates
 from erollout.reporting import rollout_metrics
 from erollout.rollout import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.tracking.metrics import PhaseTimer, memory_metrics
@@ -54,6 +56,10 @@ class Trainer:
     enter: Callable[[int, str], None] = unwatched
     """Tells the watchdog of this rank that a phase begins in the step after so many."""
 
+    def __post_init__(self) -> None:
+        directory = Path(self.config.train.output_dir) / "nonfinite"
+        self.skipped = SkippedUpdates(self.config.fault_tolerance.max_nonfinite_steps, directory, self.context.rank)
+
     def run(self) -> None:
         """Train to the configured number of steps, or until asked to stop, evaluating and saving on the way."""
         saved = self.step
@@ -65,6 +71,8 @@ class Trainer:
                     self.save()
                 break
             self.train_step()
+            if self._checks_replicas():
+                self.actor.require_equal_replicas(self.step)
             if self._due(self.config.evaluation.interval):
                 self.evaluate()
             if self._due(self.config.checkpoint.interval):
@@ -141,8 +149,12 @@ class Trainer:
         local = [sample for batch in batches for sample in batch.samples] if self.context.is_replica_leader else []
         metrics = mismatch_metrics(local, self.context.device)
         self._set_advantages(batches, scored)
-        updates = [self.actor.update(batch.samples, batch.weights, self.algorithm) for batch in batches]
+        updates = [self._update_on(batch) for batch in batches]
         return metrics | {f"train/{name}": sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+
+    def _update_on(self, batch: MiniBatch) -> dict[str, float]:
+        metrics = self.actor.update(batch.samples, batch.weights, self.algorithm)
+        return metrics | {"nonfinite_in_a_row": float(self.skipped.count(self.step, metrics, batch.samples))}
 
     def _set_advantages(self, batches: list[MiniBatch], scored: list[ScoredRollout]) -> None:
         shaped = [0.0] * len(scored)
@@ -172,6 +184,10 @@ class Trainer:
             }
             for s in chosen
         ]
+
+    def _checks_replicas(self) -> bool:
+        interval = self.config.fault_tolerance.checksum_interval
+        return bool(interval) and self.context.train.data > 1 and self.step % interval == 0
 
     def _due(self, interval: int) -> bool:
         return bool(interval) and (self.step % interval == 0 or self.step == self.config.train.steps)

@@ -21,6 +21,7 @@ from erollout.parallel.placement import Placement
 from erollout.policy.architecture import Architecture
 from erollout.policy.batch import MicroBatch, TrainSample, collate, cut_micro_batches
 from erollout.policy.initialization import first_weights
+from erollout.policy.integrity import require_equal_replicas
 from erollout.policy.logprobs import VocabShard, logprobs_and_entropy, vocab_shard
 from erollout.policy.model import build_model, local_tensors, transformer_config
 from erollout.policy.optimizer import build_optimizer
@@ -100,7 +101,7 @@ class Actor:
     def update(self, samples: Sequence[TrainSample], weights: Sequence[float], algorithm: TokenLoss) -> dict[str, float]:
         """One optimizer step. Returns the algorithm's metrics over the whole global batch, and gradient norm and rate.
 
-        A batch whose metrics are not finite changes nothing and counts as skipped.
+        A batch whose metrics or gradient are not finite changes nothing and counts as skipped.
 
         Args:
             samples: this data-parallel rank's share, the same on every rank of the model replica.
@@ -114,12 +115,24 @@ class Actor:
         collected = self._run_schedule(self.model, batches, partial(self._weighted_loss, algorithm, scale), forward_only=False)
         metrics = self._sum_metrics(algorithm.metric_names, collected)
         metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        if not all(map(math.isfinite, metrics.values())):  # equal on all ranks, so all skip
+        if not (all(map(math.isfinite, metrics.values())) and self._gradient_is_finite()):  # equal on all ranks, so all skip
             logger.warning("update skipped: %s", metrics)
             return metrics | {"grad_norm": math.nan, "update_skipped": 1.0}
         succeeded, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
         return metrics | {"grad_norm": float(grad_norm or 0.0), "update_skipped": float(not succeeded)}
+
+    def require_equal_replicas(self, step: int) -> None:
+        """Collective. Raises UserError where data-parallel ranks hold different parameters after `step` steps."""
+        require_equal_replicas(self.local_tensors(), step)
+
+    def _gradient_is_finite(self) -> bool:
+        """On all ranks: a step with one that is not would leave no weight finite."""
+        buffers = [*self.model.buffers, *self.model.expert_parallel_buffers]
+        finite = torch.stack([buffer.grad_data.norm() for buffer in buffers]).isfinite().all()
+        wrong = (~finite).float()
+        dist.all_reduce(wrong, dist.ReduceOp.MAX)
+        return not wrong.item()
 
     def _load_model(self) -> Module:
         model = build_model(self.architecture, self.transformer).to(self.context.device)

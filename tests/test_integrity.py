@@ -1,0 +1,78 @@
+"""What ends a run before it is spoilt: replicas that differ, and updates that are not finite."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import RankFailure
+from tiny_runs import history, tiny_tree, train_here
+
+from erollout.errors import UserError
+from erollout.policy.integrity import checksums, require_equal_replicas
+
+pytestmark = pytest.mark.distributed
+
+
+def _flip_a_bit(on_rank: int) -> tuple[str, str]:
+    """What is said before and after one rank's memory changed."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel()
+    tensors = {"embedding": torch.ones(4, 3), "norm": torch.linspace(-1, 1, 7).bfloat16()}
+    said = []
+    for step in (1, 2):
+        try:
+            require_equal_replicas(tensors, step)
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+        if dist.get_rank() == on_rank:
+            tensors["norm"].view(torch.int16)[3] ^= 1
+    return said[0], said[1]
+
+
+def test_a_flipped_bit_is_found_on_all_ranks(rank_pool) -> None:
+    for before, after in rank_pool.run(3, _flip_a_bit, 2):
+        assert before == "" and "norm of rank 2 is not that of the others among 0, 1, 2" in after and "after step 2" in after
+
+
+def test_of_two_replicas_none_is_blamed(rank_pool) -> None:
+    for _, after in rank_pool.run(2, _flip_a_bit, 1):
+        assert "norm of rank 0, 1, and no majority" in after
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_bit_counts(dtype: torch.dtype, offset: int) -> None:
+    tensor = torch.randn(15 + offset).to(dtype)[offset:]
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    before = checksums({"x": tensor}).item()
+    for place in (7, 14):
+        for bit in range(8 * tensor.element_size() - 1):
+            tensor.view(integers)[place] ^= 1 << bit
+            assert checksums({"x": tensor}).item() != before
+            tensor.view(integers)[place] ^= 1 << bit
+    assert checksums({"x": tensor}).item() == before
+
+
+def test_replicas_are_compared_while_training(rank_pool, tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path, fault_tolerance={"checksum_interval": 1}, parallel={"world_size": 2})
+    rank_pool.run(2, train_here, tree)
+    assert len(history(tmp_path)) == 2
+
+
+def test_updates_that_are_never_finite_end_the_run(rank_pool, tmp_path: Path) -> None:
+    """The loss is finite, the gradient's norm is not."""
+    tree = tiny_tree(
+        tmp_path, algorithm={"entropy_coefficient": 1e37}, fault_tolerance={"max_nonfinite_steps": 2}, train={"steps": 3}
+    )
+    with pytest.raises(RankFailure, match=r"max_nonfinite_steps = 2: loss or gradient of the last 2 updates, up to step 2"):
+        rank_pool.run(1, train_here, tree)
+    (row,) = history(tmp_path)
+    assert row["train/update_skipped"] == 1 and row["train/nonfinite_in_a_row"] == 1
+    (kept,) = (tmp_path / "run" / "nonfinite").iterdir()
+    batch = json.loads(kept.read_text())
+    assert kept.name == "step_00000002.rank_00000.json" and len(batch["samples"]) == 16
+    assert batch["samples"][0]["response_ids"] and batch["metrics"]["update_skipped"] == 1

@@ -30,6 +30,7 @@ def _serve(connection: Connection, rank: int) -> None:
     while (job := _receive(connection)) is not None:
         function, world_size, store_path, timeout, args = job
         try:
+            _tear_down()  # not before: all have answered, so none still connects to this rank's last world
             dist.init_process_group(
                 "gloo",
                 store=dist.FileStore(store_path, world_size),
@@ -40,9 +41,8 @@ def _serve(connection: Connection, rank: int) -> None:
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
-        finally:
-            _tear_down()
         connection.send(answer)
+    _tear_down()
 
 
 def _receive(connection: Connection) -> Any:

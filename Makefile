@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-tp2 demo-tp2pp2 demo-rollout test test-unit check lint clean
+.PHONY: install demo demo-tp2 demo-tp2pp2 demo-rollout test test-unit test-cluster check lint clean
 
 install: $(INSTALLED)
 
@@ -16,7 +16,7 @@ $(INSTALLED): setup.py pyproject.toml $(wildcard erollout/kernels/cpp/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[mlflow,modelopt,benchmark,dev]"
+	$(BIN)/pip install --quiet -e ".[mlflow,modelopt,ray,benchmark,dev]"
 	touch $@
 
 demo: install
@@ -36,7 +36,11 @@ test: install
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-unit: install
-	$(BIN)/pytest -n 2 -m "not distributed and not end_to_end"
+	$(BIN)/pytest -n 2 -m "not (distributed or end_to_end or slurm or ray or cluster)"
+
+# Launching and surviving, in full: real Slurm and Ray clusters on this machine, kills at random. About half an hour.
+test-cluster: install
+	$(BIN)/pytest -m "slurm or ray or cluster"
 
 lint: install
 	$(BIN)/ruff check .

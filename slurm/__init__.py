@@ -1,0 +1,1 @@
+"""Batch files and examples of site settings, shipped with the package."""

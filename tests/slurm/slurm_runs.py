@@ -1,0 +1,213 @@
+"""The test cluster and the runs on it, as tests see them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from commands import ENVIRONMENT, Outcome
+from tiny_runs import history, tiny_tree
+
+from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.tracking.journal import Journal, journal_path
+
+HERE = Path(__file__).parent
+SBATCH = HERE.parents[1] / "slurm"
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE"}
+SECONDS = 200
+"""Bound of every wait: a start takes about ten seconds on a free machine, and tests share two cores with others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What Slurm says of a job."""
+
+    state: str
+    restarts: int
+    exit_status: int
+    nodes: tuple[str, ...]
+    fields: dict[str, str]
+    """All that `scontrol show job` prints."""
+
+
+class Cluster:
+    """A running cluster; commands are run on its login node."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environment = ENVIRONMENT | {
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),  # scorers of the tests
+            "EROLLOUT_PYTHON": sys.executable,
+        }
+        self.is_flat, self.keeper = False, 0
+
+    def up(self, *options: str) -> None:
+        """Raises Unavailable with the reason."""
+        done = self._cluster("up", f"--owner={os.getpid()}", *options)
+        if done.status:
+            raise Unavailable(done.stderr)
+        kept = json.loads((self.directory / "run" / "keeper.json").read_text())
+        self.is_flat, self.keeper = kept["flat"], int(kept["pid"])
+
+    def down(self) -> None:
+        self.change("down")
+
+    def change(self, name: str, *words: str) -> None:
+        """`crash`, `heal`, `cut`, ...: see `cluster`."""
+        done = self._cluster(name, *words)
+        assert done.status == 0, done.stderr
+
+    def run(self, *command: str, node: str | None = None, timeout: float = 120, **environment: str) -> Outcome:
+        """A command on the login node, or on another."""
+        return self._cluster("enter", *([node] if node else []), "--", *command, timeout=timeout, **environment)
+
+    def output(self, *command: str) -> str:
+        """Of a command that must succeed."""
+        done = self.run(*command)
+        assert done.status == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def erollout(self, *arguments: str, timeout: float = 120, **environment: str) -> Outcome:
+        return self.run(sys.executable, "-m", "erollout.cli", *arguments, timeout=timeout, **environment)
+
+    def submit(self, *arguments: str | Path, **environment: str) -> int:
+        """`sbatch ARGUMENTS`; the job's id."""
+        done = self.run("sbatch", "--parsable", *map(str, arguments), **environment)
+        assert done.status == 0, done.stderr
+        return int(done.stdout.strip())
+
+    def job(self, job: int) -> Job:
+        words = self.output("scontrol", "show", "job", str(job), "--oneliner").split(" ")
+        fields = dict(word.split("=", 1) for word in words if "=" in word)
+        nodes = fields.get("NodeList", "(null)")
+        names = () if nodes in ("(null)", "") else tuple(self.output("scontrol", "show", "hostnames", nodes).split())
+        return Job(fields["JobState"], int(fields["Restarts"]), int(fields["ExitCode"].partition(":")[0]), names, fields)
+
+    def wait(self, job: int, *states: str, seconds: float = SECONDS) -> Job:
+        """Until the job is in one of the states; none given: until it has ended for good."""
+        wanted = set(states) or ENDED
+        wait_for(lambda: self.job(job).state in wanted, f"job {job} is not {'/'.join(sorted(wanted))}", seconds, self.logs(job))
+        return self.job(job)
+
+    def processes(self, job: int, *words: str, node: str | None = None) -> list[psutil.Process]:
+        """Of a job, on all nodes or one, whose command line has the words."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                variables, line = process.environ(), process.cmdline()
+            except psutil.Error:
+                continue
+            ours = variables.get("SLURM_CONF") == str(self.directory / "run" / "slurm.conf")
+            if ours and variables.get("SLURM_JOB_ID") == str(job) and all(word in line for word in words):
+                found += [process] if node in (None, variables.get("SLURMD_NODENAME")) else []
+        return found
+
+    def ranks(self, job: int, node: str | None = None) -> list[psutil.Process]:
+        """The trainers of a job, by rank."""
+        found = [process for process in self.processes(job, "train", node=node) if "RANK" in process.environ()]
+        ranks = {int(process.environ()["RANK"]): process for process in found if process.parent() not in found}
+        return [ranks[rank] for rank in sorted(ranks)]
+
+    def logs(self, job: int) -> Callable[[], str]:
+        """Reads the end of what the job has printed."""
+
+        def read() -> str:
+            file = Path(self.job(job).fields["StdOut"])
+            texts = [file, *sorted(file.parent.glob(f"logs/{job}.*/*.out"))]
+            return "\n".join(f"== {text}\n{text.read_text(errors='replace')[-3000:]}" for text in texts if text.is_file())
+
+        return read
+
+    def restore(self) -> None:
+        """No jobs, all nodes up and idle."""
+        self.run("scancel", "--full", "--user", str(os.getuid()))
+        for name in self.output("sinfo", "-h", "-N", "-p", "main", "-o", "%N").split():
+            if not (self.directory / "run" / f"{name}.pid").exists():
+                self.change("heal", name)
+        wait_for(self._is_idle, "nodes do not become idle", 90)
+
+    def _is_idle(self) -> bool:
+        for line in self.output("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines():
+            name, state = line.split()
+            if state.startswith(("down", "drain")):
+                self.run("scontrol", "update", f"nodename={name}", "state=resume")
+            if state != "idle":
+                return False
+        return True
+
+    def _cluster(self, name: str, *words: str, timeout: float = 120, **environment: str) -> Outcome:
+        end = words.index("--") if "--" in words else len(words)
+        command = [sys.executable, str(HERE / "cluster"), name, *words[:end], f"--dir={self.directory}", *words[end:]]
+        done = subprocess.run(command, env=self.environment | environment, capture_output=True, text=True, timeout=timeout)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+class Unavailable(Exception):
+    """No cluster on this machine, and why."""
+
+
+class Run:
+    """A run of the tiny model in a folder of the test."""
+
+    def __init__(self, folder: Path, steps: int, interval: int = 4, **sections: dict[str, Any]) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder, self.directory = folder, folder / "run"
+        exported = {"interval": interval, "export_path": str(folder / "exported")}
+        sections = {
+            "train": {"steps": steps},
+            "checkpoint": exported | sections.pop("checkpoint", {}),
+            "rewards": {"function": "unhurried_scorer:share_of_digits"},
+            **sections,
+        }
+        self.tree = tiny_tree(folder, **sections)
+        self.config = folder / "config.yaml"
+        self.config.write_text(yaml.safe_dump(self.tree))
+
+    @property
+    def verdict(self) -> str | None:
+        file = self.directory / "verdict"
+        return file.read_text().strip() if file.exists() else None
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Steps of the complete ones."""
+        return [int(path.name.removeprefix("step_")) for path in complete_checkpoints(self.directory / "checkpoints")]
+
+    @property
+    def steps(self) -> list[int]:
+        """In the order in which they were done: those that were lost are there twice."""
+        if not journal_path(self.directory).exists():
+            return []
+        journal = Journal(journal_path(self.directory))
+        records = journal.records()
+        journal.close()
+        return [record["step"] for record in records if "reward/mean" in record.get("values", {}) | record.get("repeated", {})]
+
+    def wait_for_step(self, step: int, seconds: float = SECONDS, why: Callable[[], str] = str) -> None:
+        wait_for(lambda: max(self.steps, default=0) >= step, f"step {step} is not done", seconds, why)
+
+    def assert_equal(self, unbroken: "Run") -> None:
+        """Parameters bit for bit, and the same steps."""
+        ours, theirs = ((run.folder / "exported" / "model.safetensors").read_bytes() for run in (self, unbroken))
+        assert ours == theirs, "the parameters differ"
+        mine, wanted = history(self.folder), history(unbroken.folder)
+        for name in ("step", "train/loss", "train/grad_norm", "reward/mean", "response_length/mean"):
+            assert [row[name] for row in mine] == [row[name] for row in wanted], name
+
+    def lost(self) -> int:
+        """Steps that were done more than once."""
+        return len(self.steps) - len(set(self.steps))
+
+
+def wait_for(condition: Callable[[], bool], message: str, seconds: float = SECONDS, why: Callable[[], str] = str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{message} after {seconds} s\n{why()}"
+        time.sleep(0.25)

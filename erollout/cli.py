@@ -13,8 +13,10 @@ from typing import NoReturn
 
 from erollout.calibration.commands import add_commands
 from erollout.config import Config, load_config
+from erollout.doctor.commands import add_command as add_doctor
 from erollout.environment import launcher_environment
 from erollout.errors import UserError
+from erollout.launch.commands import add_commands as add_launch_commands
 from erollout.simulation.commands import add_command
 
 _SPEAK_AFTER_SECONDS = 5.0
@@ -54,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     demo_rollout.add_argument("--warm-start", default="configs/demo-rollout-sft.yaml", help="config of the fine-tuning")
     add_commands(commands, _sweep)
     add_command(commands)
+    add_launch_commands(commands)
+    add_doctor(commands)
     plot = commands.add_parser("plot", help="draw the curves of a run")
     plot.add_argument("--run", required=True, dest="directory", help="train.output_dir of the run")
     plot.add_argument("--out", required=True, help="PNG file to write")

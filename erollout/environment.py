@@ -32,3 +32,8 @@ def launcher_environment() -> LauncherEnvironment | None:
 def set_default(name: str, value: str) -> None:
     """Set a variable for this process and its children unless the user has set it."""
     os.environ.setdefault(name, value)
+
+
+def variable(name: str) -> str | None:
+    """A variable as the user has set it; None where it is not, or is empty."""
+    return os.environ.get(name) or None

@@ -1,0 +1,107 @@
+"""Disk space, a file that is written, renamed and read back, and the tracking store."""
+
+import os
+import secrets
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from erollout.doctor.report import Finding
+from erollout.errors import UserError
+
+_CANARY_BYTES = 64 * 1024
+_ANSWER_SECONDS = 5.0
+"""For a filesystem: a server that is gone blocks whoever asks it."""
+OUTPUT_GIB, SHARED_MEMORY_GIB = 1.0, 0.25
+"""Below these a run of any size ends soon; what one needs depends on the model (`train --dry-run`)."""
+
+
+def existing(directory: Path) -> Path:
+    """The directory, or the nearest one above it that is there."""
+    return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
+
+
+def check_directory(directory: Path, canary: Callable[[Path], Finding] | None = None) -> Iterator[Finding]:
+    """Space and a canary; the filesystem has some seconds for each."""
+    yield within(_ANSWER_SECONDS, "disk", lambda: check_space("disk", existing(directory), OUTPUT_GIB))
+    yield within(_ANSWER_SECONDS, "filesystem", lambda: (canary or check_canary)(existing(directory)))
+
+
+def check_shared_memory(directory: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    if directory.is_dir():
+        yield check_space("shared memory", directory, SHARED_MEMORY_GIB)
+
+
+def check_space(topic: str, directory: Path, least_gib: float) -> Finding:
+    free = shutil.disk_usage(directory).free / 2**30
+    text = f"{free:.1f} GiB free in {directory}"
+    if free < least_gib:
+        return Finding(topic, f"{text}; at least {least_gib:g} is needed", "error", "free space, or choose another place")
+    return Finding(topic, text)
+
+
+def check_canary(directory: Path) -> Finding:
+    """What a checkpoint does, in small: write, flush to the disk, rename, read back. Leaves nothing behind."""
+    path = directory / f".erollout-canary-{socket.gethostname()}-{os.getpid()}"
+    partial = path.with_name(f"{path.name}.partial")
+    contents = secrets.token_bytes(_CANARY_BYTES)
+    try:
+        with partial.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        same = path.read_bytes() == contents
+    except OSError as error:
+        text = f"can't write, rename and read a file in {directory}: {error.strerror}"
+        return Finding("filesystem", text, "error", "choose another directory, or mend its permissions or its mount")
+    finally:
+        for left in (partial, path):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
+    if not same:
+        return Finding("filesystem", f"a file in {directory} came back changed", "error", "leave this node or disk out")
+    return Finding("filesystem", f"{directory} ({filesystem(directory)}) takes, renames and gives back files")
+
+
+def filesystem(directory: Path) -> str:
+    """Its kind: ext4, nfs4, lustre."""
+    mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    return next((mounts[str(path)] for path in (directory, *directory.parents) if str(path) in mounts), "unknown")
+
+
+def within(seconds: float, topic: str, check: Callable[[], Finding]) -> Finding:
+    """The check's finding, or an error when it gives none in time: it is then left behind in its thread."""
+    found: list[Finding] = []
+
+    def run() -> None:
+        try:
+            found.append(check())
+        except OSError as error:
+            found.append(Finding(topic, f"can't be read: {error}", "error", "choose another directory, or mend its mount"))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return (
+        found[0] if found else Finding(topic, f"no answer in {seconds:g} s", "error", "is its server gone? look at the mount")
+    )
+
+
+def check_store(uri: str | None) -> Finding:
+    """None is the default: a SQLite file in the run's directory."""
+    if uri is None:
+        return Finding("tracking", "SQLite in train.output_dir")
+    from erollout.tracking.store import MlflowStore
+
+    store = MlflowStore(uri)
+    try:
+        store.check()
+    except UserError as error:
+        return Finding("tracking", str(error), "error")
+    return Finding("tracking", f"{store.name} answers")

@@ -1,0 +1,120 @@
+"""Installed packages against the versions that setup.py pins, and a fingerprint by which nodes are compared. Pure."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from erollout.doctor.report import Finding
+
+SHOWN = ("torch", "megatron-core", "transformer-engine", "deepspeed", "ray", "nvidia-modelopt", "mlflow")
+"""Optional ones that are missing are said; of the required ones all are checked."""
+_DEVELOPMENT = {"dev", "benchmark", "openvino"}
+_ENGINE_PARTS = ("transformer-engine-cu13", "transformer-engine-cu12")
+_SOURCES = ("erollout", "erollout.launch", "erollout.megatron_patches")
+
+Installed = Callable[[str], str | None]
+"""The version of a package, None where it is not installed."""
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def declared() -> tuple[tuple[Requirement, ...], str]:
+    """The requirements that erollout was installed with, and the Python that it asks for; nothing where it is not installed."""
+    try:
+        metadata = importlib.metadata.metadata("erollout")
+    except importlib.metadata.PackageNotFoundError:
+        return (), ""
+    return tuple(map(Requirement, metadata.get_all("Requires-Dist") or ())), metadata["Requires-Python"] or ""
+
+
+def check_python(wanted: str, version: str = platform.python_version()) -> Finding:
+    if version in SpecifierSet(wanted):
+        return Finding("Python", version)
+    return Finding("Python", f"{version}, and erollout is for {wanted}", "error", "make the environment with such a Python")
+
+
+def check_packages(requirements: Iterable[Requirement], installed: Installed = installed_version) -> Iterator[Finding]:
+    """One line of what is as pinned, and one finding for each package that is not."""
+    requirements = tuple(requirements)
+    if not requirements:
+        yield Finding("packages", "erollout is not installed", "error", "pip install -e . in its directory")
+        return
+    fits = []
+    for requirement in requirements:
+        extra = extra_of(requirement)
+        if extra in _DEVELOPMENT or (extra and requirement.name not in SHOWN):
+            continue
+        finding = _check(requirement, extra, installed(requirement.name))
+        if finding is not None:
+            yield finding
+        elif requirement.name in SHOWN:
+            fits.append(f"{requirement.name} {installed(requirement.name)}")
+    yield Finding("packages", f"as pinned: {', '.join(fits) or 'none'}")
+    if installed("transformer-engine") and not any(map(installed, _ENGINE_PARTS)):
+        yield Finding(
+            "transformer-engine",
+            "is there without its CUDA part: megatron-core then can't be imported",
+            "error",
+            "pip uninstall transformer-engine, or on GPUs pip install -e .[gpu]",
+        )
+
+
+def extra_of(requirement: Requirement) -> str | None:
+    """The extra that asks for the package; None for one that is always required."""
+    markers = str(requirement.marker or "")
+    return markers.partition("extra ==")[2].strip().strip("\"'") or None
+
+
+def _check(requirement: Requirement, extra: str | None, version: str | None) -> Finding | None:
+    """None for a package that is there as pinned."""
+    install = f"pip install -e .{f'[{extra}]' if extra else ''}"
+    if version is None and extra:
+        return Finding(requirement.name, f"not installed, optional: {install}")
+    if version is None:
+        return Finding(requirement.name, f"not installed; needed is {requirement.specifier or 'any version'}", "error", install)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(requirement.name, f"{version}, tested with {requirement.specifier}", "warning", install)
+    return None
+
+
+def check_fingerprint(
+    requirements: Iterable[Requirement], config: str | None = None, installed: Installed = installed_version
+) -> Finding:
+    """Equal on nodes with the same code, Python and packages, and the same configuration where one is given."""
+    names = sorted({requirement.name for requirement in requirements if extra_of(requirement) not in _DEVELOPMENT})
+    versions = "\n".join([platform.python_version(), *(f"{name} {installed(name)}" for name in names)])
+    parts = {"code": code_digest(source_folders()), "versions": _digest(versions.encode())}
+    if config is not None:
+        parts["config"] = _digest(config.encode())
+    return Finding("fingerprint", " ".join(f"{name}={value}" for name, value in parts.items()))
+
+
+def source_folders() -> list[Path]:
+    """Where the packages of erollout lie; an editable install keeps some of them outside the first."""
+    specs = (importlib.util.find_spec(name) for name in _SOURCES)
+    return [Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ()]
+
+
+def code_digest(folders: Iterable[Path]) -> str:
+    """Of all sources, Python and C++, by their paths within the folders."""
+    contents = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
+            contents.update(f"{path.relative_to(folder)}\n{path.stat().st_size}\n".encode())
+            contents.update(path.read_bytes())
+    return contents.hexdigest()[:12]
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:12]

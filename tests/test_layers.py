@@ -89,6 +89,8 @@ PURE = (
     "environment",
     "errors",
     "evaluation",
+    "launch.meeting",
+    "launch.network",
     "launch.torchrun",
     "parallel.layout",
     "parallel.placement",

@@ -14,6 +14,7 @@ from commands import ENVIRONMENT
 from tiny_runs import history, write_config
 
 from erollout.errors import UserError
+from erollout.launch.meeting import Meeting
 from erollout.launch.torchrun import Node, add_command, launch_node
 
 PROGRAM = """
@@ -125,13 +126,13 @@ def test_an_interface_that_the_environment_contradicts(config: str, monkeypatch:
 
 def test_a_head_that_does_not_answer_is_waited_for_no_longer_than_asked() -> None:
     here, port = "127.0.0.1", _free_port()
-    node = Node(2, 1, "ours", head=here, port=port, address=here, interface="lo", is_head=False, wait_seconds=1)
+    node = Node(2, 1, Meeting("ours", head=here, port=port, address=here, interface="lo", is_head=False, wait_seconds=1))
     with pytest.raises(UserError, match=f"--head = {here}:{port} can't be reached within 1 s"):
         launch_node(["train"], node)
 
 
 def test_a_port_that_something_else_holds(config: str, stranger: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erollout.launch.torchrun._ANSWER_SECONDS", 1)
+    monkeypatch.setattr("erollout.launch.meeting._ANSWER_SECONDS", 1)
     with pytest.raises(UserError, match=f"port {stranger} of 127.0.0.1 is taken by something else"):
         _launch("--nodes", "2", "--nproc-per-node", "1", "--head", f"127.0.0.1:{stranger}", "--config", config)
 

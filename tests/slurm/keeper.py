@@ -133,10 +133,10 @@ class Keeper:
         for own in addresses:  # which on its own node is a loopback address, as Debian's installer has it
             known = addresses | {"localhost": "127.0.0.1", own: "127.0.1.1"}
             write(self.run_directory / f"hosts.{own}", "".join(f"{address} {name}\n" for name, address in known.items()))
-        write(self.run_directory / "resolv.conf", "")
+        write(self.run_directory / "nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n")  # no name server to ask
         _run("hostname", "login")
         _run("mount", "--make-rshared", "/")  # nodes see what is mounted here later
-        for source, target in {"hosts.login": "/etc/hosts", "resolv.conf": "/etc/resolv.conf"}.items():
+        for source, target in {"hosts.login": "/etc/hosts", "nsswitch.conf": "/etc/nsswitch.conf"}.items():
             _run("mount", "--bind", str(self.run_directory / source), target)
         for device in devices:
             device.touch()

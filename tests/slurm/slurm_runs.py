@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from erollout.tracking.journal import Journal, journal_path
 HERE = Path(__file__).parent
 SBATCH = HERE.parents[1] / "slurm"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE"}
-SECONDS = 200
-"""Bound of every wait: a start takes about ten seconds on a free machine, and tests share two cores with others."""
+SECONDS = 280
+"""Bound of waiting for a run: a start takes about ten seconds on a free machine, and tests share two cores with others."""
+COMMAND_SECONDS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,23 @@ class Cluster:
         done = self._cluster(name, *words)
         assert done.status == 0, done.stderr
 
-    def run(self, *command: str, node: str | None = None, timeout: float = 120, **environment: str) -> Outcome:
+    def run(self, *command: str, node: str | None = None) -> Outcome:
         """A command on the login node, or on another."""
-        return self._cluster("enter", *([node] if node else []), "--", *command, timeout=timeout, **environment)
+        return self._cluster("enter", *([node] if node else []), "--", *command)
+
+    @contextmanager
+    def started(self, *command: str, node: str, output: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """A command on a node, running in the block. The process has entered the node, and the command is its child."""
+        with open(output, "a") as file:
+            arguments = self._command("enter", node, "--", *command)
+            process = subprocess.Popen(arguments, env=self.environment, stdout=file, stderr=file)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for left in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    left.kill()
+            process.wait()
 
     def output(self, *command: str) -> str:
         """Of a command that must succeed."""
@@ -74,14 +90,13 @@ class Cluster:
         assert done.status == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def erollout(self, *arguments: str, timeout: float = 120, **environment: str) -> Outcome:
-        return self.run(sys.executable, "-m", "erollout.cli", *arguments, timeout=timeout, **environment)
+    def erollout(self, *arguments: str | Path) -> Outcome:
+        return self.run(sys.executable, "-m", "erollout.cli", *map(str, arguments))
 
     def submit(self, *arguments: str | Path, **environment: str) -> int:
         """`sbatch ARGUMENTS`; the job's id."""
-        done = self.run("sbatch", "--parsable", *map(str, arguments), **environment)
-        assert done.status == 0, done.stderr
-        return int(done.stdout.strip())
+        variables = [f"{name}={value}" for name, value in environment.items()]
+        return int(self.output("env", *variables, "sbatch", "--parsable", *map(str, arguments)))
 
     def job(self, job: int) -> Job:
         words = self.output("scontrol", "show", "job", str(job), "--oneliner").split(" ")
@@ -142,11 +157,13 @@ class Cluster:
                 return False
         return True
 
-    def _cluster(self, name: str, *words: str, timeout: float = 120, **environment: str) -> Outcome:
-        end = words.index("--") if "--" in words else len(words)
-        command = [sys.executable, str(HERE / "cluster"), name, *words[:end], f"--dir={self.directory}", *words[end:]]
-        done = subprocess.run(command, env=self.environment | environment, capture_output=True, text=True, timeout=timeout)
+    def _cluster(self, name: str, *words: str) -> Outcome:
+        command = self._command(name, *words)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=COMMAND_SECONDS)
         return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def _command(self, name: str, *words: str) -> list[str]:
+        return [sys.executable, str(HERE / "cluster"), name, f"--dir={self.directory}", *words]
 
 
 class Unavailable(Exception):

@@ -37,3 +37,13 @@ def set_default(name: str, value: str) -> None:
 def variable(name: str) -> str | None:
     """A variable as the user has set it; None where it is not, or is empty."""
     return os.environ.get(name) or None
+
+
+def job_name() -> str | None:
+    """What Slurm, Ray or torchrun call the job that this process is of; None in one that none of them started."""
+    if job := variable("SLURM_JOB_ID"):
+        return f"slurm {job}, restart {variable('SLURM_RESTART_COUNT') or 0}"
+    if job := variable("RAY_JOB_ID"):
+        return f"ray {job}"
+    run = variable("TORCHELASTIC_RUN_ID")
+    return None if run in (None, "none") else f"torchrun {run}"

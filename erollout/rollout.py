@@ -149,12 +149,16 @@ class RolloutWorker:
 
     def state_dict(self) -> dict[str, Any]:
         """What later rollouts know from earlier ones, as JSON."""
-        return self.steering.state_dict()
+        drafter = {"drafter": self.speculation.state_dict()} if self.speculation is not None else {}
+        return self.steering.state_dict() | drafter
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """None: of a checkpoint in which there is nothing."""
-        if state is not None:
-            self.steering.load_state_dict(state)
+        if state is None:
+            return
+        if self.speculation is not None and "drafter" in state:
+            self.speculation.load_state_dict(state["drafter"])
+        self.steering.load_state_dict(state)
 
     def sampling_params(self, temperature: float | None = None) -> SamplingParams:
         """The configured distribution; evaluation may have its own temperature."""

@@ -153,6 +153,7 @@ class Steering:
         """Of a run with the same configuration or another; what does not fit this one is measured and learnt again."""
         self._state = state
         self.lengths = tuple(state["lengths"])
+        self._known_drafters = dict(self._drafters)  # those that it was learnt of: formats that `auto` had chosen are there now
 
     def _first_toggle(self, num_sequences: int) -> Toggle:
         """With the costs and the acceptance of the run so far, where they are of this model, hardware and drafters."""

@@ -44,9 +44,9 @@ def make_config(output_dir: Path, **tracking: Any) -> Config:
     return build_config(tree)
 
 
-def begin(output_dir: Path, run_id: str | None = None, **tracking: Any) -> tuple[Tracker, str]:
+def begin(output_dir: Path, run_id: str | None = None, step: int | None = None, **tracking: Any) -> tuple[Tracker, str]:
     tracker = create_tracker(rank=0)
-    return tracker, tracker.start(make_config(output_dir, **tracking), LAYOUT, run_id, output_dir)
+    return tracker, tracker.start(make_config(output_dir, **tracking), LAYOUT, run_id, output_dir, step)
 
 
 def client(uri: str) -> Any:
@@ -203,6 +203,43 @@ def test_resumed_run_goes_on_and_repeats_no_step(output_dir: Path) -> None:
     assert json.loads(run.data.tags["erollout.changed_in_attempt_2"]) == {"tracking.num_sample_rollouts": "3"}
     history = read_history(journal_path(output_dir))
     assert [row["reward/mean"] for row in history] == [0.1, 0.2, 0.3, 0.4, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1]
+
+
+def test_what_was_recorded_after_the_checkpoint_is_forgotten_and_made_again(output_dir: Path) -> None:
+    """The third attempt ends before the second one's last step, which MLflow alone still has."""
+    uri = f"sqlite:///{output_dir}/mlflow.db"
+    run_id = None
+    for attempt, steps in enumerate(([1, 2, 3, 4, 5], [3, 4, 5, 6], [5])):
+        tracker, run_id = begin(output_dir, run_id, steps[0] - 1)
+        for step in steps:
+            tracker.log_metrics(step, {"reward/mean": step + attempt / 10})
+            tracker.log_samples(step, [{"response": f"{step} in attempt {attempt}"}])
+        tracker.finish("KILLED")
+    history = read_history(journal_path(output_dir))
+    assert [row["reward/mean"] for row in history] == [1.0, 2.0, 3.1, 4.1, 5.2]
+    assert run_id is not None
+    assert steps_of(uri, run_id) == [1, 2, 3, 4, 5, 6]
+    table = json.loads(Path(client(uri).download_artifacts(run_id, "samples.json", str(output_dir))).read_text())
+    assert [row[1][-1] for row in table["data"]] == ["0", "0", "1", "1", "2"]
+
+
+def test_every_attempt_leaves_its_facts(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{output_dir}/mlflow.db"
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    tracker, run_id = begin(output_dir, step=0)
+    tracker.finish("KILLED")
+    assert client(uri).get_run(run_id).info.status == "KILLED"
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    tracker, _ = begin(output_dir, run_id, step=4)
+    wait_until(lambda: client(uri).get_run(run_id).info.status == "RUNNING")
+    tracker.finish("FINISHED")
+    run = client(uri).get_run(run_id)
+    first, second = (json.loads(run.data.tags[f"erollout.attempt_{attempt}"]) for attempt in (1, 2))
+    assert run.data.tags["erollout.attempt"] == "2" and run.info.status == "FINISHED"
+    assert "job" not in first and "checkpoint" not in first
+    assert second["job"] == "slurm 17, restart 2" and second["checkpoint"] == f"{output_dir}/checkpoints/step_00000004"
+    assert first["host"] == second["host"] == socket.gethostname() and first["started"] <= second["started"]
 
 
 def test_new_run_in_a_used_directory_moves_the_old_records_aside(output_dir: Path) -> None:

@@ -1,7 +1,12 @@
 """An engine that drafts with its own policy in fewer bits: the drafters of the configuration, kept up with the policy."""
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
 
 from erollout.config import Config, DrafterConfig
 from erollout.drafter.assignment import LM_HEAD, assign_formats
@@ -21,6 +26,8 @@ INT8_HEAD = "+head"
 """In a drafter's name: it has an INT8 LM head of its own."""
 FIRST_FORMAT = "w4a16_clip"
 """What `auto` drafts with until there is a rollout to choose by."""
+_CARRIED = -1
+"""Generation of statistics that were measured again after a resume: none that a rollout's policy version could be."""
 
 
 class SelfSpeculation:
@@ -35,6 +42,12 @@ class SelfSpeculation:
         self._undecided = options.format == AUTO
         self.has_learned = False
         """Whether there was a rollout to learn from: equal on all ranks."""
+        self._sequences: list[tuple[int, ...]] = []
+        """Tokens that the statistics are of."""
+        self._chosen: Overrides = []
+        """Formats that `auto` has found, by layer."""
+        self._is_resumed = False
+        """The statistics are to be measured again, once there are weights."""
         formats = dict(zip(drafter_names(options), (options.format, *options.alternatives), strict=True))
         self.drafters = {
             name: self._build(FIRST_FORMAT if format == AUTO else format, self._overrides, options.lm_head)
@@ -61,6 +74,8 @@ class SelfSpeculation:
 
     def tensor_landed(self, name: str) -> None:
         """One of the engine's local tensors holds the new policy."""
+        if self._is_resumed:
+            return  # made in `complete`, when all tensors are there to measure the statistics with
         for drafter in self.drafters.values():
             drafter.requantize_(name)
 
@@ -71,6 +86,10 @@ class SelfSpeculation:
 
     def complete(self, policy_version: int) -> RequantizeStats:
         """The drafters belong to this version now. RuntimeError names layers whose tensors have not landed."""
+        if self._is_resumed:
+            self._is_resumed = False
+            self._measure(_CARRIED)
+            self.all_landed()
         return _total(drafter.complete(policy_version) for drafter in self.drafters.values())
 
     @property
@@ -87,19 +106,47 @@ class SelfSpeculation:
         self.has_learned = True
         if not self.wants_rollouts:
             return
-        sequences = _first_tokens(rollouts, self.config.speculation.drafter.statistics_tokens)
+        self._sequences = _first_tokens(rollouts, self.config.speculation.drafter.statistics_tokens)
+        statistics = self._measure(self.engine.policy_version or 0)
+        if self._undecided:
+            self._choose(statistics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later policies' drafters are made by, as JSON: the tokens stand for the statistics, which any layout measures
+        anew from them.
+        """
+        return {"tokens": [list(tokens) for tokens in self._sequences], "chosen": self._chosen, "of": self._setting()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before the first weights; collective over the world. What `auto` chose in another setting is chosen anew."""
+        if not self.wants_rollouts:
+            return
+        self._sequences = [tuple(tokens) for tokens in state["tokens"]]
+        if self._undecided and state["chosen"] and from_rank_zero(state["of"] == self._setting()):
+            self._take([(layer, format) for layer, format in state["chosen"]])
+        self.has_learned = bool(self._sequences) and not self._undecided
+        self._is_resumed = bool(self._sequences) and self.wants_rollouts
+
+    def _setting(self) -> dict[str, Any]:
+        """What a choice of formats holds for, as JSON."""
+        engine, device = self.engine, self.engine.cache.device
+        drafter = json.loads(json.dumps(asdict(self.config.speculation.drafter)))  # type: ignore[call-overload]  # see Config
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        kind = [engine.kernel, engine.rollout.dtype, engine.rollout.tensor_model_parallel_size, engine.architecture.num_layers]
+        return {"drafter": drafter, "device": device_name, "engine": kind}
+
+    def _measure(self, generation: int) -> dict[str, InputStatistics]:
+        """Statistics of the known tokens, for every drafter's next requantisation."""
         rows = max(drafter.sample_rows for drafter in self.drafters.values())
-        generation = self.engine.policy_version or 0
-        total = sum(len(tokens) for tokens in sequences)
-        statistics = collect(self.engine.model, sequences, total, rows, generation)
+        total = sum(len(tokens) for tokens in self._sequences)
+        statistics = collect(self.engine.model, self._sequences, total, rows, generation)
         for drafter in self.drafters.values() if statistics else ():
             drafter.use_statistics(statistics)
-        if self._undecided:
-            self._choose(sequences, statistics)
+        return statistics
 
-    def _choose(self, sequences: list[tuple[int, ...]], statistics: dict[str, InputStatistics]) -> None:
+    def _choose(self, statistics: dict[str, InputStatistics]) -> None:
         """Replace the drafter by one with the formats that promise most; rank 0's choice holds for all."""
-        options = self.config.speculation.drafter
+        options, sequences = self.config.speculation.drafter, self._sequences
         choice = None
         if sequences:  # rank 0's replica has some whenever there is any prompt at all
             choice = select_formats(
@@ -119,12 +166,17 @@ class SelfSpeculation:
             selection.num_speculative_tokens,
             self.config.speculation.num_speculative_tokens,
         )
-        self._undecided = False
-        speculates = self.engine.arm.speculates
-        self.drafters[drafter_names(options)[0]] = self._build("none", [*overrides, *self._overrides], options.lm_head)
+        self._take(overrides)
         self.drafter.use_statistics(statistics)
         self.all_landed()
         self.complete(self.engine.policy_version or 0)
+
+    def _take(self, chosen: Overrides) -> None:
+        """Replace the default drafter by one of these formats."""
+        options = self.config.speculation.drafter
+        self._undecided, self._chosen = False, chosen
+        speculates = self.engine.arm.speculates
+        self.drafters[drafter_names(options)[0]] = self._build("none", [*chosen, *self._overrides], options.lm_head)
         self.switch(speculates)
 
     def _configured_layers(self) -> list[str]:

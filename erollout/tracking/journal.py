@@ -110,12 +110,15 @@ class Journal:
 def read_history(path: str | Path) -> list[dict[str, float]]:
     """One dict per step, ascending, of `step` and all its metrics except system metrics.
 
-    Where a step was run again after a crash, its last run counts. Raises OSError when there is no journal.
+    An attempt that goes on from a checkpoint runs the steps after it again: what was recorded of them before is forgotten.
+    Raises OSError when there is no journal.
     """
     history: dict[int, dict[str, float]] = {}
     with open(path, "rb") as file:
         for record in filter(None, map(_decode, file)):
-            if record.get("kind") == "metrics":
+            if record["kind"] == "start" and record.get("step") is not None:
+                history = {step: row for step, row in history.items() if step <= record["step"]}
+            if record["kind"] == "metrics":
                 row = history.setdefault(record["step"], {"step": record["step"]})
                 row.update({name: float(value) for name, value in (record["values"] | record.get("repeated", {})).items()})
     rows = [

@@ -1,9 +1,29 @@
-"""Where a run comes from: source revision, version, host."""
+"""Where a run comes from: source revision, version, host, and each attempt at it."""
 
+import json
 import socket
 import subprocess
+from datetime import datetime
 
 import erollout
+from erollout.environment import job_name
+
+
+def attempt_tags(attempt: int, checkpoint: str | None) -> dict[str, str]:
+    """MLflow tags of an attempt, the first of which is 1: the newest attempt's source, and one tag of facts for each, as JSON.
+
+    `checkpoint`: that it goes on from.
+    """
+    source = source_tags()
+    facts = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": source["erollout.host"],
+        "job": job_name(),
+        "commit": source.get("mlflow.source.git.commit"),
+        "checkpoint": checkpoint,
+    }
+    known = {name: value for name, value in facts.items() if value is not None}
+    return {**source, "erollout.attempt": str(attempt), f"erollout.attempt_{attempt}": json.dumps(known)}
 
 
 def source_tags() -> dict[str, str]:

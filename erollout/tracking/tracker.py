@@ -1,7 +1,11 @@
 """Tracking of a run, as the trainer sees it.
 
 Rank 0 writes everything to a local journal at once; a background thread brings it to MLflow. Nothing after `start` waits for
-the store or fails because of it, and a resumed run goes on where the journal ends.
+the store or fails because of it, and a resumed run is the same MLflow run.
+
+Steps that are run again after a crash: the journal and the samples table hold the last attempt's figures only. MLflow can't
+take a point back and would draw two at one step, so it keeps the first attempt's: where nothing was changed in between, they
+differ in seconds only. Files and figures of such a step are replaced.
 """
 
 import json
@@ -9,7 +13,6 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,8 +22,10 @@ from erollout.config import Config
 from erollout.errors import UserError
 from erollout.tracking.delivery import Delivery
 from erollout.tracking.journal import Journal, journal_path
-from erollout.tracking.provenance import source_tags
+from erollout.tracking.parameters import run_parameters
+from erollout.tracking.provenance import attempt_tags
 from erollout.tracking.redaction import redact
+from erollout.tracking.samples import SAMPLES_FILE, Row, encode_samples, read_samples
 from erollout.tracking.store import MlflowStore
 from erollout.tracking.system import SystemMonitor
 
@@ -28,14 +33,18 @@ logger = logging.getLogger(__name__)
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 Resolved = Mapping[str, str | int | float]
-SAMPLES_FILE = "samples.json"
 
 
 class Tracker(Protocol):
     """What the trainer calls, on every rank alike."""
 
-    def start(self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path) -> str:
-        """Begin a run, or go on with `run_id`. Returns the run id. Raises UserError when the store can't be used."""
+    def start(
+        self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path, step: int | None = None
+    ) -> str:
+        """Begin a run, or go on with `run_id`. Returns the run id. Raises UserError when the store can't be used.
+
+        `step`: that it goes on from, by its checkpoint: what was recorded of later ones is made again. None: not known.
+        """
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Figures of a step. A name that has a later or equal step already keeps the earlier value in MLflow."""
@@ -64,7 +73,9 @@ def create_tracker(rank: int) -> Tracker:
 class NullTracker:
     """Records nothing."""
 
-    def start(self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path) -> str:
+    def start(
+        self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path, step: int | None = None
+    ) -> str:
         return run_id or ""
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -98,18 +109,23 @@ class JournalTracker:
         self._last_step: dict[str, int] = {}
         self._lost = 0
 
-    def start(self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path) -> str:
+    def start(
+        self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path, step: int | None = None
+    ) -> str:
         past = self._open_journal(output_dir, run_id)
         starts = [record for record in past if record["kind"] == "start"]
         attempt = len(starts) + 1
         uri = config.tracking.uri or f"sqlite:///{Path(output_dir).absolute()}/mlflow.db"
-        tags = {**source_tags(), "erollout.attempt": str(attempt)}
+        checkpoint = f"{config.checkpoint_directory}/step_{step:08d}" if step else None
+        tags = attempt_tags(attempt, checkpoint)
         store = MlflowStore(uri) if config.tracking.enabled else None
         known = bool(run_id) and any(start["uri"] == redact(uri) for start in starts)
         identity = (
             self._resolve_run(store, config, run_id, Path(output_dir), tags, known) if store else run_id or uuid.uuid4().hex
         )
-        self._append("start", run_id=identity, uri=redact(uri) if store else "", attempt=attempt)
+        self._append("start", run_id=identity, uri=redact(uri) if store else "", attempt=attempt, step=step)
+        if step is not None:
+            self._forget_samples_after(step)
         if store and self._abandoned and store.has_run(self._abandoned):
             self._append("status", run_id=self._abandoned, status="KILLED")
         self._record_setup(config, resolved, tags, past, attempt)
@@ -131,20 +147,9 @@ class JournalTracker:
         self._append("metrics", step=step, values=fresh, **({"repeated": repeated} if repeated else {}))
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """One table for the whole run, in the form of MLflow's own tables; a step that is run again replaces its rows."""
-        path = self._directory / SAMPLES_FILE
-        table: dict[str, list[Any]] = {"columns": ["step"], "data": []}
-        with suppress(OSError, ValueError):
-            table = json.loads(path.read_text())
-        earlier = [dict(zip(table["columns"], row, strict=False)) for row in table["data"] if row[0] != step]
-        everything = [*earlier, *({"step": step, **row} for row in rows)]
-        columns = list(dict.fromkeys(name for row in everything for name in row)) or ["step"]
-        text = json.dumps(
-            {"columns": columns, "data": [[row.get(name) for name in columns] for row in everything]}, default=str
-        )
-        if self._write(path, text.encode()):
-            self._append("artifact", file=SAMPLES_FILE, folder="")
-            self._append("tags", values={"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES_FILE, "type": "table"}])})
+        """A step that is run again replaces its rows."""
+        earlier = [row for row in read_samples(self._directory / SAMPLES_FILE) if row["step"] != step]
+        self._write_samples([*earlier, *({"step": step, **row} for row in rows)])
 
     def log_config_artifacts(self, config: Config, resolved: Resolved) -> None:
         tree = json.loads(json.dumps(config.to_dict()))  # tuples become lists: plain YAML
@@ -236,9 +241,7 @@ class JournalTracker:
         self, config: Config, resolved: Resolved, tags: dict[str, str], past: list[dict[str, Any]], attempt: int
     ) -> None:
         """Parameters once, as MLflow never changes one; what a later attempt changes becomes a tag of that attempt."""
-        params = {**flatten(config.to_dict()), **{f"resolved.{name}": str(value) for name, value in resolved.items()}}
-        if config.tracking.uri:
-            params["tracking.uri"] = redact(config.tracking.uri)
+        params = run_parameters(config, resolved)
         before: dict[str, str] = {}
         for record in past:
             if record["kind"] == "params":
@@ -262,6 +265,17 @@ class JournalTracker:
         """Counted by their own steps, as MLflow does; on resume the count goes on."""
         step = 1 + max((last for name, last in self._last_step.items() if name.startswith("system/")), default=-1)
         self.log_metrics(step, values)
+
+    def _forget_samples_after(self, step: int) -> None:
+        rows = read_samples(self._directory / SAMPLES_FILE)
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            self._write_samples(kept)
+
+    def _write_samples(self, rows: Sequence[Row]) -> None:
+        if self._write(self._directory / SAMPLES_FILE, encode_samples(rows)):
+            self._append("artifact", file=SAMPLES_FILE, folder="")
+            self._append("tags", values={"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES_FILE, "type": "table"}])})
 
     def _append(self, kind: str, **fields: Any) -> None:
         """A full disk costs records, said once, and never the run."""
@@ -287,17 +301,6 @@ class JournalTracker:
                 "tracking records can't be written to %s (%s): they are lost", self._directory, error.strerror or error
             )
         self._lost += 1
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted names with string values."""
-    flat: dict[str, str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat
 
 
 def _free_name(path: Path) -> Path:

@@ -1,0 +1,26 @@
+"""The samples table: one for the whole run, in the form of MLflow's own tables."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+SAMPLES_FILE = "samples.json"
+
+Row = Mapping[str, Any]
+
+
+def read_samples(path: Path) -> list[Row]:
+    """The rows of a table file; none where there is none, or a damaged one."""
+    with suppress(OSError, ValueError, KeyError):
+        table = json.loads(path.read_text())
+        return [dict(zip(table["columns"], row, strict=False)) for row in table["data"]]
+    return []
+
+
+def encode_samples(rows: Sequence[Row]) -> bytes:
+    """A table file of rows, each with its step first; what only some have is null in the others."""
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or ["step"]
+    table = {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
+    return json.dumps(table, default=str).encode()

@@ -216,8 +216,10 @@ class AlgorithmConfig:
 class RewardsConfig:
     function: str | None = None
     """`package.module:name` of a function (prompt: Prompt, response: str) -> float; default: the task's own scorer."""
+    pool: Literal["processes", "ray"] = "processes"
+    """Where scorers run: beside the ranks, or on a Ray cluster that is there (RAY_ADDRESS, else that of the rank's machine)."""
     num_workers: Positive = 1
-    """Scoring processes per decode replica."""
+    """Scoring processes per decode replica; on Ray each has one CPU of the cluster reserved."""
     timeout_seconds: PositiveFloat = 5.0
     """For one response."""
     error_value: float = 0.0

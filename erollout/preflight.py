@@ -22,6 +22,7 @@ from erollout.drafter.formats import check_shape
 from erollout.drafter.self_speculation import AUTO, FIRST_FORMAT, drafter_names
 from erollout.engine.placement import decode_placement
 from erollout.errors import UserError
+from erollout.launch.ray_cluster import find_cluster
 from erollout.parallel.groups import current_rank, expected_world_size, resolve_layouts
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 from erollout.parallel.placement import Placement
@@ -72,6 +73,7 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
         decoded_placement = decode_placement(architecture, decode.tensor, 0)
         decoded = _parameters(decoded_placement)
     if rolls_out:
+        _check_pool(config)
         check_drafter(config, decoded_placement)
         check_calibration(config, architecture)
     if config.model.path is not None:
@@ -167,6 +169,12 @@ def _check_first_items(train_data: PromptDataset, test_data: PromptDataset | Non
         test_data.prompt(0)
     if not rolls_out:
         train_data.supervised_example(0)
+
+
+def _check_pool(config: Config) -> None:
+    """Better known before models are loaded; each rank that scores joins the cluster later."""
+    if config.rewards.pool == "ray" and current_rank() == 0:
+        find_cluster("auto", "rewards.pool = ray")
 
 
 def _check_store(config: Config) -> None:

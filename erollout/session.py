@@ -230,6 +230,10 @@ def _watched(config: Config, context: ParallelContext) -> AbstractContextManager
 
 def _rewards(config: Config, resolved: Resolved) -> RewardPool:
     options = config.rewards
+    if options.pool == "ray" and resolved.decode.tensor_rank(current_rank()) == 0:  # the other ranks score nothing
+        from erollout.rewards.ray_pool import RayRewardPool
+
+        return RayRewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
     return RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
 
 

@@ -1,6 +1,7 @@
 """A scorer that does what the response says. By itself, because scoring processes import it: it must be light."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -28,6 +29,9 @@ def scripted(prompt: Prompt, response: str) -> float:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         Path(argument).write_text(str(child.pid))
         time.sleep(600)
+    if command == "allocate":
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))  # as the site's own limit would
+        return float(len(bytearray(2**40)))
     if command == "pid":
         return float(os.getpid())
     if command == "print":

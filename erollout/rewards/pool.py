@@ -2,12 +2,13 @@
 
 import queue
 import threading
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 from erollout.rewards.scorers import Scorer
-from erollout.rewards.worker import Outcome, Worker, WorkerDied
+from erollout.rewards.worker import Outcome, ScoringWorker, Worker, WorkerDied, WorkerLost
 from erollout.types import Prompt, Reward, Rollout
 
 Key = tuple[int, int]
@@ -15,6 +16,8 @@ Key = tuple[int, int]
 
 MAX_FAILED_STARTS = 3
 """In a row; then responses are failed at once instead of waiting for one more start each, until the next `collect`."""
+MAX_LOSSES = 3
+"""A response whose machine was lost so often is failed: it may be why."""
 
 
 @dataclass(slots=True)
@@ -34,6 +37,8 @@ class _Task:
     key: Key
     prompt: Prompt
     response: str
+    losses: int = 0
+    """Machines, or their parts in scoring, that ended while they scored it."""
 
 
 class RewardPool:
@@ -52,11 +57,12 @@ class RewardPool:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._state = threading.Condition()  # guards all below
-        self._workers: dict[int, Worker] = {}
+        self._workers: dict[int, ScoringWorker] = {}
         self._pending: set[Key] = set()
         self._rewards: dict[Key, Reward] = {}
         self._collecting = ScoringCounts()
         self._failed_starts = 0
+        self._replacing = 0
         self._start_failure = "the pool is closed"
         self._closed = False
         self.counts = ScoringCounts()
@@ -122,13 +128,18 @@ class RewardPool:
                 outcome = self._score(slot, task)
             except Exception as error:
                 outcome = Outcome(error=f"scoring failed: {type(error).__name__}: {error}", worker_lost=True)
+            if outcome is None:
+                continue
             if outcome.worker_lost:
                 self._drop(slot)
             self._finish(task, outcome)
         self._drop(slot)
 
-    def _score(self, slot: int, task: _Task) -> Outcome:
-        """A process that is killed from outside while it starts or idles is no fault of the response: another takes it."""
+    def _score(self, slot: int, task: _Task) -> Outcome | None:
+        """A process that is killed from outside while it starts or idles is no fault of the response: another takes it.
+
+        None: the response is handed back, for the slots that still have a machine.
+        """
         while not self._closed and self._failed_starts < MAX_FAILED_STARTS:
             try:
                 outcome = self._ready_worker(slot).score(task.prompt, task.response, self._timeout_seconds)
@@ -137,19 +148,45 @@ class RewardPool:
                 with self._state:
                     self._failed_starts += 1
                     self._start_failure = str(error)
+            except WorkerLost as error:
+                self._drop(slot)
+                losses = task.losses + error.scoring
+                if losses == MAX_LOSSES:
+                    return Outcome(error=f"{MAX_LOSSES} machines were lost while they scored it; the last: {error}")
+                self._tasks.put(replace(task, losses=losses))
+                self._replace(slot)
+                return None
             else:
                 self._failed_starts = 0
                 return outcome
         return Outcome(error=self._start_failure)
 
-    def _ready_worker(self, slot: int) -> Worker:
+    def _replace(self, slot: int) -> None:
+        """Bring up a process elsewhere, without holding a response meanwhile, unless no slot is left to take them."""
+        with self._state:
+            self._replacing += 1
+        try:
+            while not self._closed and self._replacing < self._num_workers:
+                with suppress(WorkerDied):
+                    self._ready_worker(slot)
+                    return
+                self._drop(slot)
+        finally:
+            with self._state:
+                self._replacing -= 1
+
+    def _start_worker(self) -> ScoringWorker:
+        """A process that may not be ready yet. Raises WorkerDied when there can't be one."""
+        return Worker(self._scorer)
+
+    def _ready_worker(self, slot: int) -> ScoringWorker:
         """The slot's process, started if need be. Raises WorkerDied when it does not come up."""
         with self._state:
             if slot in self._workers:
                 return self._workers[slot]
             if self._closed:
                 raise WorkerDied("the pool is closed")
-            worker = self._workers[slot] = Worker(self._scorer)
+            worker = self._workers[slot] = self._start_worker()
         worker.wait_until_ready()
         return worker
 

@@ -14,6 +14,7 @@ import threading
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Protocol
 
 from erollout.rewards.scorers import Scorer
 from erollout.types import Prompt
@@ -35,6 +36,30 @@ class Outcome:
 
 class WorkerDied(Exception):
     """The process is gone, and nothing was scored; the message says when it went."""
+
+
+class WorkerLost(Exception):
+    """The process's machine is gone, or not heard any more: another may score the response."""
+
+    def __init__(self, reason: str, *, scoring: bool) -> None:
+        """`scoring`: it had the response, which may be what ended it."""
+        super().__init__(reason)
+        self.scoring = scoring
+
+
+class ScoringWorker(Protocol):
+    """What a pool asks of a process, wherever it runs; Worker says what each does."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait_until_ready(self) -> None: ...
+
+    def score(self, prompt: Prompt, response: str, timeout_seconds: float) -> Outcome: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Worker:

@@ -1,0 +1,173 @@
+"""Scoring on the nodes of a Ray cluster, when it outgrows one machine. Loads ray: only for those who ask for it.
+
+An actor holds the scoring process of worker.py on whichever node has a CPU for it, so limits and rewards are those of the
+process pool. Killing an actor alone would leave behind what a scorer has started: the actor kills its process first.
+"""
+
+import pickle
+import sys
+import threading
+import time
+from contextlib import suppress
+from os import pathsep
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from erollout.errors import UserError
+from erollout.launch.ray_cluster import join_cluster, resources_free
+from erollout.rewards.pool import RewardPool
+from erollout.rewards.scorers import Scorer
+from erollout.rewards.worker import START_TIMEOUT_SECONDS, Outcome, Worker, WorkerDied, WorkerLost
+
+_ANSWER_SECONDS = 60.0
+"""On top of the limit for a response: for a busy node, and for the cluster to find that one is dead."""
+_IDLE_SECONDS = 1.0
+"""After so long without an answer, an actor is asked whether it lives before it gets a response."""
+_STOP_SECONDS = 5.0
+_KEY = "rewards.pool = ray"
+
+
+class RayRewardPool(RewardPool):
+    """A RewardPool whose processes run on a Ray cluster. A response whose node dies is scored again on another."""
+
+    def __init__(
+        self, scorer: Scorer, num_workers: int, timeout_seconds: float, error_value: float, address: str = "auto"
+    ) -> None:
+        """Reserves a CPU of the cluster for each process, and starts the first.
+
+        Raises UserError for a cluster that can't be joined or has too few CPUs free, and for a first process that fails.
+        """
+        super().__init__(scorer, num_workers, timeout_seconds, error_value)
+        self._leaves = not ray.is_initialized()
+        cluster = join_cluster(address, _KEY)
+        self._places = placement_group([{"CPU": 1}] * num_workers, strategy="SPREAD")
+        try:
+            self._require_places(cluster)
+            self._ready_worker(0)
+        except WorkerDied as error:
+            self.close()
+            raise UserError(f"{_KEY}: {error}") from error
+
+    def close(self) -> None:
+        super().close()
+        if ray.is_initialized():
+            with suppress(RayError):
+                remove_placement_group(self._places)
+            if self._leaves:
+                ray.shutdown()
+
+    def _start_worker(self) -> "RayWorker":
+        return RayWorker(self._scorer, self._places)
+
+    def _require_places(self, cluster: str) -> None:
+        """Each process has a CPU reserved; Ray finds another place for those of a node that dies. Raises WorkerDied."""
+        if not self._places.wait(START_TIMEOUT_SECONDS):
+            raise WorkerDied(
+                f"rewards.num_workers = {self._num_workers} for each decode replica needs as many CPUs of the cluster at "
+                f"{cluster}, but free are {resources_free()}; lower it, or add nodes"
+            )
+
+
+class RayWorker:
+    """A scoring process on some node, seen from the rank."""
+
+    def __init__(self, scorer: Scorer, places: PlacementGroup) -> None:
+        """Returns before the process is there: see `wait_until_ready`."""
+        self.pid = 0
+        """On its node, once it is ready."""
+        options: dict[str, Any] = {
+            "num_cpus": 1,
+            "max_restarts": 0,
+            "concurrency_groups": {"control": 1},  # so that a scorer can be killed while it scores
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(places),
+            "runtime_env": {"env_vars": {"PYTHONPATH": pathsep.join(filter(None, sys.path))}},
+        }
+        self._actor: Any = ray.remote(**options)(_Host).remote(scorer)
+        self._answered = time.monotonic()
+        self._kill_lock = threading.Lock()
+        self._killed = False
+
+    def wait_until_ready(self) -> None:
+        """Until it has loaded the scorer. Raises WorkerDied when it never will."""
+        try:
+            answer: int | str = ray.get(self._actor.ready.remote(), timeout=2 * START_TIMEOUT_SECONDS)
+        except GetTimeoutError as error:
+            raise WorkerDied(f"no node takes a scoring process: asked CPU 1, free {resources_free()}") from error
+        except RayError as error:
+            raise WorkerDied(f"the actor of a scoring process does not start: {_last_line(error)}") from error
+        if isinstance(answer, str):
+            raise WorkerDied(answer)
+        self.pid = answer
+
+    def score(self, prompt: object, response: str, timeout_seconds: float) -> Outcome:
+        """Raises WorkerDied as Worker.score does, and WorkerLost when the node or the actor is gone or silent."""
+        try:
+            item = pickle.dumps((prompt, response))
+        except Exception as error:  # pickling an item runs foreign code
+            return Outcome(error=f"the item can't be sent to a scoring process: {type(error).__name__}: {error}")
+        scoring = False
+        try:
+            if time.monotonic() - self._answered > _IDLE_SECONDS:
+                ray.get(self._actor.ready.remote(), timeout=_ANSWER_SECONDS)
+            scoring = True
+            reference = self._actor.score.remote(item, timeout_seconds)
+            answer: Outcome | str = ray.get(reference, timeout=timeout_seconds + _ANSWER_SECONDS)
+        except RayError as error:
+            raise WorkerLost(_last_line(error), scoring=scoring) from error
+        self._answered = time.monotonic()
+        if isinstance(answer, str):
+            raise WorkerDied(answer)
+        return answer
+
+    def kill(self) -> None:
+        """End the process, all that it started, and the actor; idempotent."""
+        with self._kill_lock, suppress(RayError):
+            if self._killed or not ray.is_initialized():
+                return
+            self._killed = True
+            if self.pid:
+                with suppress(RayError):
+                    ray.get(self._actor.stop.options(concurrency_group="control").remote(), timeout=_STOP_SECONDS)
+            ray.kill(self._actor)
+
+    def close(self) -> None:
+        self.kill()
+
+
+class _Host:
+    """The actor. What a rank should read of a failure is returned as text: Ray makes a page of an exception."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        """Ray calls it in the main thread, with which the process may die: see Worker."""
+        self._worker = Worker(scorer)
+        self._failure: str | None = None
+        try:
+            self._worker.wait_until_ready()
+        except WorkerDied as error:
+            self._failure = str(error)
+
+    def ready(self) -> int | str:
+        """The process's id, or why there is none."""
+        return self._failure or self._worker.pid
+
+    def score(self, item: bytes, timeout_seconds: float) -> Outcome | str:
+        try:
+            prompt, response = pickle.loads(item)
+        except Exception as error:  # as is what a pickle loads
+            return Outcome(error=f"the item can't be read by a scoring process: {type(error).__name__}: {error}")
+        try:
+            return self._worker.score(prompt, response, timeout_seconds)
+        except WorkerDied as error:
+            return str(error)
+
+    def stop(self) -> None:
+        self._worker.kill()
+
+
+def _last_line(error: RayError) -> str:
+    """Ray's messages are pages; the cause stands in the last line."""
+    return str(error).strip().splitlines()[-1].strip()

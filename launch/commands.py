@@ -1,8 +1,19 @@
 """`erollout launch`: start a run on this node, on a Slurm cluster or on a Ray cluster, and look after it."""
 
 import argparse
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from erollout.launch import torchrun
+from erollout.errors import UserError
+from erollout.launch import scheduler, slurm, torchrun
+from erollout.launch.run_directory import Attempt, RunDirectory, find_run
+from erollout.launch.status import ranks_here, status_page
+
+_LATELY_SECONDS = 60
+"""A rank that was heard from since then may be alive."""
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -10,3 +21,94 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = commands.add_parser("launch", help="start a run with torchrun, Slurm or Ray, and look after it")
     launchers = parser.add_subparsers(dest="launcher", required=True, metavar="command")
     torchrun.add_command(launchers)
+    slurm.add_command(launchers)
+    _add(launchers, "status", _status, "what a run's jobs and ranks do, its newest checkpoint, where its logs are")
+    logs = _add(launchers, "logs", _logs, "print what a run has printed")
+    logs.add_argument("--follow", action="store_true", help="go on until interrupted")
+    logs.add_argument("--rank", type=int, metavar="R", help="of one rank; default: of the batch script and all nodes")
+    logs.add_argument("--attempt", metavar="JOB.A", help="default: the newest")
+    _add(launchers, "stop", _stop, "save and end: the run can go on later")
+    _add(launchers, "requeue", _requeue, "submit a run again, with the same code, from its newest checkpoint")
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace, Sequence[str]], int],
+    text: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text)
+    parser.add_argument("directory", metavar="RUN_DIR", help="train.output_dir of the run")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _status(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    print(status_page(find_run(options.directory)))
+    return 0
+
+
+def _logs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    run = find_run(options.directory)
+    attempts = run.attempts()
+    chosen = [attempt for attempt in attempts if options.attempt in (None, attempt.directory.name)]
+    if not chosen:
+        there = ", ".join(attempt.directory.name for attempt in attempts) or "none: no job of it has started"
+        raise UserError(f"{run.path} has no logs of {options.attempt or 'a start'}; there are {there}")
+    files = _files(run, chosen[-1], options.rank)
+    return subprocess.run(["tail", "--lines=+1", *(["-F"] if options.follow else []), "--", *map(str, files)]).returncode
+
+
+def _files(run: RunDirectory, attempt: Attempt, rank: int | None) -> list[Path]:
+    if rank is None:
+        return [file for file in (run.output(attempt.job), *sorted(attempt.directory.glob("*.out"))) if file.is_file()]
+    files = sorted(attempt.directory.glob(f"ranks/rank_{rank:05d}*"))
+    if not files:
+        raise UserError(f"--rank = {rank}: {attempt.directory}/ranks has nothing of it")
+    return files
+
+
+def _stop(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    run = find_run(options.directory)
+    ids = run.jobs()
+    alive = [job for job in scheduler.jobs(ids, run.path) if job.is_alive] if ids else []
+    for job in sorted(alive, key=lambda job: not job.waits):  # what waits goes first: it would start when the others end
+        if job.waits:
+            scheduler.cancel(job)
+            print(f"erollout: job {job.id} is cancelled: it had not started")
+        else:
+            scheduler.terminate(job)
+            print(f"erollout: job {job.id} saves at the end of its step and ends; it is not queued again")
+    if not alive:
+        _stop_here(run)
+    return 0
+
+
+def _stop_here(run: RunDirectory) -> None:
+    """A run that Slurm knows nothing of. One rank is enough: all agree to stop."""
+    ranks = ranks_here(run)
+    if ranks:
+        ranks[0].send_signal(signal.SIGTERM)
+        print(f"erollout: {len(ranks)} ranks on this machine save at the end of their step and end")
+        return
+    lately = [beat for beat in run.heartbeats() if time.time() - beat.beat < _LATELY_SECONDS]
+    if lately and run.verdict() is None:
+        raise UserError(f"no job of {run.path}, but ranks on {lately[0].host} (pid {lately[0].pid}): give the command there")
+    raise UserError(f"nothing of {run.path} runs or waits; its verdict is {run.verdict() or 'none'}")
+
+
+def _requeue(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    run = find_run(options.directory)
+    submissions = run.submissions()
+    if not submissions:
+        raise UserError(f"{run.path} was not submitted by `erollout launch slurm`; start it again as it was started")
+    known = slurm.require_idle(run)
+    if run.verdict() == "done":
+        raise UserError(f"the run in {run.path} is done; to go on, submit it with a higher train.steps")
+    last = submissions[-1]
+    if not Path(last.code).is_dir():
+        raise UserError(f"the code of the run, {last.code}, is gone; submit the run anew with `erollout launch slurm`")
+    checkpoint = run.newest_checkpoint()
+    print(f"erollout: goes on from {checkpoint.name if checkpoint else 'the start: there is no checkpoint'}")
+    slurm.submit(run, last, {job.id for job in known})
+    return 0

@@ -1,0 +1,177 @@
+"""The directory of a run on a cluster: what the launcher, the batch script and the trainer leave there, and nothing else.
+
+It is `train.output_dir`, on a filesystem that all nodes share.
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.config import Config, build_config, load_config
+from erollout.doctor.storage import existing
+from erollout.errors import UserError
+from erollout.watchdog import Heartbeat, read_heartbeats
+
+PATHS = (
+    "model.path",
+    "model.tokenizer",
+    "speculation.calibration",
+    "data.train_files",
+    "data.test_files",
+    "train.output_dir",
+    "checkpoint.directory",
+    "checkpoint.export_path",
+)
+"""Keys whose values are places in the filesystem."""
+_READ = PATHS[:5]
+VERDICT = "verdict"
+_RELATIVE_STORE = re.compile(r"(?P<scheme>sqlite:///|file:)?(?P<path>(?!/|databricks)[^:]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A line of jobs.jsonl: one job, of one `launch slurm` or `launch requeue`."""
+
+    job: int
+    submitted: str
+    """Time, as ISO 8601."""
+    chain: int
+    """How many jobs were submitted with it, one after the other."""
+    command: tuple[str, ...]
+    """sbatch with its arguments, without what depends on other jobs."""
+    code: str
+    """The snapshot that it runs."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """commit, dirty: what the snapshot is of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of a job; `directory` has its logs."""
+
+    job: int
+    number: int
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def script(self) -> Path:
+        return self.path / "train.sbatch"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "job.env"
+
+    @property
+    def setup(self) -> Path:
+        return self.path / "setup.sh"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    def output(self, job: int) -> Path:
+        """What the batch script prints."""
+        return self.path / f"slurm-{job}.out"
+
+    def verdict(self) -> str | None:
+        """How the last attempt ended; None while it runs, and after a crash."""
+        file = self.path / VERDICT
+        return file.read_text().strip() if file.is_file() else None
+
+    def bad_nodes(self) -> list[str]:
+        file = self.path / "bad_nodes"
+        return sorted(set(file.read_text().split())) if file.is_file() else []
+
+    def submissions(self) -> list[Submission]:
+        """Oldest first."""
+        file = self.path / "jobs.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return [Submission(**json.loads(line)) for line in lines]
+
+    def add(self, submission: Submission) -> None:
+        with open(self.path / "jobs.jsonl", "a") as file:
+            file.write(json.dumps(asdict(submission)) + "\n")
+
+    def attempts(self) -> list[Attempt]:
+        """Oldest first."""
+        folders = (re.fullmatch(r"(\d+)\.(\d+)", path.name) for path in self.path.glob("logs/*.*"))
+        found = [Attempt(int(name[1]), int(name[2]), self.path / "logs" / name[0]) for name in folders if name]
+        return sorted(found, key=lambda attempt: (attempt.job, attempt.number))
+
+    def jobs(self) -> list[int]:
+        """All that were submitted, and those submitted by hand that have started; oldest first."""
+        return sorted({*(submission.job for submission in self.submissions()), *(attempt.job for attempt in self.attempts())})
+
+    def newest_checkpoint(self) -> Path | None:
+        config = load_config(self.config) if self.config.is_file() else None
+        found = complete_checkpoints(config.checkpoint_directory if config else self.path / "checkpoints")
+        return found[-1] if found else None
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """The last sign of every rank."""
+        folder = self.path / "heartbeats"
+        return read_heartbeats(folder, len(list(folder.glob("rank_*.json"))))
+
+    def require_writable(self) -> None:
+        """Raises UserError unless it is there or can be made. Makes nothing."""
+        there = existing(self.path)
+        if there != self.path and (self.path.exists() or (there / self.path.relative_to(there).parts[0]).exists()):
+            raise UserError(f"train.output_dir = {self.path} can't be a directory: a file is in its way; choose another place")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"train.output_dir = {self.path} can't be written: no permission in {there}; choose another place")
+
+
+def find_run(directory: str) -> RunDirectory:
+    """Of a command line. Raises UserError for one where no run is."""
+    path = Path(directory).expanduser().absolute()
+    if not any((path / name).exists() for name in ("jobs.jsonl", "heartbeats", VERDICT, "checkpoints", "logs")):
+        raise UserError(f"{path} holds no run; give the train.output_dir of one")
+    return RunDirectory(path)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same, from wherever it is read."""
+    tree = config.to_dict()
+    for key in PATHS:
+        section, name = key.split(".")
+        tree[section][name] = _absolute(tree[section][name])
+    store = _RELATIVE_STORE.fullmatch(config.tracking.uri or "")
+    if store:
+        tree["tracking"]["uri"] = f"{store['scheme'] or ''}{_absolute(store['path'])}"
+    return build_config(tree)
+
+
+def dump_config(config: Config) -> str:
+    """As YAML, with every key."""
+    return yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False)
+
+
+def require_inputs(config: Config) -> None:
+    """Raises UserError, naming the key, for a file that is to be read and is not there."""
+    for key in _READ:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        for path in [value] if isinstance(value, str) else value or ():
+            if not Path(path).exists():
+                raise UserError(f"{key} = {path} does not exist; it must be there before the job is submitted")
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, str):
+        return str(Path(value).absolute())
+    return tuple(map(_absolute, value)) if value is not None else None

@@ -1,0 +1,145 @@
+"""Slurm, asked by its commands. It may be busy, down or not there at all: each call is bounded."""
+
+import re
+import subprocess
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from erollout.errors import UserError
+
+_ANSWER_SECONDS = 60
+"""Slurm's commands wait without end for a controller that is down."""
+_PAUSES = (5, 15, 45)
+"""Seconds before sbatch is tried again."""
+_BUSY = re.compile(
+    r"timed out|unable to contact|connection (refused|reset)|zero bytes|temporarily|busy|try again|slow down|not respond",
+    re.IGNORECASE,
+)
+"""What sbatch says when another time may be better."""
+_PREFIXES = re.compile(r"^(\w+: )?(error: |fatal: )?")
+_FIELDS = ("JobID", "State", "RestartCnt", "Reason", "NodeList", "TimeUsed", "TimeLimit", "StartTime", "WorkDir")
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+_ENDED = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED"),
+    *("OUT_OF_MEMORY", "DEADLINE", "REVOKED"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What Slurm says of a job."""
+
+    id: int
+    state: str
+    attempt: int
+    """Times that it was queued again."""
+    reason: str
+    """Why it waits."""
+    nodes: str
+    """As Slurm writes them: `n[1-4]`."""
+    used: str
+    limit: str
+    start: str
+    directory: str
+
+    @property
+    def is_alive(self) -> bool:
+        """It runs, or may yet run."""
+        return self.state not in _ENDED
+
+    @property
+    def waits(self) -> bool:
+        return self.state in _WAITING
+
+    def describe(self) -> str:
+        if self.waits:
+            return f"{self.state} ({self.reason}), expected to start {self.start}"
+        where = f" on {self.nodes}" if self.nodes else ""
+        return f"{self.state}{where}, {self.used} of {self.limit}"
+
+
+def answers() -> str | None:
+    """None when there is a scheduler that answers; otherwise why there is none."""
+    try:
+        done = _call("scontrol", "ping")
+    except UserError as error:
+        return str(error)
+    return None if "is UP" in done.stdout else _words(done)
+
+
+def try_submission(command: Sequence[str]) -> str:
+    """What the scheduler says to a job that it is not given. Raises UserError when it would not take it."""
+    done = _call(command[0], "--test-only", *command[1:])
+    if done.returncode:
+        raise UserError(f"the scheduler would not take the job: {_words(done)}")
+    return _words(done)
+
+
+def submit(command: Sequence[str], directory: Path, known: Collection[int]) -> int:
+    """Submit, again after a while where the controller is busy. Returns the job's id.
+
+    An answer can be lost when the job is not: one of `directory` whose id is not `known` is then the one. Raises UserError.
+    """
+    reason = ""
+    for pause in (0, *_PAUSES):
+        time.sleep(pause)
+        try:
+            if pause and (taken := [job.id for job in jobs((), directory) if job.id not in known]):
+                return max(taken)
+            done = _call(*command)
+        except UserError as error:
+            reason = str(error)
+        else:
+            if done.returncode == 0:
+                return int(done.stdout.split(";")[0])
+            reason = _words(done)
+        if not _BUSY.search(reason):
+            break
+    raise UserError(f"sbatch: {reason}")
+
+
+def jobs(ids: Collection[int], directory: Path) -> list[Job]:
+    """Those of the ids that Slurm still knows (for some minutes after their end), and mine of the directory; oldest first."""
+    names = ",".join(map(str, [*ids, *ids]))  # one alone that is not known is an error, in a list it is not
+    found = [*(_jobs(f"--jobs={names}") if ids else []), *(job for job in _jobs("--me") if job.directory == str(directory))]
+    return [job for _, job in sorted({job.id: job for job in found}.items())]
+
+
+def cancel(job: Job) -> None:
+    """A job that waits goes at once."""
+    _must("scancel", str(job.id))
+
+
+def terminate(job: Job) -> None:
+    """The batch shell hears SIGTERM, and has the ranks save and end, in their own time."""
+    _must("scancel", "--batch", "--signal=TERM", str(job.id))
+
+
+def _jobs(which: str) -> list[Job]:
+    lines = _must("squeue", "--noheader", "--states=all", which, "--Format=" + ",".join(f"{name}:|" for name in _FIELDS))
+    rows = [line.strip().split("|") for line in lines.splitlines()]
+    return [Job(int(row[0]), row[1], int(row[2]), *row[3:9]) for row in rows if row[0].isdigit()]
+
+
+def _must(*command: str) -> str:
+    done = _call(*command)
+    if done.returncode:
+        raise UserError(f"{command[0]}: {_words(done)}")
+    return done.stdout
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not found: there is no Slurm on this machine; log in to the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} timed out after {_ANSWER_SECONDS} s; is the controller up (`scontrol ping`)?") from None
+
+
+def _words(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command has said, in one line."""
+    lines = f"{done.stdout}\n{done.stderr}".splitlines()
+    return "; ".join(words for line in lines if (words := _PREFIXES.sub("", line.strip()))) or f"status {done.returncode}"

@@ -1,0 +1,162 @@
+"""`erollout launch slurm`: submits a run to a Slurm cluster, or prints what would be submitted.
+
+What to do when a job starts, gets a signal or fails is in slurm/train.sbatch, which is the same for all runs. Here are
+composed the options of sbatch, the variables that the script reads, the configuration and a copy of the code.
+"""
+
+import argparse
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from erollout.config import Config, load_config
+from erollout.errors import UserError
+from erollout.launch import scheduler
+from erollout.launch.plan import Plan, batch_script, describe, layouts, seconds_of, write
+from erollout.launch.run_directory import VERDICT, RunDirectory, Submission, require_inputs, with_absolute_paths
+from erollout.launch.sites import Site, load_site
+from erollout.launch.snapshot import take_snapshot
+
+_GRACE_SECONDS = 300
+_SLURM_EARLY_SECONDS = 60
+"""Slurm sends the signal before the end up to so much earlier than asked."""
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `slurm` to the commands of `erollout launch`."""
+    parser = commands.add_parser("slurm", help="submit a run to a Slurm cluster")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--gpus-per-node", type=int, metavar="G", help="as many ranks")
+    size.add_argument("--ranks-per-node", type=int, metavar="M", help="without GPUs")
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--site", metavar="FILE", help="YAML file: partition, account, container and the like")
+    parser.add_argument("--run-dir", metavar="DIR", help="for train.output_dir")
+    parser.add_argument("--time", metavar="HH:MM:SS", help="limit of a start; default: the partition's")
+    parser.add_argument("--grace", type=int, metavar="SECONDS", help="before the limit the run saves and ends (default 300)")
+    parser.add_argument("--chain", type=int, metavar="K", help="submit K jobs, one after the other, in place of requeueing")
+    parser.add_argument("--max-requeues", type=int, metavar="N", help="then the job fails")
+    parser.add_argument("--no-preflight", action="store_true", help="don't check the nodes before each start")
+    parser.add_argument("--job-name", metavar="NAME", help="default: erollout- and the run directory's name")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    plan = make_plan(options)
+    if options.dry_run:
+        print(describe(plan))
+        print(f"== scheduler\n{_scheduler_says(plan)}")
+        return 0
+    found = require_idle(plan.run)
+    write(plan)
+    command = plan.command()
+    source = {"commit": plan.snapshot.commit, "dirty": plan.snapshot.dirty}
+    code = str(plan.run.code / plan.snapshot.name)
+    submit(plan.run, Submission(0, "", plan.chain, tuple(command), code, source), {job.id for job in found})
+    return 0
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """Raises UserError for what can't work."""
+    for name in ("nodes", "gpus_per_node", "ranks_per_node", "chain", "grace"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} = {value}; it must be at least 1")
+    site = load_site(options.site) if options.site else Site()
+    overrides = [*options.overrides, *([f"train.output_dir={_quoted(options.run_dir)}"] if options.run_dir else [])]
+    config = with_absolute_paths(load_config(options.config, overrides))
+    run = RunDirectory(Path(config.train.output_dir))
+    ranks = options.gpus_per_node or options.ranks_per_node
+    _check_ranks(config, options.nodes, ranks)
+    run.require_writable()
+    if site.container is None:  # what is in it can't be seen from here
+        require_inputs(config)
+    return Plan(
+        run,
+        config,
+        site,
+        options.nodes,
+        ranks,
+        options.gpus_per_node or 0,
+        options.time,
+        _grace(options, config),
+        options.chain or 1,
+        options.max_requeues,
+        not options.no_preflight,
+        options.job_name or f"erollout-{run.path.name}",
+        take_snapshot(config.rewards.function),
+    )
+
+
+def _check_ranks(config: Config, nodes: int, ranks: int) -> None:
+    wanted, started = config.parallel.world_size, nodes * ranks
+    if wanted not in (None, started):
+        raise UserError(
+            f"parallel.world_size = {wanted}, but {nodes} nodes of {ranks} ranks are {started}; unset it or start {wanted}"
+        )
+    layouts(config, started)
+
+
+def _grace(options: argparse.Namespace, config: Config) -> int | None:
+    """Seconds before the time limit. Raises UserError where they don't fit, or nothing could be saved in them."""
+    seconds = seconds_of(options.time) if options.time else None
+    if not config.checkpoint.interval:
+        for name in ("grace", "chain"):
+            if getattr(options, name) is not None:
+                raise UserError(
+                    f"checkpoint.interval = 0: a run that saves nothing can't go on in another job, so --{name} = "
+                    f"{getattr(options, name)} is of no use; set the interval, or remove it"
+                )
+        return None
+    grace: int = options.grace or min(_GRACE_SECONDS, (seconds or 4 * _GRACE_SECONDS) // 4)
+    if seconds is not None and grace + _SLURM_EARLY_SECONDS > seconds:
+        raise UserError(
+            f"--time = {options.time} is too short for --grace = {grace} s, which Slurm begins up to {_SLURM_EARLY_SECONDS} s "
+            "early: nothing would be left to train in; ask for more time or a shorter grace"
+        )
+    return grace
+
+
+def require_idle(run: RunDirectory) -> list[scheduler.Job]:
+    """The jobs of the run that Slurm knows. Raises UserError for one that runs or waits: two would write to one place."""
+    found = scheduler.jobs(run.jobs(), run.path)
+    for job in found:
+        if job.is_alive:
+            raise UserError(
+                f"job {job.id} of {run.path} is {job.describe()}; `erollout launch stop {run.path}` ends it, "
+                "or choose another --run-dir"
+            )
+    return found
+
+
+def submit(run: RunDirectory, submission: Submission, known: set[int]) -> None:
+    """One job, or a chain of them, each recorded as soon as it is taken. Raises UserError."""
+    bad = run.bad_nodes()
+    (run.path / VERDICT).unlink(missing_ok=True)  # of a run that goes on: jobs of a chain start only while there is none
+    for number in range(1, submission.chain + 1):
+        command = list(submission.command)
+        extra = [f"--exclude={','.join(bad)}"] if bad else []
+        extra += [f"--dependency=afterany:{submission.job}"] if number > 1 else []
+        job = scheduler.submit([*command[:2], *extra, *command[2:]], run.path, known)
+        submission = replace(submission, job=job, submitted=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        run.add(submission)
+        known.add(job)
+        part = f" ({number} of {submission.chain})" if submission.chain > 1 else ""
+        print(f"erollout: job {job}{part} of {run.path} is submitted", flush=True)
+    print(f"erollout: `erollout launch status {shlex.quote(str(run.path))}` shows how it goes")
+
+
+def _scheduler_says(plan: Plan) -> str:
+    """Raises UserError when there is one that would refuse the job."""
+    if reason := scheduler.answers():
+        return f"not asked: {reason}"
+    command = [str(batch_script()) if word == str(plan.run.script) else word for word in plan.command()]
+    return scheduler.try_submission(command)
+
+
+def _quoted(text: str) -> str:
+    """As a YAML value."""
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,99 @@
+"""A copy of the code in the run directory, so that later edits don't change a run that waits or goes on."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from erollout.errors import UserError
+from erollout.tracking.provenance import _git
+
+_PACKAGES = ("erollout", "erollout.launch", "erollout.megatron_patches", "erollout.slurm")
+"""In a checkout the last three stand beside the first, and installed inside it."""
+SOURCE = "erollout/source.json"
+"""In the copy: which commit it is of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    files: dict[str, Path]
+    """What is copied from where, by its place in the copy."""
+    commit: str
+    """Of the checkout that the package is in; empty where it is in none."""
+    dirty: bool
+    """Whether the checkout differs from the commit."""
+
+    @property
+    def name(self) -> str:
+        """Equal for equal contents."""
+        contents = hashlib.sha256()
+        for place, path in sorted(self.files.items()):
+            contents.update(f"{place}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+        return contents.hexdigest()[:12]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files.values())
+
+    def write(self, directory: Path) -> Path:
+        """Copy into `directory`, in a folder of the contents' name; one that is there is left alone. Returns the folder."""
+        folder = directory / self.name
+        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+        if folder.is_dir():
+            return folder
+        for place, path in self.files.items():
+            (partial / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, partial / place)
+        (partial / SOURCE).write_text(json.dumps({"commit": self.commit, "dirty": self.dirty}))
+        partial.rename(folder)
+        return folder
+
+
+def take_snapshot(function: str | None = None) -> Snapshot:
+    """Of this package, compiled kernels included, and of the module of a reward function (`module:name`) that is not installed.
+
+    Nothing is copied yet. Raises UserError where there is no such module.
+    """
+    files: dict[str, Path] = {}
+    for name in _PACKAGES:
+        files |= _tree(Path(name.replace(".", "/")), _location(name))
+    folder = _location("erollout")
+    commit = _git("-C", str(folder), "rev-parse", "HEAD")
+    dirty = bool(commit and _git("-C", str(folder), "status", "--porcelain", "--untracked-files=no"))
+    return Snapshot(files | _own_module(function), commit, dirty)
+
+
+def _own_module(function: str | None) -> dict[str, Path]:
+    """Nothing for a module of an installed package: its version is part of the environment."""
+    name = function.partition(":")[0].split(".")[0] if function else "erollout"
+    if name == "erollout" or name in sys.stdlib_module_names:
+        return {}
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise UserError(f"rewards.function = {function}: there is no module {name} on PYTHONPATH; add its directory")
+    path = Path(next(iter(spec.submodule_search_locations or [str(spec.origin)])))
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return {}
+    if path.is_file():
+        return {path.name: path}
+    return {place: file for place, file in _tree(Path(name), path).items() if place.endswith(".py")}
+
+
+def _location(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations, package
+    return Path(spec.submodule_search_locations[0])
+
+
+def _tree(place: Path, folder: Path) -> dict[str, Path]:
+    """All files but compiled and hidden ones."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(place / path): folder / path for path in paths if not _is_passing(path)}
+
+
+def _is_passing(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts) or path.suffix == ".pyc"

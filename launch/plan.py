@@ -1,4 +1,4 @@
-"""What is submitted to Slurm for a run: options of sbatch, variables of the batch script, configuration, code; as a page too."""
+"""What is submitted to Slurm for a run: options of sbatch, variables of the batch script, configuration, code, and a page."""
 
 import importlib.util
 import os

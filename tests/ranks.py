@@ -1,10 +1,14 @@
 """Real process groups for tests: warm worker processes, a fresh gloo world for every call.
 
-Importing torch and megatron-core takes seconds, so the workers live for the whole test session. A worker that dies or
-hangs fails the call that it served; the next call starts new workers.
+Importing torch and megatron-core takes seconds, on a busy machine a minute, so the workers live for the whole test session and
+a call's time begins when all have imported what it needs. A worker that dies or hangs fails the call that it served, with the
+stacks of all on stderr; the next call starts new workers.
 """
 
+import faulthandler
 import multiprocessing as mp
+import os
+import signal
 import tempfile
 import time
 import traceback
@@ -13,6 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+START_SECONDS = 200
+"""For new workers and their imports."""
+
 
 class RankFailure(AssertionError):
     """A rank raised, died or did not answer in time."""
@@ -20,8 +27,8 @@ class RankFailure(AssertionError):
 
 def _serve(connection: Connection, rank: int) -> None:
     import datetime
-    import os
 
+    faulthandler.register(signal.SIGUSR2)
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
@@ -29,6 +36,7 @@ def _serve(connection: Connection, rank: int) -> None:
     torch.set_num_threads(1)
     while (job := _receive(connection)) is not None:
         function, world_size, store_path, timeout, args = job
+        connection.send("ready")  # unpickling has imported the function's module
         try:
             _tear_down()  # not before: all have answered, so none still connects to this rank's last world
             dist.init_process_group(
@@ -80,22 +88,34 @@ class RankPool:
         workers = self._workers[:world_size]
         for _, connection in workers:
             connection.send((function, world_size, store, timeout, args))
-        deadline = time.monotonic() + timeout
-        answers: list[Any] = []
-        for rank, (process, connection) in enumerate(workers):
-            if not connection.poll(max(0.0, deadline - time.monotonic())):
-                self.close()
-                raise RankFailure(f"rank {rank} gave no answer within {timeout} s (exit code {process.exitcode})")
-            try:
-                answers.append(connection.recv())
-            except EOFError:
-                self.close()
-                raise RankFailure(f"rank {rank} died") from None
+        self._answers(workers, START_SECONDS)
+        answers = self._answers(workers, timeout)
         failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in enumerate(answers) if not ok]
         if failures:
             self.close()
             raise RankFailure("\n".join(failures))
         return [value for _, value in answers]
+
+    def _answers(self, workers: list[tuple[Any, Connection]], seconds: float) -> list[Any]:
+        deadline = time.monotonic() + seconds
+        answers = []
+        for rank, (_, connection) in enumerate(workers):
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
+                self._show_stacks()
+                self.close()
+                raise RankFailure(f"rank {rank} gave no answer within {seconds} s")
+            try:
+                answers.append(connection.recv())
+            except EOFError:
+                self.close()
+                raise RankFailure(f"rank {rank} died") from None
+        return answers
+
+    def _show_stacks(self) -> None:
+        for process, _ in self._workers:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR2)
+        time.sleep(1)
 
     def _start(self, world_size: int) -> None:
         context = mp.get_context("spawn")

@@ -25,6 +25,10 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"
 SECONDS = 280
 """Bound of waiting for a run: a start takes about ten seconds on a free machine, and tests share two cores with others."""
 COMMAND_SECONDS = 120
+STEPS, INTERVAL = 16, 4
+"""Of most runs here, and of the unbroken one that they are compared with: eight seconds in which to disturb them."""
+AT_ONCE = {"function": "toy_scorer:share_of_digits"}
+"""The same scores as the unhurried ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,13 @@ class Cluster:
         """`sbatch ARGUMENTS`; the job's id."""
         variables = [f"{name}={value}" for name, value in environment.items()]
         return int(self.output("env", *variables, "sbatch", "--parsable", *map(str, arguments)))
+
+    def launch(self, run: "Run", *options: str) -> int:
+        """`erollout launch slurm` on two nodes of one rank; the job's id."""
+        where = ["--nodes", "2", "--ranks-per-node", "1", "--config", str(run.config)]
+        done = self.erollout("launch", "slurm", *where, *options)
+        assert done.status == 0, done.stdout + done.stderr
+        return run.jobs[-1]
 
     def job(self, job: int) -> Job:
         words = self.output("scontrol", "show", "job", str(job), "--oneliner").split(" ")
@@ -176,13 +187,13 @@ class Run:
     def __init__(self, folder: Path, steps: int, interval: int = 4, **sections: dict[str, Any]) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.directory = folder, folder / "run"
-        exported = {"interval": interval, "export_path": str(folder / "exported")}
-        sections = {
+        ours: dict[str, dict[str, Any]] = {
             "train": {"steps": steps},
-            "checkpoint": exported | sections.pop("checkpoint", {}),
-            "rewards": {"function": "unhurried_scorer:share_of_digits"},
-            **sections,
+            "checkpoint": {"interval": interval, "export_path": str(folder / "exported")},
+            "rewards": {"function": "unhurried_scorer:half_a_second"},
+            "fault_tolerance": {"heartbeat_seconds": 1.0},
         }
+        sections = {name: ours.get(name, {}) | sections.get(name, {}) for name in ours | sections}
         self.tree = tiny_tree(folder, **sections)
         self.config = folder / "config.yaml"
         self.config.write_text(yaml.safe_dump(self.tree))
@@ -191,6 +202,11 @@ class Run:
     def verdict(self) -> str | None:
         file = self.directory / "verdict"
         return file.read_text().strip() if file.exists() else None
+
+    @property
+    def jobs(self) -> list[int]:
+        """Submitted by the launcher, oldest first."""
+        return [json.loads(line)["job"] for line in (self.directory / "jobs.jsonl").read_text().splitlines()]
 
     @property
     def checkpoints(self) -> list[int]:

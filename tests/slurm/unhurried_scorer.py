@@ -1,15 +1,20 @@
-"""A scorer that makes a tiny run's steps last: there is time to disturb it. Scoring processes import it: it must be light."""
+"""Scorers that make the steps of a tiny run last: there is time to disturb it. Scoring processes import them, so: light."""
 
 import time
 
-from toy_scorer import share_of_digits as score
+from toy_scorer import share_of_digits
 
 from erollout.types import Prompt
 
-_SECONDS = 0.03
-"""A rank scores eight responses in a step."""
+RESPONSES = 8
+"""That a rank scores in a step, of two ranks."""
 
 
-def share_of_digits(prompt: Prompt, response: str) -> float:
-    time.sleep(_SECONDS)
-    return score(prompt, response)
+def half_a_second(prompt: Prompt, response: str) -> float:
+    time.sleep(0.5 / RESPONSES)
+    return share_of_digits(prompt, response)
+
+
+def a_second(prompt: Prompt, response: str) -> float:
+    time.sleep(1.0 / RESPONSES)
+    return share_of_digits(prompt, response)

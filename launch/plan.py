@@ -86,6 +86,7 @@ class Plan:
             "EROLLOUT_CONTAINER_KIND": container.kind if container else None,
             "EROLLOUT_CONTAINER_MOUNTS": ",".join(sorted(mounts)) if container else None,
             "PYTHONPATH": _absolute_path_list(variable("PYTHONPATH")),
+            "PYTHONSAFEPATH": "1",  # else the directory of the job goes before PYTHONPATH, and may be a checkout
         }
         return {name: value for name, value in found.items() if value is not None} | self.site.env
 

@@ -69,7 +69,6 @@ class Plan:
     def variables(self) -> dict[str, str]:
         """For the batch script."""
         container = self.site.container
-        mounts = {f"{self.run.path}:{self.run.path}", *(container.mounts if container else ())}
         python = variable("EROLLOUT_PYTHON") or (sys.executable if container is None else "python3")
         found = {
             "EROLLOUT_PYTHON": python,
@@ -84,7 +83,7 @@ class Plan:
             "EROLLOUT_INTERFACE": self.site.interface,
             "EROLLOUT_CONTAINER": container.image if container else None,
             "EROLLOUT_CONTAINER_KIND": container.kind if container else None,
-            "EROLLOUT_CONTAINER_MOUNTS": ",".join(sorted(mounts)) if container else None,
+            "EROLLOUT_CONTAINER_MOUNTS": ",".join(container.mounts) if container and container.mounts else None,
             "PYTHONPATH": _absolute_path_list(variable("PYTHONPATH")),
             "PYTHONSAFEPATH": "1",  # else the directory of the job goes before PYTHONPATH, and may be a checkout
         }

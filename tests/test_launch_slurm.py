@@ -80,16 +80,16 @@ def test_what_a_site_changes(folder: Path, fake: FakeSlurm, monkeypatch: pytest.
         exclusive=True,
         interface="ib0",
         setup="module load x\n",
-        container={"kind": "pyxis", "image": "a.sqsh", "mounts": ["/data:/data"]},
+        container={"kind": "pyxis", "image": "a.sqsh", "mounts": ["/a:/b", "/c"]},
         options=["--switches=1"],
         env={"NCCL_DEBUG": "it's", "N": 1},
     )
     assert submit_tiny(folder, site).status == 0
     options = {"--partition=p q", "--gres=gpu:h100:4", "--cpus-per-task=9", "--mem=0", "--exclusive", "--switches=1"}
     assert options < set(_command(folder))
-    variables, run = _variables(folder), folder / "run"
+    variables = _variables(folder)
     assert variables["EROLLOUT_PYTHON"] == "python3", "the image's, not this machine's"
-    assert variables["EROLLOUT_CONTAINER_MOUNTS"] == f"/data:/data,{run}:{run}"
+    assert variables["EROLLOUT_CONTAINER_MOUNTS"] == "/a:/b,/c"
     assert [variables[f"EROLLOUT_{name}"] for name in ("CONTAINER", "CONTAINER_KIND", "INTERFACE")] == [
         "a.sqsh",
         "pyxis",

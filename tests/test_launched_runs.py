@@ -121,10 +121,15 @@ def test_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (run / "logs" / f"12.{attempt}").mkdir(parents=True)
         (run / "logs" / f"12.{attempt}" / "node-n1.out").write_text(f"start {attempt}\n")
     (run / "slurm-12.out").write_text("batch\n")
+    (run / "logs" / "12.1" / "ranks").mkdir()
+    (run / "logs" / "12.1" / "ranks" / "rank_00003.err").write_text("of rank 3\n")
     assert invoke("launch", "logs", str(run)).status == 0
     assert {"batch", "start 1"} <= set(capfd.readouterr().out.splitlines())
     assert invoke("launch", "logs", str(run), "--attempt", "12.0").status == 0
     printed = capfd.readouterr().out
     assert "start 0" in printed and "start 1" not in printed
+    assert invoke("launch", "logs", str(run), "--rank", "3").status == 0
+    assert capfd.readouterr().out == "of rank 3\n"
+    assert "--rank = 4:" in invoke("launch", "logs", str(run), "--rank", "4").error()
     assert "has no logs of 12.7; there are 12.0, 12.1" in invoke("launch", "logs", str(run), "--attempt", "12.7").error()
     assert "holds no run" in invoke("launch", "logs", str(tmp_path / "nowhere")).error()

@@ -52,6 +52,15 @@ class RolloutRequest:
     sampling: SamplingParams
     seed: int
     """Sample i of the group draws with sequence_seed(seed, i)."""
+    finished: frozenset[int] = frozenset()
+    """Samples that an interrupted attempt has completed: they are not sampled again."""
+    begun: tuple["PartialRollout", ...] = ()
+    """Samples that go on from the tokens which an interrupted attempt has left."""
+
+    @property
+    def num_open(self) -> int:
+        """Samples to be completed."""
+        return self.group_size - len(self.finished)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,8 @@ class PartialRollout:
     logprobs: tuple[float, ...]
     """Processed, one per response id."""
     raw_logprobs: tuple[float, ...]
+    finish_reason: FinishReason | None = None
+    """Of one that is complete."""
 
 
 @dataclass(slots=True)

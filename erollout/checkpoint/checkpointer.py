@@ -8,7 +8,7 @@ with another tensor x pipeline x data split. Random numbers need no state: they 
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from erollout.checkpoint.manifest import MANIFEST, STATE, complete_checkpoints, verify, write_manifest
 from erollout.errors import UserError
+from erollout.kept_rollouts import KeptRollouts
 from erollout.parallel.collectives import from_rank_zero
 from erollout.policy.actor import Actor
 
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _FAILURES = (OSError, RuntimeError, KeyError, CheckpointingException, CheckpointException)
 """What the two checkpoint libraries raise for files they can't write or read; the last is not even an Exception."""
+
+KEPT = "rollouts.npz"
+"""File of RunState.kept, which may be large."""
 
 # Optimizer state that any layout can read back.
 _OPTIMIZER_METADATA = {
@@ -50,6 +54,8 @@ class RunState:
     """Held-out evaluations so far."""
     rollout: dict[str, Any] | None = None
     """What the rollout worker has learnt: acceptance, costs, lengths. None: nothing yet."""
+    kept: KeptRollouts | None = None
+    """Of the next step's rollout, which was interrupted. None: it was not begun."""
 
 
 class Checkpointer:
@@ -96,7 +102,8 @@ class Checkpointer:
         self.actor.optimizer.load_state_dict(loaded["optimizer"])
         self.actor.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
         self.actor.scheduler.load_state_dict(document["scheduler"])
-        return RunState(document["step"], document["run_id"], tuple(document["history"]), document.get("rollout"))
+        history = tuple(document["history"])
+        return RunState(document["step"], document["run_id"], history, document.get("rollout"), self._read_kept(path))
 
     def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
         model: dict[str, Any] = self.actor.module.sharded_state_dict()  # type: ignore[operator]
@@ -121,6 +128,14 @@ class Checkpointer:
                 f"checkpoint {path} is damaged: can't read {STATE} ({error}); remove the directory to use the one before"
             ) from error
         return document
+
+    def _read_kept(self, path: Path) -> KeptRollouts | None:
+        if not (path / KEPT).exists():
+            return None
+        try:
+            return KeptRollouts.from_bytes((path / KEPT).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"checkpoint {path} is damaged: can't read {KEPT} ({error}); remove the directory") from error
 
     def _check_kind(self, path: Path, saved: RunKind) -> None:
         if saved != self.kind:
@@ -160,12 +175,14 @@ class Checkpointer:
             )
 
     def _publish(self, partial: Path, target: Path, state: RunState) -> None:
-        document = asdict(state) | {
+        document = asdict(replace(state, kept=None)) | {
             "kind": self.kind,
             "identity": self._identity(),
             "scheduler": self.actor.scheduler.state_dict(),
         }
         (partial / STATE).write_text(json.dumps(document, indent=1))
+        if state.kept is not None:
+            (partial / KEPT).write_bytes(state.kept.to_bytes())
         write_manifest(partial)
         if target.exists():  # the same step, saved again after a resume from an older one
             _remove(target)

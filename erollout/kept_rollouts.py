@@ -1,0 +1,103 @@
+"""What an interrupted rollout has sampled, for a later attempt to go on with. Pure."""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+
+from erollout.types import FinishReason, PartialRollout, RolloutRequest
+
+_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRollouts:
+    """Samples of one rollout, complete ones and begun ones. Its random numbers are functions of position: any replica of any
+    layout goes on with them."""
+
+    fingerprint: str
+    """Of the rollout's requests: samples of others don't fit."""
+    samples: tuple[PartialRollout, ...]
+    """One for each prompt and sample index; all have tokens."""
+
+    @property
+    def finished(self) -> list[PartialRollout]:
+        return [sample for sample in self.samples if sample.finish_reason is not None]
+
+    @property
+    def begun(self) -> list[PartialRollout]:
+        return [sample for sample in self.samples if sample.finish_reason is None]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample.response_ids) for sample in self.samples)
+
+    def resume(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
+        """The requests for what is left of them."""
+        return [
+            replace(
+                request,
+                finished=frozenset(s.sample_index for s in self.finished if s.prompt_index == request.prompt_index),
+                begun=tuple(s for s in self.begun if s.prompt_index == request.prompt_index),
+            )
+            for request in requests
+        ]
+
+    def to_bytes(self) -> bytes:
+        """Log-probs with all of their bits."""
+        places = [(s.prompt_index, s.sample_index, len(s.response_ids), _REASONS.index(s.finish_reason)) for s in self.samples]
+        file = io.BytesIO()
+        np.savez(
+            file,
+            fingerprint=np.array(self.fingerprint),
+            places=np.array(places, np.int64).reshape(-1, 4),
+            response_ids=_joined([s.response_ids for s in self.samples], np.int32),
+            logprobs=_joined([s.logprobs for s in self.samples], np.float64),
+            raw_logprobs=_joined([s.raw_logprobs for s in self.samples], np.float64),
+        )
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What `to_bytes` made. Raises ValueError for anything else."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                fingerprint, places = str(arrays["fingerprint"]), arrays["places"].tolist()
+                columns = [arrays[name] for name in ("response_ids", "logprobs", "raw_logprobs")]
+        except (zipfile.BadZipFile, EOFError, KeyError, OSError) as error:
+            raise ValueError(f"no kept rollouts: {error}") from error
+        samples, start = [], 0
+        for prompt_index, sample_index, length, reason in places:
+            ids, logprobs, raw = (tuple(column[start : start + length].tolist()) for column in columns)
+            samples.append(PartialRollout(prompt_index, sample_index, ids, logprobs, raw, _REASONS[reason]))
+            start += length
+        return cls(fingerprint, tuple(samples))
+
+
+def keep(requests: Sequence[RolloutRequest], samples: Iterable[PartialRollout]) -> KeptRollouts:
+    """Of what several replicas and attempts have of the same samples, the complete ones, else the longest."""
+    kept: dict[tuple[int, int], PartialRollout] = {}
+    for sample in samples:
+        key = sample.prompt_index, sample.sample_index
+        if sample.response_ids and (key not in kept or _progress(sample) > _progress(kept[key])):
+            kept[key] = sample
+    return KeptRollouts(fingerprint(requests), tuple(kept[key] for key in sorted(kept)))
+
+
+def fingerprint(requests: Sequence[RolloutRequest]) -> str:
+    """Equal for requests of the same prompts, seeds and distribution, whatever of them is done."""
+    rows = [asdict(replace(request, finished=frozenset(), begun=())) | {"finished": None} for request in requests]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _joined(parts: Sequence[Sequence[float]], dtype: type[np.number[Any]]) -> "np.ndarray[Any, Any]":
+    return np.concatenate([np.empty(0, dtype), *(np.array(part, dtype) for part in parts)])
+
+
+def _progress(sample: PartialRollout) -> tuple[bool, int]:
+    return sample.finish_reason is not None, len(sample.response_ids)

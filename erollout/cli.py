@@ -17,6 +17,7 @@ from erollout.doctor.commands import add_command as add_doctor
 from erollout.environment import launcher_environment
 from erollout.errors import UserError
 from erollout.launch.commands import add_commands as add_launch_commands
+from erollout.launch.parent import end_with_parent
 from erollout.simulation.commands import add_command
 
 _SPEAK_AFTER_SECONDS = 5.0
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Megatron says at import which GPU libraries it does without, and torch which of its own names are deprecated.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    if (launcher := launcher_environment()) is not None and launcher.is_elastic:
+        end_with_parent()
     options = _parser().parse_args(arguments)
     try:
         return options.run(options, arguments)
@@ -131,13 +134,10 @@ def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _on_ranks(config: Config, arguments: list[str], work: Callable[[ModuleType], None], rolls_out: bool = True) -> int:
     """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine."""
-    from erollout.launch.local import end_with_parent, launch_local
-
-    if (launcher := launcher_environment()) is not None:
-        if launcher.is_elastic:
-            end_with_parent()
+    if launcher_environment() is not None:
         work(_session())
         return 0
+    from erollout.launch.local import launch_local
     from erollout.parallel.groups import expected_world_size
     from erollout.preflight import preflight
 

@@ -34,6 +34,11 @@ def set_default(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
+def set_variable(name: str, value: str) -> None:
+    """Set a variable for this process and its children, whatever it was."""
+    os.environ[name] = value
+
+
 def variable(name: str) -> str | None:
     """A variable as the user has set it; None where it is not, or is empty."""
     return os.environ.get(name) or None

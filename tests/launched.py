@@ -1,0 +1,70 @@
+"""A whole run through the local launcher, with all of its processes: they carry a mark in their environment."""
+
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from commands import ENVIRONMENT, command
+
+_MARK = "EROLLOUT_TEST_MARK"
+
+
+class Launched:
+    """One start of a command. In a `with` block: nothing of it survives the block."""
+
+    def __init__(self, *arguments: str, output: Path, program: str | None = None) -> None:
+        """`program`: Python that takes the arguments instead of the `erollout` command."""
+        self.mark = uuid.uuid4().hex
+        self.output = output
+        with open(output, "a") as file:
+            whole = command(*arguments) if program is None else [sys.executable, "-c", program, *arguments]
+            environment = ENVIRONMENT | {_MARK: self.mark}
+            self.process = subprocess.Popen(whole, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+    def __enter__(self) -> "Launched":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for process in self.alive():
+            process.kill()
+        self.process.wait(30)
+
+    def alive(self) -> list[psutil.Process]:
+        """The processes of the run, whoever their parent is now."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.Error, OSError):  # it has ended, or is not ours
+                continue
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """In rank order, as far as they are started."""
+        children = [process for process in self.alive() if process.ppid() == self.process.pid]
+        return sorted((child for child in children if "RANK" in child.environ()), key=lambda rank: int(rank.environ()["RANK"]))
+
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 200) -> None:
+        """Fails when the run ends before, or the time passes."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, f"did not happen in {seconds} s: {self.text()}"
+            time.sleep(0.05)
+
+    def wait_until_gone(self, seconds: float) -> None:
+        """Fails when a process of the run is left after so long."""
+        deadline = time.monotonic() + seconds
+        while left := self.alive():
+            self.process.poll()  # or it stays a zombie
+            assert time.monotonic() < deadline, f"still there after {seconds} s: {left}\n{self.text()}"
+            time.sleep(0.05)
+
+    def text(self) -> str:
+        return self.output.read_text()

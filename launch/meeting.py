@@ -76,28 +76,23 @@ def join_store(meeting: Meeting) -> "TCPStore | None":
     """
     from torch.distributed import DistError, TCPStore
 
-    if meeting.is_head:
-        with suppress(DistError):  # taken: by the run's own other agent, or by a stranger
-            store = TCPStore(meeting.head, meeting.port, is_master=True, multi_tenant=True, wait_for_workers=False)
-            store.set(_RUN_KEY, meeting.run_id)
-            return store
-    _wait_for_head(meeting)
-    _require_same_run(meeting)
-    return None
-
-
-def _wait_for_head(meeting: Meeting) -> None:
     end = time.monotonic() + meeting.wait_seconds
     while True:
         try:
             socket.create_connection((meeting.head, meeting.port), timeout=_ANSWER_SECONDS).close()
-            return
+            _require_same_run(meeting)
+            return None
         except OSError as error:
             if time.monotonic() > end:
                 raise UserError(
                     f"--head = {meeting.place} can't be reached within {meeting.wait_seconds} s "
                     f"({error.strerror or error}); give the same command there, and let the port through"
                 ) from error
+        if meeting.is_head:
+            with suppress(DistError):  # taken since, by the run's own other agent or by a stranger
+                store = TCPStore(meeting.head, meeting.port, is_master=True, multi_tenant=True, wait_for_workers=False)
+                store.set(_RUN_KEY, meeting.run_id)
+                return store
         time.sleep(_RETRY_SECONDS)
 
 

@@ -1,7 +1,8 @@
-"""What the doctor sees: pure checks on made-up machines, and the command on this one."""
+"""What the doctor says of packages and filesystems, its reports, and the whole command on this machine."""
 
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from commands import invoke
 from packaging.requirements import Requirement
 from tiny_runs import write_config
 
-from erollout.doctor import devices, network, storage, versions
+from erollout.doctor import cpu, storage, versions
 from erollout.doctor.report import Finding, could_start, node_lines, page
 
 PINS = [
@@ -24,7 +25,6 @@ PINS = [
     )
 ]
 GOOD = {"torch": "2.13.0+cpu", "numpy": "2.1", "mlflow": "3.17.2"}
-GPUS = "0, GPU-aa, NVIDIA H100, 81559, 4, 570.1\n1, GPU-bb, NVIDIA H100, 81559, 40960, 570.1\n"
 
 
 def _by_topic(installed: dict[str, str]) -> dict[str, Finding]:
@@ -74,68 +74,6 @@ def test_fingerprints_differ_with_code_versions_and_configuration(tmp_path: Path
     assert {"doctor", "kernels"} <= {path.name for path in versions.source_folders()[0].iterdir()}
 
 
-def test_gpus_that_are_idle_held_and_hidden() -> None:
-    gpus = devices.parse_gpus(GPUS)
-    holders = devices.parse_holders("GPU-bb, 123, python train.py, x\n")
-    idle, held = devices.describe_gpus(gpus, holders, 2, strict=True)
-    assert idle.level == "ok" and "80 GiB" in idle.text
-    assert held.level == "error" and "40.0 GiB held by pid 123 python train.py" in held.text
-    assert [finding.level for finding in devices.describe_gpus(gpus, {}, 2, strict=False)] == ["ok", "warning"]
-    assert [gpu.index for gpu in devices.visible(gpus, "1")] == ["1"]
-    assert [gpu.index for gpu in devices.visible(gpus, "GPU-a")] == ["0"]
-    assert devices.visible(gpus, None) == gpus
-    (missing,) = list(devices.describe_gpus([], {}, 2, strict=True))
-    assert missing.level == "error" and "0 visible, 2 wanted" in missing.text
-
-
-def _fake_command(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
-def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _fake_command(tmp_path, monkeypatch, f'case "$1" in --query-gpu*) printf "{GPUS}";; esac'.replace("\n", "\\n"))
-    assert [finding.topic for finding in devices.check_gpus(2)] == ["GPU 0", "GPU 1"]
-
-
-def test_a_driver_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _fake_command(tmp_path, monkeypatch, "exit 9")
-    (finding,) = list(devices.check_gpus())
-    assert finding.level == "error" and "nvidia-smi fails" in finding.text
-
-
-def test_memory_bandwidth() -> None:
-    assert devices.memory_bandwidth() > 1e7
-    assert devices.check_bandwidth(20e9, strict=True).level == "ok"
-    assert devices.check_bandwidth(0.5e9, strict=True).level == "error"
-    assert devices.check_bandwidth(0.5e9).level == "warning"
-
-
-@pytest.mark.parametrize(
-    ("address", "found", "level"),
-    [
-        ("10.0.0.7", {"lo": "127.0.0.1", "eth0": "10.0.0.7"}, "ok"),
-        ("127.0.1.1", {"lo": "127.0.0.1", "eth0": "10.0.0.7"}, "warning"),
-        (None, {"lo": "127.0.0.1", "eth0": "10.0.0.7"}, "warning"),
-        ("127.0.0.1", {"lo": "127.0.0.1"}, "ok"),
-    ],
-)
-def test_a_name_that_stands_for_the_loopback_interface(address: str | None, found: dict[str, str], level: str) -> None:
-    finding = network.check_own_name("here", address, found)
-    assert finding.level == level
-    assert (level == "ok") or ("--interface" in finding.fix and "eth0" in finding.fix)
-
-
-def test_a_chosen_interface_must_be_there() -> None:
-    found = {"lo": "127.0.0.1", "eth0": "10.0.0.7"}
-    levels = {
-        chosen: [f.level for f in network.check_choice("N", chosen, found)] for chosen in (None, "eth0", "eth9", "eth", "^lo")
-    }
-    assert levels == {None: [], "eth0": ["ok"], "eth9": ["error"], "eth": ["ok"], "^lo": ["ok"]}
-
-
 def test_a_canary_leaves_nothing(tmp_path: Path) -> None:
     assert storage.check_canary(tmp_path).level == "ok"
     assert list(tmp_path.iterdir()) == []
@@ -165,20 +103,31 @@ def test_too_little_space(tmp_path: Path) -> None:
 
 def test_reports() -> None:
     good, warned = Finding("a", "well"), Finding("b", "so so", "warning", "rest")
-    bad = Finding("long topic", "ill\nvery", "error", "medicine")
-    assert node_lines("n1", [good, warned]).splitlines() == ["ok: a: well", "warning: b: so so; rest", "node n1 ok"]
+    bad, mark = Finding("long topic", "ill\nvery", "error", "medicine"), Finding("fingerprint", "code=1")
+    lines = node_lines("n1", [mark, good, warned]).splitlines()
+    assert lines == ["fingerprint code=1", "ok: a: well", "warning: b: so so; rest", "node n1 ok"]
     assert node_lines("n1", [bad]).splitlines()[-1] == "node n1 bad: long topic: ill very"
-    assert page([good, warned]).endswith("training could start")
-    lines = page([warned, bad]).splitlines()
-    assert lines[2] == "            very" and lines[-1] == "training could not start: 1 error"
-    assert lines.index("error: long topic: ill very; medicine") < lines.index("warning: b: so so; rest")
+    assert page([good]) == "a  well\n\ntraining could start"
+    assert page([warned, Finding("e", "one\ntwo"), bad]).splitlines() == [
+        "e  one",
+        "   two",
+        "",
+        "error: long topic: ill very",
+        "    medicine",
+        "warning: b: so so",
+        "    rest",
+        "",
+        "training could not start: 1 error",
+    ]
 
 
 @pytest.fixture
 def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run on busy machines; and GPUs of this one are none of their business."""
-    monkeypatch.setattr(devices, "SLOW_BANDWIDTH", 0.0)
-    _fake_command(tmp_path, monkeypatch, "exit 0")
+    monkeypatch.setattr(cpu, "SLOW_BANDWIDTH", 0.0)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
 
 def test_the_page_of_a_run_that_could_start(tmp_path: Path, quiet: None) -> None:
@@ -220,7 +169,9 @@ def test_a_node(tmp_path: Path, quiet: None) -> None:
     outcome = invoke("doctor", "--node", "--config", config)
     lines = outcome.stdout.splitlines()
     assert outcome.status == 0 and lines[-1].startswith("node ") and lines[-1].endswith(" ok")
-    assert "code=" in lines[0] and "versions=" in lines[0] and "config=" in lines[0]
+    assert re.fullmatch(r"fingerprint code=\w{12} versions=\w{12} config=\w{12}", lines[0])
+    assert invoke("doctor", "--node", "--config", config).stdout.splitlines()[0] == lines[0]
+    assert invoke("doctor", "--node", "--config", config, "train.steps=9").stdout.splitlines()[0] != lines[0]
     outcome = invoke("doctor", "--node", "--gpus", "8", "--config", config)
     assert outcome.status == 1
-    assert outcome.stdout.splitlines()[-1].endswith("bad: GPU: 0 visible, 8 wanted")
+    assert outcome.stdout.splitlines()[-1].endswith("bad: GPUs: 0 visible, 8 wanted")

@@ -1,49 +1,86 @@
-"""Interfaces, the one that gloo and NCCL would take, and free ports."""
+"""Interfaces, the one that ranks of several nodes would meet on, InfiniBand and RoCE cards, and free ports."""
 
 import socket
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from erollout.doctor.report import Finding
 from erollout.environment import variable
+from erollout.errors import UserError
+from erollout.launch.meeting import FIRST_PORT, NUM_PORTS
+from erollout.launch.network import address_towards, interface_with, interfaces
 
 _CHOICES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _FABRIC = Path("/sys/class/infiniband")
-_CHOOSE = "where ranks are on several nodes, give `erollout launch torchrun --interface NAME`"
-
-Interfaces = Mapping[str, str]
-"""IPv4 address by name, of those that are up."""
-
-
-def interfaces() -> dict[str, str]:
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    return {
-        name: entry.address
-        for name, entries in psutil.net_if_addrs().items()
-        for entry in entries
-        if entry.family == socket.AF_INET and name in up
-    }
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_SOCKETS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+_ELSEWHERE = "198.51.100.1"
+"""An address of nobody (RFC 5737), to ask for the way out; nothing is sent there."""
+_SLOW_LOOKUP_SECONDS = 1.0
 
 
-def is_loopback(address: str) -> bool:
-    return address.startswith("127.")
+@dataclass(frozen=True, slots=True)
+class Interface:
+    name: str
+    address: str
+    mbit: int
+    """Speed in Mbit/s; 0 where the driver does not say."""
+    is_card: bool
+    """Not one that software makes up, as bridges are."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.address}" + (f" ({self.mbit / 1000:g} Gbit/s)" if self.mbit else "")
+
+
+def found_interfaces() -> list[Interface]:
+    """Those that are up and have an IPv4 address."""
+    states = psutil.net_if_stats()
+    return [
+        Interface(name, address, max(states[name].speed, 0), Path(f"/sys/class/net/{name}/device").exists())
+        for name, address in interfaces().items()
+        if name in states and states[name].isup
+    ]
 
 
 def check_network() -> Iterator[Finding]:
-    found = interfaces()
-    listed = ", ".join(f"{name} {address}" for name, address in found.items()) or "none with an IPv4 address"
-    fabric = sorted(path.name for path in _FABRIC.iterdir()) if _FABRIC.is_dir() else []
-    yield Finding("interfaces", listed + (f"; InfiniBand {', '.join(fabric)}" if fabric else ""))
+    found = found_interfaces()
+    yield Finding("interfaces", ", ".join(map(str, found)) or "none with an IPv4 address")
+    yield from check_way_out(way_out(), found)
     for name in _CHOICES:
-        yield from check_choice(name, variable(name), found)
-    if variable("GLOO_SOCKET_IFNAME") is None:
-        yield check_own_name(socket.gethostname(), own_address(), found)
+        yield from check_choice(name, variable(name), {interface.name: interface.address for interface in found})
+    yield check_own_name(socket.gethostname())
+    yield check_fabric(_FABRIC)
     yield check_ports()
 
 
-def check_choice(name: str, chosen: str | None, found: Interfaces) -> Iterator[Finding]:
+def way_out() -> str | None:
+    """The interface towards other networks; None where there is none."""
+    with suppress(UserError):
+        return interface_with(address_towards(_ELSEWHERE))
+    return None
+
+
+def check_way_out(name: str | None, found: list[Interface]) -> Iterator[Finding]:
+    """Which interface ranks of several nodes would take, and whether there is a faster one."""
+    chosen = next((interface for interface in found if interface.name == name), None)
+    rule = "launchers take the interface towards the head, or --interface"
+    if chosen is None:
+        yield Finding("ranks meet on", f"this machine alone: it has no way to other networks; {rule}")
+        return
+    yield Finding("ranks meet on", f"{chosen.name}, {chosen.address}, on the way out; {rule}")
+    faster = [interface for interface in found if interface.is_card and 0 < chosen.mbit < interface.mbit]
+    if faster:
+        best = max(faster, key=lambda interface: interface.mbit)
+        text = f"{best} is faster than {chosen}, which ranks may meet on"
+        yield Finding("interfaces", text, "warning", f"where all nodes have it: --interface {best.name}")
+
+
+def check_choice(name: str, chosen: str | None, found: Mapping[str, str]) -> Iterator[Finding]:
     """What the user has set: gloo takes names, NCCL also beginnings of names, or all but some (^)."""
     if chosen is None:
         return
@@ -55,35 +92,68 @@ def check_choice(name: str, chosen: str | None, found: Interfaces) -> Iterator[F
         yield Finding(name, chosen)
 
 
-def own_address() -> str | None:
-    """What this host's name stands for; None where nothing knows it."""
+def check_own_name(host: str) -> Finding:
+    """Every rank looks names up when it starts: a name server that is gone costs seconds each time."""
+    start = time.monotonic()
     try:
-        return socket.gethostbyname(socket.gethostname())
+        address = socket.gethostbyname(host)
     except OSError:
-        return None
+        address = ""
+    seconds = time.monotonic() - start
+    if seconds > _SLOW_LOOKUP_SECONDS:
+        text = f"{host} takes {seconds:.0f} s to be looked up"
+        return Finding("own name", text, "warning", "put it in /etc/hosts, or look at the name servers in /etc/resolv.conf")
+    if not address:
+        return Finding("own name", f"{host} has no address", "warning", "put it in /etc/hosts")
+    loopback = "; as --head of several nodes give an address" if address.startswith("127.") else ""
+    return Finding("own name", f"{host} stands for {address}{loopback}")
 
 
-def check_own_name(host: str, address: str | None, found: Interfaces) -> Finding:
-    """Gloo listens where the host's own name points to; other nodes don't reach that when it is a loopback address."""
-    others = [name for name, known in found.items() if not is_loopback(known)]
-    if address is None:
-        text = f"gloo would take the loopback interface: the name of this host, {host}, has no address"
-    elif is_loopback(address):
-        text = f"gloo would take the loopback interface: the name of this host, {host}, stands for {address}"
-    else:
-        name = next((name for name, known in found.items() if known == address), "an unknown interface")
-        return Finding("ranks meet on", f"{name}, {address}")
-    if not others:
-        return Finding("ranks meet on", f"{text}; enough on this machine, which has no other")
-    return Finding("ranks meet on", f"{text}; enough on one machine", "warning", f"{_CHOOSE}: {', '.join(others)}")
+def check_fabric(root: Path) -> Finding:
+    """InfiniBand and RoCE cards as the kernel lists them, cards with the same state together."""
+    names: dict[str, list[str]] = {}
+    for port in sorted(root.glob("*/ports/*")):
+        layer, state, rate = (_read(port / name) for name in ("link_layer", "state", "rate"))
+        kind = "RoCE" if layer == "Ethernet" else layer
+        text = f"{kind}, {rate}, {state.partition(':')[2].strip().lower() or 'state unknown'}"
+        names.setdefault(text, []).append(f"{port.parent.parent.name}:{port.name}")
+    text = "; ".join(f"{', '.join(ports)}: {state}" for state, ports in names.items())
+    if names and not any(state.endswith(", active") for state in names):
+        fix = "look at cables and the subnet manager (ibstat); NCCL goes through sockets until then"
+        return Finding("InfiniBand, RoCE", f"no port is active: {text}", "warning", fix)
+    return Finding("InfiniBand, RoCE", text or "none")
+
+
+def has_fabric(root: Path = _FABRIC) -> bool:
+    return any(root.glob("*/ports/*"))
 
 
 def check_ports() -> Finding:
-    """The ranks of one machine meet on any free port."""
+    """The ranks of one machine meet on any free port; nodes on one below those that the system hands out."""
     try:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
-            return Finding("free ports", f"yes, as {probe.getsockname()[1]}")
     except OSError as error:
         fix = "end processes that hold ports, or widen net.ipv4.ip_local_port_range"
         return Finding("free ports", f"none on localhost ({error.strerror})", "error", fix)
+    last = FIRST_PORT + NUM_PORTS - 1
+    taken = {port for file in _SOCKETS for port in parse_ports(_read(file)) if FIRST_PORT <= port <= last}
+    text = f"{NUM_PORTS - len(taken)} of {FIRST_PORT}-{last}, where nodes meet unless --head names a port"
+    lowest = (_read(_PORT_RANGE).split() or ["32768"])[0]
+    if int(lowest) <= last:
+        fix = f"give --head HOST:PORT, or set net.ipv4.ip_local_port_range to begin above {last}"
+        return Finding("free ports", f"{text}; outgoing connections may take them, from {lowest} on", "warning", fix)
+    return Finding("free ports", text)
+
+
+def parse_ports(table: str) -> set[int]:
+    """Local ports of a table as /proc/net/tcp."""
+    return {int(line.split()[1].rpartition(":")[2], 16) for line in table.splitlines()[1:] if line.strip()}
+
+
+def _read(file: Path) -> str:
+    """Empty where it is not there."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""

@@ -1,12 +1,13 @@
 """What the doctor found, as a page, as JSON, and as the lines that a batch script reads. Pure."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 Level = Literal["ok", "warning", "error"]
 """error: training could not start, or not on this node."""
+FINGERPRINT = "fingerprint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +24,14 @@ def could_start(findings: Sequence[Finding]) -> bool:
 
 
 def page(findings: Sequence[Finding]) -> str:
-    """Everything in columns, then what is wrong with its fix, then the verdict."""
-    width = max((len(finding.topic) for finding in findings), default=0)
+    """What is as it should be in columns, then what is wrong with its fix, errors first, then the verdict."""
+    good = [finding for finding in findings if finding.level == "ok"]
+    wrong = sorted((finding for finding in findings if finding.level != "ok"), key=lambda finding: finding.level)
+    width = max((len(finding.topic) for finding in good), default=0)
     indent = "\n" + " " * (width + 2)
-    rows = [f"{finding.topic:<{width}}  {indent.join(finding.text.splitlines())}" for finding in findings]
-    wrong = [finding for finding in findings if finding.level != "ok"]
-    if wrong:
-        rows += ["", *(_sentence(finding) for finding in sorted(wrong, key=lambda finding: finding.level))]
-    return "\n".join([*rows, "", _verdict(findings)])
+    rows = [f"{finding.topic:<{width}}  {indent.join(finding.text.splitlines())}" for finding in good]
+    problems = [f"{_statement(finding)}\n    {_one_line(finding.fix)}".rstrip() for finding in wrong]
+    return "\n".join([*rows, "", *problems, *([""] if problems else []), _verdict(findings)])
 
 
 def as_json(host: str, findings: Sequence[Finding]) -> str:
@@ -40,15 +41,24 @@ def as_json(host: str, findings: Sequence[Finding]) -> str:
 
 def node_lines(host: str, findings: Sequence[Finding]) -> str:
     """One line for each finding; the last one is `node HOST ok` or `node HOST bad: reason`."""
-    errors = [finding for finding in findings if finding.level == "error"]
-    reason = "; ".join(f"{finding.topic}: {_one_line(finding.text)}" for finding in errors)
-    return "\n".join([*map(_sentence, findings), f"node {host} bad: {reason}" if errors else f"node {host} ok"])
+    reason = "; ".join(f"{finding.topic}: {_one_line(finding.text)}" for finding in findings if finding.level == "error")
+    return "\n".join([*map(_line, findings), f"node {host} bad: {reason}" if reason else f"node {host} ok"])
 
 
-def _sentence(finding: Finding) -> str:
-    return f"{finding.level}: {finding.topic}: {_one_line(finding.text)}" + (
-        f"; {_one_line(finding.fix)}" if finding.fix else ""
-    )
+def meeting_lines(host: str, findings: Sequence[Finding], problem: str, others: Mapping[str, str]) -> str:
+    """As node_lines, after what is wrong with all together and a line for each other node that is known to be bad."""
+    known = [f"node {name} bad: {_one_line(reason)}" for name, reason in others.items()]
+    return "\n".join([*([f"error: nodes: {_one_line(problem)}"] if problem else []), *known, node_lines(host, findings)])
+
+
+def _line(finding: Finding) -> str:
+    if finding.topic == FINGERPRINT:
+        return f"{FINGERPRINT} {finding.text}"
+    return "; ".join(filter(None, (_statement(finding), _one_line(finding.fix))))
+
+
+def _statement(finding: Finding) -> str:
+    return f"{finding.level}: {finding.topic}: {_one_line(finding.text)}"
 
 
 def _one_line(text: str) -> str:

@@ -5,6 +5,7 @@ import secrets
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +16,11 @@ from erollout.doctor.report import Finding
 from erollout.errors import UserError
 
 _CANARY_BYTES = 64 * 1024
-_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS = 20.0
 """For a filesystem: a server that is gone blocks whoever asks it."""
-OUTPUT_GIB, SHARED_MEMORY_GIB = 1.0, 0.25
+_CLOCK_SECONDS = 5.0
+"""That a file's date may be from this machine's: a server keeps its own."""
+OUTPUT_GIB, SHARED_MEMORY_GIB = 1.0, 0.06
 """Below these a run of any size ends soon; what one needs depends on the model (`train --dry-run`)."""
 
 
@@ -55,6 +58,7 @@ def check_canary(directory: Path) -> Finding:
             file.write(contents)
             file.flush()
             os.fsync(file.fileno())
+        ahead = partial.stat().st_mtime - time.time()
         partial.replace(path)
         same = path.read_bytes() == contents
     except OSError as error:
@@ -66,6 +70,9 @@ def check_canary(directory: Path) -> Finding:
                 left.unlink(missing_ok=True)
     if not same:
         return Finding("filesystem", f"a file in {directory} came back changed", "error", "leave this node or disk out")
+    if abs(ahead) > _CLOCK_SECONDS:
+        text = f"the clock of {directory} is {ahead:+.0f} s from this machine's"
+        return Finding("filesystem", text, "warning", "start chronyd or systemd-timesyncd on both")
     return Finding("filesystem", f"{directory} ({filesystem(directory)}) takes, renames and gives back files")
 
 

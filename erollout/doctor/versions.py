@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from erollout.doctor.report import Finding
+from erollout.doctor.report import FINGERPRINT, Finding
 
 SHOWN = ("torch", "megatron-core", "transformer-engine", "deepspeed", "ray", "nvidia-modelopt", "mlflow")
 """Optional ones that are missing are said; of the required ones all are checked."""
@@ -97,7 +97,7 @@ def check_fingerprint(
     parts = {"code": code_digest(source_folders()), "versions": _digest(versions.encode())}
     if config is not None:
         parts["config"] = _digest(config.encode())
-    return Finding("fingerprint", " ".join(f"{name}={value}" for name, value in parts.items()))
+    return Finding(FINGERPRINT, " ".join(f"{name}={value}" for name, value in parts.items()))
 
 
 def source_folders() -> list[Path]:

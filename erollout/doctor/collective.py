@@ -1,0 +1,244 @@
+"""All nodes of a run meet, look whether they reach each other, and add up some numbers; who does not take part is named.
+
+The head decides after each phase and the others take its word for it, so that all end in the same way. Every wait is bounded.
+"""
+
+import json
+import secrets
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from erollout.doctor.judgement import Attendance, Decision, judge_arrivals, judge_reach, judge_sums
+from erollout.doctor.reachability import Peer, answering, unreached
+from erollout.doctor.report import Finding
+from erollout.environment import set_default
+from erollout.errors import UserError
+from erollout.launch.meeting import Meeting, join_store, meeting
+from erollout.launch.network import interface_variables
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+REACH_SECONDS = 30
+COLLECTIVE_SECONDS = 60
+_LEAVE_SECONDS = 5
+_POLL_SECONDS = 0.05
+_NUMBERS = 2**20
+"""Float32: 4 MiB, as a gradient bucket."""
+_REPEATS = 5
+_CLOCK_SECONDS = 1.0
+"""That a node's clock may be from the others'."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """As one node tells it."""
+
+    findings: list[Finding]
+    """About itself."""
+    problem: str = ""
+    """Of all together; empty where there is none."""
+    others: dict[str, str] = field(default_factory=dict)
+    """Reasons by name of other nodes that are bad; on the head alone."""
+
+
+def check_collective(head: str, interface: str | None, run_id: str, wait_seconds: int, attendance: Attendance) -> Outcome:
+    """`head`, `interface`: as on the command line. Gives up a while after wait_seconds for the others, whatever hangs."""
+    outcomes: list[Outcome] = []
+
+    def run() -> None:
+        try:
+            outcomes.append(_take_part(meeting(head, interface, run_id, wait_seconds), interface, attendance))
+        except UserError as error:
+            outcomes.append(_failed(str(error)))
+        except dist.DistError as error:
+            outcomes.append(_failed(f"the store of --head = {head} is lost ({_first_line(error)}); look at its output"))
+
+    seconds = 2 * wait_seconds + REACH_SECONDS + COLLECTIVE_SECONDS + _LEAVE_SECONDS
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcomes[0] if outcomes else _failed(f"no answer of --head = {head} within {seconds} s")
+
+
+def _take_part(place: Meeting, chosen: str | None, attendance: Attendance) -> Outcome:
+    for name, value in interface_variables(place.interface, chosen).items():
+        set_default(name, value)
+    greeting = f"{place.run_id:.16}".encode()[:16].ljust(16)
+    with answering(place.address, greeting) as port:
+        store = join_store(place)
+        table = Table(store or _client(place), store is not None, attendance.nodes)
+        try:
+            if table.number >= attendance.nodes:
+                raise UserError(f"{attendance.nodes} nodes have come before this one; start one process on each node")
+            return _phases(table, place.wait_seconds, attendance, Peer(attendance.name, place.address, port), greeting)
+        finally:
+            table.leave()
+
+
+class Table:
+    """What the nodes tell each other through the head's store, under their numbers in the order in which they come."""
+
+    def __init__(self, store: "Store", is_head: bool, nodes: int) -> None:
+        self._store = dist.PrefixStore("doctor", store)
+        self.is_head, self._nodes = is_head, nodes
+        self.number = self._store.add("came", 1) - 1
+
+    def tell(self, phase: str, text: str) -> None:
+        self._store.set(f"{phase}/{self.number}", text)
+
+    def told(self, phase: str, seconds: float) -> dict[int, str]:
+        """By number; of all nodes, or of those that have told in time."""
+        keys = {number: f"{phase}/{number}" for number in range(self._nodes)}
+        _wait(lambda: self._store.check(list(keys.values())), seconds)
+        return {number: self._store.get(key).decode() for number, key in keys.items() if self._store.check([key])}
+
+    def decide(self, phase: str, seconds: float, decide: Callable[[dict[int, str]], Decision]) -> Decision:
+        """The head's, on all nodes. `decide`: from what the nodes have told in time."""
+        key = f"{phase}/decision"
+        if self.is_head:
+            self._store.set(key, json.dumps(asdict(decide(self.told(phase, seconds)))))
+        elif not _wait(lambda: self._store.check([key]), seconds + REACH_SECONDS):
+            raise UserError(f"the head does not decide ({phase}); look at its output")
+        return Decision(**json.loads(self._store.get(key)))
+
+    def world(self) -> "Store":
+        return dist.PrefixStore("world", self._store)
+
+    def leave(self) -> None:
+        """The head is the last: the store ends with it."""
+        with suppress(dist.DistError):
+            self._store.add("left", 1)
+            if self.is_head:
+                _wait(lambda: self._store.add("left", 0) >= self._store.add("came", 0), _LEAVE_SECONDS)
+
+
+def _phases(table: Table, seconds: float, attendance: Attendance, own: Peer, greeting: bytes) -> Outcome:
+    with _canary(attendance.shared if table.is_head else None) as canary:
+        table.tell("arrival", json.dumps([own.name, own.address, own.port, canary]))
+        decision = table.decide("arrival", seconds, lambda told: judge_arrivals(_names(told), own.name, attendance, seconds))
+        if decision.problem:
+            return _ended(decision, own.name, table.is_head)
+        arrivals = [json.loads(text) for text in table.told("arrival", 0).values()]
+        peers = [Peer(name, address, port) for name, address, port, _ in arrivals]
+        seen = all(Path(path).exists() for *_, path in arrivals if path)
+        table.tell("reach", json.dumps({"unreached": unreached(peers, greeting), "shared": seen}))
+        decision = table.decide("reach", REACH_SECONDS, lambda told: judge_reach(peers, told, attendance.shared))
+    if decision.problem:
+        return _ended(decision, own.name, table.is_head)
+    finding, wrong = _try_to_add_up(table.world(), table.number, len(peers))
+    table.tell("sum", wrong)
+    decision = table.decide("sum", COLLECTIVE_SECONDS, lambda told: judge_sums(peers, told))
+    if dist.is_initialized():
+        dist.destroy_process_group()  # only now that all have answered: nobody's connections are still needed
+    ended = _ended(decision, own.name, table.is_head)
+    return Outcome([*finding, *_gpus(), *ended.findings], ended.problem, ended.others)
+
+
+def _try_to_add_up(store: "Store", rank: int, world_size: int) -> tuple[list[Finding], str]:
+    """What it took, and what is wrong."""
+    try:
+        return [add_up(store, rank, world_size)], ""
+    except RuntimeError as error:  # of gloo: a peer is gone, or does not answer in time
+        return [], f"the collective fails: {_first_line(error)}"
+
+
+def add_up(store: "Store", rank: int, world_size: int) -> Finding:
+    """What it took. Leaves the process group as it is. Raises RuntimeError when a peer is gone or late, or sums are wrong."""
+    timeout = timedelta(seconds=COLLECTIVE_SECONDS / 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.barrier()
+    clocks = [torch.zeros(1, dtype=torch.float64) for _ in range(world_size)]
+    dist.all_gather(clocks, torch.tensor([time.time()], dtype=torch.float64))
+    ahead = clocks[rank].item() - statistics.median(clock.item() for clock in clocks)
+    latency = min(_timed(dist.barrier) for _ in range(_REPEATS))
+    seconds = min(_add_numbers(rank, world_size) for _ in range(_REPEATS))
+    size = 4 * _NUMBERS
+    speed = 2 * (world_size - 1) / world_size * size / seconds
+    text = (
+        f"{world_size} nodes, barrier {latency * 1e3:.2f} ms, all_reduce of {size / 2**20:g} MiB {seconds * 1e3:.1f} ms "
+        f"({speed / 1e9:.2f} GB/s each way), clock {ahead:+.3f} s from the median"
+    )
+    if abs(ahead) > _CLOCK_SECONDS:
+        return Finding("collective", text, "warning", "set this node's clock: chronyd or systemd-timesyncd")
+    return Finding("collective", text)
+
+
+def _add_numbers(rank: int, world_size: int) -> float:
+    """Seconds that the sum of all ranks takes; float32 holds it exactly up to some thousand ranks."""
+    pattern = (torch.arange(_NUMBERS) % 97).float()
+    numbers = pattern * (rank + 1)
+    seconds = _timed(lambda: dist.all_reduce(numbers))
+    if not torch.equal(numbers, pattern * (world_size * (world_size + 1) // 2)):
+        raise RuntimeError("all_reduce gives wrong sums")
+    return seconds
+
+
+def _ended(decision: Decision, name: str, is_head: bool) -> Outcome:
+    own = [Finding("collective", decision.bad[name], "error")] if name in decision.bad else []
+    others = {other: reason for other, reason in decision.bad.items() if other != name} if is_head else {}
+    return Outcome(own, decision.problem, others)
+
+
+def _failed(text: str) -> Outcome:
+    return Outcome([Finding("collective", text, "error")])
+
+
+def _gpus() -> list[Finding]:
+    if not torch.cuda.device_count():
+        return []
+    return [Finding("NCCL", "not tried: the nodes have met by gloo, on the CPU")]
+
+
+@contextmanager
+def _canary(directory: Path | None) -> Iterator[str | None]:
+    """The path of a file that is there for the while."""
+    if directory is None:
+        yield None
+        return
+    path = directory.absolute() / f".erollout-shared-{secrets.token_hex(8)}"
+    try:
+        path.touch()
+    except OSError as error:
+        raise UserError(f"can't write in {directory}: {error.strerror}; choose another directory") from error
+    try:
+        yield str(path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _client(place: Meeting) -> "Store":
+    return dist.TCPStore(place.head, place.port, is_master=False, timeout=timedelta(seconds=REACH_SECONDS))
+
+
+def _names(told: Mapping[int, str]) -> list[str]:
+    return [json.loads(text)[0] for text in told.values()]
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _wait(done: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,100 @@
+"""The processor, memory and its limit, and how fast memory is."""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from erollout.doctor.report import Finding
+from erollout.environment import variable
+
+_SHOWN_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+_COPY_BYTES = 64 * 2**20
+"""More than the caches of most CPUs."""
+_COPIES, _COPY_SECONDS = 5, 0.3
+"""At least."""
+SLOW_BANDWIDTH = 1e9
+"""Bytes/s, read and written, below which something is wrong with a node."""
+
+
+def check_cpu() -> Iterator[Finding]:
+    """Cores are those that this process may use."""
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    flags, model = processor(Path("/proc/cpuinfo"))
+    known = [flag for flag in _SHOWN_FLAGS if flag in flags]
+    threads = variable("OMP_NUM_THREADS")
+    text = f"{model}, {cores} cores, load {load:.1f}, OMP_NUM_THREADS {threads or 'not set (ranks get 1)'}"
+    yield Finding("CPU", f"{text}\n{' '.join(known) or 'instruction sets unknown'}")
+    yield Finding("memory", _memory())
+    if threads is not None and (not threads.isdecimal() or not 0 < int(threads) <= cores):
+        fix = "set OMP_NUM_THREADS=1: threads of several ranks on few cores slow each other"
+        yield Finding("OMP_NUM_THREADS", f"{threads}, on {cores} cores", "warning", fix)
+    machine = os.cpu_count() or cores
+    if load > 1.5 * machine:
+        text = f"{load:.1f} on {machine} cores: others compute here"
+        yield Finding("load", text, "warning", "the run will be slow until they end")
+
+
+def processor(cpuinfo: Path) -> tuple[set[str], str]:
+    """Instruction sets and model name; empty and the architecture where the system does not say."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return set(), platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return set(fields.get("flags", "").split()), fields.get("model name", platform.machine())
+
+
+def _memory() -> str:
+    state, limit = psutil.virtual_memory(), memory_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    text = f"{state.available / 2**30:.0f} GiB free of {state.total / 2**30:.0f}"
+    return text if limit is None or limit >= state.total else f"{text}, of which this job may use {limit / 2**30:.1f}"
+
+
+def memory_limit(own: Path, root: Path) -> int | None:
+    """Bytes that the control groups of this process allow (a scheduler sets them); None where there is no limit."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return None
+    limits = []
+    for _, controllers, path in lines:
+        tree, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
+        if controllers in ("", "memory"):
+            group = tree / path.strip("/")
+            limits += [_limit(folder / name) for folder in (group, *group.parents) if folder.is_relative_to(tree)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def memory_bandwidth() -> float:
+    """Bytes/s that one thread reads and writes in a copy: the best of some, in its own time on the processor."""
+    source = np.ones(_COPY_BYTES, np.uint8)
+    target = source.copy()  # touched, as page faults would be measured otherwise
+    times: list[float] = []
+    end = time.perf_counter() + _COPY_SECONDS
+    while time.perf_counter() < end or len(times) < _COPIES:
+        start = time.thread_time()  # does not run on while other processes have the core
+        np.copyto(target, source)
+        times.append(time.thread_time() - start)
+    return 2 * _COPY_BYTES / min(times)
+
+
+def check_bandwidth(bandwidth: float, strict: bool = False) -> Finding:
+    """In bytes/s. `strict`: too little is an error, else a warning."""
+    text = f"{bandwidth / 1e9:.1f} GB/s, read and written by one thread"
+    if bandwidth < SLOW_BANDWIDTH:
+        text += f"; at least {SLOW_BANDWIDTH / 1e9:.1f} is expected"
+        return Finding("memory bandwidth", text, "error" if strict else "warning", "see whether memory modules fail")
+    return Finding("memory bandwidth", text)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from erollout.errors import UserError
-from erollout.launch import scheduler, slurm, torchrun
+from erollout.launch import ray, scheduler, slurm, torchrun
 from erollout.launch.run_directory import Attempt, RunDirectory, find_run
 from erollout.launch.status import ranks_here, status_page
 
@@ -22,10 +22,11 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     launchers = parser.add_subparsers(dest="launcher", required=True, metavar="command")
     torchrun.add_command(launchers)
     slurm.add_command(launchers)
+    ray.add_command(launchers)
     _add(launchers, "status", _status, "what a run's jobs and ranks do, its newest checkpoint, where its logs are")
     logs = _add(launchers, "logs", _logs, "print what a run has printed")
     logs.add_argument("--follow", action="store_true", help="go on until interrupted")
-    logs.add_argument("--rank", type=int, metavar="R", help="of one rank; default: of the batch script and all nodes")
+    logs.add_argument("--rank", type=int, metavar="R", help="of one rank; default: of the job and its nodes")
     logs.add_argument("--attempt", metavar="JOB.A", help="default: the newest")
     _add(launchers, "stop", _stop, "save and end: the run can go on later")
     _add(launchers, "requeue", _requeue, "submit a run again, with the same code, from its newest checkpoint")
@@ -61,7 +62,8 @@ def _logs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _files(run: RunDirectory, attempt: Attempt, rank: int | None) -> list[Path]:
     if rank is None:
-        return [file for file in (run.output(attempt.job), *sorted(attempt.directory.glob("*.out"))) if file.is_file()]
+        of_nodes = sorted(attempt.directory.glob("node-*.out")) or sorted(attempt.directory.glob("*.out"))  # checks, if no more
+        return [file for file in (run.output(attempt.job), *of_nodes) if file.is_file()]
     files = sorted(attempt.directory.glob(f"ranks/rank_{rank:05d}*"))
     if not files:
         raise UserError(f"--rank = {rank}: {attempt.directory}/ranks has nothing of it")

@@ -39,14 +39,14 @@ PATIENT = {
 class Node:
     """One node; without an address it is the head of a new cluster."""
 
-    def __init__(self, address: str | None = None, num_cpus: int = 2) -> None:
+    def __init__(self, address: str | None = None, num_cpus: int = 2, num_gpus: int = 0) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie deep below it: the path must be short
         self.log = self.folder / "start.log"
         where = HEAD if address is None else ["--address", address]
         command = [sys.executable, "-c", START, "start", "--block", *where, *LIGHT]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, "--temp-dir", str(self.folder), "--num-cpus", str(num_cpus)],
+                [*command, "--temp-dir", str(self.folder), "--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus)],
                 env=ENVIRONMENT | PATIENT,
                 stdout=log,
                 stderr=subprocess.STDOUT,

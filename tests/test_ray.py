@@ -1,24 +1,37 @@
 """Ray: scoring on its nodes, and runs placed on them; two real nodes on this machine, one of which dies."""
 
 import dataclasses
+import signal
+import socket
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
+from commands import ENVIRONMENT, command, execute
+from ranks import RankPool
+from safetensors.torch import load_file
 from test_rewards import score
+from tiny_runs import history, tiny_tree, train_here, write_config
 
+from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.errors import UserError
 from erollout.launch.ray_cluster import find_cluster
 from erollout.rewards import RewardPool, Scorer, ScoringCounts
+from erollout.tracking.journal import journal_path
 
 pytest.importorskip("ray", reason="ray is not installed (pip install 'erollout[ray]')")
 from ray_nodes import Node
 
 pytestmark = pytest.mark.ray
 SCRIPTED = Scorer("scripted_scorer:scripted")
+FOREVER = 3000
 
 
 @dataclasses.dataclass
@@ -28,15 +41,36 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
+def cluster() -> Iterator[Nodes]:
     head = Node()
+    nodes = Nodes(head, head)
     try:
-        other = Node(head.address)
-        nodes = Nodes(head, other)
+        nodes.other = Node(head.address, num_gpus=1)  # that it has none is for its checks to find
         yield nodes
-        nodes.other.close()
     finally:
+        nodes.other.close()
         head.close()
+
+
+@pytest.fixture
+def nodes(cluster: Nodes) -> Nodes:
+    """Both alive."""
+    if cluster.other.process.poll() is not None:
+        cluster.other.close()
+        cluster.other = Node(cluster.head.address, num_gpus=1)
+    return cluster
+
+
+class Process(subprocess.Popen[bytes]):
+    """The command, with what it has said so far."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            super().__init__(command(*arguments), env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT)
+
+    def said(self) -> str:
+        return self.log.read_text()
 
 
 @pytest.fixture
@@ -75,15 +109,6 @@ def test_whatever_a_scorer_does_costs_only_its_own_sample_and_leaves_nothing_beh
     assert not any(map(psutil.pid_exists, started))
 
 
-def test_responses_of_a_node_that_dies_are_scored_on_another(nodes: Nodes, pool: RewardPool) -> None:
-    threading.Timer(1.0, nodes.other.kill).start()
-    assert score(pool, *[f"sleep 2.{index}" for index in range(4)]) == [2.0, 2.1, 2.2, 2.3]
-    assert pool.counts == ScoringCounts(scored=4)
-    assert nodes.other.process.poll() is not None
-    nodes.other.close()
-    nodes.other = Node(nodes.head.address)
-
-
 def test_scoring_that_has_no_place_is_refused_in_one_line(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     from erollout.rewards import ray_pool
 
@@ -105,3 +130,133 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address: str, message: str)
     with pytest.raises(UserError, match=f"rewards.pool = ray: {message}") as error:
         find_cluster(address, "rewards.pool = ray")
     assert "\n" not in str(error.value)
+
+
+@contextmanager
+def started(nodes: Nodes, config: Path) -> Iterator[Process]:
+    process = Process(launch(nodes, config), config.with_name("said"))
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], Any], process: Process) -> None:
+    end = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.said()
+        time.sleep(0.05)
+
+
+def steps(folder: Path) -> int:
+    return len(history(folder)) if journal_path(folder / "run").exists() else 0
+
+
+def launch(nodes: Nodes, config: Path, *options: str) -> list[str]:
+    placed = ["--nodes", "2", "--ranks-per-node", "1", "--gpus-per-rank", "0", "--skip-checks", *options]
+    return ["launch", "ray", "--address", nodes.head.address, "--config", str(config), *placed]
+
+
+def test_a_run_is_placed_on_both_nodes(nodes: Nodes, tmp_path: Path) -> None:
+    done = execute(*launch(nodes, write_config(tmp_path), "train.steps=1"))
+    logs = {path.name: path.read_text() for path in (tmp_path / "run/logs/latest").glob("*.out")}
+    assert done.status == 0, (done, logs)
+    assert len(logs) == 2 and any("training tensor 1 x data 2" in log for log in logs.values()), logs
+    assert [line for line in done.stderr.splitlines() if line.startswith("erollout: ")][-1] == "erollout: done"
+    assert steps(tmp_path) == 1
+    assert (tmp_path / "run/verdict").read_text() == "done\n"
+
+
+@pytest.mark.cluster
+def test_nodes_that_never_have_room_are_said(nodes: Nodes, tmp_path: Path) -> None:
+    refused = execute(*launch(nodes, write_config(tmp_path), "--cpus-per-rank", "3", "--wait", "1"))
+    error = refused.error()
+    assert (
+        "asked: 2 nodes with CPU 3 free on each; there: 2 nodes alive, 0 of them so large, free in all CPU 4 of 4, GPU 1 of 1"
+        in error
+    )
+
+
+@pytest.mark.cluster
+def test_a_node_that_dies_is_replaced_and_the_run_ends_as_if_undisturbed(
+    nodes: Nodes, rank_pool: RankPool, tmp_path: Path
+) -> None:
+    folders = tmp_path / "disturbed", tmp_path / "undisturbed"
+    sections = {}
+    for folder in folders:
+        folder.mkdir()
+        rewards = {"function": "toy_scorer:share_of_digits", "pool": "ray" if folder == folders[0] else "processes"}
+        sections[folder] = {"rewards": rewards, "checkpoint": {"interval": 2, "export_path": str(folder / "exported")}}
+        sections[folder]["train"] = {"steps": 30, "output_dir": str(folder / "run")}
+    rank_pool.run(2, train_here, tiny_tree(folders[1], **sections[folders[1]]))
+    config = write_config(folders[0], **sections[folders[0]])
+    with started(nodes, config) as process:
+        wait_for((folders[0] / "run/checkpoints/step_00000004/manifest.json").exists, process)
+        nodes.other.kill()
+        wait_for(lambda: "waiting up to" in process.said(), process)
+        nodes.other = Node(nodes.head.address)
+        assert process.wait(200) == 0, process.said()
+    assert "starting again from step_" in process.said()
+    ours, theirs = (load_file(folder / "exported/model.safetensors") for folder in folders)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ours, theirs = (history(folder) for folder in folders)
+    for name in ("train/loss", "reward/mean"):
+        assert [row[name] for row in ours] == [row[name] for row in theirs], name
+
+
+@pytest.mark.cluster
+def test_a_run_that_is_asked_saves_and_the_same_command_goes_on(nodes: Nodes, tmp_path: Path) -> None:
+    """SIGUSR1 as soon as ranks are started, before they listen; then Ctrl-C in the middle."""
+    run = {"steps": FOREVER, "output_dir": str(tmp_path / "run")}
+    config = write_config(tmp_path, checkpoint={"interval": FOREVER}, train=run)
+    with started(nodes, config) as process:
+        wait_for(lambda: "start 1 on" in process.said(), process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(150) == 75, process.said()
+    assert (tmp_path / "run/verdict").read_text() == "requeue\n"
+    before = steps(tmp_path)
+    with started(nodes, config) as process:
+        wait_for(lambda: steps(tmp_path) > before, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(150) == 143, process.said()
+    assert (tmp_path / "run/verdict").read_text() == "stopped\n"
+    assert complete_checkpoints(tmp_path / "run/checkpoints")[-1].name == f"step_{steps(tmp_path):08d}"
+
+
+@pytest.mark.cluster
+def test_no_rank_outlives_the_command(nodes: Nodes, tmp_path: Path) -> None:
+    config = write_config(tmp_path, train={"steps": FOREVER, "output_dir": str(tmp_path / "run")})
+    with started(nodes, config) as process:
+        wait_for(lambda: steps(tmp_path), process)
+        ranks = [p for node in (nodes.head, nodes.other) for p in node.processes() if "erollout.cli" in p.cmdline()]
+        assert len(ranks) == 4, "two launchers, two ranks"
+        process.kill()
+        assert not psutil.wait_procs(ranks, 60)[1]
+
+
+@pytest.mark.cluster
+def test_a_run_that_gets_nowhere_is_not_started_again(nodes: Nodes, tmp_path: Path) -> None:
+    config = write_config(tmp_path, rewards={"function": "toy_scorer:no_such_scorer"})
+    failed = execute(*launch(nodes, config))
+    assert failed.status == 1
+    last = failed.stderr.splitlines()[-1]
+    assert "ended with status 2" in last and "rewards.function" in last and "no checkpoint is newer" in last
+
+
+@pytest.mark.cluster
+def test_a_node_that_is_unfit_is_named_and_left_out(nodes: Nodes, tmp_path: Path) -> None:
+    options = ["--nodes", "1", "--ranks-per-node", "1", "--gpus-per-rank", "1", "--wait", "2"]
+    refused = execute("launch", "ray", "--address", nodes.head.address, "--config", str(write_config(tmp_path)), *options)
+    lines = [line for line in refused.stderr.splitlines() if line.startswith("erollout")]
+    assert refused.status == 2 and len(lines) == 2
+    for line in lines:
+        assert f"node {socket.gethostname()} is unfit: " in line and "GPU" in line
+
+
+@pytest.mark.cluster
+def test_responses_of_a_node_that_dies_are_scored_on_another(nodes: Nodes, pool: RewardPool) -> None:
+    threading.Timer(1.0, nodes.other.kill).start()
+    assert score(pool, *[f"sleep 2.{index}" for index in range(4)]) == [2.0, 2.1, 2.2, 2.3]
+    assert pool.counts == ScoringCounts(scored=4)
+    assert nodes.other.process.poll() is not None

@@ -1,0 +1,132 @@
+"""What runs on a node of a Ray cluster: an actor that starts the node's ranks as a child process and looks after it.
+
+The chain that leaves no rank behind: a rank dies with its launcher (launch/local.py), the launcher with the process of its
+actor (`main` below), the actor with its node or with the driver, by Ray. Light at import: Ray loads it on every node.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CHECK_SECONDS = 300
+_END_SECONDS = 20
+_PORTS = range(20000, 30000)
+"""Below those that Linux gives to outgoing connections."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What the driver must know of a node before ranks start there."""
+
+    id: str
+    """Ray's."""
+    host: str
+    address: str
+    port: int
+    """Free, for the ranks to meet if this is the head."""
+    fingerprint: str
+    """Of code, versions and configuration."""
+    problem: str | None
+    """Why no ranks can start here."""
+
+
+class Agent:
+    """Ray runs all of it in the process's main thread, with which the launcher dies: no call may wait for the ranks."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def look(self, folder: str, check: Sequence[str]) -> NodeFacts:
+        """Run `erollout <check>`, the quick checks of a node, where the command was given; none if it is empty."""
+        import ray
+
+        fingerprint, problem = _check(folder, check)
+        context, address = ray.get_runtime_context(), ray.util.get_node_ip_address()
+        return NodeFacts(context.get_node_id(), socket.gethostname(), address, _free_port(), fingerprint, problem)
+
+    def start(self, folder: str, arguments: Sequence[str], log: str) -> None:
+        """Start `erollout <arguments>`, a launcher of ranks. A second call does nothing: the first one's answer was lost."""
+        if self._process is not None:
+            return
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "erollout.launch.ray_agent", str(os.getpid()), *arguments]
+        with open(log, "wb") as file:
+            self._process = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def status(self) -> int | None:
+        """The launcher's exit status; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def signal(self, number: int) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def end(self) -> None:
+        """Kill the launcher and all below it, and see them gone: their run may be started anew at once."""
+        if self._process is None:
+            return
+        with suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self._process.pid)
+            processes = [launcher, *launcher.children(recursive=True)]
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=_END_SECONDS)
+        self._process.wait()
+
+
+def _check(folder: str, arguments: Sequence[str]) -> tuple[str, str | None]:
+    """Fingerprint, and what is wrong with this node."""
+    if not Path(folder).is_dir():
+        return "", f"{folder} is not there: code, configuration and data must be at the same path on all nodes"
+    if not arguments:
+        return "", None
+    command = [sys.executable, "-m", "erollout.cli", *arguments]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return "", f"its checks take more than {_CHECK_SECONDS} s"
+    lines = done.stdout.splitlines()
+    fingerprint = next((line for line in lines if "fingerprint" in line), "")
+    if done.returncode == 0:
+        return fingerprint, None
+    said = lines or done.stderr.splitlines() or [f"its checks end with status {done.returncode}"]
+    return fingerprint, said[-1].partition("bad: ")[2] or said[-1]
+
+
+def _free_port() -> int:
+    for port in range(_PORTS.start + os.getpid() % len(_PORTS), _PORTS.stop):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    return 0
+
+
+def main() -> None:
+    """Become `erollout <arguments>`, to be killed when the parent's starting thread ends, however it does.
+
+    SIGTERM and SIGUSR1 wait until the launcher listens: it takes them in although it starts with both blocked.
+    """
+    parent, *arguments = sys.argv[1:]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        sys.exit(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    os.execv(sys.executable, [sys.executable, "-m", "erollout.cli", *arguments])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The waiting side of `erollout launch ray`: places a run, watches it, passes signals on, places it again. Loads ray."""
+
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from erollout.errors import UserError
+from erollout.launch.ray_agent import Agent, NodeFacts
+from erollout.launch.ray_cluster import resources_free
+from erollout.launch.ray_job import Ended, Job, decide, rank_variables
+from erollout.launch.ray_signals import Asked, listening
+from erollout.launch.run_directory import VERDICT
+
+_LOOK_SECONDS = 400
+"""For actors to start and look at their nodes."""
+_SILENT_SECONDS = 60
+"""After which an agent is given up; Ray finds a dead node itself in a quarter of a minute."""
+_ANSWER_SECONDS = 30
+_GRACE_SECONDS = 30
+"""For the other nodes' ranks to end, and say why, once one has failed."""
+_POLL_SECONDS = 0.5
+_SAY_SECONDS = 10
+"""Nodes that are free are reserved sooner."""
+
+
+class Lost(Exception):
+    """An agent is gone or silent; the message says how that shows."""
+
+    def __init__(self, agent: int, error: RayError) -> None:
+        super().__init__(" ".join(str(error).split())[-300:])
+        self.agent = agent
+
+
+def drive(job: Job, cluster: str) -> int:
+    """Run the job to its end on the cluster that this process has joined. Returns the exit status.
+
+    Raises UserError when nodes are not free in time, or are not fit.
+    """
+    unfit: dict[str, str] = {}
+    with listening() as asked:
+        for attempt in range(1, job.max_restarts + 2):
+            ended = Attempt(job, cluster, attempt, unfit, asked).run()
+            status, why = decide(ended, asked.first, job.max_restarts + 1 - attempt)
+            _say(why if status is not None else f"{why}: starting again from {job.newest_checkpoint() or 'the beginning'}")
+            if status is not None:
+                return status
+    raise AssertionError("decide allows one restart too many")
+
+
+class Attempt:
+    """One start of the run: its nodes, their agents, and what becomes of them."""
+
+    def __init__(self, job: Job, cluster: str, number: int, unfit: dict[str, str], asked: Asked) -> None:
+        """unfit: why, for each node (Ray's id) that no ranks are to start on; those found here are added."""
+        self._job = job
+        self._cluster = cluster
+        self._number = number
+        self._unfit = unfit
+        self._asked = asked
+        self._gpus = job.gpus if job.gpus is not None else int(ray.cluster_resources().get("GPU", 0) > 0)
+        self._bundle = job.bundle(self._gpus)
+        self._agents: list[Any] = []
+        self._nodes: list[NodeFacts] = []
+        self._homes: dict[int, str] = {}
+        """Ray's id of each agent's node."""
+
+    def run(self) -> Ended:
+        """To the end of the ranks on all nodes."""
+        before = self._job.newest_checkpoint()
+        (self._job.directory.path / VERDICT).unlink(missing_ok=True)
+        reason, node_died, fit = "", False, False
+        while not fit:
+            places = self._place()
+            if places is None:  # asked to stop before any rank was started
+                return Ended("requeue" if self._asked.first == "SIGUSR1" else "stopped", "", False, False)
+            try:
+                fit = self._look(places)
+                if fit:
+                    self._start()
+                    reason = self._watch()
+            except Lost as lost:
+                reason, node_died = self._loss(lost)
+                break
+            finally:
+                self._end()
+                remove_placement_group(places)
+        saved = self._job.newest_checkpoint() != before
+        return Ended(self._job.directory.verdict(), reason, node_died, saved)
+
+    def _place(self) -> PlacementGroup | None:
+        """Nodes that have room, reserved; None when asked to stop meanwhile. Raises UserError when they don't come in time."""
+        selector = {"ray.io/node-id": f"!in({','.join(self._unfit)})"} if self._unfit else {}
+        places = placement_group(
+            [self._bundle] * self._job.nodes,
+            strategy="STRICT_SPREAD",
+            bundle_label_selector=[selector] * self._job.nodes if selector else None,
+        )
+        began, said = time.monotonic(), False
+        try:
+            while not places.wait(_POLL_SECONDS):
+                waited = time.monotonic() - began
+                if self._asked.first is not None:
+                    break
+                if waited > self._job.wait_seconds or self._too_few_are_fit():
+                    raise UserError(f"{self._missing()}; start fewer, ask for less of each, or add nodes")
+                if waited > _SAY_SECONDS and not said:
+                    _say(f"waiting up to {self._job.wait_seconds} s for nodes: {self._missing()}")
+                    said = True
+            else:
+                self._homes = placement_group_table(places)["bundles_to_node_id"]
+                return places
+        except BaseException:
+            remove_placement_group(places)
+            raise
+        remove_placement_group(places)
+        return None
+
+    def _too_few_are_fit(self) -> bool:
+        """Waiting does not help: so many nodes were found unfit."""
+        fit = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in self._unfit]
+        return bool(self._unfit) and len(fit) < self._job.nodes
+
+    def _missing(self) -> str:
+        """What was asked against what is there."""
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        asked = ", ".join(f"{name} {number:g}" for name, number in self._bundle.items())
+        whole = [node for node in alive if all(node["Resources"].get(k, 0) >= v for k, v in self._bundle.items())]
+        unfit = "".join(f"; {reason}" for reason in self._unfit.values())
+        return (
+            f"asked: {self._job.nodes} nodes with {asked} free on each; there: {len(alive)} nodes alive, {len(whole)} of them "
+            f"so large, free in all {resources_free()}{unfit}"
+        )
+
+    def _look(self, places: PlacementGroup) -> bool:
+        """Start the agents, and let them look at their nodes. Whether all are fit. Raises UserError if they are not alike."""
+        options: dict[str, Any] = {"num_cpus": self._bundle.get("CPU", 0), "num_gpus": self._bundle.get("GPU", 0)}
+        options["runtime_env"] = {"env_vars": rank_variables(self._cluster)}
+        for index in range(self._job.nodes):
+            place = PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=index)
+            self._agents.append(ray.remote(**options, scheduling_strategy=place)(Agent).remote())
+        self._nodes = self._ask_all("look", self._job.folder, self._job.node_check(self._gpus), seconds=_LOOK_SECONDS)
+        unfit = {node.id: f"node {node.host} is unfit: {node.problem}" for node in self._nodes if node.problem}
+        for reason in unfit.values():
+            _say(reason)
+        self._unfit.update(unfit)
+        if not unfit and len({node.fingerprint for node in self._nodes}) > 1:
+            lines = "; ".join(f"{node.host} {node.fingerprint}" for node in self._nodes)
+            raise UserError(f"the nodes differ in code, versions or configuration: {lines}; install the same on all")
+        return not unfit
+
+    def _start(self) -> None:
+        head = self._nodes[0]
+        arguments = self._job.launcher(self._number, f"{head.address}:{head.port}")
+        logs = self._job.logs(self._number)
+        _say(f"start {self._number} on {', '.join(node.host for node in self._nodes)} of {self._cluster}; logs in {logs}")
+        logs.mkdir(parents=True, exist_ok=True)
+        latest = logs.with_name("latest.new")
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(logs.name)
+        latest.replace(logs.with_name("latest"))
+        starts = [
+            agent.start.remote(self._job.folder, arguments, str(logs / f"node-{index}-{node.host}.out"))
+            for index, (agent, node) in enumerate(zip(self._agents, self._nodes, strict=True))
+        ]
+        self._answers(starts, _ANSWER_SECONDS)
+
+    def _watch(self) -> str:
+        """Until all launchers have ended, or some time after one failed. Returns why, for a crash."""
+        failed_at = None
+        while True:
+            for number in self._asked.take():
+                _say(f"{number.name} goes to the ranks: they stop at the end of a step")
+                self._ask_all("signal", int(number))
+            statuses = [self._status(index) for index in range(len(self._agents))]
+            bad = {node.host: status for node, status in zip(self._nodes, statuses, strict=True) if status}
+            if None not in statuses or (failed_at and time.monotonic() - failed_at > _GRACE_SECONDS):
+                said = _first_error(self._job.logs(self._number))
+                return "; ".join([f"ranks of {host} ended with status {status}" for host, status in bad.items()] + said)
+            failed_at = failed_at or (time.monotonic() if bad else None)
+            time.sleep(_POLL_SECONDS)
+
+    def _status(self, index: int) -> int | None:
+        """A launcher's exit status. An agent may be out of reach for a while: raises Lost when it stays so."""
+        end = time.monotonic() + _SILENT_SECONDS
+        while True:
+            try:
+                status: int | None = ray.get(self._agents[index].status.remote(), timeout=_ANSWER_SECONDS)
+                return status
+            except (ActorUnavailableError, GetTimeoutError) as error:
+                if time.monotonic() > end:
+                    raise Lost(index, error) from error
+                time.sleep(_POLL_SECONDS)
+            except RayError as error:
+                raise Lost(index, error) from error
+
+    def _ask_all(self, method: str, *arguments: object, seconds: float = _ANSWER_SECONDS) -> list[Any]:
+        return self._answers([getattr(agent, method).remote(*arguments) for agent in self._agents], seconds)
+
+    def _answers(self, references: list[Any], seconds: float) -> list[Any]:
+        """Of all agents, in order. Raises Lost for one that does not answer in time."""
+        end = time.monotonic() + seconds
+        answers = []
+        for index, reference in enumerate(references):
+            try:
+                answers.append(ray.get(reference, timeout=max(1.0, end - time.monotonic())))
+            except RayError as error:
+                raise Lost(index, error) from error
+        return answers
+
+    def _loss(self, lost: Lost) -> tuple[str, bool]:
+        """What was lost, and whether that was a node: Ray finds out some time after its processes are gone."""
+        node = self._homes[lost.agent]
+        end = time.monotonic() + _SILENT_SECONDS
+        while _is_alive(node) and time.monotonic() < end:
+            try:
+                ray.get(self._agents[lost.agent].status.remote(), timeout=_ANSWER_SECONDS)
+                break
+            except (ActorUnavailableError, GetTimeoutError):
+                time.sleep(_POLL_SECONDS)
+            except RayError:
+                break
+        host = next((found["NodeManagerHostname"] for found in ray.nodes() if found["NodeID"] == node), node)
+        if not _is_alive(node):
+            return f"node {host} died", True
+        hint = "" if self._nodes else "; code must be at the same path on all nodes, or installed on each"
+        return f"the agent on {host} ended: {lost}{hint}", False
+
+    def _end(self) -> None:
+        """No rank survives its attempt: the next one writes the same files."""
+        references = [agent.end.remote() for agent in self._agents]
+        for agent, reference in zip(self._agents, references, strict=True):
+            with suppress(RayError):
+                ray.get(reference, timeout=_ANSWER_SECONDS)
+            with suppress(RayError):
+                ray.kill(agent)
+        self._agents, self._nodes = [], []
+
+
+def _is_alive(node: str) -> bool:
+    return any(found["NodeID"] == node and found["Alive"] for found in ray.nodes())
+
+
+def _first_error(logs: Path) -> list[str]:
+    """The error that the ranks were ended by, if one of them said so."""
+    for log in sorted(logs.glob("*.out")):
+        with log.open(errors="replace") as lines:
+            for line in lines:
+                if line.startswith("erollout") and "error: " in line:
+                    return [line.strip()]
+    return []
+
+
+def _say(event: str) -> None:
+    print(f"erollout: {event}", file=sys.stderr, flush=True)

@@ -1,6 +1,5 @@
 """Starts the ranks of a run on this machine, as `torchrun --standalone` does, and reports how they ended."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -9,6 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,27 +19,20 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from erollout.environment import set_default
 from erollout.errors import UserError
+from erollout.launch.parent import name_launcher
+from erollout.launch.rank_logs import RankLogs
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PASSED_ON = {signal.SIGTERM, signal.SIGUSR1}
 _POLL_SECONDS = 0.2
 
 
-def launch_local(arguments: Sequence[str], world_size: int) -> int:
-    """Run `erollout <arguments>` on `world_size` ranks and wait for them.
+def launch_local(arguments: Sequence[str], world_size: int, log_dir: Path | None = None) -> int:
+    """Run `erollout <arguments>` on `world_size` ranks and wait for them; see run_ranks.
 
-    The rendezvous takes a free port by itself. When a rank fails, the others are ended. SIGTERM and SIGUSR1 are passed on to
-    the ranks, which stop at the end of a step.
-
-    Returns:
-        Exit status: 0 (also after SIGUSR1), that of the first rank that failed, or 128 + the signal that ended it or this
-        process.
-
-    Raises UserError when the ranks can't meet: no free port.
+    The rendezvous takes a free port by itself. Raises UserError when the ranks can't meet: no free port.
     """
     set_default("OMP_NUM_THREADS", "1")
     set_default("PYTHONHASHSEED", "0")  # some tasks draw from sets: their items must be the same on every rank
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report their own errors
     _require_port()
     config = LaunchConfig(
         min_nodes=1,
@@ -47,10 +41,29 @@ def launch_local(arguments: Sequence[str], world_size: int) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id="erollout",
-        max_restarts=0,
-        monitor_interval=0.1,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
+    try:
+        return run_ranks(arguments, config, log_dir)
+    except RendezvousError as error:
+        raise UserError(f"the ranks can't meet on localhost: {error}; is another process using its ports?") from error
+
+
+def run_ranks(arguments: Sequence[str], config: LaunchConfig, log_dir: Path | None) -> int:
+    """Run `erollout <arguments>` on this node's ranks and wait for them.
+
+    When a rank fails, the others are ended. SIGTERM and SIGUSR1 are passed on to the ranks, which stop at the end of a step.
+    `log_dir`: for a copy of what each rank prints.
+
+    Returns:
+        Exit status: 0 (also after SIGUSR1), that of the first rank that failed, or 128 + the signal that ended it or this
+        process.
+
+    Raises RendezvousError or DistError when the ranks can't meet, UserError when nothing can be written to `log_dir`.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report their own errors
+    config = replace(config, max_restarts=0, monitor_interval=0.1, signals_to_handle="SIGINT,SIGHUP,SIGQUIT")
+    if log_dir is not None:
+        config = replace(config, logs_specs=_rank_logs(log_dir), log_line_prefix_template="rank ${rank}: ")
     try:
         with _passing_on() as passed:
             elastic_launch(config, sys.executable)("-m", "erollout.cli", *arguments)
@@ -59,18 +72,18 @@ def launch_local(arguments: Sequence[str], world_size: int) -> int:
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     except SignalException as error:
         return 128 + error.sigval
-    except RendezvousError as error:
-        raise UserError(f"the ranks can't meet on localhost: {error}; is another process using its ports?") from error
     return 128 + signal.SIGTERM if signal.SIGTERM in passed else 0
 
 
-def end_with_parent() -> None:
-    """Let the kernel end this rank when the launcher dies, however it dies: ranks that go on alone would write to the same
-    checkpoints as the run that is started next. Linux only; elsewhere they end at the next collective that misses someone.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+def _rank_logs(log_dir: Path) -> RankLogs:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # torch copies the lines to it, and does not flush
+    set_default("PYTHONUNBUFFERED", "1")
+    try:
+        return RankLogs(log_dir)
+    except OSError as error:
+        raise UserError(f"--log-dir = {log_dir} can't be made: {error.strerror}; choose another place") from error
 
 
 @contextmanager
@@ -81,6 +94,7 @@ def _passing_on() -> Iterator[set[int]]:
     as this process has them: one that comes before a rank listens waits for it. Linux only; elsewhere the agent decides.
     """
     passed: set[int] = set()
+    name_launcher()
     if sys.platform != "linux":  # no /proc to find the ranks by
         yield passed
         return

@@ -5,12 +5,11 @@ configuration, as launch/local.py starts it on one machine. Light at import: tor
 """
 
 import argparse
-import logging
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from erollout.config import load_config
 from erollout.environment import set_default, variable
@@ -38,6 +37,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--interface", metavar="NAME", help="network interface of the ranks; default: the one towards the head")
     parser.add_argument("--run-id", help="equal on all nodes, and unlike that of other runs; default: derived from the command")
     parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="for the other nodes (default 600)")
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="also write what each rank prints to files there")
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
@@ -56,26 +56,23 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for name, value in variables.items():
         set_default(name, value)
     if node is not None:
-        return launch_node(train, node)
+        return launch_node(train, node, options.log_dir)
     from erollout.launch.local import launch_local
 
-    return launch_local(train, options.nproc_per_node)
+    return launch_local(train, options.nproc_per_node, options.log_dir)
 
 
-def launch_node(arguments: Sequence[str], node: Node) -> int:
+def launch_node(arguments: Sequence[str], node: Node, log_dir: Path | None = None) -> int:
     """Run `erollout <arguments>` on this node's ranks, together with those of the other nodes, and wait for them.
 
-    Returns the exit status, as launch_local does. Raises UserError when the nodes can't meet.
+    Returns the exit status, see run_ranks. Raises UserError when the nodes can't meet.
     """
     from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
 
-    from erollout.launch.local import _passing_on
+    from erollout.launch.local import run_ranks
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report their own errors
     place = node.meeting.place
     print(f"erollout: node {node.meeting.address} meets {node.nodes - 1} others at {place}", file=sys.stderr, flush=True)
     store = join_store(node.meeting)
@@ -88,24 +85,14 @@ def launch_node(arguments: Sequence[str], node: Node) -> int:
         rdzv_configs={"is_host": store is not None, "join_timeout": node.meeting.wait_seconds},
         run_id=node.meeting.run_id,
         local_addr=node.meeting.address,
-        max_restarts=0,
-        monitor_interval=0.1,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     try:
-        with _passing_on() as passed:
-            elastic_launch(config, sys.executable)("-m", "erollout.cli", *arguments)
-    except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
-    except SignalException as error:
-        return 128 + error.sigval
+        return run_ranks(arguments, config, log_dir)
     except (RendezvousError, DistError) as error:
         raise UserError(
             f"the {node.nodes} nodes don't meet at {place} within {node.meeting.wait_seconds} s, or have lost it ({error}); "
             "give the same command on each node, and look at the head's log"
         ) from error
-    return 128 + signal.SIGTERM if signal.SIGTERM in passed else 0
 
 
 def _check(options: argparse.Namespace) -> None:

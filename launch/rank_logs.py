@@ -1,0 +1,28 @@
+"""Files for what ranks print, one of stdout and one of stderr for each, beside the launcher's own output that shows it too."""
+
+import os
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+
+
+class RankLogs(LogsSpecs):
+    """`rank_00003.out` and `rank_00003.err` in a directory, by the rank in the whole run."""
+
+    def __init__(self, directory: Path) -> None:
+        """Makes the directory. Raises OSError."""
+        super().__init__(str(directory))
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._directory)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """`envs`: variables of the ranks, by local rank."""
+        names = {local: str(self._directory / f"rank_{int(env['RANK']):05d}") for local, env in envs.items()}
+        outputs, errors = ({local: f"{name}.{kind}" for local, name in names.items()} for kind in ("out", "err"))
+        for env in envs.values():
+            env["TORCHELASTIC_ERROR_FILE"] = ""
+        return LogsDest(outputs, errors, outputs, errors, dict.fromkeys(envs, os.devnull))

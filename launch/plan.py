@@ -27,6 +27,8 @@ class Plan:
     config: Config
     site: Site
     nodes: int
+    spares: int
+    """Further nodes, for those that the checks leave out."""
     ranks: int
     """On each node."""
     gpus: int
@@ -50,7 +52,7 @@ class Plan:
         cpus = self.site.cpus_per_task or (None if self.gpus or self.site.exclusive else self.ranks)
         options = [
             f"--job-name={self.name}",
-            f"--nodes={self.nodes}",
+            f"--nodes={self.nodes + self.spares}",
             "--ntasks-per-node=1",
             self.site.gpus.option(self.gpus),
             f"--cpus-per-task={cpus}" if cpus else None,
@@ -76,6 +78,7 @@ class Plan:
             "EROLLOUT_RANKS_PER_NODE": str(self.ranks),
             "EROLLOUT_GPUS_PER_NODE": str(self.gpus),
             "EROLLOUT_CHECKPOINTS": str(self.config.checkpoint_directory),
+            "EROLLOUT_SPARES": str(self.spares) if self.spares else None,
             "EROLLOUT_PREFLIGHT": str(int(self.preflight)),
             "EROLLOUT_REQUEUE": str(int(self.requeues)),
             "EROLLOUT_MAX_REQUEUES": str(self.max_requeues) if self.max_requeues is not None else None,
@@ -153,7 +156,7 @@ def _summary(plan: Plan) -> list[str]:
     values = {
         "run directory": str(plan.run.path),
         "begins": f"from {checkpoint.name}" if checkpoint else "from the start",
-        "nodes": f"{plan.nodes}, each with {what}: {train.world_size} ranks",
+        "nodes": f"{plan.nodes}, each with {what}: {train.world_size} ranks{f'; {plan.spares} spare' if plan.spares else ''}",
         "training": f"tensor {train.tensor} x data {train.data} x pipeline {train.pipeline}",
         "decoding": f"{decode.replicas} replicas of {decode.tensor} ranks",
         "time": _describe_time(plan),
@@ -187,7 +190,7 @@ def _describe_time(plan: Plan) -> str:
 def _describe_gpu_hours(plan: Plan) -> str:
     if not plan.gpus:
         return "0"
-    gpus = plan.nodes * plan.gpus
+    gpus = (plan.nodes + plan.spares) * plan.gpus
     if not plan.time:
         return f"{gpus:,} for each hour"
     return f"{gpus * seconds_of(plan.time) / 3600:,.0f} at most for each start: {gpus:,} GPUs x {plan.time}"

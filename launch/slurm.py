@@ -38,6 +38,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--grace", type=int, metavar="SECONDS", help="before the limit the run saves and ends (default 300)")
     parser.add_argument("--chain", type=int, metavar="K", help="submit K jobs, one after the other, in place of requeueing")
     parser.add_argument("--max-requeues", type=int, metavar="N", help="then the job fails")
+    parser.add_argument(
+        "--spare-nodes", type=int, default=0, metavar="S", help="further ones, for those that fail their checks"
+    )
     parser.add_argument("--no-preflight", action="store_true", help="don't check the nodes before each start")
     parser.add_argument("--job-name", metavar="NAME", help="default: erollout- and the run directory's name")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
@@ -62,9 +65,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """Raises UserError for what can't work."""
-    for name in ("nodes", "gpus_per_node", "ranks_per_node", "chain", "grace"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} = {value}; it must be at least 1")
+    _check_numbers(options)
     site = load_site(options.site) if options.site else Site()
     overrides = [*options.overrides, *([f"train.output_dir={_quoted(options.run_dir)}"] if options.run_dir else [])]
     config = with_absolute_paths(load_config(options.config, overrides))
@@ -78,17 +79,27 @@ def make_plan(options: argparse.Namespace) -> Plan:
         run,
         config,
         site,
-        options.nodes,
-        ranks,
-        options.gpus_per_node or 0,
-        options.time,
-        _grace(options, config),
-        options.chain or 1,
-        options.max_requeues,
-        not options.no_preflight,
-        options.job_name or f"erollout-{run.path.name}",
-        take_snapshot(config.rewards.function),
+        nodes=options.nodes,
+        spares=options.spare_nodes,
+        ranks=ranks,
+        gpus=options.gpus_per_node or 0,
+        time=options.time,
+        grace=_grace(options, config),
+        chain=options.chain or 1,
+        max_requeues=options.max_requeues,
+        preflight=not options.no_preflight,
+        name=options.job_name or f"erollout-{run.path.name}",
+        snapshot=take_snapshot(config.rewards.function),
     )
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    least = {"nodes": 1, "gpus_per_node": 1, "ranks_per_node": 1, "chain": 1, "grace": 1, "spare_nodes": 0, "max_requeues": 0}
+    for name, bound in least.items():
+        if (value := getattr(options, name)) is not None and value < bound:
+            raise UserError(f"--{name.replace('_', '-')} = {value}; it must be at least {bound}")
+    if options.spare_nodes and options.no_preflight:
+        raise UserError(f"--spare-nodes = {options.spare_nodes} with --no-preflight: nothing finds the nodes they are for")
 
 
 def _check_ranks(config: Config, nodes: int, ranks: int) -> None:

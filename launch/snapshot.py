@@ -22,25 +22,22 @@ SOURCE = "erollout/source.json"
 class Snapshot:
     files: dict[str, Path]
     """What is copied from where, by its place in the copy."""
+    name: str
+    """Equal for equal contents."""
     commit: str
     """Of the checkout that the package is in; empty where it is in none."""
     dirty: bool
     """Whether the checkout differs from the commit."""
 
     @property
-    def name(self) -> str:
-        """Equal for equal contents."""
-        contents = hashlib.sha256()
-        for place, path in sorted(self.files.items()):
-            contents.update(f"{place}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-        return contents.hexdigest()[:12]
-
-    @property
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files.values())
 
     def write(self, directory: Path) -> Path:
-        """Copy into `directory`, in a folder of the contents' name; one that is there is left alone. Returns the folder."""
+        """Copy into `directory`, in a folder of the contents' name; one that is there is left alone. Returns the folder.
+
+        Raises UserError when the code has changed since it was looked at, OSError when nothing can be written.
+        """
         folder = directory / self.name
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         if folder.is_dir():
@@ -48,6 +45,9 @@ class Snapshot:
         for place, path in self.files.items():
             (partial / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, partial / place)
+        if _digest({place: partial / place for place in self.files}) != self.name:
+            shutil.rmtree(partial)
+            raise UserError("the code changed while it was copied; give the command again")
         (partial / SOURCE).write_text(json.dumps({"commit": self.commit, "dirty": self.dirty}))
         partial.rename(folder)
         return folder
@@ -64,7 +64,16 @@ def take_snapshot(function: str | None = None) -> Snapshot:
     folder = _location("erollout")
     commit = _git("-C", str(folder), "rev-parse", "HEAD")
     dirty = bool(commit and _git("-C", str(folder), "status", "--porcelain", "--untracked-files=no"))
-    return Snapshot(files | _own_module(function), commit, dirty)
+    files |= _own_module(function)
+    return Snapshot(files, _digest(files), commit, dirty)
+
+
+def _digest(files: dict[str, Path]) -> str:
+    contents = hashlib.sha256()
+    for place, path in sorted(files.items()):
+        data = path.read_bytes()
+        contents.update(f"{place}\0{len(data)}\0".encode() + data)
+    return contents.hexdigest()[:12]
 
 
 def _own_module(function: str | None) -> dict[str, Path]:

@@ -65,7 +65,7 @@ def _ranks(run: RunDirectory, ended: bool) -> list[tuple[str, str]]:
     if not beats:
         return [("ranks", "none has begun")]
     first = max(beats, key=lambda beat: beat.phases)
-    where = f"the foremost in {first.phase} of step {first.step + 1}"
+    where = f"the foremost {_phase(first)}"
     last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(beat.beat for beat in beats)))
     if ended:
         return [("ranks", f"{len(beats)}, last heard from at {last}, {where}")]
@@ -82,7 +82,11 @@ def _ranks(run: RunDirectory, ended: bool) -> list[tuple[str, str]]:
 
 def _place(beat: Heartbeat) -> str:
     since = time.strftime("%H:%M:%S", time.localtime(beat.since))
-    return f"rank {beat.rank} ({beat.host}, pid {beat.pid}) in {beat.phase} of step {beat.step + 1} since {since}"
+    return f"rank {beat.rank} ({beat.host}, pid {beat.pid}) {_phase(beat)} since {since}"
+
+
+def _phase(beat: Heartbeat) -> str:
+    return f"at the end, after step {beat.step}" if beat.phase == "end" else f"in {beat.phase} of step {beat.step + 1}"
 
 
 def ranks_here(run: RunDirectory) -> list[psutil.Process]:

@@ -134,6 +134,11 @@ def test_a_chain(folder: Path, fake: FakeSlurm) -> None:
     assert RunDirectory(folder / "run").verdict() is None, "the jobs would take it for theirs, and end at once"
 
 
+def test_spare_nodes(folder: Path, fake: FakeSlurm) -> None:
+    assert submit_tiny(folder, "--spare-nodes=1").status == 0
+    assert "--nodes=3" in _command(folder) and _variables(folder)["EROLLOUT_SPARES"] == "1"
+
+
 def test_a_run_without_checkpoints_is_started_once(folder: Path, fake: FakeSlurm) -> None:
     assert submit_tiny(folder, "--", "checkpoint.interval=0").status == 0
     assert "--no-requeue" in _command(folder) and not [word for word in _command(folder) if word.startswith("--signal")]
@@ -159,6 +164,9 @@ REFUSED = [
     (["--", "rollout.tensor_model_parallel_size=16"], "rollout.tensor_model_parallel_size = 16 does not divide"),
     (["--nodes=0"], "--nodes = 0"),
     (["--chain=0"], "--chain = 0"),
+    (["--spare-nodes=-1"], "--spare-nodes = -1"),
+    (["--max-requeues=-1"], "--max-requeues = -1"),
+    (["--spare-nodes=1", "--no-preflight"], "--spare-nodes = 1"),
     (["--time=5", "--grace=241"], "--time = 5 is too short for --grace = 241 s"),
     (["--time=1"], "--time = 1 is too short"),
     (["--time=soon"], "--time = soon"),
@@ -172,13 +180,10 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
-@pytest.mark.parametrize("dry", [True, False])
-def test_refused_before_anything_is_written(
-    folder: Path, fake: FakeSlurm, arguments: list[str], message: str, dry: bool
-) -> None:
-    outcome = submit_tiny(folder, *(["--dry-run"] if dry else []), *arguments)
+def test_refused_before_anything_is_written(folder: Path, fake: FakeSlurm, arguments: list[str], message: str) -> None:
+    outcome = submit_tiny(folder, *arguments)
     assert outcome.status == 2 and message in outcome.error()
-    assert not (folder / "run").exists() and not [call for call in fake.calls("sbatch") if "--test-only" not in call]
+    assert not (folder / "run").exists() and not fake.calls("sbatch")
 
 
 def test_a_place_that_takes_nothing(folder: Path, fake: FakeSlurm) -> None:

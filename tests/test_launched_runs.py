@@ -120,11 +120,16 @@ def test_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for attempt in (0, 1):
         (run / "logs" / f"12.{attempt}").mkdir(parents=True)
         (run / "logs" / f"12.{attempt}" / "node-n1.out").write_text(f"start {attempt}\n")
+        (run / "logs" / f"12.{attempt}" / "preflight-n1.out").write_text("checked\n")
     (run / "slurm-12.out").write_text("batch\n")
     (run / "logs" / "12.1" / "ranks").mkdir()
     (run / "logs" / "12.1" / "ranks" / "rank_00003.err").write_text("of rank 3\n")
     assert invoke("launch", "logs", str(run)).status == 0
-    assert {"batch", "start 1"} <= set(capfd.readouterr().out.splitlines())
+    printed = capfd.readouterr().out.splitlines()
+    assert {"batch", "start 1"} <= set(printed) and "checked" not in printed
+    (run / "logs" / "12.1" / "node-n1.out").unlink()
+    assert invoke("launch", "logs", str(run)).status == 0
+    assert {"batch", "checked"} <= set(capfd.readouterr().out.splitlines())
     assert invoke("launch", "logs", str(run), "--attempt", "12.0").status == 0
     printed = capfd.readouterr().out
     assert "start 0" in printed and "start 1" not in printed

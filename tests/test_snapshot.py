@@ -1,5 +1,6 @@
 """The copy of the code that a submitted run uses."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,15 +60,19 @@ def test_what_is_copied(snapshot: Snapshot) -> None:
     assert not [place for place in places if "__pycache__" in place or place.endswith(".pyc")]
 
 
-def test_equal_code_is_copied_once(tmp_path: Path) -> None:
+def test_equal_code_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
-    first = Snapshot({"a.py": tmp_path / "a.py", "erollout/__init__.py": tmp_path / "a.py"}, "abc", True)
+    monkeypatch.syspath_prepend(tmp_path)
+    first = take_snapshot("a:f")
     folder = first.write(tmp_path / "code")
     (folder / "mark").touch()
     assert first.write(tmp_path / "code") == folder and (folder / "mark").exists()
-    assert (folder / "erollout" / "source.json").read_text() == '{"commit": "abc", "dirty": true}'
+    assert json.loads((folder / "erollout" / "source.json").read_text()) == {"commit": first.commit, "dirty": first.dirty}
     (tmp_path / "a.py").write_text("x = 2\n")
-    assert first.write(tmp_path / "code") != folder
+    with pytest.raises(UserError, match="changed while it was copied"):
+        first.write(tmp_path / "elsewhere")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert take_snapshot("a:f").write(tmp_path / "code") != folder
     assert (folder / "a.py").read_text() == "x = 1\n", "a job that waits has it"
     assert len(list((tmp_path / "code").iterdir())) == 2
 

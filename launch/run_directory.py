@@ -55,7 +55,8 @@ class Submission:
 class Attempt:
     """One start of a job; `directory` has its logs."""
 
-    job: int
+    job: int | None
+    """Of Slurm; None for one that Ray holds."""
     number: int
     directory: Path
 
@@ -84,9 +85,9 @@ class RunDirectory:
     def code(self) -> Path:
         return self.path / "code"
 
-    def output(self, job: int) -> Path:
-        """What the batch script prints."""
-        return self.path / f"slurm-{job}.out"
+    def output(self, job: int | None) -> Path:
+        """What the batch script prints; the logs' directory where there is none."""
+        return self.path / (f"slurm-{job}.out" if job is not None else "logs")
 
     def verdict(self) -> str | None:
         """How the last attempt ended; None while it runs, and after a crash."""
@@ -108,14 +109,19 @@ class RunDirectory:
             file.write(json.dumps(asdict(submission)) + "\n")
 
     def attempts(self) -> list[Attempt]:
-        """Oldest first."""
-        folders = (re.fullmatch(r"(\d+)\.(\d+)", path.name) for path in self.path.glob("logs/*.*"))
-        found = [Attempt(int(name[1]), int(name[2]), self.path / "logs" / name[0]) for name in folders if name]
-        return sorted(found, key=lambda attempt: (attempt.job, attempt.number))
+        """Oldest first; those of Slurm before those of Ray."""
+        names = sorted(path.name for path in self.path.glob("logs/*.*"))
+        found = []
+        for name in names:
+            if match := re.fullmatch(r"(\d+|ray-[\w-]+)\.(\d+)", name):
+                job = int(match[1]) if match[1].isdigit() else None
+                found.append(Attempt(job, int(match[2]), self.path / "logs" / name))
+        return sorted(found, key=lambda a: (a.job is None, a.job or a.directory.stem, a.number))
 
     def jobs(self) -> list[int]:
         """All that were submitted, and those submitted by hand that have started; oldest first."""
-        return sorted({*(submission.job for submission in self.submissions()), *(attempt.job for attempt in self.attempts())})
+        started = {attempt.job for attempt in self.attempts() if attempt.job is not None}
+        return sorted(started | {submission.job for submission in self.submissions()})
 
     def newest_checkpoint(self) -> Path | None:
         config = load_config(self.config) if self.config.is_file() else None

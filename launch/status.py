@@ -37,7 +37,7 @@ def status_page(run: RunDirectory) -> str:
         lines.append(("bad nodes", f"{', '.join(bad)}; why: {run.path}/logs/*/preflight-NODE.out"))
     if attempts:
         newest = attempts[-1]
-        lines.append(("logs", f"{run.output(newest.job)}, {newest.directory} (start {len(attempts)})"))
+        lines.append(("logs", f"{run.output(newest.job)}, {newest.directory.relative_to(run.path)} (start {len(attempts)})"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 

@@ -82,7 +82,7 @@ def test_status_says_who_is_behind(folder: Path, fake: FakeSlurm) -> None:
         "behind         rank 2 (n2, pid 77) in rollout of step 5 since",
         "silent         rank 3 (n1",
         "bad nodes      n9",
-        f"{run}/logs/101.10 (start 3)",
+        f"{run}/slurm-101.out, logs/101.10 (start 3)",
     ):
         assert words in page, page
     (run / "verdict").write_text("requeue\n")
@@ -138,3 +138,14 @@ def test_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "--rank = 4:" in invoke("launch", "logs", str(run), "--rank", "4").error()
     assert "has no logs of 12.7; there are 12.0, 12.1" in invoke("launch", "logs", str(run), "--attempt", "12.7").error()
     assert "holds no run" in invoke("launch", "logs", str(tmp_path / "nowhere")).error()
+
+
+def test_logs_of_a_run_on_ray(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for attempt in (2, 10):
+        folder = tmp_path / "logs" / f"ray-20261123-101010-77.{attempt}"
+        folder.mkdir(parents=True)
+        (folder / "node-0-n1.out").write_text(f"start {attempt}\n")
+    assert invoke("launch", "logs", str(tmp_path)).status == 0
+    assert capfd.readouterr().out == "start 10\n"
+    page = invoke("launch", "status", str(tmp_path)).stdout
+    assert "none of Slurm" in page and "ray-20261123-101010-77.10 (start 2)" in page

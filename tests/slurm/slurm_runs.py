@@ -25,6 +25,8 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"
 SECONDS = 280
 """Bound of waiting for a run: a start takes about ten seconds on a free machine, and tests share two cores with others."""
 COMMAND_SECONDS = 120
+NOT_INSTALLED = 3
+"""Exit status of `cluster up`."""
 STEPS, INTERVAL = 16, 4
 """Of most runs here, and of the unbroken one that they are compared with: eight seconds in which to disturb them."""
 AT_ONCE = {"function": "toy_scorer:share_of_digits"}
@@ -49,16 +51,17 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.environment = ENVIRONMENT | {
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),  # scorers of the tests
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH")])),
             "EROLLOUT_PYTHON": sys.executable,
         }
         self.is_flat, self.keeper = False, 0
 
     def up(self, *options: str) -> None:
-        """Raises Unavailable with the reason."""
+        """Raises Unavailable where Slurm is not installed."""
         done = self._cluster("up", f"--owner={os.getpid()}", *options)
-        if done.status:
+        if done.status == NOT_INSTALLED:
             raise Unavailable(done.stderr)
+        assert done.status == 0, done.stderr
         kept = json.loads((self.directory / "run" / "keeper.json").read_text())
         self.is_flat, self.keeper = kept["flat"], int(kept["pid"])
 
@@ -122,6 +125,16 @@ class Cluster:
         wait_for(lambda: self.job(job).state in wanted, f"job {job} is not {'/'.join(sorted(wanted))}", seconds, self.logs(job))
         return self.job(job)
 
+    def reach(self, job: int, run: "Run", step: int) -> None:
+        """Until the run has done so many steps. Fails when the job ends without."""
+
+        def done() -> bool:
+            reached = max(run.steps, default=0) >= step
+            assert reached or self.job(job).state not in ENDED, f"job {job} ends before step {step}\n{self.logs(job)()}"
+            return reached
+
+        wait_for(done, f"step {step} is not done", SECONDS, self.logs(job))
+
     def processes(self, job: int, *words: str, node: str | None = None) -> list[psutil.Process]:
         """Of a job, on all nodes or one, whose command line has the words."""
         found = []
@@ -178,7 +191,7 @@ class Cluster:
 
 
 class Unavailable(Exception):
-    """No cluster on this machine, and why."""
+    """What is missing on this machine, and how to install it."""
 
 
 class Run:
@@ -190,7 +203,7 @@ class Run:
         ours: dict[str, dict[str, Any]] = {
             "train": {"steps": steps},
             "checkpoint": {"interval": interval, "export_path": str(folder / "exported")},
-            "rewards": {"function": "unhurried_scorer:half_a_second"},
+            "rewards": {"function": "unhurried_scorer:half_a_second", "timeout_seconds": 60.0},
             "fault_tolerance": {"heartbeat_seconds": 1.0},
         }
         sections = {name: ours.get(name, {}) | sections.get(name, {}) for name in ours | sections}

@@ -43,12 +43,12 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.collective:
         return _meet(options)
     config: Config | None = None
-    findings: list[Finding] = []
+    refused: list[Finding] = []
     try:
         config = load_config(options.config, options.overrides) if options.config else None
     except UserError as error:
-        findings.append(Finding("configuration", str(error), "error"))
-    findings += _node(config, options.gpus) if options.node else _machine(config, options.gpus)
+        refused.append(Finding("configuration", str(error), "error"))
+    findings = [*(_node(config, options.gpus) if options.node else _machine(config, options.gpus)), *refused]
     if options.json:
         print(as_json(_name(), findings))
     else:

@@ -324,6 +324,8 @@ class CheckpointConfig:
     interval: Count = 0
     """Steps between checkpoints; one is saved at the end; 0: none at all."""
     keep_last: Positive = 2
+    asynchronous: bool = False
+    """Write in the background while training goes on: each rank holds a copy of what it saves in host memory meanwhile."""
     resume: bool = True
     """Go on from the newest complete checkpoint in the directory, when there is one; false: refuse to mix two runs."""
     export_path: Location | None = None

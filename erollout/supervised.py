@@ -41,9 +41,11 @@ class SupervisedTrainer:
                     self.save()
                 break
             self.train_step()
+            self.checkpointer.advance()
             if interval and (self.step % interval == 0 or self.step == steps):
                 self.save()
                 saved = self.step
+        self.checkpointer.wait()
         self.enter(self.step, "end")
 
     def save(self) -> None:

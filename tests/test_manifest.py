@@ -1,11 +1,12 @@
 """A checkpoint counts only when it is whole, and damage is found and named."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from erollout.checkpoint.manifest import MANIFEST, STATE, complete_checkpoints, verify, write_manifest
+from erollout.checkpoint.manifest import MANIFEST, STATE, complete_checkpoints, damage, total_bytes, verify, write_manifest
 from erollout.errors import UserError
 
 FILES = {STATE: b"{}", "metadata.json": b"abc", "shards/__0_0.distcp": bytes(1000), "shards/__1_0.distcp": bytes(500)}
@@ -65,6 +66,31 @@ def test_a_file_of_another_size_is_named(tmp_path: Path, name: str, change: int)
     size = len(FILES[name])
     (checkpoint / name).write_bytes(bytes(size + change))
     assert f"{name} has {size + change} bytes instead of {size}" in _error(checkpoint)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_named_and_by_one_reader_of_several(tmp_path: Path, name: str) -> None:
+    checkpoint = _saved(tmp_path)
+    content = bytearray(FILES[name])
+    content[0] ^= 1
+    (checkpoint / name).write_bytes(bytes(content))
+    assert f"{name} has the checksum" in _error(checkpoint)
+    found = [damage(checkpoint, part, 3) for part in range(3)]
+    assert sum(reason is not None for reason in found) == 1
+
+
+def test_checksums_that_are_known_are_not_computed_again(tmp_path: Path) -> None:
+    write_manifest(_write_files(tmp_path), {STATE: "wrong"})
+    assert f"{STATE} has the checksum" in str(damage(tmp_path))
+
+
+def test_a_manifest_of_sizes_alone_is_still_read(tmp_path: Path) -> None:
+    checkpoint = _saved(tmp_path)
+    (checkpoint / MANIFEST).write_text(json.dumps({name: len(content) for name, content in FILES.items()}))
+    verify(checkpoint)
+    assert total_bytes(checkpoint) == sum(map(len, FILES.values()))
+    (checkpoint / STATE).write_bytes(b"{ }")
+    assert f"{STATE} has 3 bytes instead of 2" in _error(checkpoint)
 
 
 def test_a_file_replaced_by_a_directory_is_missing(tmp_path: Path) -> None:

@@ -98,25 +98,83 @@ def _nothing(checkpoint: Path) -> None:
     """The configuration is what doesn't fit."""
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
-    "truncated": (_truncate, [], [".distcp has", "bytes instead of", "remove the directory"]),
-    "shard missing": (_lose_a_shard, [], [".distcp is missing", "remove the directory"]),
-    "index missing": (_lose_the_index, [], [".metadata is missing"]),
-    "state scrambled": (_scramble("state.json"), [], ["state.json", "remove the directory"]),
-    "manifest scrambled": (_scramble("manifest.json"), [], ["manifest.json", "remove the directory"]),
-    "another model": (_nothing, ["model.architecture.hidden_size=16"], ["another model", "hidden_size = 32 there, 16 here"]),
-    "another dtype": (_nothing, ["model.dtype=bfloat16"], ["model.dtype = float32"]),
-    "another optimizer": (_nothing, ["optimizer.use_distributed_optimizer=true"], ["use_distributed_optimizer = False"]),
-    "resuming is off": (_nothing, ["checkpoint.resume=false"], ["checkpoint.resume = false"]),
+def _flip_a_bit(checkpoint: Path) -> None:
+    shard = _shard(checkpoint)
+    contents = bytearray(shard.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    shard.write_bytes(contents)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a bit": (_flip_a_bit, ".distcp has the checksum"),
+    "truncated": (_truncate, "bytes instead of"),
+    "shard missing": (_lose_a_shard, ".distcp is missing"),
+    "index missing": (_lose_the_index, ".metadata is missing"),
+    "index scrambled": (_scramble(".metadata"), ".metadata has the checksum"),
+    "state scrambled": (_scramble("state.json"), "state.json has the checksum"),
+    "manifest scrambled": (_scramble("manifest.json"), "manifest.json is not a valid manifest"),
 }
+
+MISFITS: dict[str, tuple[list[str], list[str]]] = {
+    "another model": (["model.architecture.hidden_size=16"], ["another model", "hidden_size = 32 there, 16 here"]),
+    "another dtype": (["model.dtype=bfloat16"], ["model.dtype = float32"]),
+    "another optimizer": (["optimizer.use_distributed_optimizer=true"], ["use_distributed_optimizer = False"]),
+    "resuming is off": (["checkpoint.resume=false"], ["checkpoint.resume = false"]),
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken(saved: Path, rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Steps of that run, gone on with to step 6 from its newest checkpoint."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    shutil.copytree(saved, folder, dirs_exist_ok=True)
+    rank_pool.run(1, train_here, _saving(folder, 6))
+    return history(folder)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", DAMAGE)
-def test_checkpoint_that_can_not_be_used_is_named_and_nothing_is_harmed(name: str, rank_pool: RankPool, run: Path) -> None:
-    damage, overrides, words = DAMAGE[name]
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    name: str, rank_pool: RankPool, run: Path, unbroken: list[dict[str, float]]
+) -> None:
+    damage, reason = DAMAGE[name]
     checkpoints = run / "run" / "checkpoints"
     damage(checkpoints / NEWEST)
+    damaged = _contents(checkpoints / NEWEST)
+    outcome: Outcome = rank_pool.run(1, invoke_here, "train", "--config", str(run / "config.yaml"))[0]
+    assert outcome.status == 0, outcome.stderr
+    (line,) = [line for line in outcome.stderr.splitlines() if "is damaged" in line]
+    assert reason in line and str(checkpoints / NEWEST) in line and f"set aside for {OLDER}" in line
+    assert _contents(checkpoints / f"damaged_{NEWEST}") == damaged
+    assert [path.name for path in complete_checkpoints(checkpoints)] == [NEWEST, "step_00000006"]
+    for mine, other in zip(history(run), unbroken, strict=True):
+        for key in ("step", "train/loss", "reward/mean", "response_length/mean", "train/learning_rate"):
+            assert mine[key] == other[key], (mine["step"], key)
+
+
+@pytest.mark.distributed
+def test_all_ranks_find_the_same_damage(rank_pool: RankPool, run: Path) -> None:
+    _flip_a_bit(run / "run" / "checkpoints" / NEWEST)
+    assert rank_pool.run(2, failing_train, _saving(run, 4, tensor_model_parallel_size=2)) == ["", ""]
+    assert [row["step"] for row in history(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.distributed
+def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew(rank_pool: RankPool, run: Path) -> None:
+    checkpoints = run / "run" / "checkpoints"
+    _truncate(checkpoints / NEWEST)
+    _flip_a_bit(checkpoints / OLDER)
+    before = _contents(checkpoints)
+    messages = rank_pool.run(2, failing_train, _saving(run, 6, tensor_model_parallel_size=2))
+    assert messages[0] == messages[1] and "no earlier one that is whole" in messages[0] and NEWEST in messages[0]
+    assert _contents(checkpoints) == before
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", MISFITS)
+def test_checkpoint_that_does_not_fit_is_named_and_nothing_is_harmed(name: str, rank_pool: RankPool, run: Path) -> None:
+    overrides, words = MISFITS[name]
+    checkpoints = run / "run" / "checkpoints"
     before = _contents(checkpoints)
     outcome: Outcome = rank_pool.run(1, invoke_here, "train", "--config", str(run / "config.yaml"), *overrides)[0]
     line = outcome.error()
@@ -124,30 +182,6 @@ def test_checkpoint_that_can_not_be_used_is_named_and_nothing_is_harmed(name: st
     for word in words:
         assert word in line
     assert _contents(checkpoints) == before
-
-
-@pytest.mark.distributed
-def test_scrambled_index_is_refused(rank_pool: RankPool, run: Path) -> None:
-    """torch logs a traceback of its own first; the last line is ours."""
-    _scramble(".metadata")(run / "run" / "checkpoints" / NEWEST)
-    outcome: Outcome = rank_pool.run(1, invoke_here, "train", "--config", str(run / "config.yaml"))[0]
-    last = outcome.stderr.splitlines()[-1]
-    assert outcome.status == 2 and last.startswith("erollout: error: can't load checkpoint") and NEWEST in last
-
-
-@pytest.mark.distributed
-def test_advice_to_remove_a_damaged_checkpoint_works(rank_pool: RankPool, run: Path) -> None:
-    shutil.rmtree(run / "run" / "checkpoints" / NEWEST)
-    outcome: Outcome = rank_pool.run(1, invoke_here, "train", "--config", str(run / "config.yaml"))[0]
-    assert outcome.status == 0, outcome.stderr
-    assert [row["step"] for row in history(run)] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.distributed
-def test_every_rank_names_the_damage(rank_pool: RankPool, run: Path) -> None:
-    _truncate(run / "run" / "checkpoints" / NEWEST)
-    messages = rank_pool.run(2, failing_train, _saving(run, 6, tensor_model_parallel_size=2))
-    assert messages[0] == messages[1] and "bytes instead of" in messages[0]
 
 
 @pytest.mark.distributed
@@ -257,7 +291,7 @@ def test_killed_while_saving_and_gone_on_as_the_same_tracked_run(tmp_path: Path,
 
     sections = {
         "train": {"steps": 6, "output_dir": str(tmp_path / "run")},
-        "checkpoint": {"interval": 2},
+        "checkpoint": {"interval": 2, "asynchronous": True},
         "tracking": {"enabled": True, "system_metrics": False},
         "evaluation": {"interval": 3, "num_prompts": 2},
     }

@@ -1,13 +1,17 @@
 """Saves and restores a run: Megatron's distributed checkpoint of model and optimizer, and a small JSON of the rest.
 
-A checkpoint is a directory `step_00000010`. It is written under another name and renamed once every file is there, so a
-crash while saving leaves the previous ones as they were. The sharded format is independent of the layout: a run goes on
+A checkpoint is a directory `step_00000010`. It is written under another name, in the background where that is asked for, and
+renamed once every file is there, so a crash while saving leaves the previous ones as they were. One whose files are damaged
+is set aside for the one before. The sharded format is independent of the layout: a run goes on
 with another tensor x pipeline x data split. Random numbers need no state: they are functions of (seed, step, prompt, position).
 """
 
 import json
 import logging
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +21,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
-from erollout.checkpoint.manifest import MANIFEST, STATE, complete_checkpoints, verify, write_manifest
+from erollout.checkpoint.manifest import MANIFEST, STATE, complete_checkpoints, damage, total_bytes, write_manifest
+from erollout.checkpoint.writing import Writing
 from erollout.errors import UserError
 from erollout.kept_rollouts import KeptRollouts
-from erollout.parallel.collectives import from_rank_zero
+from erollout.parallel.collectives import all_gather, from_rank_zero
 from erollout.policy.actor import Actor
 
 logger = logging.getLogger(__name__)
@@ -58,38 +63,100 @@ class RunState:
     """Of the next step's rollout, which was interrupted. None: it was not begun."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    writing: Writing
+    target: Path
+    state: str
+    """Contents of STATE."""
+    kept: KeptRollouts | None
+    began: float
+
+    @property
+    def partial(self) -> Path:
+        return self.target.with_name(f"{self.target.name}.partial")
+
+
 class Checkpointer:
-    def __init__(self, directory: Path, keep_last: int, actor: Actor, kind: RunKind) -> None:
-        """`kind`: what the run does with the policy, so that it does not go on with another kind's optimizer."""
+    def __init__(self, directory: Path, keep_last: int, actor: Actor, kind: RunKind, asynchronous: bool = False) -> None:
+        """
+        Args:
+            kind: what the run does with the policy, so that it does not go on with another kind's optimizer.
+            asynchronous: `save` takes a copy, and a thread writes it.
+        """
         self.directory = directory
         self.keep_last = keep_last
         self.actor = actor
         self.kind = kind
+        self.asynchronous = asynchronous
+        self._pending: _Pending | None = None
 
-    def save(self, state: RunState) -> Path:
-        """Collective. Raises UserError when the files can't be written; what was saved before is untouched."""
+    def save(self, state: RunState) -> None:
+        """Collective. When it returns, the policy may change; asynchronous: the checkpoint counts only after `wait`, or some
+        `advance`. Raises UserError when the files, or those of the save before, can't be written; earlier ones are untouched.
+        """
+        self.wait()
         target = self.directory / f"step_{state.step:08d}"
         partial = self.directory / f"{target.name}.partial"
         self._on_rank_zero(lambda: self._prepare(partial))
-        try:
-            dist_checkpointing.save(self._sharded_state(is_loading=False), str(partial), validate_access_integrity=False)
-        except _FAILURES as error:
-            raise UserError(
-                f"can't save checkpoint {target} ({shutil.disk_usage(self.directory).free / 2**20:.0f} MiB free there): "
-                f"{_reason(error)}; earlier checkpoints are intact"
-            ) from error
-        self._on_rank_zero(lambda: self._publish(partial, target, state))
-        logger.info("saved checkpoint %s", target)
-        return target
+        with self._saving(target):
+            sharded = self._sharded_state(is_loading=False)
+            plan = dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False, async_sharded_save=True)
+            writing = Writing(plan, copies=self.asynchronous)
+        self._pending = _Pending(writing, target, self._document(state), state.kept, time.monotonic())
+        if not self.asynchronous:
+            self.wait()
+
+    def advance(self) -> None:
+        """Complete the checkpoint that is being written, if all ranks have written their part. Collective."""
+        if self._pending is not None and all(all_gather(self._pending.writing.is_done)):
+            self.wait()
+
+    def wait(self) -> None:
+        """Complete the checkpoint that is being written, if there is one. Collective. Raises UserError when it can't be."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        with self._saving(pending.target):
+            pending.writing.finish()
+        checksums = {name: value for of_rank in all_gather(pending.writing.checksums) for name, value in of_rank.items()}
+        self._on_rank_zero(lambda: self._publish(pending, checksums))
+        logger.info("saved checkpoint %s (%.1f s)", pending.target, time.monotonic() - pending.began)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, as rank 0 sees it; None when there is none. Collective."""
-        found = complete_checkpoints(self.directory) if dist.get_rank() == 0 else []
-        return from_rank_zero(found[-1] if found else None)
+        found = self._complete()
+        return found[-1] if found else None
+
+    def restore(self) -> RunState | None:
+        """Load the newest checkpoint whose files are whole; None when there is none at all. Collective.
+
+        Damaged ones that are newer are renamed to `damaged_step_...`. Raises UserError when all are damaged, or the one that is
+        whole doesn't fit.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(self._complete()):
+            reason = self._damage(path)
+            if reason is None:
+                self._on_rank_zero(lambda: _set_aside(damaged))
+                for other, why in damaged:
+                    logger.warning("checkpoint %s is damaged (%s): it is set aside for %s", other, why, path.name)
+                state = self.load(path)
+                logger.info("resumed from %s: step %d", path, state.step)
+                return state
+            damaged.append((path, reason))
+        if damaged:
+            path, reason = damaged[0]
+            raise UserError(
+                f"checkpoint {path} is damaged: {reason}; there is no earlier one that is whole: restore its files, or remove "
+                f"{self.directory} to begin anew"
+            )
+        return None
 
     def load(self, path: Path) -> RunState:
         """Restore model, optimizer and schedule in place. Collective. Raises UserError for a checkpoint that doesn't fit."""
-        self._on_rank_zero(lambda: verify(path))
         document = self._read_state(path)
         self._check_kind(path, document["kind"])
         self._check_model(path, document)
@@ -104,6 +171,25 @@ class Checkpointer:
         self.actor.scheduler.load_state_dict(document["scheduler"])
         history = tuple(document["history"])
         return RunState(document["step"], document["run_id"], history, document.get("rollout"), self._read_kept(path))
+
+    def _complete(self) -> list[Path]:
+        found = complete_checkpoints(self.directory) if dist.get_rank() == 0 else []
+        return from_rank_zero(found)
+
+    def _damage(self, path: Path) -> str | None:
+        """Of all ranks' findings the first; every rank reads its share of the files."""
+        found = all_gather(damage(path, dist.get_rank(), dist.get_world_size()))
+        return next((reason for reason in found if reason is not None), None)
+
+    @contextmanager
+    def _saving(self, target: Path) -> Iterator[None]:
+        try:
+            yield
+        except _FAILURES as error:
+            raise UserError(
+                f"can't save checkpoint {target} ({shutil.disk_usage(self.directory).free / 2**20:.0f} MiB free there): "
+                f"{_reason(error)}; earlier checkpoints are intact"
+            ) from error
 
     def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
         model: dict[str, Any] = self.actor.module.sharded_state_dict()  # type: ignore[operator]
@@ -166,7 +252,7 @@ class Checkpointer:
         existing = complete_checkpoints(self.directory)
         if not existing:
             return
-        needed = sum(json.loads((existing[-1] / MANIFEST).read_text()).values())
+        needed = total_bytes(existing[-1])
         free = shutil.disk_usage(partial).free
         if free < needed:
             raise UserError(
@@ -174,23 +260,27 @@ class Checkpointer:
                 f"{free / 2**20:.0f} MiB free; free some or lower checkpoint.keep_last"
             )
 
-    def _publish(self, partial: Path, target: Path, state: RunState) -> None:
+    def _document(self, state: RunState) -> str:
         document = asdict(replace(state, kept=None)) | {
             "kind": self.kind,
             "identity": self._identity(),
             "scheduler": self.actor.scheduler.state_dict(),
         }
-        (partial / STATE).write_text(json.dumps(document, indent=1))
-        if state.kept is not None:
-            (partial / KEPT).write_bytes(state.kept.to_bytes())
-        write_manifest(partial)
+        return json.dumps(document, indent=1)
+
+    def _publish(self, pending: _Pending, checksums: dict[str, str]) -> None:
+        partial, target = pending.partial, pending.target
+        (partial / STATE).write_text(pending.state)
+        if pending.kept is not None:
+            (partial / KEPT).write_bytes(pending.kept.to_bytes())
+        write_manifest(partial, checksums)
         if target.exists():  # the same step, saved again after a resume from an older one
             _remove(target)
         partial.rename(target)
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
             _remove(old)
 
-    def _on_rank_zero(self, action: Any) -> None:
+    def _on_rank_zero(self, action: Callable[[], None]) -> None:
         """Run on rank 0 while the others wait; its failure is every rank's failure, with the same message."""
         failure = None
         if dist.get_rank() == 0:
@@ -203,6 +293,15 @@ class Checkpointer:
         failure = from_rank_zero(failure)
         if failure:
             raise UserError(failure)
+
+
+def _set_aside(damaged: list[tuple[Path, str]]) -> None:
+    """Under a name that counts as no checkpoint, for whoever looks for the cause."""
+    for path, _ in damaged:
+        place = path.with_name(f"damaged_{path.name}")
+        if place.exists():
+            shutil.rmtree(place)
+        path.rename(place)
 
 
 def _remove(checkpoint: Path) -> None:

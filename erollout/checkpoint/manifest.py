@@ -1,21 +1,48 @@
-"""Which checkpoints are complete: a manifest lists every file with its size and is written last. Pure file handling."""
+"""Which checkpoints are whole: a manifest lists every file, its size and checksum, and is written last. Pure file handling."""
 
 import json
 import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from erollout.errors import UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_CHUNK_BYTES = 2**22
 
 
-def write_manifest(directory: Path) -> None:
-    """List all files of a finished checkpoint, flushed to disk."""
-    files = [f for f in sorted(directory.rglob("*")) if f.is_file() and f != directory / MANIFEST]
-    sizes = {str(f.relative_to(directory)): f.stat().st_size for f in files}
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Of a file in the manifest."""
+
+    size: int
+    """Bytes."""
+    checksum: str | None
+    """None in manifests of versions that had none."""
+
+
+def checksum(file: Path) -> str:
+    """CRC-32 in hexadecimal: finds what disks, copies and crashes do to bytes. Some 1 GB/s, without Python's lock."""
+    value = 0
+    with open(file, "rb") as contents:
+        while chunk := contents.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def write_manifest(directory: Path, checksums: Mapping[str, str] | None = None) -> None:
+    """List all files of a finished checkpoint, flushed to disk. `checksums`: those known already, by the file's name."""
+    known = checksums or {}
+    files = {str(f.relative_to(directory)): f for f in sorted(directory.rglob("*")) if f.is_file() and f.name != MANIFEST}
+    entries = {
+        name: {"bytes": file.stat().st_size, "crc32": known[name] if name in known else checksum(file)}
+        for name, file in files.items()
+    }
     with open(directory / MANIFEST, "w") as file:
-        json.dump(sizes, file, indent=1)
+        json.dump(entries, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -27,27 +54,49 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step_*") if p.suffix != ".partial" and (p / MANIFEST).is_file())
 
 
-def verify(checkpoint: Path) -> None:
-    """Raise UserError, naming the file, unless every file of the manifest is there with its size."""
-    if not (checkpoint / MANIFEST).is_file():
-        raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} is missing")
-    for name, size in _listed_sizes(checkpoint).items():
+def total_bytes(checkpoint: Path) -> int:
+    return sum(entry.size for entry in _entries(checkpoint).values())
+
+
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files; None when they are as the manifest says.
+
+    Sizes are compared of all files, checksums of every `parts`-th from `part` on: ranks share the reading.
+    """
+    try:
+        entries = _entries(checkpoint)
+    except UserError as error:
+        return str(error)
+    for number, (name, entry) in enumerate(sorted(entries.items())):
         file = checkpoint / name
         if not file.is_file():
-            raise _damaged(checkpoint, f"{name} is missing")
-        if file.stat().st_size != size:
-            raise _damaged(checkpoint, f"{name} has {file.stat().st_size} bytes instead of {size}")
+            return f"{name} is missing"
+        if file.stat().st_size != entry.size:
+            return f"{name} has {file.stat().st_size} bytes instead of {entry.size}"
+        if entry.checksum is not None and number % parts == part and (found := checksum(file)) != entry.checksum:
+            return f"{name} has the checksum {found} instead of {entry.checksum}"
+    return None
 
 
-def _listed_sizes(checkpoint: Path) -> dict[str, int]:
+def verify(checkpoint: Path) -> None:
+    """Raise UserError, naming the file, unless every file of the manifest is there as it was written."""
+    if not (checkpoint / MANIFEST).is_file():
+        raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} is missing")
+    if reason := damage(checkpoint):
+        raise UserError(f"checkpoint {checkpoint} is damaged: {reason}; remove the directory to use the one before")
+
+
+def _entries(checkpoint: Path) -> dict[str, _Entry]:
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())
-    except ValueError as error:  # not JSON, or not even text
-        raise _damaged(checkpoint, f"{MANIFEST} is not valid JSON") from error
-    if not isinstance(sizes, dict) or STATE not in sizes:
-        raise _damaged(checkpoint, f"{MANIFEST} does not list {STATE}")
-    return sizes
-
-
-def _damaged(checkpoint: Path, what: str) -> UserError:
-    return UserError(f"checkpoint {checkpoint} is damaged: {what}; remove the directory to use the one before")
+        listed = json.loads((checkpoint / MANIFEST).read_text())
+        entries = {
+            name: _Entry(int(entry), None) if isinstance(entry, int) else _Entry(int(entry["bytes"]), str(entry["crc32"]))
+            for name, entry in listed.items()
+        }
+    except (ValueError, AttributeError, KeyError, TypeError) as error:  # not JSON, or not even text, or of something else
+        raise UserError(f"{MANIFEST} is not a valid manifest") from error
+    except OSError as error:
+        raise UserError(f"{MANIFEST} can't be read: {error.strerror}") from error
+    if STATE not in entries:
+        raise UserError(f"{MANIFEST} does not list {STATE}")
+    return entries

@@ -58,6 +58,7 @@ def test_a_submission(folder: Path, fake: FakeSlurm) -> None:
     assert entry.job == 101 and Path(entry.code, "erollout", "cli.py").is_file() and set(entry.source) == {"commit", "dirty"}
     variables = _variables(folder)
     assert variables["EROLLOUT_PYTHON"] == sys.executable and variables["EROLLOUT_CODE"] == entry.code
+    assert variables["PYTHONSAFEPATH"] == "1", "the code must not be that of the directory where the job happens to be"
     assert [variables[f"EROLLOUT_{name}"] for name in ("RANKS_PER_NODE", "GPUS_PER_NODE", "REQUEUE", "PREFLIGHT")] == list(
         "4411"
     )

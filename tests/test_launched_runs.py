@@ -71,7 +71,7 @@ def test_status_says_who_is_behind(folder: Path, fake: FakeSlurm) -> None:
     for rank in (0, 1):
         _beat(run, rank=rank)
     _beat(run, rank=2, phase="rollout", phases=28, host="n2", pid=77)
-    _beat(run, rank=3, beat=time.time() - 100)
+    _beat(run, rank=3, phases=20, beat=time.time() - 100)
     page = invoke("launch", "status", str(run)).stdout
     for words in (
         "job 101        RUNNING on n[1-2], 0:10 of 1:00:00",
@@ -85,6 +85,7 @@ def test_status_says_who_is_behind(folder: Path, fake: FakeSlurm) -> None:
         f"{run}/slurm-101.out, logs/101.10 (start 3)",
     ):
         assert words in page, page
+    assert page.count("rank 3 (") == 1, page
     (run / "verdict").write_text("requeue\n")
     fake.holds()
     page = invoke("launch", "status", str(run)).stdout

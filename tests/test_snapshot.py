@@ -32,11 +32,12 @@ def test_the_copy_runs_instead_of_the_installed_package(tmp_path: Path, monkeypa
     (mine / "my_rewards.py").write_text("def score(prompt, response): return 1.0\n")
     monkeypatch.syspath_prepend(mine)
     copy = take_snapshot("my_rewards:score").write(tmp_path / "code")
-    environment = ENVIRONMENT | {"PYTHONPATH": f"{copy}:{mine}"}
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{copy}:{mine}", "PYTHONSAFEPATH": "1"}
+    checkout = Path(__file__).parents[1]  # where Python would look first
 
     def python(*arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250
+            [sys.executable, *arguments], env=environment, cwd=checkout, capture_output=True, text=True, timeout=250
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

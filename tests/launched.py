@@ -50,13 +50,13 @@ class Launched:
         children = [process for process in self.alive() if process.ppid() == self.process.pid]
         return sorted((child for child in children if "RANK" in child.environ()), key=lambda rank: int(rank.environ()["RANK"]))
 
-    def wait_until(self, condition: Callable[[], Any], seconds: float = 200) -> None:
-        """Fails when the run ends before, or the time passes."""
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 200, pause: float = 0.05) -> None:
+        """Fails when the run ends before, or the time passes. `pause`: seconds between two looks."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < deadline, f"did not happen in {seconds} s: {self.text()}"
-            time.sleep(0.05)
+            time.sleep(pause)
 
     def wait_until_gone(self, seconds: float) -> None:
         """Fails when a process of the run is left after so long."""

@@ -28,6 +28,7 @@ from erollout.tracking.journal import Entry, Journal, journal_path, read_history
 from erollout.tracking.log import configure_logging
 from erollout.tracking.metrics import PhaseTimer, memory_metrics, percentiles, summarize_lengths
 from erollout.tracking.plots import phase_seconds, plot_run, response_lengths, reward_curve
+from erollout.tracking.provenance import checkout
 from erollout.tracking.redaction import redact
 from erollout.tracking.tracker import NullTracker, Tracker, create_tracker
 
@@ -240,6 +241,12 @@ def test_every_attempt_leaves_its_facts(output_dir: Path, monkeypatch: pytest.Mo
     assert "job" not in first and "checkpoint" not in first
     assert second["job"] == "slurm 17, restart 2" and second["checkpoint"] == f"{output_dir}/checkpoints/step_00000004"
     assert first["host"] == second["host"] == socket.gethostname() and first["started"] <= second["started"]
+
+
+def test_a_copy_of_the_package_says_of_which_commit_it_is(tmp_path: Path) -> None:
+    assert checkout(tmp_path) == ("", False)
+    (tmp_path / "source.json").write_text('{"commit": "abc", "dirty": true}')
+    assert checkout(tmp_path) == ("abc", True)
 
 
 def test_new_run_in_a_used_directory_moves_the_old_records_aside(output_dir: Path) -> None:

@@ -4,9 +4,13 @@ import json
 import socket
 import subprocess
 from datetime import datetime
+from pathlib import Path
 
 import erollout
 from erollout.environment import job_name
+
+NOTE = "source.json"
+"""In a copied package, of which commit it is: an object of `commit` and `dirty`."""
 
 
 def attempt_tags(attempt: int, checkpoint: str | None) -> dict[str, str]:
@@ -27,13 +31,23 @@ def attempt_tags(attempt: int, checkpoint: str | None) -> dict[str, str]:
 
 
 def source_tags() -> dict[str, str]:
-    """MLflow tags of the program: version, host, and the commit of the working directory if it is a git checkout."""
+    """MLflow tags of the program: version, host, and the commit of its checkout, if it is in one or a copy of one."""
     tags = {"erollout.version": erollout.__version__, "erollout.host": socket.gethostname()}
-    commit = _git("rev-parse", "HEAD")
+    commit, dirty = checkout(Path(erollout.__file__).parent)
     if commit:
         tags["mlflow.source.git.commit"] = commit
-        tags["erollout.git_dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+        tags["erollout.git_dirty"] = str(dirty).lower()
     return tags
+
+
+def checkout(folder: Path) -> tuple[str, bool]:
+    """Commit of a package's folder, and whether its files differ from it. The commit is empty where it is not known."""
+    note = folder / NOTE
+    if note.is_file():
+        noted = json.loads(note.read_text())
+        return noted["commit"], noted["dirty"]
+    commit = _git("-C", str(folder), "rev-parse", "HEAD")
+    return commit, bool(commit and _git("-C", str(folder), "status", "--porcelain", "--untracked-files=no"))
 
 
 def _git(*arguments: str) -> str:

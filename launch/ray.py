@@ -14,6 +14,7 @@ from pathlib import Path
 from erollout.config import load_config
 from erollout.environment import variable
 from erollout.errors import UserError
+from erollout.launch.plan import layouts
 from erollout.launch.ray_cluster import join_cluster
 from erollout.launch.ray_job import Job, rank_variables
 from erollout.launch.run_directory import RunDirectory
@@ -71,6 +72,7 @@ def _job(options: argparse.Namespace) -> Job:
             f"parallel.world_size = {wanted}, but --nodes {options.nodes} x --ranks-per-node {options.ranks_per_node} "
             f"= {ranks} ranks; unset it or start {wanted}"
         )
+    layouts(config, ranks)
     return Job(
         name=f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
         nodes=options.nodes,

@@ -1,5 +1,6 @@
 """The waiting side of `erollout launch ray`: places a run, watches it, passes signals on, places it again. Loads ray."""
 
+import re
 import sys
 import time
 from contextlib import suppress
@@ -26,6 +27,7 @@ _ANSWER_SECONDS = 30
 _GRACE_SECONDS = 30
 """For the other nodes' ranks to end, and say why, once one has failed."""
 _POLL_SECONDS = 0.5
+_NAMED_ERRORS = 3
 _SAY_SECONDS = 10
 """Nodes that are free are reserved sooner."""
 
@@ -181,7 +183,7 @@ class Attempt:
             statuses = [self._status(index) for index in range(len(self._agents))]
             bad = {node.host: status for node, status in zip(self._nodes, statuses, strict=True) if status}
             if None not in statuses or (failed_at and time.monotonic() - failed_at > _GRACE_SECONDS):
-                said = _first_error(self._job.logs(self._number))
+                said = _errors(self._job.logs(self._number))
                 return "; ".join([f"ranks of {host} ended with status {status}" for host, status in bad.items()] + said)
             failed_at = failed_at or (time.monotonic() if bad else None)
             time.sleep(_POLL_SECONDS)
@@ -247,14 +249,13 @@ def _is_alive(node: str) -> bool:
     return any(found["NodeID"] == node and found["Alive"] for found in ray.nodes())
 
 
-def _first_error(logs: Path) -> list[str]:
-    """The error that the ranks were ended by, if one of them said so."""
+def _errors(logs: Path) -> list[str]:
+    """What ranks and launchers named as the reason, each once: nodes that lose the one at fault have a reason too."""
+    found: dict[str, None] = {}
     for log in sorted(logs.glob("*.out")):
         with log.open(errors="replace") as lines:
-            for line in lines:
-                if line.startswith("erollout") and "error: " in line:
-                    return [line.strip()]
-    return []
+            found |= dict.fromkeys(line.strip() for line in lines if re.search(r"erollout[^:]*: error: ", line))
+    return list(found)[:_NAMED_ERRORS]
 
 
 def _say(event: str) -> None:

@@ -48,6 +48,7 @@ class Job:
         """The command on each node, without the interpreter. head: HOST:PORT."""
         options = ["--nodes", str(self.nodes), "--nproc-per-node", str(self.ranks), "--head", head]
         options += ["--run-id", f"{self.name}.{attempt}", "--wait", str(self.wait_seconds)]
+        options += ["--log-dir", str(self.logs(attempt) / "ranks")]
         options += [] if self.interface is None else ["--interface", self.interface]
         return ["launch", "torchrun", *options, *self.run]
 

@@ -29,7 +29,7 @@ from erollout.tracking.journal import journal_path
 pytest.importorskip("ray", reason="ray is not installed (pip install 'erollout[ray]')")
 from ray_nodes import Node
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # a start takes minutes where many share few cores
 SCRIPTED = Scorer("scripted_scorer:scripted")
 FOREVER = 3000
 
@@ -143,7 +143,7 @@ def started(nodes: Nodes, config: Path) -> Iterator[Process]:
 
 
 def wait_for(condition: Callable[[], Any], process: Process) -> None:
-    end = time.monotonic() + 200
+    end = time.monotonic() + 400
     while not condition():
         assert process.poll() is None and time.monotonic() < end, process.said()
         time.sleep(0.05)
@@ -159,10 +159,11 @@ def launch(nodes: Nodes, config: Path, *options: str) -> list[str]:
 
 
 def test_a_run_is_placed_on_both_nodes(nodes: Nodes, tmp_path: Path) -> None:
-    done = execute(*launch(nodes, write_config(tmp_path), "train.steps=1"))
+    done = execute(*launch(nodes, write_config(tmp_path), "train.steps=1"), timeout=600)
     logs = {path.name: path.read_text() for path in (tmp_path / "run/logs/latest").glob("*.out")}
     assert done.status == 0, (done, logs)
-    assert len(logs) == 2 and any("training tensor 1 x data 2" in log for log in logs.values()), logs
+    assert len(logs) == 2 and len(list((tmp_path / "run/logs/latest/ranks").iterdir())) >= 2
+    assert any("training tensor 1 x data 2" in log for log in logs.values()), logs
     assert [line for line in done.stderr.splitlines() if line.startswith("erollout: ")][-1] == "erollout: done"
     assert steps(tmp_path) == 1
     assert (tmp_path / "run/verdict").read_text() == "done\n"
@@ -171,11 +172,8 @@ def test_a_run_is_placed_on_both_nodes(nodes: Nodes, tmp_path: Path) -> None:
 @pytest.mark.cluster
 def test_nodes_that_never_have_room_are_said(nodes: Nodes, tmp_path: Path) -> None:
     refused = execute(*launch(nodes, write_config(tmp_path), "--cpus-per-rank", "3", "--wait", "1"))
-    error = refused.error()
-    assert (
-        "asked: 2 nodes with CPU 3 free on each; there: 2 nodes alive, 0 of them so large, free in all CPU 4 of 4, GPU 1 of 1"
-        in error
-    )
+    asked = "asked: 2 nodes with CPU 3 free on each"
+    assert f"{asked}; there: 2 nodes alive, 0 of them so large, free in all CPU 4 of 4" in refused.error()
 
 
 @pytest.mark.cluster
@@ -195,8 +193,8 @@ def test_a_node_that_dies_is_replaced_and_the_run_ends_as_if_undisturbed(
         wait_for((folders[0] / "run/checkpoints/step_00000004/manifest.json").exists, process)
         nodes.other.kill()
         wait_for(lambda: "waiting up to" in process.said(), process)
-        nodes.other = Node(nodes.head.address)
-        assert process.wait(200) == 0, process.said()
+        nodes.other = Node(nodes.head.address, num_gpus=1)
+        assert process.wait(400) == 0, process.said()
     assert "starting again from step_" in process.said()
     ours, theirs = (load_file(folder / "exported/model.safetensors") for folder in folders)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -213,32 +211,37 @@ def test_a_run_that_is_asked_saves_and_the_same_command_goes_on(nodes: Nodes, tm
     with started(nodes, config) as process:
         wait_for(lambda: "start 1 on" in process.said(), process)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(150) == 75, process.said()
+        assert process.wait(400) == 75, process.said()
     assert (tmp_path / "run/verdict").read_text() == "requeue\n"
     before = steps(tmp_path)
     with started(nodes, config) as process:
         wait_for(lambda: steps(tmp_path) > before, process)
         process.send_signal(signal.SIGINT)
-        assert process.wait(150) == 143, process.said()
+        assert process.wait(400) == 143, process.said()
     assert (tmp_path / "run/verdict").read_text() == "stopped\n"
     assert complete_checkpoints(tmp_path / "run/checkpoints")[-1].name == f"step_{steps(tmp_path):08d}"
 
 
 @pytest.mark.cluster
-def test_no_rank_outlives_the_command(nodes: Nodes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["command", "raylet"])
+def test_no_rank_outlives_the_command_nor_its_node(killed: str, nodes: Nodes, tmp_path: Path) -> None:
     config = write_config(tmp_path, train={"steps": FOREVER, "output_dir": str(tmp_path / "run")})
     with started(nodes, config) as process:
         wait_for(lambda: steps(tmp_path), process)
-        ranks = [p for node in (nodes.head, nodes.other) for p in node.processes() if "erollout.cli" in p.cmdline()]
-        assert len(ranks) == 4, "two launchers, two ranks"
-        process.kill()
-        assert not psutil.wait_procs(ranks, 60)[1]
+        there = {node: [p for p in node.processes() if "erollout.cli" in p.cmdline()] for node in (nodes.head, nodes.other)}
+        assert [len(found) for found in there.values()] == [2, 2], "a launcher and a rank on each"
+        if killed == "command":
+            process.kill()
+            assert not psutil.wait_procs([*there[nodes.head], *there[nodes.other]], 100)[1]
+        else:
+            next(p for p in nodes.other.processes() if p.name() == "raylet").kill()
+            assert not psutil.wait_procs(there[nodes.other], 100)[1]
 
 
 @pytest.mark.cluster
 def test_a_run_that_gets_nowhere_is_not_started_again(nodes: Nodes, tmp_path: Path) -> None:
     config = write_config(tmp_path, rewards={"function": "toy_scorer:no_such_scorer"})
-    failed = execute(*launch(nodes, config))
+    failed = execute(*launch(nodes, config), timeout=600)
     assert failed.status == 1
     last = failed.stderr.splitlines()[-1]
     assert "ended with status 2" in last and "rewards.function" in last and "no checkpoint is newer" in last

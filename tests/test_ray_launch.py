@@ -37,7 +37,7 @@ def test_a_dry_run_says_what_every_node_would_start(config: str, tmp_path: Path,
     page = _launch(*size, "--config", config, "--interface", "eth7", "--dry-run", "--", "train.steps=7")
     assert "2 nodes x 4 = 8" in page and "CPU 24, GPU 4, within 600 s" in page and "OMP_NUM_THREADS=3 PYTHONHASHSEED=0" in page
     launcher = "launch torchrun --nodes 2 --nproc-per-node 4 --head FIRST_NODE:FREE_PORT --run-id ray-"
-    assert launcher in page and f"--wait 600 --interface eth7 --config {config} train.steps=7\n" in page
+    assert launcher in page and f"/ranks --interface eth7 --config {config} train.steps=7\n" in page
     assert str(tmp_path / "run") in page and "that this machine is a node of" in page
     assert not (tmp_path / "run").exists()
 
@@ -51,6 +51,7 @@ def test_a_dry_run_says_what_every_node_would_start(config: str, tmp_path: Path,
         (["--gpus-per-rank", "-1"], ["--gpus-per-rank = -1"]),
         (["--cpus-per-rank", "0"], ["--cpus-per-rank = 0", "--gpus-per-rank"]),
         (["parallel.world_size=3"], ["parallel.world_size = 3", "--nodes 2 x --ranks-per-node 2 = 4 ranks"]),
+        (["parallel.tensor_model_parallel_size=3"], ["tensor", "= 3", "4"]),
         (["train.stesp=1"], ["train.stesp"]),
     ],
 )

@@ -1,0 +1,64 @@
+"""The batch files without a cluster: what shell and linter say, and that what they read is documented and is what is sent."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
+README = ROOT / "slurm" / "README.md"
+
+every_file = pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+
+
+def _variables(*files: Path) -> set[str]:
+    return {name for file in files for name in re.findall(r"EROLLOUT_[A-Z_]+", file.read_text())}
+
+
+def test_the_files_are_there() -> None:
+    assert [file.stem for file in FILES] == ["benchmark", "calibrate", "train"]
+
+
+@every_file
+@pytest.mark.parametrize("command", [["bash", "-n"], [str(Path(sys.executable).with_name("shellcheck"))]], ids=["bash", "lint"])
+def test_nothing_is_found_in_it(command: list[str], file: Path) -> None:
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@every_file
+def test_its_lines_are_like_those_of_the_code(file: Path) -> None:
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        assert len(line) <= 128 and line == line.rstrip() and "\t" not in line, f"{file.name}:{number}"
+
+
+@every_file
+def test_its_options_come_before_its_commands(file: Path) -> None:
+    """Slurm stops reading them at the first command."""
+    lines = file.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [line.split()[1].partition("=")[0] for line in lines[:first] if line.startswith("#SBATCH ")]
+    assert not any(line.startswith("#SBATCH") for line in lines[first:])
+    assert {"--output", "--open-mode", "--ntasks-per-node", "--requeue"} <= set(options)
+    (output,) = re.findall(r"^#SBATCH --output=(.*)$", file.read_text(), re.MULTILINE)
+    assert "/" not in output, "Slurm makes no directory, and a job without its output fails without a word"
+
+
+@every_file
+def test_without_what_it_needs_it_says_how_to_call_it(file: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(file), "somewhere"], capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin:/bin"}
+    )
+    assert done.returncode == 2 and done.stdout.startswith("usage: sbatch ") and file.name in done.stdout and not done.stderr
+
+
+def test_all_variables_are_documented_and_used() -> None:
+    documented = set(re.findall(r"^\| `(EROLLOUT_[A-Z_]+)` ", README.read_text(), re.MULTILINE))
+    assert documented == _variables(*FILES)
+
+
+def test_what_the_launcher_sends_is_read() -> None:
+    assert _variables(ROOT / "launch" / "plan.py") <= _variables(ROOT / "slurm" / "train.sbatch")

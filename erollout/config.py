@@ -242,9 +242,9 @@ class DataConfig:
     kind: Literal["reasoning_gym", "chain_sum_cot", "file"] = "reasoning_gym"
     """`chain_sum_cot`: the demo's chain sums with a written-out running sum."""
     tasks: tuple[TaskConfig, ...] = ()
-    train_files: tuple[str, ...] = ()
+    train_files: tuple[Location, ...] = ()
     """JSONL or parquet, for kind `file`."""
-    test_files: tuple[str, ...] = ()
+    test_files: tuple[Location, ...] = ()
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     system_prompt: str | None = None

@@ -53,7 +53,7 @@ LIBRARIES = {
         "rollout",
         "tracking.metrics",
     ),
-    "megatron": ("checkpoint.checkpointer", "megatron_patches", "parallel.groups", "policy"),
+    "megatron": ("checkpoint.checkpointer", "checkpoint.writing", "megatron_patches", "parallel.groups", "policy"),
     "transformers": ("data", "engine", "preflight", "rollout"),
     "mlflow": ("tracking",),
     "matplotlib": ("pictures", "tracking"),

@@ -62,7 +62,9 @@ def _launch(*arguments: str) -> str:
 @pytest.mark.end_to_end
 def test_two_nodes_train_together(tmp_path: Path, config: str) -> None:
     arguments = ["--nodes", "2", "--nproc-per-node", "1", "--head", f"127.0.0.1:{_free_port()}", "--interface", "lo"]
-    command = [sys.executable, "-c", PROGRAM, "torchrun", *arguments, "--config", config, "--", "train.steps=1"]
+    logs = tmp_path / "logs"
+    arguments += ["--log-dir", str(logs), "--config", config, "--", "train.steps=1"]
+    command = [sys.executable, "-c", PROGRAM, "torchrun", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     agents = [subprocess.Popen(command, env=ENVIRONMENT, **pipes) for _ in range(2)]
     try:
@@ -72,6 +74,10 @@ def test_two_nodes_train_together(tmp_path: Path, config: str) -> None:
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert any("training tensor 1 x data 2" in output for output in outputs), outputs
+    assert any(line.startswith("rank 0: ") and " step=1/1 " in line for output in outputs for line in output.splitlines())
+    assert {file.name for file in logs.iterdir()} == {f"rank_0000{rank}.{kind}" for rank in range(2) for kind in ("out", "err")}
+    assert " step=1/1 " in (logs / "rank_00000.out").read_text()
+    assert "training tensor 1 x data 2" in (logs / "rank_00000.err").read_text()
     assert [row["step"] for row in history(tmp_path)] == [1]
     assert (tmp_path / "run" / "verdict").read_text() == "done\n"
 
@@ -122,6 +128,11 @@ def test_an_interface_that_the_environment_contradicts(config: str, monkeypatch:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME = eth9"):
         _launch("--nproc-per-node", "1", "--interface", "lo", "--config", config, "--dry-run")
+
+
+def test_a_file_where_the_logs_should_be(config: str) -> None:
+    with pytest.raises(UserError, match=f"--log-dir = {config}/logs can't be made: Not a directory"):
+        _launch("--nproc-per-node", "1", "--log-dir", f"{config}/logs", "--config", config)
 
 
 def test_a_head_that_does_not_answer_is_waited_for_no_longer_than_asked() -> None:

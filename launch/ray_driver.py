@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from erollout.errors import UserError
 from erollout.launch.ray_agent import Agent, NodeFacts
 from erollout.launch.ray_cluster import resources_free
-from erollout.launch.ray_job import Ended, Job, decide, rank_variables
+from erollout.launch.ray_job import STOPPED, Ended, Job, decide, rank_variables
 from erollout.launch.ray_signals import Asked, listening
 from erollout.launch.run_directory import VERDICT
 
@@ -181,12 +182,19 @@ class Attempt:
                 _say(f"{number.name} goes to the ranks: they stop at the end of a step")
                 self._ask_all("signal", int(number))
             statuses = [self._status(index) for index in range(len(self._agents))]
-            bad = {node.host: status for node, status in zip(self._nodes, statuses, strict=True) if status}
+            # one that was asked to stop has saved; another may still be at it
+            fine = (None, 0, STOPPED) if self._asked.first is not None else (None, 0)
+            bad = {node.host: status for node, status in zip(self._nodes, statuses, strict=True) if status not in fine}
             if None not in statuses or (failed_at and time.monotonic() - failed_at > _GRACE_SECONDS):
-                said = _errors(self._job.logs(self._number))
-                return "; ".join([f"ranks of {host} ended with status {status}" for host, status in bad.items()] + said)
+                return self._why(bad)
             failed_at = failed_at or (time.monotonic() if bad else None)
             time.sleep(_POLL_SECONDS)
+
+    def _why(self, failed: Mapping[str, int | None]) -> str:
+        if not failed:
+            return "the ranks ended and left no verdict"
+        ended = [f"ranks of {host} ended with status {status}" for host, status in failed.items()]
+        return "; ".join(ended + _errors(self._job.logs(self._number)))
 
     def _status(self, index: int) -> int | None:
         """A launcher's exit status. An agent may be out of reach for a while: raises Lost when it stays so."""

@@ -90,6 +90,7 @@ def test_rewards_are_those_of_the_process_pool(pool: RewardPool) -> None:
     with RewardPool(SCRIPTED, 2, timeout_seconds=60.0, error_value=-1.0) as processes:
         assert ours == score(processes, *responses)
         assert counts == dataclasses.replace(processes.counts, first_error=counts.first_error)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "ray took a signal that is the run's"
     assert counts.first_error is not None and counts.first_error.startswith(("RuntimeError: no idea", "ValueError: "))
 
 
@@ -113,7 +114,7 @@ def test_scoring_that_has_no_place_is_refused_in_one_line(nodes: Nodes, monkeypa
     from erollout.rewards import ray_pool
 
     monkeypatch.setattr(ray_pool, "START_TIMEOUT_SECONDS", 1.0)
-    with pytest.raises(UserError, match=r"rewards\.num_workers = 64 .* free are CPU 4 of 4"):
+    with pytest.raises(UserError, match=r"rewards\.num_workers = 64 .* free are CPU \d of 4"):
         ray_pool.RayRewardPool(SCRIPTED, 64, 2.0, 0.0, nodes.head.address)
     assert not ray_pool.ray.is_initialized()
 

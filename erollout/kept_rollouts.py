@@ -3,14 +3,17 @@
 import hashlib
 import io
 import json
+import logging
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 
-from erollout.types import FinishReason, PartialRollout, RolloutRequest
+from erollout.types import FinishReason, PartialRollout, Prompt, Rollout, RolloutRequest
+
+logger = logging.getLogger(__name__)
 
 _REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
 
@@ -36,6 +39,27 @@ class KeptRollouts:
     @property
     def num_tokens(self) -> int:
         return sum(len(sample.response_ids) for sample in self.samples)
+
+    def summary(self, num_samples: int) -> str:
+        """In words; `num_samples`: of the whole rollout."""
+        return f"{len(self.finished)} of {num_samples} samples finished, {self.num_tokens:,} tokens kept"
+
+    def completed(self, prompts: Mapping[int, Prompt], policy_version: int) -> list[Rollout]:
+        """The complete ones; `prompts` by their index."""
+        return [
+            Rollout(
+                part.prompt_index,
+                part.sample_index,
+                prompts[part.prompt_index].prompt_ids,
+                part.response_ids,
+                part.logprobs,
+                part.raw_logprobs,
+                part.finish_reason,
+                policy_version,
+            )
+            for part in self.samples
+            if part.finish_reason is not None
+        ]
 
     def resume(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
         """The requests for what is left of them."""
@@ -79,6 +103,27 @@ class KeptRollouts:
         return cls(fingerprint, tuple(samples))
 
 
+class RolloutInterrupted(Exception):
+    """A rank was asked to stop in the middle of a rollout. Raised on all ranks."""
+
+    def __init__(self, kept: KeptRollouts | None = None) -> None:
+        """`kept`: for another attempt at the same rollout; None: of an evaluation, which begins anew."""
+        super().__init__("the rollout was interrupted")
+        self.kept = kept
+
+
+def as_partial(rollout: Rollout) -> PartialRollout:
+    """A complete one, to be kept."""
+    return PartialRollout(
+        rollout.prompt_index,
+        rollout.sample_index,
+        rollout.response_ids,
+        rollout.rollout_logprobs,
+        rollout.raw_logprobs,
+        rollout.finish_reason,
+    )
+
+
 def keep(requests: Sequence[RolloutRequest], samples: Iterable[PartialRollout]) -> KeptRollouts:
     """Of what several replicas and attempts have of the same samples, the complete ones, else the longest."""
     kept: dict[tuple[int, int], PartialRollout] = {}
@@ -87,6 +132,24 @@ def keep(requests: Sequence[RolloutRequest], samples: Iterable[PartialRollout]) 
         if sample.response_ids and (key not in kept or _progress(sample) > _progress(kept[key])):
             kept[key] = sample
     return KeptRollouts(fingerprint(requests), tuple(kept[key] for key in sorted(kept)))
+
+
+def fitting(kept: KeptRollouts | None, requests: Sequence[RolloutRequest], step: int) -> KeptRollouts:
+    """What of it the rollout after `step` steps can go on with: all or, where it asks for other samples, nothing."""
+    nothing = KeptRollouts("", ())
+    if kept is None:
+        return nothing
+    if kept.fingerprint != fingerprint(requests):
+        logger.warning(
+            "what was kept of the interrupted rollout of step %d is dropped (%d tokens): the configuration now asks for other "
+            "samples (prompts, group size, seed or distribution)",
+            step + 1,
+            kept.num_tokens,
+        )
+        return nothing
+    total = sum(request.group_size for request in requests)
+    logger.info("going on in mid-rollout of step %d: %s", step + 1, kept.summary(total))
+    return kept
 
 
 def fingerprint(requests: Sequence[RolloutRequest]) -> str:

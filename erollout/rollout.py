@@ -1,7 +1,7 @@
 """The rollout of one step on all decode replicas: refit, generate, score while generating, gather."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
+from erollout.coordinator.control import never_asked
 from erollout.data.prompts import PromptDataset
 from erollout.drafter.drafter import RequantizeStats
 from erollout.drafter.self_speculation import SelfSpeculation
@@ -18,6 +19,7 @@ from erollout.engine.control import Control
 from erollout.engine.engine import Engine
 from erollout.engine.placement import decode_placement
 from erollout.engine.random import request_seed
+from erollout.kept_rollouts import KeptRollouts, RolloutInterrupted, as_partial, fitting, keep
 from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.architecture import Architecture
@@ -28,7 +30,7 @@ from erollout.resharding.transport import ProcessGroupTransport
 from erollout.rewards.pool import RewardPool
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.steering import Course, Steering
-from erollout.types import Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
+from erollout.types import PartialRollout, Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,10 @@ class RolloutResult:
     """Of all replicas together."""
     courses: list[Course]
     """One per decode replica: what was decided."""
+    resumed_samples: int
+    """Complete or begun when it started: an interrupted attempt left them."""
+    kept_tokens: int
+    """Of theirs, not sampled again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,9 @@ class RolloutWorker:
         context: ParallelContext,
         tokenizer: PreTrainedTokenizerBase,
         rewards: RewardPool,
+        asked: Callable[[], bool] = never_asked,
     ) -> None:
+        """`asked`: whether this process was asked to stop, which interrupts a rollout."""
         self.config = config
         self.context = context
         self.tokenizer = tokenizer
@@ -81,7 +89,7 @@ class RolloutWorker:
             architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
         )
         self.speculation = SelfSpeculation(config, self.engine) if config.speculation.mode != "off" else None
-        self.steering = Steering(config, context, self.engine, self.speculation)
+        self.steering = Steering(config, context, self.engine, self.speculation, asked)
         self.resharder = self._build_resharder(architecture)
         self._states: tuple[str, ...] = ()
         """On or off, at the batches of the last reasons that were logged."""
@@ -109,6 +117,7 @@ class RolloutWorker:
         step: int,
         speculates: bool = True,
         learns: bool | None = None,
+        kept: KeptRollouts | None = None,
     ) -> RolloutResult:
         """Sample every prompt group_size times and score the samples.
 
@@ -117,6 +126,9 @@ class RolloutWorker:
             stream: TRAINING_STREAM or EVALUATION_STREAM.
             speculates: false: without drafts, whatever the mode.
             learns: whether acceptance and costs are learnt from it for later ones; default: in training alone.
+            kept: what an interrupted attempt at this rollout left.
+
+        Raises RolloutInterrupted. Then the run is to end: what is being scored is not waited for.
         """
         seed = self.config.train.seed * 2 + stream
         requests = [
@@ -124,15 +136,20 @@ class RolloutWorker:
         ]
         by_index = {p.index: p for p in prompts}
         trains = stream == TRAINING_STREAM
+        before = fitting(kept, requests, step)
         self.engine.wake_up()
-        rollouts = self._generate(self.steering.begin(requests, trains if learns is None else learns, speculates), by_index)
+        control = self.steering.begin(before.resume(requests), trains if learns is None else learns, speculates)
+        rollouts = self._completed(before, by_index) + self._generate(control, by_index)
         course = self.steering.end(self._decisions_file(step) if trains else None)
+        if self.steering.was_interrupted:
+            self.engine.sleep()
+            raise RolloutInterrupted(self._kept(before, requests, rollouts) if trains else None)
         if self.speculation is not None and trains:
             due = step % self.config.speculation.drafter.statistics_interval == 0
             if due or not self.speculation.has_learned:  # the first rollout of a resumed run too
                 self.speculation.learn_from(rollouts)
         self.engine.sleep()
-        result = self._gather(rollouts, course, by_index)
+        result = self._gather(rollouts, course, by_index, before)
         _require_complete(result, len(prompts) * group_size)
         if trains:
             self._say_why(course)
@@ -185,6 +202,22 @@ class RolloutWorker:
             return self.engine.run(control)
         return self.engine.run(control, lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r)))
 
+    def _completed(self, kept: KeptRollouts, prompts: dict[int, Prompt]) -> list[Rollout]:
+        """This replica's share of the responses that were complete before: they are scored here."""
+        decode = self.context.decode
+        rollouts = kept.completed(prompts, self.engine.policy_version or 0)
+        mine = rollouts[decode.replica(self.context.rank) :: decode.replicas]
+        for rollout in mine if self.context.is_decode_leader else ():
+            self.rewards.submit(prompts[rollout.prompt_index], rollout, self.text(rollout))
+        return mine
+
+    def _kept(self, before: KeptRollouts, requests: Sequence[RolloutRequest], rollouts: list[Rollout]) -> KeptRollouts:
+        """What all replicas and earlier attempts have, on every rank."""
+        mine: list[PartialRollout] = []
+        if self.context.is_decode_leader:
+            mine = [*self.engine.left, *map(as_partial, rollouts)]
+        return keep(requests, [*before.samples, *(sample for part in all_gather(mine) for sample in part)])
+
     def _say_why(self, course: Course) -> None:
         """Log why the first replica speculates or not: in its first rollout, and when that changes."""
         states = tuple(reason.partition(":")[0] for reason in course.why)
@@ -203,7 +236,7 @@ class RolloutWorker:
         """The response as the scorer sees it."""
         return str(self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True))
 
-    def _gather(self, rollouts: list[Rollout], course: Course, prompts: dict[int, Prompt]) -> RolloutResult:
+    def _gather(self, rollouts: list[Rollout], course: Course, prompts: dict[int, Prompt], kept: KeptRollouts) -> RolloutResult:
         """Every replica's rollouts and rewards to every rank."""
         contribution: _Contribution | None = None
         if self.context.is_decode_leader:
@@ -223,6 +256,8 @@ class RolloutWorker:
             [part.report for part in parts],
             merge(part.speculation for part in parts),
             [part.course for part in parts],
+            len(kept.samples),
+            kept.num_tokens,
         )
 
     def _report(self, rollouts: list[Rollout], rewards: dict[tuple[int, int], Reward]) -> dict[str, float]:

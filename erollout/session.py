@@ -56,7 +56,7 @@ def train(config: Config) -> None:
             _tracked(config, resolved, context, state, config.train.steps, stop) as tracked,
         ):
             tracker, run_id, report = tracked
-            worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
+            worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards, stop.is_asked)
             worker.load_state_dict(state.rollout)
             trainer = Trainer(
                 config,
@@ -72,6 +72,7 @@ def train(config: Config) -> None:
                 report,
                 step=state.step,
                 evaluations=list(state.history),
+                kept=state.kept,
                 stops=partial(stop.agree, device=context.device),
                 enter=watchdog.enter,
             )
@@ -293,17 +294,13 @@ def _silent(step: int, values: Mapping[str, float]) -> None:
 
 
 def _restore(config: Config, actor: Actor, kind: RunKind) -> tuple[Checkpointer, RunState]:
-    checkpointer = Checkpointer(config.checkpoint_directory, config.checkpoint.keep_last, actor, kind)
-    newest = checkpointer.newest()
-    if newest is None:
-        return checkpointer, RunState(0, None)
-    if not config.checkpoint.resume:
+    options = config.checkpoint
+    checkpointer = Checkpointer(config.checkpoint_directory, options.keep_last, actor, kind, options.asynchronous)
+    if not options.resume and (newest := checkpointer.newest()) is not None:
         raise UserError(
             f"checkpoint.resume = false but {newest} is there; set it to true, or checkpoint.directory to a new place"
         )
-    state = checkpointer.load(newest)
-    logger.info("resumed from %s: step %d", newest, state.step)
-    return checkpointer, state
+    return checkpointer, checkpointer.restore() or RunState(0, None)
 
 
 def _export(config: Config, resolved: Resolved, actor: Actor) -> None:

@@ -1,7 +1,7 @@
 """How a replica's rollouts are steered: what steps cost here, its toggle over the whole run, its part in the coordination."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from erollout.calibration.file import Calibration, read_calibration
 from erollout.calibration.resolve import GUESSED, named_calibration, present_calibration
 from erollout.calibration.sweep import identify
 from erollout.config import Config
-from erollout.coordinator.control import AgreedControl, ReplicaControl
+from erollout.coordinator.control import AgreedControl, ReplicaControl, never_asked
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.rebalancing import Move
 from erollout.coordinator.state_machine import StateMachine
@@ -71,11 +71,21 @@ class Course:
 class Steering:
     """Of one rank. `begin` and `end` are collective over the world."""
 
-    def __init__(self, config: Config, context: ParallelContext, engine: Engine, speculation: SelfSpeculation | None) -> None:
-        """Raises UserError for a calibration that is not of this run."""
+    def __init__(
+        self,
+        config: Config,
+        context: ParallelContext,
+        engine: Engine,
+        speculation: SelfSpeculation | None,
+        asked: Callable[[], bool] = never_asked,
+    ) -> None:
+        """`asked`: whether this process was asked to stop. Raises UserError for a calibration that is not of this run."""
         self.config = config
         self.context = context
         self.engine = engine
+        self.asked = asked
+        self.was_interrupted = False
+        """The last rollout, on some replica, as all ranks know."""
         self.formats = speculation.formats if speculation is not None else ()
         self._drafters = speculation.drafters if speculation is not None else {}
         self._known_drafters = dict(self._drafters)
@@ -115,10 +125,11 @@ class Steering:
             exchange = None
             if context.coordination_group is not None:
                 counts = context.decode.replicas, len(requests), group_size, max_num_seqs
-                machine = StateMachine(options, *counts, self.lengths, max_tokens)
+                done = sum(len(request.finished) for request in requests)
+                machine = StateMachine(options, *counts, self.lengths, max_tokens, done)
                 patience = self.config.parallel.timeout_seconds
                 exchange = Exchange(context.coordination_group, machine, len(toggle.arms), max_tokens, options, patience)
-            self._control = ReplicaControl(requests, max_num_seqs, toggle, exchange, options.lock_step)
+            self._control = ReplicaControl(requests, max_num_seqs, toggle, exchange, options.lock_step, self.asked)
         interval = self.config.speculation.decision_interval
         return AgreedControl(self._control, context.control_group, toggle.arms, requests, interval)
 
@@ -126,9 +137,11 @@ class Steering:
         """Close the rollout; collective over the world. `decisions`: file for what was decided; None: it is not kept."""
         control, self._control = self._control, None
         statistics = self.engine.stats.speculation
-        counts = [0.0] * 3 if control is None else [statistics.drafted, statistics.accepted, control.has_lost_others]
-        drafted, accepted, split = all_sum(counts, self.context.device)
-        self._has_split = split > 0
+        counts = [0.0] * 4
+        if control is not None:
+            counts = [statistics.drafted, statistics.accepted, control.has_lost_others, control.interrupted]
+        drafted, accepted, split, interrupted = all_sum(counts, self.context.device)
+        self._has_split, self.was_interrupted = split > 0, interrupted > 0
         if control is None:
             return Course()
         self.last = toggle = control.toggle
@@ -191,7 +204,8 @@ class Steering:
             if saved.provenance.get("source") == GUESSED and self.config.speculation.mode != "always":
                 raise UserError("they were guessed")
         except UserError as error:
-            logger.info("costs and acceptance of the run so far are not used: %s", error)
+            if self.config.speculation.mode != "off":  # where they are always guessed
+                logger.info("costs and acceptance of the run so far are not used: %s", error)
             return None
         return saved
 

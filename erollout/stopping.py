@@ -1,4 +1,4 @@
-"""Ends a run on request: a signal sets a flag, all ranks agree at the border of a step, and a file says how the run ended.
+"""Ends a run on request: a signal sets a flag, which interrupts a rollout; all ranks agree, and a file says how the run ended.
 
 SIGUSR1 asks for a checkpoint and a later start (a time limit is near), SIGTERM for a checkpoint and the end.
 """
@@ -42,6 +42,10 @@ class Stop:
         self._asked = 0
         self._terminated_at: float | None = None
 
+    def is_asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._asked > 0
+
     def agree(self, step: int, device: "torch.device") -> bool:
         """Whether all ranks stop after `step` steps: one of them was asked to. Collective."""
         urgency = all_max([self._asked], device)[0]
@@ -73,7 +77,7 @@ class Stop:
                 os.kill(os.getpid(), number)
             self._terminated_at = self._terminated_at or now
         if not self._asked and current_rank() == 0:  # a signal may come in the middle of a print
-            os.write(2, f"erollout: {asked.name}: stops at the end of this step\n".encode())
+            os.write(2, f"erollout: {asked.name}: stops a rollout at once, anything else at the end of this step\n".encode())
         self._asked = max(self._asked, _URGENCY[asked])
 
 

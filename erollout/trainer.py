@@ -1,5 +1,6 @@
 """The synchronous, colocated training loop: refit, rollout, log-probs, update. Every rank runs it; only rank 0 tracks."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from erollout.config import Config
 from erollout.data.prompts import PromptDataset
 from erollout.evaluation import evaluation_metrics
 from erollout.figures import rollout_figures
+from erollout.kept_rollouts import KeptRollouts, RolloutInterrupted
 from erollout.parallel.collectives import all_sum
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
@@ -22,6 +24,8 @@ from erollout.rollout import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.tracking.metrics import PhaseTimer, memory_metrics
 from erollout.tracking.tracker import Tracker
 from erollout.types import ScoredRollout
+
+logger = logging.getLogger(__name__)
 
 
 def never_stops(step: int) -> bool:
@@ -51,6 +55,8 @@ class Trainer:
     """Shows a finished step on the console."""
     step: int = 0
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    kept: KeptRollouts | None = None
+    """Of the next step's rollout, which an attempt before this one began."""
     stops: Callable[[int], bool] = never_stops
     """Whether the ranks agree to stop after so many steps. Collective."""
     enter: Callable[[int, str], None] = unwatched
@@ -58,31 +64,33 @@ class Trainer:
 
     def __post_init__(self) -> None:
         directory = Path(self.config.train.output_dir) / "nonfinite"
+        self._changed = False
+        """There is something that the last checkpoint doesn't know."""
         self.skipped = SkippedUpdates(self.config.fault_tolerance.max_nonfinite_steps, directory, self.context.rank)
 
     def run(self) -> None:
         """Train to the configured number of steps, or until asked to stop, evaluating and saving on the way."""
-        saved = self.step
-        if self.step == 0:
-            self.evaluate()
-        while self.step < self.config.train.steps:
-            if self.stops(self.step):
-                if self.config.checkpoint.interval and saved < self.step:
-                    self.save()
-                break
-            self.train_step()
-            if self._checks_replicas():
-                self.actor.require_equal_replicas(self.step)
-            if self._due(self.config.evaluation.interval):
-                self.evaluate()
-            if self._due(self.config.checkpoint.interval):
-                self.save()
-                saved = self.step
+        try:
+            self._close_step()  # an evaluation may be left to do
+            while self.step < self.config.train.steps:
+                if self.stops(self.step):
+                    if self.config.checkpoint.interval and self._changed:
+                        self.save()
+                    break
+                self.train_step()
+                self.checkpointer.advance()
+                if self._checks_replicas():
+                    self.actor.require_equal_replicas(self.step)
+                self._close_step()
+        except RolloutInterrupted as interrupted:
+            self._stop_in_rollout(interrupted.kept)
+        self.checkpointer.wait()
         self.enter(self.step, "end")
 
     def save(self) -> None:
         self.enter(self.step, "checkpoint")
-        self.checkpointer.save(RunState(self.step, self.run_id, tuple(self.evaluations), self.worker.state_dict()))
+        self.checkpointer.save(RunState(self.step, self.run_id, tuple(self.evaluations), self.worker.state_dict(), self.kept))
+        self._changed = False
 
     def train_step(self) -> None:
         """One RL step (the order of phases is the method's)."""
@@ -94,13 +102,15 @@ class Trainer:
             refit = self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
         with self._phase(timer, "rollout"):
             sampling, group_size = self.worker.sampling_params(), self.config.rollout.group_size
-            result = self.worker.rollout(prompts, sampling, group_size, TRAINING_STREAM, self.step)
+            result = self.worker.rollout(prompts, sampling, group_size, TRAINING_STREAM, self.step, kept=self.kept)
+            self.kept = None
         with self._phase(timer, "logprobs"):
             self.actor.wake_up()
             batches = self._with_logprobs(self._split(result.scored))
         with self._phase(timer, "update"):
             metrics = self._update(batches, result.scored)
         self.step += 1
+        self._changed = True
         seconds = timer.collect()
         metrics |= rollout_metrics(result, seconds["seconds/rollout"], refit)
         metrics |= seconds | memory_metrics(self.context.device.type)
@@ -111,7 +121,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out accuracy of the present policy."""
-        if not self.config.evaluation.interval or self.test_data is None:
+        if self.test_data is None:
             return
         self.enter(self.step, "evaluation")
         self.actor.sleep()
@@ -120,8 +130,26 @@ class Trainer:
         self.actor.wake_up()
         metrics = evaluation_metrics(result.scored)
         self.evaluations.append({"step": float(self.step), **metrics})
+        self._changed = True
         self.tracker.log_metrics(self.step, metrics)
         self.tracker.log_samples(self.step, self._sample_rows(result))
+
+    def _close_step(self) -> None:
+        """Evaluate and save, where that is due and not done."""
+        if self._due(self.config.evaluation.interval) and not any(row["step"] == self.step for row in self.evaluations):
+            self.evaluate()
+        if self._due(self.config.checkpoint.interval) and self._changed and self.step:
+            self.save()
+
+    def _stop_in_rollout(self, kept: KeptRollouts | None) -> None:
+        """The end of a run whose rollout was interrupted. `kept`: of the next step's; None: it was an evaluation's."""
+        self.actor.wake_up()
+        self.stops(self.step)
+        if kept is not None:
+            logger.info("stopped in mid-rollout of step %d: %s", self.step + 1, kept.summary(self.config.samples_per_step))
+            self.kept, self._changed = kept, self._changed or bool(kept.samples)
+        if self.config.checkpoint.interval and self._changed:
+            self.save()
 
     @contextmanager
     def _phase(self, timer: PhaseTimer, name: str) -> Iterator[None]:

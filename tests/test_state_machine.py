@@ -26,7 +26,7 @@ def busy(running: int = 0, waiting: int = 0, **values: object) -> Occupancy:
 
 
 def test_vectors_hold_every_field() -> None:
-    occupancy = Occupancy(3, 1, 4, 5, 7, 2, 11, 33, 22, 100.5, 33.25, 1.5, 1e-4, (0.1, inf), CURVE)
+    occupancy = Occupancy(3, 1, 4, 5, 7, 2, 1, 11, 33, 22, 100.5, 33.25, 1.5, 1e-4, (0.1, inf), CURVE)
     vector = occupancy.to_vector()
     assert all(isinstance(value, float) for value in vector)
     again = Occupancy.from_vector(vector, num_arms=2)
@@ -91,6 +91,23 @@ def test_lost_responses_are_noticed() -> None:
     static.start()
     with pytest.raises(AssertionError, match="1 responses were lost"):
         static.advance([busy(finished=2), busy(finished=1)])
+
+
+def test_a_replica_that_is_asked_to_stop_stops_all_of_them() -> None:
+    dynamic = machine()
+    dynamic.start()
+    assert not dynamic.advance([busy(4, 2), busy(4, 2)]).is_last
+    stopped = dynamic.advance([busy(4, 2), busy(0, 0, asked=1)])
+    assert stopped == Decision(2, interrupted=True) and stopped.is_last
+    complete = machine(CoordinatorConfig(hand_out="static"), prompts=2)
+    complete.start()
+    assert complete.advance([busy(finished=2, asked=1), busy(finished=2)]) == Decision(1, finished=True)
+
+
+def test_what_an_earlier_attempt_completed_is_not_missed() -> None:
+    static = StateMachine(CoordinatorConfig(hand_out="static"), 2, 2, 2, 4, (), 64, num_done=3)
+    static.start()
+    assert static.advance([busy(finished=1), busy()]).finished
 
 
 def test_claims_come_from_the_end_of_the_home_and_are_not_handed_out() -> None:

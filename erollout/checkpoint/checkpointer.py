@@ -102,7 +102,7 @@ class Checkpointer:
         partial = self.directory / f"{target.name}.partial"
         self._on_rank_zero(lambda: self._prepare(partial))
         with self._saving(target):
-            sharded = self._sharded_state(is_loading=False)
+            sharded = self._sharded_state(state.step, is_loading=False)
             plan = dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False, async_sharded_save=True)
             writing = Writing(plan, copies=self.asynchronous)
         self._pending = _Pending(writing, target, self._document(state), state.kept, time.monotonic())
@@ -160,17 +160,21 @@ class Checkpointer:
         document = self._read_state(path)
         self._check_kind(path, document["kind"])
         self._check_model(path, document)
-        expected = self._sharded_state(is_loading=True)
+        step = document["step"]
+        expected = self._sharded_state(step, is_loading=True)
         try:
             loaded = dist_checkpointing.load(expected, str(path))
         except _FAILURES as error:
             raise UserError(f"can't load checkpoint {path}: {_reason(error)}") from error
         self.actor.module.load_state_dict(loaded["model"])
-        self.actor.optimizer.load_state_dict(loaded["optimizer"])
+        if step:
+            self.actor.optimizer.load_state_dict(loaded["optimizer"])
+        else:
+            self.actor.optimizer.reload_model_params()
         self.actor.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
         self.actor.scheduler.load_state_dict(document["scheduler"])
         history = tuple(document["history"])
-        return RunState(document["step"], document["run_id"], history, document.get("rollout"), self._read_kept(path))
+        return RunState(step, document["run_id"], history, document.get("rollout"), self._read_kept(path))
 
     def _complete(self) -> list[Path]:
         found = complete_checkpoints(self.directory) if dist.get_rank() == 0 else []
@@ -191,8 +195,10 @@ class Checkpointer:
                 f"{_reason(error)}; earlier checkpoints are intact"
             ) from error
 
-    def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
+    def _sharded_state(self, step: int, is_loading: bool) -> dict[str, Any]:
         model: dict[str, Any] = self.actor.module.sharded_state_dict()  # type: ignore[operator]
+        if not step:
+            return {"model": model}  # an optimizer has no state before its first step
         optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
         return {"model": model, "optimizer": optimizer}
 

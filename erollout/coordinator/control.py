@@ -3,7 +3,7 @@
 import logging
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -32,6 +32,11 @@ LOOKS_PER_WINDOW = 2
 """In the least time between two windows: a replica that has something to do looks no more often."""
 CURVE_CONTEXT_STEP = 1.25
 """The curve is predicted again when the mean context has changed by this factor."""
+
+
+def never_asked() -> bool:
+    """Of a run that no signal stops."""
+    return False
 
 
 @dataclass(slots=True)
@@ -77,6 +82,7 @@ class ReplicaControl:
         toggle: Toggle,
         exchange: Exchange | None,
         lock_step: bool = False,
+        asked: Callable[[], bool] = never_asked,
     ) -> None:
         """
         Args:
@@ -84,12 +90,17 @@ class ReplicaControl:
             toggle: of this replica, in its rollout.
             exchange: new; None for the only replica, which takes all requests.
             lock_step: every call of `orders` is one window, waited for: all replicas call equally often.
+            asked: whether this process was asked to stop. One that was interrupts the rollout on all replicas, at the next
+                window.
         """
         self.requests = requests
         self.max_num_seqs = max_num_seqs
         self.toggle = toggle
         self.exchange = exchange
         self.lock_step = lock_step
+        self.asked = asked
+        self.interrupted = False
+        """What is left undone here is not to be done."""
         self.stalls = self.claims = self.decisions = 0
         self.moves: list[tuple[float, Move]] = []
         """Of all replicas, with the seconds since the rollout began."""
@@ -140,7 +151,8 @@ class ReplicaControl:
         arm = self.toggle.decide(load, None if self._alone and not self.lock_step else self._arm)
         new, arrivals, release = tuple(self._new), tuple(self._arrivals), self._release
         self._new, self._arrivals, self._release = [], [], 0
-        return Orders(arm, new, arrivals, release, self.has_ended)
+        self.interrupted = self._is_interrupted()
+        return Orders(arm, new, arrivals, release, self.has_ended, self.interrupted)
 
     def released(self, partials: list[PartialRollout]) -> None:
         assert self.exchange is not None
@@ -173,10 +185,15 @@ class ReplicaControl:
             "idle_seconds": now - self._last_work,
         }
 
+    def _is_interrupted(self) -> bool:
+        if self.exchange is None or self._broken:
+            return self._outstanding > 0 and self.asked()
+        return self.exchange.decision.interrupted
+
     def _follow(self, exchange: Exchange) -> None:
         """Take in what the stream brought; with nothing to do, wait for something."""
         now = time.monotonic()
-        if self._outstanding and now < self._next_look:
+        if self._outstanding and now < self._next_look and not self.asked():
             return
         self._next_look = now + exchange.window_seconds / LOOKS_PER_WINDOW
         until, sleep = now + LONGEST_WAIT, SHORTEST_SLEEP
@@ -200,8 +217,8 @@ class ReplicaControl:
 
     def _look(self, exchange: Exchange, pause: float | None = None) -> None:
         """One look at the stream, and what follows from it. A replica with nothing to do spares no time."""
-        if pause is None and not self._outstanding:
-            pause = exchange.window_seconds
+        if pause is None and (self.asked() or not self._outstanding):
+            pause = 0.0 if self.asked() else exchange.window_seconds
         news = exchange.poll(self._occupancy, pause)
         self._release += news.release
         self._arrive(news.arrivals)
@@ -261,7 +278,7 @@ class ReplicaControl:
         for request in requests:
             self._new.append(request)
             self._known |= {(request.prompt_index, sample) for sample in range(request.group_size)}
-            self._count_samples(request, request.group_size)
+            self._count_samples(request, request.num_open)
 
     def _arrive(self, partials: Sequence[PartialRollout]) -> None:
         for part in partials:
@@ -293,6 +310,7 @@ class ReplicaControl:
             age=max(0.0, load.context - self._prompt_tokens / max(self._samples, 1)),
             finished=counts.finished,
             claimed=exchange.machine.claimed,
+            asked=int(self.asked()),
             num_drafts=counts.num_drafts,
             drafted=counts.drafted,
             accepted=counts.accepted,
@@ -371,21 +389,21 @@ class AgreedControl:
         if orders.requests or orders.arrivals:
             prompts = [request.prompt_index for request in orders.requests]
             payload = pickle.dumps((prompts, [arrival.partial for arrival in orders.arrivals]))
-        header = [self.arms.index(orders.arm), orders.release, orders.is_last, len(payload)]
+        header = [self.arms.index(orders.arm), orders.release, orders.is_last, orders.interrupts, len(payload)]
         self._broadcast(torch.tensor(header, dtype=torch.int64))
         if payload:
             self._broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
         return orders
 
     def _receive(self) -> Orders:
-        arm, release, is_last, size = self._broadcast(torch.zeros(4, dtype=torch.int64)).tolist()
+        arm, release, is_last, interrupts, size = self._broadcast(torch.zeros(5, dtype=torch.int64)).tolist()
         prompts: list[int] = []
         partials: list[PartialRollout] = []
         if size:
             prompts, partials = pickle.loads(self._broadcast(torch.empty(size, dtype=torch.uint8)).numpy().tobytes())
         requests = tuple(self.requests[index] for index in prompts)
         arrivals = tuple(Arrival(self.requests[part.prompt_index], part) for part in partials)
-        return Orders(self.arms[arm], requests, arrivals, release, bool(is_last))
+        return Orders(self.arms[arm], requests, arrivals, release, bool(is_last), bool(interrupts))
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
         dist.broadcast(tensor, group=self.group, group_src=0)

@@ -157,8 +157,8 @@ class Exchange:
 
     @property
     def has_ended(self) -> bool:
-        """Every response is complete, as all replicas know."""
-        return self.decision.finished
+        """Every response is complete, or all stop where they are, as all replicas know."""
+        return self.decision.is_last
 
     @property
     def is_alone(self) -> bool:

@@ -22,6 +22,8 @@ class Occupancy:
     """Responses completed here."""
     claimed: int = 0
     """Prompts that it has claimed while no window came (`StateMachine.claim`)."""
+    asked: int = 0
+    """1: it was asked to stop."""
     num_drafts: int = 0
     drafted: int = 0
     accepted: int = 0

@@ -32,6 +32,12 @@ class Decision:
     """Carried out before the next window."""
     finished: bool = False
     """Every response is complete: no window follows."""
+    interrupted: bool = False
+    """A replica was asked to stop: none goes on with what it has left, and no window follows."""
+
+    @property
+    def is_last(self) -> bool:
+        return self.finished or self.interrupted
 
 
 class StateMachine:
@@ -46,15 +52,17 @@ class StateMachine:
         max_num_seqs: int,
         lengths: Sequence[int],
         max_tokens: int,
+        num_done: int = 0,
     ) -> None:
         """
         Args:
             num_prompts: of the whole cluster, each sampled group_size times.
             max_num_seqs: that one replica decodes at once.
             lengths: of the last rollout's responses, of all replicas; empty before the first.
+            num_done: responses that an interrupted attempt has completed.
         """
         self.options = options
-        self.num_responses = num_prompts * group_size
+        self.num_responses = num_prompts * group_size - num_done
         known = Lengths(lengths, max_tokens)
         self._hand_out = HandOut(replicas, num_prompts, group_size, max_num_seqs, known)
         self._rebalancing = Rebalancing(max_num_seqs, known, options.window_seconds)
@@ -76,6 +84,8 @@ class StateMachine:
             done = sum(occupancy.finished for occupancy in window)
             assert done >= self.num_responses, f"{self.num_responses - done} responses were lost"
             return Decision(self._epoch, self._arm, finished=True)
+        if any(occupancy.asked for occupancy in window):
+            return Decision(self._epoch, self._arm, interrupted=True)
         if self._arm is not None:
             self._arm = self._best_arm(window, self._arm)
         moves = self._hand_out.is_done and self.options.policy == "makespan"

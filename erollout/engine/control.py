@@ -33,6 +33,8 @@ class Orders:
     """So many sequences (or all, where there are fewer) are to be given away, first those that cost least to compute again."""
     is_last: bool = False
     """Nothing follows what is queued now: the engine finishes that and returns."""
+    interrupts: bool = False
+    """It returns at once instead, and leaves what is not complete in Engine.left."""
 
 
 class Control(Protocol):

@@ -112,6 +112,8 @@ class Engine:
         self.blocks = BlockManager(self.cache.num_blocks, rollout.block_size)
         self.policy_version: int | None = None
         self.stats = GenerationStats()
+        self.left: list[PartialRollout] = []
+        """What the last call to run began and did not complete, since it was interrupted."""
         self._prepared = False
         self.wake_up()
 
@@ -159,7 +161,8 @@ class Engine:
         on_finished: Callable[[Rollout], None] | None = None,
         requests: List[RolloutRequest] = (),
     ) -> list[Rollout]:
-        """Sample what is requested here or ordered by the control on the way, until its last orders are carried out.
+        """Sample what is requested here or ordered by the control on the way, until its last orders are carried out or it
+        interrupts.
 
         Args:
             on_finished: called with each rollout as soon as it is complete, in the order of completion.
@@ -171,6 +174,7 @@ class Engine:
         self._require_ready()
         started = time.perf_counter()
         self.stats = GenerationStats()
+        self.left = []
         self.blocks = BlockManager(self.cache.num_blocks, self.rollout.block_size)
         limits = (self.rollout.max_num_seqs, self.rollout.max_num_batched_tokens, self.max_model_len)
         generation = _Generation(Scheduler(self.blocks, *limits))
@@ -181,6 +185,10 @@ class Engine:
             self._take(generation, Orders(requests=tuple(requests)))
             while not self._ended(generation, orders := control.orders(scheduler.load())):
                 self._take(generation, orders)
+                if orders.interrupts:
+                    self.left = self._release(generation, generation.num_sequences)
+                    scheduler.cancel()  # groups that wait for their prompt: they have no token yet
+                    break
                 if orders.release:
                     control.released(self._release(generation, orders.release))
                 if scheduler.has_unfinished:
@@ -292,13 +300,17 @@ class Engine:
         return orders.is_last and idle
 
     def _take(self, generation: _Generation, orders: Orders) -> None:
-        """Queue the sequences of new requests, in the order of the result, and those that arrive from other replicas."""
+        """Queue the sequences of new requests, in the order of the result, and those that began elsewhere or before."""
         for request in orders.requests:
             self._check(request, generation.scheduler)
-            group = [self._sequence(generation, request, sample) for sample in range(request.group_size)]
+            begun = {partial.sample_index for partial in request.begun}
+            fresh = [sample for sample in range(request.group_size) if sample not in request.finished | begun]
+            group = [self._sequence(generation, request, sample) for sample in fresh]
             generation.requests.append(request)
-            generation.scheduler.add(group)
-        for arrival in orders.arrivals:
+            if group:
+                generation.scheduler.add(group)
+        resumed = [Arrival(request, partial) for request in orders.requests for partial in request.begun]
+        for arrival in [*resumed, *orders.arrivals]:
             generation.scheduler.add([self._arrived(generation, arrival)])
             generation.requests.append(arrival.request)
 
@@ -313,7 +325,7 @@ class Engine:
         return sequence
 
     def _arrived(self, generation: _Generation, arrival: Arrival) -> Sequence:
-        """A sequence as it was on the replica that it comes from, with nothing computed."""
+        """A sequence as it was on the replica, or at the end of the attempt, that it comes from, with nothing computed."""
         partial = arrival.partial
         sequence = self._sequence(generation, arrival.request, partial.sample_index)
         sequence.response_ids = list(partial.response_ids)
@@ -324,7 +336,7 @@ class Engine:
         return sequence
 
     def _release(self, generation: _Generation, count: int) -> list[PartialRollout]:
-        """Forget up to so many sequences, for another replica to go on with."""
+        """Forget up to so many sequences, for another replica or a later attempt to go on with."""
         return [
             PartialRollout(
                 generation.requests[sequence.request_index].prompt_index,

@@ -1,0 +1,162 @@
+"""Runs that are asked to stop in the middle of a rollout: they end there, keep its tokens, and go on as if unbroken."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankPool
+from safetensors.torch import load_file
+from tiny_runs import history, tiny_tree, train_here
+
+from erollout.checkpoint.checkpointer import KEPT
+from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.kept_rollouts import KeptRollouts
+from erollout.tracking.journal import journal_path, read_history
+
+STEPS = 3
+COMPARED = ("train/loss", "train/grad_norm", "reward/mean", "response_length/mean")
+COUPLED = {"mode": "always", "verification": "coupled", "drafter": {"format": "w4a16", "group_size": 16}}
+
+
+def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int) -> None:
+    """A run in which every rank gets SIGUSR1 as soon as so many of its responses of a rollout are complete."""
+    from erollout.rollout import RolloutWorker
+
+    rollout, text = RolloutWorker.rollout, RolloutWorker.text
+    here: list[tuple[int, int]] = [(-1, -1)]
+    complete = 0
+
+    def noted_rollout(
+        self: Any, prompts: Any, sampling: Any, size: int, stream: int, step: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        here[0] = stream, step
+        return rollout(self, prompts, sampling, size, stream, step, *args, **kwargs)
+
+    def counted_text(self: Any, response: Any) -> str:
+        nonlocal complete
+        complete += here[0] == (stream, step)
+        if complete == responses:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return text(self, response)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RolloutWorker, "rollout", noted_rollout)
+        patch.setattr(RolloutWorker, "text", counted_text)
+        train_here(tree)
+
+
+def _tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    given = {
+        "checkpoint": {"interval": 100, "export_path": str(folder / "exported")},
+        "evaluation": {"interval": 2, "num_prompts": 6, "samples_per_prompt": 2},
+        "speculation": {"mode": "off"},
+    }
+    tree = tiny_tree(folder, **(given | sections))
+    tree["rollout"] |= {"max_num_seqs": 3, "max_tokens": 40}
+    tree["train"]["steps"] = STEPS
+    return tree
+
+
+def _kept(folder: Path) -> tuple[str, KeptRollouts | None]:
+    """The newest checkpoint's name, and what it keeps of a rollout."""
+    newest = complete_checkpoints(folder / "run" / "checkpoints")[-1]
+    file = newest / KEPT
+    return newest.name, KeptRollouts.from_bytes(file.read_bytes()) if file.exists() else None
+
+
+def _assert_same_run(folder: Path, unbroken: Path) -> None:
+    ours, theirs = history(folder), history(unbroken)
+    assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
+    for name in COMPARED:
+        assert [row[name] for row in ours] == [row[name] for row in theirs], name
+    evaluations, others = (
+        [r for r in read_history(journal_path(f / "run")) if "evaluation/pass_at_1" in r] for f in (folder, unbroken)
+    )
+    assert [row["step"] for row in evaluations] == [row["step"] for row in others]
+    weights, wanted = (load_file(path / "exported" / "model.safetensors") for path in (folder, unbroken))
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+@pytest.fixture(scope="module")
+def unbroken(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    rank_pool.run(2, train_here, _tree(folder))
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("speculation", [{"mode": "off"}, COUPLED], ids=["off", "coupled"])
+def test_a_run_interrupted_in_two_rollouts_ends_as_an_unbroken_one(
+    speculation: dict[str, Any], rank_pool: RankPool, unbroken: Path, tmp_path: Path
+) -> None:
+    tree = _tree(tmp_path, speculation=speculation)
+    rank_pool.run(2, asked_train, tree, 0, 0, 2)
+    name, first = _kept(tmp_path)
+    assert (tmp_path / "run" / "verdict").read_text() == "requeue\n"
+    assert name == "step_00000000" and first is not None and first.finished and first.begun
+    rank_pool.run(2, asked_train, tree, 0, 0, 5)
+    name, second = _kept(tmp_path)
+    assert name == "step_00000000" and second is not None and len(first.finished) < len(second.finished) < 16
+    assert second.num_tokens > first.num_tokens
+    rank_pool.run(2, asked_train, tree, 0, 1, 3)
+    name, third = _kept(tmp_path)
+    assert name == "step_00000001" and third is not None
+    rank_pool.run(2, train_here, tree)
+    assert _kept(tmp_path) == ("step_00000003", None)
+    _assert_same_run(tmp_path, unbroken)
+    resumed = [(row["rollout/resumed_samples"], row["rollout/kept_tokens"]) for row in history(tmp_path)]
+    assert resumed == [(len(second.samples), second.num_tokens), (len(third.samples), third.num_tokens), (0, 0)]
+
+
+@pytest.mark.distributed
+def test_an_interrupted_evaluation_is_made_by_the_next_attempt(rank_pool: RankPool, unbroken: Path, tmp_path: Path) -> None:
+    tree = _tree(tmp_path)
+    for step in (0, 2, 3):
+        rank_pool.run(2, asked_train, tree, 1, step, 2)
+        assert (tmp_path / "run" / "verdict").read_text() == "requeue\n"
+        if step:
+            assert _kept(tmp_path) == (f"step_{step:08d}", None)
+        else:
+            assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
+    rank_pool.run(2, train_here, tree)
+    assert (tmp_path / "run" / "verdict").read_text() == "done\n"
+    _assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.distributed
+def test_the_first_rollout_goes_on_with_any_optimizer(rank_pool: RankPool, tmp_path: Path) -> None:
+    """It has no state yet that could be saved."""
+    sections = {"model": tiny_tree(tmp_path)["model"] | {"dtype": "bfloat16"}, "evaluation": {"interval": 0}}
+    trees = {}
+    for name in ("broken", "whole"):
+        folder = tmp_path / name
+        trees[name] = _tree(folder, **sections)
+        trees[name]["optimizer"]["use_distributed_optimizer"] = True
+    rank_pool.run(2, asked_train, trees["broken"], 0, 0, 3)
+    assert _kept(tmp_path / "broken")[0] == "step_00000000"
+    for tree in trees.values():
+        rank_pool.run(2, train_here, tree)
+    _assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.distributed
+def test_another_number_of_replicas_goes_on(rank_pool: RankPool, unbroken: Path, tmp_path: Path) -> None:
+    """One response's log-probs differ by rounding in the update alone: another layout of training."""
+    rank_pool.run(2, asked_train, _tree(tmp_path), 0, 1, 3)
+    rank_pool.run(1, train_here, _tree(tmp_path))
+    ours, theirs = history(tmp_path)[1], history(unbroken)[1]
+    assert ours["rollout/kept_tokens"] > 0
+    for name in ("reward/mean", "response_length/mean"):
+        assert ours[name] == theirs[name], name
+    assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.distributed
+def test_without_checkpoints_nothing_is_saved(rank_pool: RankPool, tmp_path: Path) -> None:
+    rank_pool.run(2, asked_train, _tree(tmp_path, checkpoint={"interval": 0}), 0, 0, 2)
+    assert (tmp_path / "run" / "verdict").read_text() == "stopped\n" and history(tmp_path) == []
+    assert not (tmp_path / "run" / "checkpoints").exists()

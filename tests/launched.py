@@ -5,6 +5,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ class Launched:
 
     def ranks(self) -> list[psutil.Process]:
         """In rank order, as far as they are started."""
-        children = [process for process in self.alive() if process.ppid() == self.process.pid]
-        return sorted((child for child in children if "RANK" in child.environ()), key=lambda rank: int(rank.environ()["RANK"]))
+        found = {}
+        for process in self.alive():
+            with suppress(psutil.Error):  # it has ended
+                if process.ppid() == self.process.pid and (rank := process.environ().get("RANK")) is not None:
+                    found[int(rank)] = process
+        return [found[rank] for rank in sorted(found)]
 
     def wait_until(self, condition: Callable[[], Any], seconds: float = 200, pause: float = 0.05) -> None:
         """Fails when the run ends before, or the time passes. `pause`: seconds between two looks."""

@@ -31,7 +31,7 @@ def _result(responses: list[tuple[int, ...]], seconds: list[float]) -> RolloutRe
     ]
     statistics = SpeculationStatistics()
     statistics.record(3, 2, 2)
-    return RolloutResult(scored, [{"seconds": s, "tokens": 120 / len(seconds)} for s in seconds], statistics, [])
+    return RolloutResult(scored, [{"seconds": s, "tokens": 120 / len(seconds)} for s in seconds], statistics, [], 0, 0)
 
 
 def test_comparison_takes_medians_and_counts_what_differs() -> None:

@@ -134,8 +134,8 @@ def test_a_cluster_that_is_not_there_is_said_at_once(address: str, message: str)
 
 
 @contextmanager
-def started(nodes: Nodes, config: Path) -> Iterator[Process]:
-    process = Process(launch(nodes, config), config.with_name("said"))
+def started(nodes: Nodes, config: Path, *options: str) -> Iterator[Process]:
+    process = Process(launch(nodes, config, *options), config.with_name("said"))
     try:
         yield process
     finally:
@@ -224,19 +224,18 @@ def test_a_run_that_is_asked_saves_and_the_same_command_goes_on(nodes: Nodes, tm
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("killed", ["command", "raylet"])
-def test_no_rank_outlives_the_command_nor_its_node(killed: str, nodes: Nodes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["command", "agent", "raylet"])
+def test_no_rank_outlives_what_started_it(killed: str, nodes: Nodes, tmp_path: Path) -> None:
+    """One rank, which would go on alone."""
     config = write_config(tmp_path, train={"steps": FOREVER, "output_dir": str(tmp_path / "run")})
-    with started(nodes, config) as process:
+    with started(nodes, config, "--nodes", "1", "--gpus-per-rank", "1") as process:
         wait_for(lambda: steps(tmp_path), process)
-        there = {node: [p for p in node.processes() if "erollout.cli" in p.cmdline()] for node in (nodes.head, nodes.other)}
-        assert [len(found) for found in there.values()] == [2, 2], "a launcher and a rank on each"
-        if killed == "command":
-            process.kill()
-            assert not psutil.wait_procs([*there[nodes.head], *there[nodes.other]], 100)[1]
-        else:
-            next(p for p in nodes.other.processes() if p.name() == "raylet").kill()
-            assert not psutil.wait_procs(there[nodes.other], 100)[1]
+        there = nodes.other.processes()
+        ranks = [found for found in there if "erollout.cli" in found.cmdline()]
+        assert len(ranks) == 2, "a launcher and its rank, on the node with a GPU"
+        raylet = next(found for found in there if found.name() == "raylet")
+        {"command": psutil.Process(process.pid), "agent": ranks[0].parent(), "raylet": raylet}[killed].kill()
+        assert not psutil.wait_procs(ranks, 100)[1]
 
 
 @pytest.mark.cluster

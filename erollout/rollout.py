@@ -56,6 +56,8 @@ class RolloutResult:
     """Complete or begun when it started: an interrupted attempt left them."""
     kept_tokens: int
     """Of theirs, not sampled again."""
+    scoring_was_hit: bool = False
+    """Scoring failed where a rank was asked to stop: what a scorer had started may have had the signal too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class RolloutWorker:
         self.context = context
         self.tokenizer = tokenizer
         self.rewards = rewards
+        self._asked = asked
         max_model_len = config.model.max_position_embeddings or architecture.max_position_embeddings
         self.engine = Engine(
             architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
@@ -150,6 +153,9 @@ class RolloutWorker:
                 self.speculation.learn_from(rollouts)
         self.engine.sleep()
         result = self._gather(rollouts, course, by_index, before)
+        if result.scoring_was_hit:
+            logger.info("responses could not be scored while the run was asked to stop: the next attempt scores them again")
+            raise RolloutInterrupted(keep(requests, (as_partial(s.rollout) for s in result.scored)) if trains else None)
         _require_complete(result, len(prompts) * group_size)
         if trains:
             self._say_why(course)
@@ -242,7 +248,7 @@ class RolloutWorker:
         if self.context.is_decode_leader:
             rewards = self.rewards.collect()
             report = self._report(rollouts, rewards)
-            contribution = _Contribution(rollouts, rewards, report, self.engine.stats.speculation, course)
+            contribution = _Contribution(rollouts, rewards, report, self.engine.stats.speculation, course, self._asked())
         parts = [part for part in all_gather(contribution) if part is not None]
         scored: dict[tuple[int, int], ScoredRollout] = {}
         for part in parts:
@@ -258,6 +264,7 @@ class RolloutWorker:
             [part.course for part in parts],
             len(kept.samples),
             kept.num_tokens,
+            any(part.was_asked and part.report["scoring_errors"] for part in parts),
         )
 
     def _report(self, rollouts: list[Rollout], rewards: dict[tuple[int, int], Reward]) -> dict[str, float]:
@@ -291,6 +298,8 @@ class _Contribution:
     report: dict[str, float]
     speculation: SpeculationStatistics
     course: Course
+    was_asked: bool
+    """To stop."""
 
 
 def _require_complete(result: RolloutResult, responses: int) -> None:

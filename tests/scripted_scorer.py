@@ -1,5 +1,6 @@
 """A scorer that does what the response says. By itself, because scoring processes import it: it must be light."""
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -29,6 +30,14 @@ def scripted(prompt: Prompt, response: str) -> float:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         Path(argument).write_text(str(child.pid))
         time.sleep(600)
+    if command == "terminate_children":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        forked.start()
+        child.terminate()
+        forked.terminate()
+        forked.join()
+        return float(child.wait())
     if command == "allocate":
         resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))  # as the site's own limit would
         return float(len(bytearray(2**40)))

@@ -5,9 +5,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from ranks import RankPool
+from ranks import RankFailure, RankPool
 from safetensors.torch import load_file
 from tiny_runs import history, tiny_tree, train_here
 
@@ -45,6 +46,26 @@ def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RolloutWorker, "rollout", noted_rollout)
         patch.setattr(RolloutWorker, "text", counted_text)
+        train_here(tree)
+
+
+def train_terminated_in_scoring(tree: dict[str, Any]) -> None:
+    """A run in which SIGTERM reaches every process while the second rollout's last responses are scored."""
+    from erollout.rewards.pool import RewardPool
+
+    collect = RewardPool.collect
+    calls = 0
+
+    def disturbed(self: RewardPool) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                process.terminate()
+        return collect(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardPool, "collect", disturbed)
         train_here(tree)
 
 
@@ -125,6 +146,19 @@ def test_an_interrupted_evaluation_is_made_by_the_next_attempt(rank_pool: RankPo
     rank_pool.run(2, train_here, tree)
     assert (tmp_path / "run" / "verdict").read_text() == "done\n"
     _assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.distributed
+def test_what_a_signal_did_to_scoring_is_scored_again(rank_pool: RankPool, unbroken: Path, tmp_path: Path) -> None:
+    tree = _tree(tmp_path, rewards={"function": "toy_scorer:by_a_child"}, evaluation={"interval": 0})
+    with pytest.raises(RankFailure, match="143"):
+        rank_pool.run(2, train_terminated_in_scoring, tree)
+    name, kept = _kept(tmp_path)
+    assert name == "step_00000001" and kept is not None and len(kept.finished) == 16
+    rank_pool.run(2, train_here, tree)
+    ours, theirs = history(tmp_path), history(unbroken)
+    for name in COMPARED:
+        assert [row[name] for row in ours] == [row[name] for row in theirs], name
 
 
 @pytest.mark.distributed

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,28 @@ def test_a_worker_killed_while_idle_costs_nothing(pool: RewardPool) -> None:
     time.sleep(0.1)
     assert score(pool, *["value 1"] * 6) == [1.0] * 6
     assert pool.counts == ScoringCounts(scored=6)
+
+
+def test_signals_for_ranks_cost_no_score(pool: RewardPool) -> None:
+    """A scheduler sends them to all processes of a job, from the first moment on."""
+    done = threading.Event()
+
+    def disturb() -> None:
+        while not done.is_set():
+            for pid in pool.worker_pids:
+                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        assert score(pool, *["sleep 0.2"] * 4) == [0.2] * 4
+    finally:
+        done.set()
+        thread.join()
+    assert len(pool.worker_pids) == 2 and pool.counts == ScoringCounts(scored=4)
+    assert score(pool, "terminate_children") == [-signal.SIGTERM]
 
 
 def test_an_item_that_cannot_be_pickled_costs_only_its_own_sample(pool: RewardPool) -> None:

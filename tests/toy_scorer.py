@@ -1,6 +1,7 @@
 """Scorers for runs of untrained models. By themselves, because scoring processes import them: they must be light."""
 
 import os
+import subprocess
 import time
 
 from erollout.types import Prompt
@@ -9,6 +10,12 @@ from erollout.types import Prompt
 def share_of_digits(prompt: Prompt, response: str) -> float:
     """Between 0 and 1, different from response to response even for random text."""
     return sum(character.isdigit() for character in response) / max(1, len(response))
+
+
+def by_a_child(prompt: Prompt, response: str) -> float:
+    """Fails where a signal ends the process that helps it, as one that is for all processes of a run does."""
+    subprocess.run(["sleep", "0.2"], check=True)
+    return share_of_digits(prompt, response)
 
 
 def troublesome(prompt: Prompt, response: str) -> float:

@@ -8,7 +8,6 @@ The stall is what the save itself takes; in the background it costs the updates 
 
 import argparse
 import logging
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from erollout.algorithm.supervised import Supervised
 from erollout.checkpoint.checkpointer import Checkpointer, RunState
 from erollout.checkpoint.manifest import complete_checkpoints, damage, total_bytes
 from erollout.config import Config, build_config
+from erollout.doctor.cpu import processor
 from erollout.parallel.groups import initialize, shut_down
 from erollout.policy.actor import Actor
 from erollout.policy.architecture import Architecture
@@ -102,7 +102,7 @@ def _report(
     checked: tuple[int, float],
 ) -> None:
     size, seconds = checked
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, megatron-core {version('megatron-core')}")
+    print(f"{processor()[1]}, torch {torch.__version__}, megatron-core {version('megatron-core')}")
     print(
         f"{architecture.num_parameters() / 1e6:.0f} M parameters with Adam, one thread, {options.repetitions} rounds, medians"
     )

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, logging
 
 from erollout.config import RolloutConfig
 from erollout.data.smollm2 import model_directory
+from erollout.doctor.cpu import processor
 from erollout.engine.engine import Engine
 from erollout.engine.linear import Linear
 from erollout.engine.native_model import NativeModel
@@ -341,15 +342,11 @@ def breakdown_lines(step: dict[str, float], sequences: int, limit_ms: float) -> 
 
 
 def machine() -> list[str]:
-    model = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), platform.processor())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     isa = torch.backends.cpu.get_cpu_capability()
-    return [f"Machine: {model}, {torch.get_num_threads()} thread, {isa}. Python {platform.python_version()}, {versions}."]
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return [
+        f"Machine: {processor()[1]}, {torch.get_num_threads()} thread, {isa}. Python {platform.python_version()}, {versions}."
+    ]
 
 
 def main() -> None:

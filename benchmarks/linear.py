@@ -8,16 +8,15 @@ take turns in one run, so that each finds the caches as another's weights left t
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from erollout.doctor.cpu import processor
 from erollout.kernels.native import GROUP_SIZES, NativeFormat, NativeLinear
 from erollout.kernels.weights import QuantizedWeight
 
@@ -46,7 +45,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}", end="; ")
+    print(
+        f"{processor()[1]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}",
+        end="; ",
+    )
     print(f"threads {options.threads}; int4 in groups of {options.group_size}")
     shapes = [*(SHAPES * options.layers), HEAD]
     arms = {"oneDNN": onednn_arm(shapes)}
@@ -118,14 +120,6 @@ def measure(arms: list[Arm], rows: int, repeats: int) -> list[tuple[float, float
             linears[-1](inputs[HEAD[1]])
             samples[arm_index].append((middle - start, time.perf_counter() - middle))
     return [(statistics.median(s[0] for s in arm[2:]), statistics.median(s[1] for s in arm[2:])) for arm in samples]
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from erollout.doctor.cpu import processor
 from erollout.engine.placement import decode_placement
 from erollout.environment import set_default
 from erollout.megatron_patches import apply_all
@@ -78,7 +79,8 @@ def main() -> None:
     arguments = _arguments()
     set_default("PYTHONWARNINGS", "ignore")  # of the ranks: megatron-core names each optional package that is not installed
     print(
-        f"{_cpu_name()}, {mp.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+        f"{processor()[1]}, {mp.cpu_count()} cores, {platform.system()} {platform.release()}, "
+        f"Python {platform.python_version()}"
     )
     print(f"torch {torch.__version__}, megatron-core {version('megatron-core')}, gloo, 1 thread per rank, {DTYPE}")
     architecture = _architecture(arguments.hidden, arguments.layers)
@@ -293,13 +295,6 @@ def _report(case: Case, architecture: Architecture, arms: list[Arm]) -> None:
         middle = median(arm.seconds)
         times = f"{arm.first_seconds * 1e3:10.0f}{middle * 1e3:8.0f}{min(arm.seconds) * 1e3:8.0f}{max(arm.seconds) * 1e3:8.0f}"
         print(f"{case!s:28s}{arm.name:20s}{times}{filled / middle / 1e9:8.2f}{arm.extra_bytes / 1e6:10.0f}", flush=True)
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ and the thread's own processor time, each as a median: where they differ, someth
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from erollout.doctor.cpu import processor
 from erollout.engine.sampler import Sampler, SamplingRow
 from erollout.kernels import native
 from erollout.types import SamplingParams
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50)
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
-    print(f"{processor_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}; 1 thread")
+    print(f"{processor()[1]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}; 1 thread")
     print(f"native kernels: {native.why_unavailable() or 'available'}; microseconds per row, median wall (median processor)")
     names = ["torch", *(["native", "native draft"] if native.why_unavailable() is None else []), "softmax + multinomial"]
     print(f"{'vocabulary':>10} {'setting':22}{'rows':>5}" + "".join(f"{name:>24}" for name in names))
@@ -90,14 +89,6 @@ def measure(functions: dict[str, Callable[[], object]], repeats: int) -> dict[st
             wall[name].append(time.perf_counter() - start)
     median = statistics.median
     return {name: Seconds(median(wall[name][2:]), median(processor[name][2:])) for name in functions}
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ say. A checkpoint counts from the moment at which it is complete under its name.
 """
 
 import argparse
-import platform
 import random
 import signal
 import subprocess
@@ -28,6 +27,7 @@ import yaml
 
 from erollout.checkpoint.manifest import MANIFEST, complete_checkpoints
 from erollout.data.tokenizer import save_character_tokenizer
+from erollout.doctor.cpu import processor
 from erollout.tracking.console import print_table
 from erollout.watchdog import read_heartbeats
 
@@ -132,7 +132,7 @@ def _started(config: Path) -> Iterator[tuple["subprocess.Popen[bytes]", Attempt]
 
 
 def _report(options: argparse.Namespace, first: Attempt, attempts: list[Attempt], seconds_per_step: float) -> None:
-    print(f"{options.ranks} ranks, torch {version('torch')}, {platform.processor() or platform.machine()}")
+    print(f"{options.ranks} ranks, torch {version('torch')}, {processor()[1]}")
     print(f"a step takes {seconds_per_step:.2f} s; {len(attempts)} signals, each at a random moment within one")
     rows = [
         _row(phase, [a for a in attempts if a.interrupted == phase]) for phase in dict.fromkeys(a.interrupted for a in attempts)

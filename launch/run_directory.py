@@ -14,7 +14,6 @@ import yaml
 
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.config import Config, build_config, load_config
-from erollout.doctor.storage import existing
 from erollout.errors import UserError
 from erollout.watchdog import Heartbeat, read_heartbeats
 
@@ -135,7 +134,7 @@ class RunDirectory:
 
     def require_writable(self) -> None:
         """Raises UserError unless it is there or can be made. Makes nothing."""
-        there = existing(self.path)
+        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.is_dir())
         if there != self.path and (self.path.exists() or (there / self.path.relative_to(there).parts[0]).exists()):
             raise UserError(f"train.output_dir = {self.path} can't be a directory: a file is in its way; choose another place")
         if not os.access(there, os.W_OK | os.X_OK):

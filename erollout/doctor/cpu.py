@@ -24,7 +24,7 @@ SLOW_BANDWIDTH = 1e9
 def check_cpu() -> Iterator[Finding]:
     """Cores are those that this process may use."""
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-    flags, model = processor(Path("/proc/cpuinfo"))
+    flags, model = processor()
     known = [flag for flag in _SHOWN_FLAGS if flag in flags]
     threads = variable("OMP_NUM_THREADS")
     text = f"{model}, {cores} cores, load {load:.1f}, OMP_NUM_THREADS {threads or 'not set (ranks get 1)'}"
@@ -39,7 +39,7 @@ def check_cpu() -> Iterator[Finding]:
         yield Finding("load", text, "warning", "the run will be slow until they end")
 
 
-def processor(cpuinfo: Path) -> tuple[set[str], str]:
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[set[str], str]:
     """Instruction sets and model name; empty and the architecture where the system does not say."""
     try:
         lines = cpuinfo.read_text().splitlines()

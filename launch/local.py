@@ -21,8 +21,8 @@ from erollout.environment import set_default
 from erollout.errors import UserError
 from erollout.launch.parent import name_launcher
 from erollout.launch.rank_logs import RankLogs
+from erollout.signals import STOPS, stops_wait
 
-_PASSED_ON = {signal.SIGTERM, signal.SIGUSR1}
 _POLL_SECONDS = 0.2
 
 
@@ -100,23 +100,22 @@ def _passing_on() -> Iterator[set[int]]:
         return
     waiting: list[int] = []
     ended = threading.Event()
-    handlers = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in _PASSED_ON}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    handlers = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in STOPS}
     thread = threading.Thread(target=_pass_on, args=(waiting, passed, ended), daemon=True)
-    thread.start()
-    try:
-        yield passed
-    finally:
-        ended.set()
-        thread.join()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with stops_wait():
+        thread.start()
+        try:
+            yield passed
+        finally:
+            ended.set()
+            thread.join()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _pass_on(waiting: list[int], passed: set[int], ended: threading.Event) -> None:
     """This thread alone is sure to take the signals in; Python runs their handlers in the main thread all the same."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     while not ended.wait(_POLL_SECONDS):
         passed.update(waiting)
         ranks = _children() if waiting else []

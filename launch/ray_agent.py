@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from erollout.signals import stops_wait
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CHECK_SECONDS = 300
 _END_SECONDS = 20
@@ -60,7 +62,7 @@ class Agent:
             return
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "erollout.launch.ray_agent", str(os.getpid()), *arguments]
-        with open(log, "wb") as file:
+        with open(log, "wb") as file, stops_wait():  # until the launcher listens to them
             self._process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -115,16 +117,12 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    """Become `erollout <arguments>`, to be killed when the parent's starting thread ends, however it does.
-
-    SIGTERM and SIGUSR1 wait until the launcher listens: it takes them in although it starts with both blocked.
-    """
+    """Become `erollout <arguments>`, to be killed when the parent's starting thread ends, however it does."""
     parent, *arguments = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
         sys.exit(1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     os.execv(sys.executable, [sys.executable, "-m", "erollout.cli", *arguments])
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
-    ("erollout", "errors", "environment"),
+    ("erollout", "errors", "environment", "signals"),
     ("config", "types", "megatron_patches"),
     ("parallel", "tracking", "launch", "kernels", "speculation", "watchdog", "kept_rollouts"),
     ("policy", "rewards", "data", "pictures", "stopping"),

@@ -11,21 +11,17 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Protocol
 
 from erollout.rewards.scorers import Scorer
+from erollout.signals import STOPS, stops_wait
 from erollout.types import Prompt
 
 START_TIMEOUT_SECONDS = 120.0
 """For the interpreter and the scorer's imports; a loaded machine takes a few seconds."""
-
-_FOR_RANKS = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a run to stop. A scheduler sends them to all processes, and a score must not be lost by that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,25 +127,15 @@ class Worker:
 def _start(descriptor: int) -> "subprocess.Popen[bytes]":
     """A fresh interpreter that finds the same modules and talks through the descriptor."""
     command = f"import sys; sys.path[:] = {sys.path!r}; from erollout.rewards.worker import main; main({descriptor})"
-    with _blocked(_FOR_RANKS):  # inherited, until the process does not heed them
+    with stops_wait():
         return subprocess.Popen(
             [sys.executable, "-c", command], pass_fds=[descriptor], stdin=subprocess.DEVNULL, start_new_session=True
         )
 
 
-@contextmanager
-def _blocked(numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """In this thread."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def main(descriptor: int) -> None:
     """The process itself: load the scorer, then score until the rank hangs up."""
-    _leave_to_ranks(_FOR_RANKS)
+    _leave_stops_to_ranks()
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
     scorer, parent = connection.recv()
@@ -181,22 +167,23 @@ def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> Outcome:
         return Outcome(error=f"{type(error).__name__}: {error}"[:500])
 
 
-def _leave_to_ranks(numbers: tuple[signal.Signals, ...]) -> None:
-    """Not heed the signals. They have a handler and are not ignored: what a scorer starts has the defaults again."""
+def _leave_stops_to_ranks() -> None:
+    """Not heed them: no score is to be lost by them. They have a handler and are not ignored, so that what a scorer starts has
+    the defaults again."""
 
     def restore() -> None:
-        for number in numbers:
+        for number in STOPS:
             signal.signal(number, signal.SIG_DFL)
         unblock()
 
     def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
-    for number in numbers:
+    for number in STOPS:
         signal.signal(number, lambda number, frame: None)
     unblock()
     os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers), after_in_parent=unblock, after_in_child=restore
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS), after_in_parent=unblock, after_in_child=restore
     )
 
 

@@ -114,6 +114,16 @@ def test_the_time_limit(cluster: Cluster, tmp_path: Path, rank_pool: RankPool) -
     run.assert_equal(unbroken)
 
 
+def test_a_job_whose_nodes_another_one_takes(cluster: Cluster, run: Run, unbroken: Run) -> None:
+    """It saves in the time that it is given, and goes on when the other one is through."""
+    job = cluster.launch(run, UNCHECKED)
+    cluster.reach(job, run, INTERVAL + 2)
+    urgent = ["--partition=urgent", "--nodes=3", "--ntasks=3", "--cpus-per-task=4", f"--output={run.folder}/urgent.out"]
+    other = cluster.submit(*urgent, "--wrap=sleep 5")
+    _assert_went_on(cluster, job, run, unbroken, lost=0)
+    assert cluster.job(other).state == "COMPLETED"
+
+
 def test_a_bad_node_is_named_and_left_out(nodes: Cluster, run: Run, unbroken: Run) -> None:
     """Where the shared filesystem is not mounted."""
     nodes.change("hide", "n2", str(run.folder))

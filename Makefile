@@ -38,9 +38,9 @@ test: install
 test-unit: install
 	$(BIN)/pytest -n 2 -m "not (distributed or end_to_end or slurm or ray or cluster)"
 
-# Launching and surviving, in full: real Slurm and Ray clusters on this machine, kills at random. About half an hour.
+# Launching and surviving, in full: real Slurm and Ray clusters on this machine, kills at random. About 20 minutes.
 test-cluster: install
-	$(BIN)/pytest -m "slurm or ray or cluster"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slurm or ray or cluster"
 
 lint: install
 	$(BIN)/ruff check .

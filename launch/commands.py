@@ -80,7 +80,7 @@ def _stop(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             print(f"erollout: job {job.id} is cancelled: it had not started")
         else:
             scheduler.terminate(job)
-            print(f"erollout: job {job.id} saves at the end of its step and ends; it is not queued again")
+            print(f"erollout: job {job.id} saves and ends; it is not queued again")
     if not alive:
         _stop_here(run)
     return 0
@@ -91,7 +91,7 @@ def _stop_here(run: RunDirectory) -> None:
     ranks = ranks_here(run)
     if ranks:
         ranks[0].send_signal(signal.SIGTERM)
-        print(f"erollout: {len(ranks)} ranks on this machine save at the end of their step and end")
+        print(f"erollout: {len(ranks)} ranks on this machine save and end")
         return
     lately = [beat for beat in run.heartbeats() if time.time() - beat.beat < _LATELY_SECONDS]
     if lately and run.verdict() is None:

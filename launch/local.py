@@ -51,7 +51,7 @@ def launch_local(arguments: Sequence[str], world_size: int, log_dir: Path | None
 def run_ranks(arguments: Sequence[str], config: LaunchConfig, log_dir: Path | None) -> int:
     """Run `erollout <arguments>` on this node's ranks and wait for them.
 
-    When a rank fails, the others are ended. SIGTERM and SIGUSR1 are passed on to the ranks, which stop at the end of a step.
+    When a rank fails, the others are ended. SIGTERM and SIGUSR1 are passed on to the ranks, which save and stop.
     `log_dir`: for a copy of what each rank prints.
 
     Returns:

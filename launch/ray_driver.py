@@ -179,7 +179,7 @@ class Attempt:
         failed_at = None
         while True:
             for number in self._asked.take():
-                _say(f"{number.name} goes to the ranks: they stop at the end of a step")
+                _say(f"{number.name} goes to the ranks: they save and stop")
                 self._ask_all("signal", int(number))
             statuses = [self._status(index) for index in range(len(self._agents))]
             # one that was asked to stop has saved; another may still be at it

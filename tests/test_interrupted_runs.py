@@ -22,8 +22,11 @@ COMPARED = ("train/loss", "train/grad_norm", "reward/mean", "response_length/mea
 COUPLED = {"mode": "always", "verification": "coupled", "drafter": {"format": "w4a16", "group_size": 16}}
 
 
-def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int) -> None:
-    """A run in which every rank gets SIGUSR1 as soon as so many of its responses of a rollout are complete."""
+def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int, dies: bool = False) -> None:
+    """A run in which every rank gets SIGUSR1 as soon as so many of its responses of a rollout are complete.
+
+    `dies`: while the checkpoint takes the place of one of the same step.
+    """
     from erollout.rollout import RolloutWorker
 
     rollout, text = RolloutWorker.rollout, RolloutWorker.text
@@ -43,7 +46,14 @@ def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int) ->
             os.kill(os.getpid(), signal.SIGUSR1)
         return text(self, response)
 
+    def last_rename(written: Path, target: Path) -> Path:
+        if dies and target.parent.name == "checkpoints" and written.suffix == ".partial":
+            os._exit(9)
+        return rename(written, target)
+
+    rename = Path.rename
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", last_rename)
         patch.setattr(RolloutWorker, "rollout", noted_rollout)
         patch.setattr(RolloutWorker, "text", counted_text)
         train_here(tree)
@@ -159,6 +169,22 @@ def test_what_a_signal_did_to_scoring_is_scored_again(rank_pool: RankPool, unbro
     ours, theirs = history(tmp_path), history(unbroken)
     for name in COMPARED:
         assert [row[name] for row in ours] == [row[name] for row in theirs], name
+
+
+@pytest.mark.distributed
+def test_a_crash_while_a_checkpoint_is_replaced_loses_none(rank_pool: RankPool, unbroken: Path, tmp_path: Path) -> None:
+    """The same step is saved twice, as its rollout is interrupted twice, and nothing else is kept."""
+    tree = _tree(tmp_path, checkpoint={"interval": 100, "keep_last": 1, "export_path": str(tmp_path / "exported")})
+    rank_pool.run(2, asked_train, tree, 0, 1, 2)
+    name, kept = _kept(tmp_path)
+    assert name == "step_00000001" and kept is not None
+    with pytest.raises(RankFailure, match="rank 0 died"):
+        rank_pool.run(2, asked_train, tree, 0, 1, 5, True)
+    assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
+    rank_pool.run(2, train_here, tree)
+    _assert_same_run(tmp_path, unbroken)
+    assert history(tmp_path)[1]["rollout/resumed_samples"] == len(kept.samples)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 @pytest.mark.distributed

@@ -21,7 +21,16 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
-from erollout.checkpoint.manifest import MANIFEST, STATE, complete_checkpoints, damage, total_bytes, write_manifest
+from erollout.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    complete_checkpoints,
+    damage,
+    finish_publishing,
+    publish,
+    total_bytes,
+    write_manifest,
+)
 from erollout.checkpoint.writing import Writing
 from erollout.errors import UserError
 from erollout.kept_rollouts import KeptRollouts
@@ -177,6 +186,7 @@ class Checkpointer:
         return RunState(step, document["run_id"], history, document.get("rollout"), self._read_kept(path))
 
     def _complete(self) -> list[Path]:
+        self._on_rank_zero(lambda: finish_publishing(self.directory))
         found = complete_checkpoints(self.directory) if dist.get_rank() == 0 else []
         return from_rank_zero(found)
 
@@ -280,9 +290,7 @@ class Checkpointer:
         if pending.kept is not None:
             (partial / KEPT).write_bytes(pending.kept.to_bytes())
         write_manifest(partial, checksums)
-        if target.exists():  # the same step, saved again after a resume from an older one
-            _remove(target)
-        partial.rename(target)
+        publish(partial, target)  # perhaps again: a rollout can be interrupted twice, or a run go on from an older one
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
             _remove(old)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from erollout.errors import UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+REPLACED = ".replaced"
 _CHUNK_BYTES = 2**22
 
 
@@ -51,7 +53,28 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     """Checkpoint directories with a manifest, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted(p for p in directory.glob("step_*") if p.suffix != ".partial" and (p / MANIFEST).is_file())
+    return sorted(p for p in directory.glob("step_*") if not p.suffix and (p / MANIFEST).is_file())
+
+
+def publish(written: Path, target: Path) -> None:
+    """Give a checkpoint its name. One that has it already stands aside meanwhile, and `finish_publishing` knows what to do
+    where this process ends in between. Raises OSError."""
+    replaced = target.with_name(f"{target.name}{REPLACED}")
+    if target.exists():
+        target.rename(replaced)
+    written.rename(target)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def finish_publishing(directory: Path) -> None:
+    """After a crash: a checkpoint that stood aside gets its name back, unless another one has it."""
+    for replaced in directory.glob(f"step_*{REPLACED}"):
+        target = replaced.with_suffix("")
+        if target.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(target)
 
 
 def total_bytes(checkpoint: Path) -> int:

@@ -62,8 +62,8 @@ class ParallelConfig:
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
     sequence_parallel: bool = False
-    timeout_seconds: Positive = 1800
-    """Limit of any single collective."""
+    timeout_seconds: Positive = 4500
+    """Limit of any single collective. Longer than fault_tolerance.hang_seconds, which ends a run with a clearer message."""
 
 
 @_section
@@ -336,8 +336,9 @@ class CheckpointConfig:
 class FaultToleranceConfig:
     heartbeat_seconds: PositiveFloat = 5.0
     """Between two writings of where each rank is (<train.output_dir>/heartbeats)."""
-    hang_seconds: PositiveFloat = 3600.0
-    """A rank that stays in one phase for so long is taken to hang: who waits for whom is said, and the run ends."""
+    hang_seconds: NonNegative = 3600.0
+    """A rank that stays in one phase for so long is taken to hang: who waits for whom is said, and the run ends. In rollouts
+    and evaluations it is the time of one step of the engine. 0: never."""
     max_nonfinite_steps: Positive = 5
     """Updates in a row whose loss or gradient is not finite: that many end the run, with the last batch saved."""
     checksum_interval: Count = 100
@@ -464,6 +465,12 @@ def _known_keys() -> list[str]:
 def _check_consistency(config: Config) -> None:
     """What no single key can be checked for."""
     model, data, rollout = config.model, config.data, config.rollout
+    hang, timeout = config.fault_tolerance.hang_seconds, config.parallel.timeout_seconds
+    if hang >= timeout:
+        raise UserError(
+            f"fault_tolerance.hang_seconds = {hang:g} is not below parallel.timeout_seconds = {timeout}: a hanging "
+            "collective would fail before it is said who holds it up; lower the first, raise the second, or set the first to 0"
+        )
     if (model.path is None) == (model.architecture is None):
         raise UserError("set exactly one of model.path (a Hugging Face directory) and model.architecture (random weights)")
     if not config.tokenizer_path:

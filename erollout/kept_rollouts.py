@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -63,14 +64,13 @@ class KeptRollouts:
 
     def resume(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
         """The requests for what is left of them."""
-        return [
-            replace(
-                request,
-                finished=frozenset(s.sample_index for s in self.finished if s.prompt_index == request.prompt_index),
-                begun=tuple(s for s in self.begun if s.prompt_index == request.prompt_index),
-            )
-            for request in requests
-        ]
+        finished, begun = defaultdict[int, list[int]](list), defaultdict[int, list[PartialRollout]](list)
+        for sample in self.samples:
+            if sample.finish_reason is not None:
+                finished[sample.prompt_index].append(sample.sample_index)
+            else:
+                begun[sample.prompt_index].append(sample)
+        return [replace(r, finished=frozenset(finished[r.prompt_index]), begun=tuple(begun[r.prompt_index])) for r in requests]
 
     def to_bytes(self) -> bytes:
         """Log-probs with all of their bits."""

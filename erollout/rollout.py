@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
-from erollout.coordinator.control import never_asked
+from erollout.coordinator.control import never_asked, unwatched
 from erollout.data.prompts import PromptDataset
 from erollout.drafter.drafter import RequantizeStats
 from erollout.drafter.self_speculation import SelfSpeculation
@@ -56,8 +56,6 @@ class RolloutResult:
     """Complete or begun when it started: an interrupted attempt left them."""
     kept_tokens: int
     """Of theirs, not sampled again."""
-    scoring_was_hit: bool = False
-    """Scoring failed where a rank was asked to stop: what a scorer had started may have had the signal too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +78,13 @@ class RolloutWorker:
         tokenizer: PreTrainedTokenizerBase,
         rewards: RewardPool,
         asked: Callable[[], bool] = never_asked,
+        alive: Callable[[], None] = unwatched,
     ) -> None:
-        """`asked`: whether this process was asked to stop, which interrupts a rollout."""
+        """
+        Args:
+            asked: whether this process was asked to stop, which interrupts a rollout.
+            alive: told at each step of the engine that a rollout goes on.
+        """
         self.config = config
         self.context = context
         self.tokenizer = tokenizer
@@ -92,7 +95,7 @@ class RolloutWorker:
             architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
         )
         self.speculation = SelfSpeculation(config, self.engine) if config.speculation.mode != "off" else None
-        self.steering = Steering(config, context, self.engine, self.speculation, asked)
+        self.steering = Steering(config, context, self.engine, self.speculation, asked, alive)
         self.resharder = self._build_resharder(architecture)
         self._states: tuple[str, ...] = ()
         """On or off, at the batches of the last reasons that were logged."""
@@ -152,10 +155,12 @@ class RolloutWorker:
             if due or not self.speculation.has_learned:  # the first rollout of a resumed run too
                 self.speculation.learn_from(rollouts)
         self.engine.sleep()
-        result = self._gather(rollouts, course, by_index, before)
-        if result.scoring_was_hit:
-            logger.info("responses could not be scored while the run was asked to stop: the next attempt scores them again")
-            raise RolloutInterrupted(keep(requests, (as_partial(s.rollout) for s in result.scored)) if trains else None)
+        parts = self._gather(rollouts, course)
+        if any(part.scoring_was_cut for part in parts):
+            logger.info("asked to stop while responses were scored: the next attempt scores them")
+            found = (as_partial(rollout) for part in parts for rollout in part.rollouts)
+            raise RolloutInterrupted(keep(requests, found) if trains else None)
+        result = _merged(parts, by_index, before)
         _require_complete(result, len(prompts) * group_size)
         if trains:
             self._say_why(course)
@@ -242,30 +247,16 @@ class RolloutWorker:
         """The response as the scorer sees it."""
         return str(self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True))
 
-    def _gather(self, rollouts: list[Rollout], course: Course, prompts: dict[int, Prompt], kept: KeptRollouts) -> RolloutResult:
-        """Every replica's rollouts and rewards to every rank."""
+    def _gather(self, rollouts: list[Rollout], course: Course) -> "list[_Contribution]":
+        """Every replica's rollouts and rewards on every rank."""
         contribution: _Contribution | None = None
         if self.context.is_decode_leader:
-            rewards = self.rewards.collect()
+            rewards = self.rewards.collect(self._asked)
+            failed = len(rewards) < len(rollouts) or any(reward.error is not None for reward in rewards.values())
             report = self._report(rollouts, rewards)
-            contribution = _Contribution(rollouts, rewards, report, self.engine.stats.speculation, course, self._asked())
-        parts = [part for part in all_gather(contribution) if part is not None]
-        scored: dict[tuple[int, int], ScoredRollout] = {}
-        for part in parts:
-            for rollout in part.rollouts:
-                key = rollout.prompt_index, rollout.sample_index
-                # Two replicas that had lost each other may both have made it: the first one's counts.
-                scored.setdefault(key, ScoredRollout(rollout, part.rewards[key].value, prompts[rollout.prompt_index].task))
-        order = {index: position for position, index in enumerate(prompts)}
-        return RolloutResult(
-            sorted(scored.values(), key=lambda s: (order[s.rollout.prompt_index], s.rollout.sample_index)),
-            [part.report for part in parts],
-            merge(part.speculation for part in parts),
-            [part.course for part in parts],
-            len(kept.samples),
-            kept.num_tokens,
-            any(part.was_asked and part.report["scoring_errors"] for part in parts),
-        )
+            speculation = self.engine.stats.speculation
+            contribution = _Contribution(rollouts, rewards, report, speculation, course, failed and self._asked())
+        return [part for part in all_gather(contribution) if part is not None]
 
     def _report(self, rollouts: list[Rollout], rewards: dict[tuple[int, int], Reward]) -> dict[str, float]:
         stats = self.engine.stats
@@ -298,8 +289,27 @@ class _Contribution:
     report: dict[str, float]
     speculation: SpeculationStatistics
     course: Course
-    was_asked: bool
-    """To stop."""
+    scoring_was_cut: bool
+    """The replica was asked to stop before all was scored, or scoring failed then: what a scorer had started may have had the
+    signal too."""
+
+
+def _merged(parts: list[_Contribution], prompts: dict[int, Prompt], kept: KeptRollouts) -> RolloutResult:
+    scored: dict[tuple[int, int], ScoredRollout] = {}
+    for part in parts:
+        for rollout in part.rollouts:
+            key = rollout.prompt_index, rollout.sample_index
+            # Two replicas that had lost each other may both have made it: the first one's counts.
+            scored.setdefault(key, ScoredRollout(rollout, part.rewards[key].value, prompts[rollout.prompt_index].task))
+    order = {index: position for position, index in enumerate(prompts)}
+    return RolloutResult(
+        sorted(scored.values(), key=lambda s: (order[s.rollout.prompt_index], s.rollout.sample_index)),
+        [part.report for part in parts],
+        merge(part.speculation for part in parts),
+        [part.course for part in parts],
+        len(kept.samples),
+        kept.num_tokens,
+    )
 
 
 def _require_complete(result: RolloutResult, responses: int) -> None:

@@ -56,7 +56,9 @@ def train(config: Config) -> None:
             _tracked(config, resolved, context, state, config.train.steps, stop) as tracked,
         ):
             tracker, run_id, report = tracked
-            worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards, stop.is_asked)
+            worker = RolloutWorker(
+                config, resolved.architecture, context, resolved.tokenizer, rewards, stop.is_asked, watchdog.alive
+            )
             worker.load_state_dict(state.rollout)
             trainer = Trainer(
                 config,
@@ -245,7 +247,7 @@ def _tracked(
     """A started tracker, its run id and the console's reporter; the run's status follows from how the block ends."""
     tracker = create_tracker(context.rank)
     facts = resolved_facts(resolved)
-    run_id = _started(tracker, config, facts, state.run_id)
+    run_id = _started(tracker, config, facts, state)
     tracker.log_config_artifacts(config, facts)
     data = json.dumps(config.to_dict()["data"], sort_keys=True)
     source = ", ".join(config.data.train_files) or f"{config.data.kind}, seeds from {config.data.train_seed}"
@@ -265,9 +267,9 @@ def _tracked(
         tracker.finish(status)
 
 
-def _started(tracker: Tracker, config: Config, facts: Mapping[str, str | int | float], run_id: str | None) -> str:
+def _started(tracker: Tracker, config: Config, facts: Mapping[str, str | int | float], state: RunState) -> str:
     """Start the tracker. What rank 0 can't honour is every rank's error: none is left behind in a collective."""
-    return _on_rank_zero(lambda: tracker.start(config, facts, run_id, config.train.output_dir))
+    return _on_rank_zero(lambda: tracker.start(config, facts, state.run_id, config.train.output_dir, state.step))
 
 
 def _on_rank_zero(action: Callable[[], Value]) -> Value:

@@ -10,7 +10,7 @@ from erollout.calibration.file import Calibration, read_calibration
 from erollout.calibration.resolve import GUESSED, named_calibration, present_calibration
 from erollout.calibration.sweep import identify
 from erollout.config import Config
-from erollout.coordinator.control import AgreedControl, ReplicaControl, never_asked
+from erollout.coordinator.control import AgreedControl, ReplicaControl, never_asked, unwatched
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.rebalancing import Move
 from erollout.coordinator.state_machine import StateMachine
@@ -78,12 +78,14 @@ class Steering:
         engine: Engine,
         speculation: SelfSpeculation | None,
         asked: Callable[[], bool] = never_asked,
+        alive: Callable[[], None] = unwatched,
     ) -> None:
-        """`asked`: whether this process was asked to stop. Raises UserError for a calibration that is not of this run."""
+        """As RolloutWorker. Raises UserError for a calibration that is not of this run."""
         self.config = config
         self.context = context
         self.engine = engine
         self.asked = asked
+        self.alive = alive
         self.was_interrupted = False
         """The last rollout, on some replica, as all ranks know."""
         self.formats = speculation.formats if speculation is not None else ()
@@ -131,7 +133,7 @@ class Steering:
                 exchange = Exchange(context.coordination_group, machine, len(toggle.arms), max_tokens, options, patience)
             self._control = ReplicaControl(requests, max_num_seqs, toggle, exchange, options.lock_step, self.asked)
         interval = self.config.speculation.decision_interval
-        return AgreedControl(self._control, context.control_group, toggle.arms, requests, interval)
+        return AgreedControl(self._control, context.control_group, toggle.arms, requests, interval, self.alive)
 
     def end(self, decisions: Path | None) -> Course:
         """Close the rollout; collective over the world. `decisions`: file for what was decided; None: it is not kept."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from erollout.algorithm.supervised import Supervised
 from erollout.checkpoint.checkpointer import Checkpointer, RunState
@@ -10,6 +11,7 @@ from erollout.data.prompts import PromptDataset
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
 from erollout.policy.batch import TrainSample, balance, token_weights
+from erollout.policy.nonfinite import SkippedUpdates
 from erollout.tracking.metrics import PhaseTimer, memory_metrics
 from erollout.tracking.tracker import Tracker
 
@@ -32,6 +34,10 @@ class SupervisedTrainer:
     """Tells the watchdog of this rank that a phase begins in the step after so many."""
     step: int = 0
 
+    def __post_init__(self) -> None:
+        directory = Path(self.config.train.output_dir) / "nonfinite"
+        self.skipped = SkippedUpdates(self.config.fault_tolerance.max_nonfinite_steps, directory, self.context.rank)
+
     def run(self) -> None:
         """Train to the configured number of steps, or until asked to stop."""
         steps, interval, saved = self.config.supervised.steps, self.config.checkpoint.interval, self.step
@@ -42,6 +48,8 @@ class SupervisedTrainer:
                 break
             self.train_step()
             self.checkpointer.advance()
+            if (checks := self.config.fault_tolerance.checksum_interval) and self.step % checks == 0:
+                self._require_equal_replicas()
             if interval and (self.step % interval == 0 or self.step == steps):
                 self.save()
                 saved = self.step
@@ -50,6 +58,7 @@ class SupervisedTrainer:
 
     def save(self) -> None:
         self.enter(self.step, "checkpoint")
+        self._require_equal_replicas()
         self.checkpointer.save(RunState(self.step, self.run_id))
 
     def train_step(self) -> None:
@@ -64,8 +73,13 @@ class SupervisedTrainer:
         self.enter(self.step, "update")
         with timer("update"):
             metrics = self.actor.update([samples[i] for i in mine], [weights[i] for i in mine], algorithm)
+        metrics |= {"nonfinite_in_a_row": float(self.skipped.count(self.step, metrics, [samples[i] for i in mine]))}
         self.step += 1
         figures = {f"train/{name}": value for name, value in metrics.items()}
         figures |= memory_metrics(self.context.device.type) | timer.collect()
         self.tracker.log_metrics(self.step, figures)
         self.report(self.step, figures)
+
+    def _require_equal_replicas(self) -> None:
+        if self.config.fault_tolerance.checksum_interval and self.context.train.data > 1:
+            self.actor.require_equal_replicas(self.step)

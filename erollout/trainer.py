@@ -79,8 +79,8 @@ class Trainer:
                     break
                 self.train_step()
                 self.checkpointer.advance()
-                if self._checks_replicas():
-                    self.actor.require_equal_replicas(self.step)
+                if self._due(self.config.fault_tolerance.checksum_interval):
+                    self._require_equal_replicas()
                 self._close_step()
         except RolloutInterrupted as interrupted:
             self._stop_in_rollout(interrupted.kept)
@@ -89,6 +89,7 @@ class Trainer:
 
     def save(self) -> None:
         self.enter(self.step, "checkpoint")
+        self._require_equal_replicas()
         self.checkpointer.save(RunState(self.step, self.run_id, tuple(self.evaluations), self.worker.state_dict(), self.kept))
         self._changed = False
 
@@ -213,9 +214,10 @@ class Trainer:
             for s in chosen
         ]
 
-    def _checks_replicas(self) -> bool:
-        interval = self.config.fault_tolerance.checksum_interval
-        return bool(interval) and self.context.train.data > 1 and self.step % interval == 0
+    def _require_equal_replicas(self) -> None:
+        """Before a checkpoint too: what has gone wrong unseen is not to take the place of what was right."""
+        if self.config.fault_tolerance.checksum_interval and self.context.train.data > 1:
+            self.actor.require_equal_replicas(self.step)
 
     def _due(self, interval: int) -> bool:
         return bool(interval) and (self.step % interval == 0 or self.step == self.config.train.steps)

@@ -1,8 +1,8 @@
 """Where every rank is, in small files, and the end of a rank that stays in one phase for too long.
 
-A collective that one rank never enters holds all others. Each rank's thread writes `heartbeats/rank_00000.json`; the first
-one that has waited for too long reads the others' files, says who is behind, leaves the stacks of its threads and ends its
-process, and with it the run: the launcher ends the other ranks.
+A collective that one rank never enters holds all others. A thread of each rank writes `heartbeats/rank_00000.json`, another one
+counts: the first that has waited for too long reads the others' files, says who is behind, leaves the stacks of its threads and
+ends its process, and with it the run: the launcher ends the other ranks. A filesystem that hangs delays only the message.
 """
 
 import faulthandler
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 HUNG = 70
 """Exit status of a rank that waited for too long."""
+_LAST_WORDS_SECONDS = 15.0
+"""For the end of a rank whose filesystem does not answer."""
 _SILENT_BEATS = 3.0
 """A rank is silent when its file is older than so many heartbeats."""
 
@@ -42,8 +44,8 @@ class Heartbeat:
     """Begin of the phase."""
     beat: float = 0.0
     """When this was written."""
-    collectives: int = -1
-    """Sequence number of the world's last collective, where the backend counts them; -1: not known."""
+    collectives: dict[str, int] = field(default_factory=dict)
+    """Sequence number of the last collective of each process group, by its name, as far as the backend counts them."""
 
 
 class Watchdog:
@@ -54,6 +56,7 @@ class Watchdog:
         self._world_size = world_size
         self._period, self._limit = heartbeat_seconds, hang_seconds
         self._place = Heartbeat(rank, socket.gethostname(), os.getpid(), since=time.time())
+        self._signs = 0
         self._ended = threading.Event()
         self._write_failed = False
 
@@ -61,30 +64,38 @@ class Watchdog:
         """A phase begins, and the one before is over."""
         self._place = replace(self._place, step=step, phase=phase, phases=self._place.phases + 1, since=time.time())
 
+    def alive(self) -> None:
+        """A sign that a long phase goes on."""
+        self._signs += 1
+
     @contextmanager
     def watching(self) -> Iterator["Watchdog"]:
         """In the block, hangs are found."""
-        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        thread.start()
+        works = [self._beat, *([self._watch] if self._limit else [])]
+        threads = [threading.Thread(target=work, name="watchdog", daemon=True) for work in works]
+        for thread in threads:
+            thread.start()
         try:
             yield self
         finally:
             self._ended.set()
-            thread.join(self._period)  # a disk that hangs doesn't keep the run from ending
+            for thread in threads:
+                thread.join(self._period)  # a disk that hangs doesn't keep the run from ending
+
+    def _beat(self) -> None:
+        self._write()
+        while not self._ended.wait(self._period):
+            self._write()
 
     def _watch(self) -> None:
         """The seconds of a phase are counted in ticks: a process that was suspended as a whole did not wait meanwhile."""
         tick = min(self._period, self._limit / 4)
-        watched, waited = self._place.phases, 0.0
-        written = last = time.monotonic()
-        self._write()
+        watched, waited = (self._place.phases, self._signs), 0.0
+        last = time.monotonic()
         while not self._ended.wait(tick):
-            now = time.monotonic()
-            waited = waited + min(now - last, 2 * tick) if watched == self._place.phases else 0.0
-            watched, last = self._place.phases, now
-            if now - written >= self._period:
-                self._write()
-                written = now
+            now, place = time.monotonic(), (self._place.phases, self._signs)
+            waited = waited + min(now - last, 2 * tick) if watched == place else 0.0
+            watched, last = place, now
             if waited >= self._limit:
                 self._end(waited)
 
@@ -101,6 +112,9 @@ class Watchdog:
             self._write_failed = True
 
     def _end(self, waited: float) -> None:
+        surely = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (HUNG,))
+        surely.daemon = True
+        surely.start()
         others = [beat for beat in read_heartbeats(self._directory, self._world_size) if beat.rank != self._place.rank]
         mine = replace(self._place, collectives=_collectives())
         stacks = self._directory / f"stacks_rank_{mine.rank:05d}.txt"
@@ -125,15 +139,15 @@ def describe_hang(mine: Heartbeat, others: list[Heartbeat], waited: float, perio
     now = time.time()
     silent = [beat for beat in others if now - beat.beat > _SILENT_BEATS * period]
     behind = [beat for beat in others if beat not in silent and beat.phases < mine.phases]
-    fewer = [beat for beat in others if beat not in silent + behind and 0 <= beat.collectives < mine.collectives]
+    fewer = [beat for beat in others if beat not in silent + behind and _groups_behind(beat, mine)]
     parts = [
         f"rank {mine.rank} has been in phase {_where(mine)} for {waited:.0f} s, since {_clock(mine.since)} "
-        f"(host {mine.host}, pid {mine.pid}{_number(mine)})"
+        f"(host {mine.host}, pid {mine.pid})"
     ]
     for what, beats in (("silent", silent), ("behind", behind), ("in the same phase, behind in collectives", fewer)):
         parts += [
             f"{what}: rank {b.rank}, in {_where(b)} since {_clock(b.since)}, last heard {now - b.beat:.0f} s ago "
-            f"(host {b.host}, pid {b.pid}{_number(b)})"
+            f"(host {b.host}, pid {b.pid}{_numbers(b, mine)})"
             for b in beats
         ]
     if len(parts) == 1:
@@ -145,19 +159,26 @@ def _where(beat: Heartbeat) -> str:
     return f"{beat.phase} of step {beat.step + 1}"
 
 
-def _number(beat: Heartbeat) -> str:
-    return f", collective {beat.collectives}" if beat.collectives >= 0 else ""
+def _groups_behind(beat: Heartbeat, mine: Heartbeat) -> list[str]:
+    """Process groups in which the other rank has fewer collectives behind it."""
+    return [name for name, number in mine.collectives.items() if beat.collectives.get(name, number) < number]
+
+
+def _numbers(beat: Heartbeat, mine: Heartbeat) -> str:
+    groups = [f"{beat.collectives[name]} of {mine.collectives[name]} in group {name}" for name in _groups_behind(beat, mine)]
+    return f", collective {', '.join(groups)}" if groups else ""
 
 
 def _clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def _collectives() -> int:
+def _collectives() -> dict[str, int]:
     torch: Any = sys.modules.get("torch.distributed")
     if torch is None or not torch.is_initialized():
-        return -1
-    return int(torch.group.WORLD._get_sequence_number_for_group())
+        return {}
+    groups = list(torch.distributed_c10d._world.pg_map)
+    return {group.group_name: int(group._get_sequence_number_for_group()) for group in groups}
 
 
 def _file(directory: Path, rank: int) -> Path:

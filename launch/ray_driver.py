@@ -76,7 +76,7 @@ class Attempt:
 
     def run(self) -> Ended:
         """To the end of the ranks on all nodes."""
-        before = self._job.newest_checkpoint()
+        before = self._job.saved()
         (self._job.directory.path / VERDICT).unlink(missing_ok=True)
         reason, node_died, fit = "", False, False
         while not fit:
@@ -94,7 +94,7 @@ class Attempt:
             finally:
                 self._end()
                 remove_placement_group(places)
-        saved = self._job.newest_checkpoint() != before
+        saved = self._job.saved() != before
         return Ended(self._job.directory.verdict(), reason, node_died, saved)
 
     def _place(self) -> PlacementGroup | None:

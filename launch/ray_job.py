@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.checkpoint.manifest import MANIFEST, complete_checkpoints
 from erollout.environment import variable
 from erollout.launch.run_directory import RunDirectory
 
@@ -60,6 +60,11 @@ class Job:
         """Name of the newest complete one."""
         found = complete_checkpoints(self.checkpoints)
         return found[-1].name if found else None
+
+    def saved(self) -> tuple[str, int] | None:
+        """The newest checkpoint and when it was made: a run that fell back to an older one makes the same ones again."""
+        found = complete_checkpoints(self.checkpoints)
+        return (found[-1].name, (found[-1] / MANIFEST).stat().st_mtime_ns) if found else None
 
     def logs(self, attempt: int) -> Path:
         return self.directory.path / "logs" / f"{self.name}.{attempt}"

@@ -59,7 +59,9 @@ class Launched:
         """Fails when the run ends before, or the time passes. `pause`: seconds between two looks."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert self.process.poll() is None, self.text()
+            if self.process.poll() is not None:
+                assert condition(), self.text()
+                return
             assert time.monotonic() < deadline, f"did not happen in {seconds} s: {self.text()}"
             time.sleep(pause)
 

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import RankFailure
 from tiny_runs import history, tiny_tree, train_here
 
@@ -16,7 +18,6 @@ pytestmark = pytest.mark.distributed
 
 def _flip_a_bit(on_rank: int) -> tuple[str, str]:
     """What is said before and after one rank's memory changed."""
-    import torch.distributed as dist
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel()
@@ -57,10 +58,35 @@ def test_every_bit_counts(dtype: torch.dtype, offset: int) -> None:
     assert checksums({"x": tensor}).item() == before
 
 
-def test_replicas_are_compared_while_training(rank_pool, tmp_path: Path) -> None:
-    tree = tiny_tree(tmp_path, fault_tolerance={"checksum_interval": 1}, parallel={"world_size": 2})
-    rank_pool.run(2, train_here, tree)
-    assert len(history(tmp_path)) == 2
+def train_with_a_flipped_bit(tree: dict[str, Any]) -> None:
+    """A run in which a bit of the second rank's parameters turns over in the first step's update."""
+    from erollout.policy.actor import Actor
+
+    update = Actor.update
+
+    def corrupt(self: Actor, *args: Any) -> Any:
+        metrics = update(self, *args)
+        if dist.get_rank() == 1:
+            next(iter(self.local_tensors().values())).view(torch.int32)[..., 0] ^= 1
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Actor, "update", corrupt)
+        train_here(tree)
+
+
+@pytest.mark.parametrize(("interval", "saves"), [(1, 0), (1000, 1)], ids=["while training", "before a checkpoint"])
+def test_replicas_are_compared(interval: int, saves: int, rank_pool, tmp_path: Path) -> None:
+    tree = tiny_tree(
+        tmp_path,
+        fault_tolerance={"checksum_interval": interval},
+        parallel={"world_size": 2},
+        checkpoint={"interval": saves},
+        speculation={"mode": "off"},
+    )
+    with pytest.raises(RankFailure, match="after step 1"):
+        rank_pool.run(2, train_with_a_flipped_bit, tree)
+    assert not list((tmp_path / "run").glob("checkpoints/step_*/manifest.json"))
 
 
 def test_updates_that_are_never_finite_end_the_run(rank_pool, tmp_path: Path) -> None:

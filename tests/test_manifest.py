@@ -68,6 +68,16 @@ def test_a_file_of_another_size_is_named(tmp_path: Path, name: str, change: int)
     assert f"{name} has {size + change} bytes instead of {size}" in _error(checkpoint)
 
 
+def test_a_file_that_can_not_be_read_is_damage(tmp_path: Path) -> None:
+    checkpoint = _saved(tmp_path)
+    (checkpoint / "metadata.json").unlink()
+    (checkpoint / "metadata.json").symlink_to("/proc/self/mem")  # reading at address 0 is an input/output error
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["metadata.json"]["bytes"] = 0
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    assert damage(checkpoint) == "metadata.json can't be read: Input/output error"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_named_and_by_one_reader_of_several(tmp_path: Path, name: str) -> None:
     checkpoint = _saved(tmp_path)

@@ -18,6 +18,7 @@ from tiny_runs import all_rows, history, sft_here, tiny_tree, train_here, write_
 from erollout.checkpoint.manifest import complete_checkpoints, verify
 from erollout.config import build_config
 from erollout.errors import UserError
+from erollout.tracking.journal import journal_path
 
 OLDER, NEWEST = "step_00000002", "step_00000004"
 
@@ -307,6 +308,8 @@ def test_killed_while_saving_and_gone_on_as_the_same_tracked_run(tmp_path: Path,
     tracked = client.get_metric_history(runs[0].info.run_id, "reward/mean")
     assert [metric.step for metric in tracked] == [1, 2, 3, 4, 5, 6]
     assert [m.step for m in client.get_metric_history(runs[0].info.run_id, "evaluation/pass_at_1")] == [0, 3, 6]
+    records = [json.loads(line) for line in journal_path(tmp_path / "run").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "start"] == [0, 2]
     plain = tmp_path / "plain"
     plain.mkdir()
     rank_pool.run(1, train_here, tiny_tree(plain, **(sections | {"train": {"steps": 6, "output_dir": str(plain / "run")}})))

@@ -30,6 +30,7 @@ from erollout.tracking.metrics import PhaseTimer, memory_metrics, percentiles, s
 from erollout.tracking.plots import phase_seconds, plot_run, response_lengths, reward_curve
 from erollout.tracking.provenance import checkout
 from erollout.tracking.redaction import redact
+from erollout.tracking.store import MlflowStore
 from erollout.tracking.tracker import NullTracker, Tracker, create_tracker
 
 LAYOUT: dict[str, str | int | float] = {"layout": "PP2", "rollout_replicas": 2}
@@ -132,6 +133,28 @@ def server(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> I
 
 
 # --- a whole run in the SQLite store ---------------------------------------------------------------------------------------
+
+
+HALF_MADE = """
+import os, sys, threading, time
+from pathlib import Path
+from erollout.tracking.store import MlflowStore
+folder = Path(sys.argv[1])
+def end():
+    while not any(file.stat().st_size for file in folder.iterdir()):
+        time.sleep(0.0005)
+    os._exit(9)
+threading.Thread(target=end, daemon=True).start()
+MlflowStore(f"sqlite:///{folder}/mlflow.db").check()
+"""
+
+
+def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", HALF_MADE, str(tmp_path)], timeout=200, check=False)
+    assert done.returncode == 9 and not (tmp_path / "mlflow.db").exists() and list(tmp_path.iterdir())
+    MlflowStore(f"sqlite:///{tmp_path}/mlflow.db").check()
+    assert (tmp_path / "mlflow.db").exists()
+    assert client(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()
 
 
 def test_sqlite_run_holds_params_metrics_tags_samples_files_and_lineage(output_dir: Path) -> None:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import CheckpointException
 
 from erollout.checkpoint.manifest import (
-    MANIFEST,
     STATE,
     complete_checkpoints,
     damage,
     finish_publishing,
     publish,
+    remove,
     total_bytes,
     write_manifest,
 )
@@ -201,8 +201,7 @@ class Checkpointer:
             yield
         except _FAILURES as error:
             raise UserError(
-                f"can't save checkpoint {target} ({shutil.disk_usage(self.directory).free / 2**20:.0f} MiB free there): "
-                f"{_reason(error)}; earlier checkpoints are intact"
+                f"can't save checkpoint {target}{_space(self.directory)}: {_reason(error)}; earlier checkpoints are intact"
             ) from error
 
     def _sharded_state(self, step: int, is_loading: bool) -> dict[str, Any]:
@@ -292,7 +291,7 @@ class Checkpointer:
         write_manifest(partial, checksums)
         publish(partial, target)  # perhaps again: a rollout can be interrupted twice, or a run go on from an older one
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
-            _remove(old)
+            remove(old)
 
     def _on_rank_zero(self, action: Callable[[], None]) -> None:
         """Run on rank 0 while the others wait; its failure is every rank's failure, with the same message."""
@@ -318,10 +317,11 @@ def _set_aside(damaged: list[tuple[Path, str]]) -> None:
         path.rename(place)
 
 
-def _remove(checkpoint: Path) -> None:
-    """The manifest goes first: a crash in between leaves no directory that looks complete."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+def _space(directory: Path) -> str:
+    """In words; nothing where it can't be known."""
+    with suppress(OSError):
+        return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB free there)"
+    return ""
 
 
 def _reason(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Which checkpoints are whole: a manifest lists every file, its size and checksum, and is written last. Pure file handling."""
 
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erollout.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -36,17 +39,16 @@ def checksum(file: Path) -> str:
 
 
 def write_manifest(directory: Path, checksums: Mapping[str, str] | None = None) -> None:
-    """List all files of a finished checkpoint, flushed to disk. `checksums`: those known already, by the file's name."""
+    """List all files of a finished checkpoint, flushed to disk. `checksums`: of those that are on disk, by the file's name."""
     known = checksums or {}
     files = {str(f.relative_to(directory)): f for f in sorted(directory.rglob("*")) if f.is_file() and f.name != MANIFEST}
     entries = {
         name: {"bytes": file.stat().st_size, "crc32": known[name] if name in known else checksum(file)}
         for name, file in files.items()
     }
-    with open(directory / MANIFEST, "w") as file:
-        json.dump(entries, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    (directory / MANIFEST).write_text(json.dumps(entries, indent=1))
+    for path in [*(file for name, file in files.items() if name not in known), directory / MANIFEST, directory]:
+        _flush(path)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -56,15 +58,25 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     return sorted(p for p in directory.glob("step_*") if not p.suffix and (p / MANIFEST).is_file())
 
 
+def _flush(path: Path) -> None:
+    """A file, or the names in a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def publish(written: Path, target: Path) -> None:
     """Give a checkpoint its name. One that has it already stands aside meanwhile, and `finish_publishing` knows what to do
     where this process ends in between. Raises OSError."""
     replaced = target.with_name(f"{target.name}{REPLACED}")
     if target.exists():
+        remove(replaced)
         target.rename(replaced)
     written.rename(target)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    _flush(target.parent)
+    remove(replaced)
 
 
 def finish_publishing(directory: Path) -> None:
@@ -72,9 +84,20 @@ def finish_publishing(directory: Path) -> None:
     for replaced in directory.glob(f"step_*{REPLACED}"):
         target = replaced.with_suffix("")
         if target.exists():
-            shutil.rmtree(replaced)
+            remove(replaced)
         else:
             replaced.rename(target)
+
+
+def remove(checkpoint: Path) -> None:
+    """The manifest goes first: a crash in between leaves no directory that looks complete. What can't be removed is said."""
+    if not checkpoint.exists():
+        return
+    try:
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        logger.warning("can't remove %s: %s (%s)", checkpoint, error.strerror, error.filename)
 
 
 def total_bytes(checkpoint: Path) -> int:
@@ -91,13 +114,21 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     except UserError as error:
         return str(error)
     for number, (name, entry) in enumerate(sorted(entries.items())):
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry.size:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry.size}"
-        if entry.checksum is not None and number % parts == part and (found := checksum(file)) != entry.checksum:
-            return f"{name} has the checksum {found} instead of {entry.checksum}"
+        try:
+            if reason := _damage(checkpoint / name, entry, reads=number % parts == part):
+                return f"{name} {reason}"
+        except OSError as error:
+            return f"{name} can't be read: {error.strerror}"
+    return None
+
+
+def _damage(file: Path, entry: _Entry, reads: bool) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != entry.size:
+        return f"has {file.stat().st_size} bytes instead of {entry.size}"
+    if entry.checksum is not None and reads and (found := checksum(file)) != entry.checksum:
+        return f"has the checksum {found} instead of {entry.checksum}"
     return None
 
 

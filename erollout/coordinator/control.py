@@ -39,6 +39,10 @@ def never_asked() -> bool:
     return False
 
 
+def unwatched() -> None:
+    """Of a run without a watchdog."""
+
+
 @dataclass(slots=True)
 class _Counts:
     """Of a rollout's steps so far."""
@@ -343,6 +347,7 @@ class AgreedControl:
         arms: Sequence[Arm],
         requests: Sequence[RolloutRequest],
         interval: int,
+        alive: Callable[[], None] = unwatched,
     ) -> None:
         """
         Args:
@@ -351,8 +356,10 @@ class AgreedControl:
             arms: OFF and all that the leader may order, the same on all ranks.
             requests: of the whole cluster, the same on all ranks.
             interval: steps between two borders.
+            alive: told at each step that the rollout goes on.
         """
         self.leader = leader
+        self.alive = alive
         self.group = group
         self.arms = (OFF, *(arm for arm in arms if arm != OFF))
         self.requests = {request.prompt_index: request for request in requests}
@@ -361,6 +368,7 @@ class AgreedControl:
         self._last = Orders()
 
     def orders(self, load: Load) -> Orders:
+        self.alive()
         at_border = self._calls % self.interval == 0
         self._calls += 1
         if at_border:

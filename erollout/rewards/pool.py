@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -16,6 +17,7 @@ Key = tuple[int, int]
 
 MAX_FAILED_STARTS = 3
 """In a row; then responses are failed at once instead of waiting for one more start each, until the next `collect`."""
+_LOOK_SECONDS = 0.5
 MAX_LOSSES = 3
 """A response whose machine was lost so often is failed: it may be why."""
 
@@ -39,6 +41,10 @@ class _Task:
     response: str
     losses: int = 0
     """Machines, or their parts in scoring, that ended while they scored it."""
+
+
+def never() -> bool:
+    return False
 
 
 class RewardPool:
@@ -79,10 +85,14 @@ class RewardPool:
         if not self._threads:
             self._start_threads()
 
-    def collect(self) -> dict[Key, Reward]:
-        """Wait for all that was submitted since the last call. Takes no longer than the time limits add up to."""
+    def collect(self, cut: Callable[[], bool] = never) -> dict[Key, Reward]:
+        """Wait for all that was submitted since the last call. Takes no longer than the time limits add up to.
+
+        `cut`: looked at now and then; once true, there is no more waiting, and the pool is of no use after.
+        """
         with self._state:
-            self._state.wait_for(lambda: not self._pending or self._closed)
+            while self._pending and not self._closed and not cut():
+                self._state.wait(_LOOK_SECONDS)
             rewards, self._rewards = self._rewards, {}
             self.counts, self._collecting = self._collecting, ScoringCounts()
             self._failed_starts = 0

@@ -73,6 +73,7 @@ class Delivery:
         """
         try:
             while entries := self._journal.read(self._journal.delivered, limit=1000):
+                self._journal.sync()  # what the store has must not be lost here, or it would be sent again
                 for batch in group_entries(entries):
                     self._deliver(batch)
         except Exception as error:

@@ -90,6 +90,11 @@ class Journal:
             temporary.write_text(str(offset))
             os.replace(temporary, self._offset_path)
 
+    def sync(self) -> None:
+        """To disk. Not locked: whoever appends does not wait for it."""
+        with suppress(OSError):
+            os.fsync(self._file)
+
     def close(self) -> None:
         with self._lock:
             if self._file >= 0:

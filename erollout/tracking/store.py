@@ -7,6 +7,8 @@ parameter and tag, one input per dataset digest, one file per artifact path.
 import json
 import os
 import re
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class MlflowStore:
         if self.uri.startswith(("http://", "https://")):
             self._check_server()
         try:
+            _make_database(self.uri)
             self._client().search_experiments(max_results=1)
         except Exception as error:  # drivers and network stacks raise what they like; each means the store can't be used
             raise self._unusable(error) from error
@@ -175,6 +178,26 @@ class MlflowStore:
             f"tracking.uri = {self.name} can't be used ({type(error).__name__}: {reason}); start the server "
             "there, correct the URI, leave it out for a SQLite file in train.output_dir, or set tracking.enabled = false"
         )
+
+
+def _make_database(uri: str) -> None:
+    """A new SQLite file gets its name when it is whole: of one whose making was killed MLflow can make nothing any more."""
+    if not uri.startswith("sqlite"):
+        return
+    from mlflow import MlflowClient
+    from sqlalchemy.engine import make_url
+
+    url = make_url(uri)
+    path = Path(url.database or ":memory:")
+    if str(path) == ":memory:" or path.exists() or not path.parent.is_dir():
+        return
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    made = url.set(database=str(partial)).render_as_string(hide_password=False)
+    MlflowClient(tracking_uri=made).search_experiments(max_results=1)
+    with suppress(FileExistsError):  # another process was faster
+        os.link(partial, path)
+    partial.unlink()
 
 
 def _name(name: str) -> str:

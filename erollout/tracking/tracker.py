@@ -263,7 +263,7 @@ class JournalTracker:
 
     def _log_system_metrics(self, values: dict[str, float]) -> None:
         """Counted by their own steps, as MLflow does; on resume the count goes on."""
-        step = 1 + max((last for name, last in self._last_step.items() if name.startswith("system/")), default=-1)
+        step = 1 + max((last for name, last in list(self._last_step.items()) if name.startswith("system/")), default=-1)
         self.log_metrics(step, values)
 
     def _forget_samples_after(self, step: int) -> None:

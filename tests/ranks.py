@@ -6,6 +6,7 @@ stacks of all on stderr; the next call starts new workers.
 """
 
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -69,6 +70,10 @@ def _tear_down() -> None:
         state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    # A group in a cycle of references keeps its connections, and ends, waiting for its peers, whenever the collector comes by:
+    # on one rank in the middle of the next call, on another much later. Now all ranks do.
+    gc.collect()
+    gc.freeze()  # what is left stays: it need not be looked through each time
 
 
 class RankPool:

@@ -66,13 +66,13 @@ def train_terminated_in_scoring(tree: dict[str, Any]) -> None:
     collect = RewardPool.collect
     calls = 0
 
-    def disturbed(self: RewardPool) -> Any:
+    def disturbed(self: RewardPool, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 process.terminate()
-        return collect(self)
+        return collect(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RewardPool, "collect", disturbed)

@@ -295,6 +295,10 @@ def test_store_without_the_run_gets_the_whole_journal(output_dir: Path, sqlite_t
     tracker.finish("FINISHED")
     assert moved != run_id and steps_of(f"sqlite:///{other}", moved) == [1, 2]
     assert client(f"sqlite:///{other}").get_run(moved).data.tags["erollout.resumed_from"] == run_id
+    tracker, again = begin(output_dir, run_id, uri=f"sqlite:///{other}")  # the newest checkpoint is still of the first store
+    tracker.log_metrics(3, {"reward/mean": 0.3})
+    tracker.finish("FINISHED")
+    assert again == moved and steps_of(f"sqlite:///{other}", moved) == [1, 2, 3]
 
 
 def test_refused_record_does_not_hold_up_the_others(output_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

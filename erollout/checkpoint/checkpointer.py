@@ -183,7 +183,7 @@ class Checkpointer:
         self.actor.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
         self.actor.scheduler.load_state_dict(document["scheduler"])
         history = tuple(document["history"])
-        return RunState(step, document["run_id"], history, document.get("rollout"), self._read_kept(path))
+        return RunState(step, document["run_id"], history, document["rollout"], self._read_kept(path))
 
     def _complete(self) -> list[Path]:
         self._on_rank_zero(lambda: finish_publishing(self.directory))
@@ -222,7 +222,7 @@ class Checkpointer:
     def _read_state(self, path: Path) -> dict[str, Any]:
         try:
             document: dict[str, Any] = json.loads((path / STATE).read_text())
-            if missing := {"step", "run_id", "history", "kind", "identity", "scheduler"} - document.keys():
+            if missing := {"step", "run_id", "history", "kind", "identity", "scheduler", "rollout"} - document.keys():
                 raise ValueError(f"no {min(missing)}")
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(

@@ -25,8 +25,7 @@ class _Entry:
 
     size: int
     """Bytes."""
-    checksum: str | None
-    """None in manifests of versions that had none."""
+    checksum: str
 
 
 def checksum(file: Path) -> str:
@@ -127,26 +126,15 @@ def _damage(file: Path, entry: _Entry, reads: bool) -> str | None:
         return "is missing"
     if file.stat().st_size != entry.size:
         return f"has {file.stat().st_size} bytes instead of {entry.size}"
-    if entry.checksum is not None and reads and (found := checksum(file)) != entry.checksum:
+    if reads and (found := checksum(file)) != entry.checksum:
         return f"has the checksum {found} instead of {entry.checksum}"
     return None
-
-
-def verify(checkpoint: Path) -> None:
-    """Raise UserError, naming the file, unless every file of the manifest is there as it was written."""
-    if not (checkpoint / MANIFEST).is_file():
-        raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} is missing")
-    if reason := damage(checkpoint):
-        raise UserError(f"checkpoint {checkpoint} is damaged: {reason}; remove the directory to use the one before")
 
 
 def _entries(checkpoint: Path) -> dict[str, _Entry]:
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text())
-        entries = {
-            name: _Entry(int(entry), None) if isinstance(entry, int) else _Entry(int(entry["bytes"]), str(entry["crc32"]))
-            for name, entry in listed.items()
-        }
+        entries = {name: _Entry(int(entry["bytes"]), str(entry["crc32"])) for name, entry in listed.items()}
     except (ValueError, AttributeError, KeyError, TypeError) as error:  # not JSON, or not even text, or of something else
         raise UserError(f"{MANIFEST} is not a valid manifest") from error
     except OSError as error:

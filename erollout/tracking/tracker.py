@@ -114,6 +114,8 @@ class JournalTracker:
     ) -> str:
         past = self._open_journal(output_dir, run_id)
         starts = [record for record in past if record["kind"] == "start"]
+        if starts:
+            run_id = starts[-1]["run_id"]  # another than the checkpoint's where the store was changed after it
         attempt = len(starts) + 1
         uri = config.tracking.uri or f"sqlite:///{Path(output_dir).absolute()}/mlflow.db"
         checkpoint = f"{config.checkpoint_directory}/step_{step:08d}" if step else None
@@ -195,13 +197,14 @@ class JournalTracker:
         return self._journal.path.parent
 
     def _open_journal(self, output_dir: str | Path, run_id: str | None) -> list[dict[str, Any]]:
-        """Open the journal and return its records. One of another run is moved aside together with its files."""
+        """Open the journal and return its records. One that never was of this run is moved aside together with its files."""
         path = journal_path(output_dir)
         try:
             self._journal = Journal(path)
             past = self._journal.records()
-            owner = next((record["run_id"] for record in reversed(past) if record["kind"] == "start"), None)
-            if past and owner != run_id:
+            names = [record["run_id"] for record in past if record["kind"] == "start"]
+            if past and run_id not in names:
+                owner = names[-1] if names else None
                 self._abandoned = owner if past[-1]["kind"] != "status" else None
                 self._journal.close()
                 aside = _free_name(path.parent.with_name(f"tracking-{owner or 'unknown'}"))

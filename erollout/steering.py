@@ -131,7 +131,7 @@ class Steering:
                 machine = StateMachine(options, *counts, self.lengths, max_tokens, done)
                 patience = self.config.parallel.timeout_seconds
                 exchange = Exchange(context.coordination_group, machine, len(toggle.arms), max_tokens, options, patience)
-            self._control = ReplicaControl(requests, max_num_seqs, toggle, exchange, options.lock_step, self.asked)
+            self._control = ReplicaControl(requests, max_num_seqs, toggle, exchange, options.lock_step, self.asked, self.alive)
         interval = self.config.speculation.decision_interval
         return AgreedControl(self._control, context.control_group, toggle.arms, requests, interval, self.alive)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +160,20 @@ def replica(
     options, speculation_options = CoordinatorConfig(**coordinator), SpeculationConfig(**speculation)
     formats = () if speculation_options.mode == "off" else (DRAFTER,)
     toggle = Toggle(speculation_options, formats, Costs())
+    signs = [time.monotonic()]
+
+    def sign() -> None:
+        signs.append(time.monotonic())
+
     leader, machine, exchange = None, None, None
     if rank % tensor == 0:
         max_tokens = max(lengths)
         machine = RecordingMachine(options, world // tensor, len(lengths), GROUP_SIZE, SLOTS, lengths, max_tokens)
         exchange = Exchange(leaders, machine, len(toggle.arms), max_tokens, options, patience) if world > tensor else None
         toggle.begin_rollout(True)
-        leader = ReplicaControl(requests, SLOTS, toggle, exchange, options.lock_step)
+        leader = ReplicaControl(requests, SLOTS, toggle, exchange, options.lock_step, alive=sign)
     control = Recorder(
-        AgreedControl(leader, group, toggle.arms, requests, speculation_options.decision_interval),
+        AgreedControl(leader, group, toggle.arms, requests, speculation_options.decision_interval, sign),
         [event for event in events if event.rank == rank],
     )
     engine = make_speculative_engine("good", "coupled", 2, group, max_num_seqs=SLOTS)
@@ -182,6 +188,8 @@ def replica(
         "decisions": machine.decisions if machine is not None and exchange is not None else [],
         "messages": messages,
         "error": exchange.stream.error if exchange is not None else None,
+        "signs": len(signs),
+        "longest_silence": max(later - sooner for sooner, later in pairwise(signs)),
     }
     if folder is not None:
         summary = {"samples": sorted(result["samples"]), "error": result["error"], "report": result["report"]}
@@ -273,6 +281,23 @@ def test_the_end_of_a_stall_is_told(rank_pool: RankPool) -> None:
     check(results, lengths, duplicates=True)
     kinds = ["decides for itself" in message for message in results[0]["messages"]]
     assert kinds[:2] == [True, False] and "follows the cluster again" in results[0]["messages"][1]
+
+
+@pytest.mark.distributed
+def test_who_waits_for_a_stopped_replica_gives_no_sign_of_life(rank_pool: RankPool) -> None:
+    """Its watchdog counts, although its engine asks for orders again and again."""
+    options = {**QUICK, "hand_out": "static", "policy": "replica", "stall_seconds": 0.2}
+    results = rank_pool.run(4, replica, [4, 60] * 2, options, OFF_MODE, [Event(2, "stop", 5.0)], 2)
+    assert results[0]["longest_silence"] > 3.0
+
+
+@pytest.mark.distributed
+def test_who_waits_for_replicas_that_go_on_gives_signs_of_life(rank_pool: RankPool) -> None:
+    """Of the replica that has done its part, the leader gives one at each window and the other rank at each word of it."""
+    options = {**QUICK, "hand_out": "static", "policy": "replica"}
+    results = rank_pool.run(4, replica, [4, 60] * 2, options, OFF_MODE, [Event(2, "slow", 0.05)], 2)
+    assert all(result["steps"] < 10 for result in results[:2])
+    assert all(result["signs"] > result["steps"] + 2 for result in results[:2])
 
 
 @pytest.mark.distributed

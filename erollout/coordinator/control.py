@@ -87,6 +87,7 @@ class ReplicaControl:
         exchange: Exchange | None,
         lock_step: bool = False,
         asked: Callable[[], bool] = never_asked,
+        alive: Callable[[], None] = unwatched,
     ) -> None:
         """
         Args:
@@ -96,6 +97,7 @@ class ReplicaControl:
             lock_step: every call of `orders` is one window, waited for: all replicas call equally often.
             asked: whether this process was asked to stop. One that was interrupts the rollout on all replicas, at the next
                 window.
+            alive: told at each window, and so that the others go on: one that waits for a silent peer gives no sign.
         """
         self.requests = requests
         self.max_num_seqs = max_num_seqs
@@ -103,6 +105,7 @@ class ReplicaControl:
         self.exchange = exchange
         self.lock_step = lock_step
         self.asked = asked
+        self.alive = alive
         self.interrupted = False
         """What is left undone here is not to be done."""
         self.stalls = self.claims = self.decisions = 0
@@ -223,7 +226,10 @@ class ReplicaControl:
         """One look at the stream, and what follows from it. A replica with nothing to do spares no time."""
         if pause is None and (self.asked() or not self._outstanding):
             pause = 0.0 if self.asked() else exchange.window_seconds
+        windows = exchange.windows
         news = exchange.poll(self._occupancy, pause)
+        if exchange.windows > windows:
+            self.alive()
         self._release += news.release
         self._arrive(news.arrivals)
         if news.decision is not None:
@@ -356,7 +362,7 @@ class AgreedControl:
             arms: OFF and all that the leader may order, the same on all ranks.
             requests: of the whole cluster, the same on all ranks.
             interval: steps between two borders.
-            alive: told at each step that the rollout goes on.
+            alive: told after each step, and where this rank has none, at each word of its leader.
         """
         self.leader = leader
         self.alive = alive
@@ -368,7 +374,6 @@ class AgreedControl:
         self._last = Orders()
 
     def orders(self, load: Load) -> Orders:
-        self.alive()
         at_border = self._calls % self.interval == 0
         self._calls += 1
         if at_border:
@@ -382,6 +387,7 @@ class AgreedControl:
             self.leader.released(partials)
 
     def observe(self, outcome: StepOutcome) -> None:
+        self.alive()
         if self.leader is not None:
             self.leader.observe(outcome)
 
@@ -405,6 +411,7 @@ class AgreedControl:
 
     def _receive(self) -> Orders:
         arm, release, is_last, interrupts, size = self._broadcast(torch.zeros(5, dtype=torch.int64)).tolist()
+        self.alive()
         prompts: list[int] = []
         partials: list[PartialRollout] = []
         if size:

@@ -95,7 +95,8 @@ class Keeper:
             unshared = self._start(name, [*unshare, NODE, name, str(self.run_directory), address_of(name)])
             wait_until(pid_file.exists, ANSWER_SECONDS, f"{name} does not start")
             subprocess.run(["ip", "link", "delete", f"to-{name}"], capture_output=True)  # a crashed node's goes late
-            _run("ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", str(unshared))
+            peer = "name", "eth0", "address", hardware_address_of(name), "netns", str(unshared)
+            _run("ip", "link", "add", f"to-{name}", "type", "veth", "peer", *peer)
             _run("ip", "link", "set", f"to-{name}", "master", "bridge", "up")
 
     def cut(self, name: str) -> None:
@@ -201,6 +202,11 @@ def _listening(path: Path) -> Iterator[socket.socket]:
 
 def address_of(node: str) -> str:
     return f"{SUBNET}.{10 + int(node[1:])}"
+
+
+def hardware_address_of(node: str) -> str:
+    """The same after a crash, or the others would look for the node at its old one for some seconds."""
+    return f"02:00:00:00:00:{10 + int(node[1:]):02x}"
 
 
 def node_pid(directory: Path, node: str) -> int:

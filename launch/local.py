@@ -68,11 +68,24 @@ def run_ranks(arguments: Sequence[str], config: LaunchConfig, log_dir: Path | No
         with _passing_on() as passed:
             elastic_launch(config, sys.executable)("-m", "erollout.cli", *arguments)
     except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+        # Where one was killed, those that failed at the same time lost it.
+        rank, first = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+        if first.exitcode > 0:  # it has said why
+            return first.exitcode
+        print(_killed(rank, first.pid, -first.exitcode), file=sys.stderr, flush=True)
+        return 128 - first.exitcode
     except SignalException as error:
         return 128 + error.sigval
     return 128 + signal.SIGTERM if signal.SIGTERM in passed else 0
+
+
+def _killed(rank: int, pid: int, number: int) -> str:
+    """One line: survivors say only that a connection is gone."""
+    cause = "; was there too little memory (`dmesg`)?" if number == signal.SIGKILL else ""
+    return (
+        f"erollout: error: rank {rank} (pid {pid}, host {socket.gethostname()}) was ended by "
+        f"{signal.Signals(number).name}{cause}"
+    )
 
 
 def _rank_logs(log_dir: Path) -> RankLogs:

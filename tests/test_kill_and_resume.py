@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,7 +101,8 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(tmp_path: Path,
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode not in (0, None), output
+    assert process.returncode == 128 + signal.SIGKILL, output
+    assert f"error: rank 1 (pid {ranks[-1].pid}, host {socket.gethostname()}) was ended by SIGKILL; was there" in output
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), "a rank outlived the run"
     # what a crash in the middle of saving leaves behind
     (tmp_path / "run" / "checkpoints" / "step_00000099.partial").mkdir(exist_ok=True)

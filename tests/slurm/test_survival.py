@@ -27,8 +27,10 @@ def _assert_went_on(cluster: Cluster, job: int, run: Run, unbroken: Run, lost: i
 def test_a_killed_rank(cluster: Cluster, run: Run, unbroken: Run) -> None:
     job = cluster.launch(run, UNCHECKED)
     cluster.reach(job, run, INTERVAL + 2)
-    cluster.ranks(job)[1].kill()
+    killed = cluster.ranks(job)[1]
+    killed.kill()
     _assert_went_on(cluster, job, run, unbroken)
+    assert "was ended by SIGKILL" in cluster.logs(job)()
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -9,7 +9,7 @@ from slurm_runs import Cluster, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
 
-WAITS = "#!/bin/sh\nsrun sleep 600\n"
+WAITS = "#!/bin/sh\nsrun sh -c 'echo up; exec sleep 600'\n"
 
 
 @pytest.fixture
@@ -18,6 +18,14 @@ def script(tmp_path: Path) -> list[str]:
     path = tmp_path / "script.sh"
     path.write_text(WAITS)
     return [f"--output={tmp_path}/%j.out", "--nodes=2", "--requeue", str(path)]
+
+
+def _submitted(cluster: Cluster, script: list[str]) -> int:
+    """The job, once its tasks run and srun knows of them: one that loses a node before that dies of SIGPIPE."""
+    job = cluster.submit(*script)
+    output = Path(script[0].removeprefix("--output=").replace("%j", str(job)))
+    wait_for(lambda: output.is_file() and output.read_text().count("up") == 2, "no tasks")
+    return job
 
 
 def _members(directory: Path) -> list[str]:
@@ -44,8 +52,8 @@ def test_nodes_differ_as_machines_do(nodes: Cluster) -> None:
 
 
 def test_a_crashed_node_loses_all_its_processes_and_the_job_goes_on_elsewhere(cluster: Cluster, script: list[str]) -> None:
-    job = cluster.submit(*script)
-    wait_for(lambda: len(cluster.processes(job, "sleep")) >= 2, "no tasks")
+    job = _submitted(cluster, script)
+    assert len(cluster.processes(job, "sleep")) >= 2
     lost = cluster.job(job).nodes[1]
     cluster.change("crash", lost)
     assert cluster.processes(job, node=lost) == []
@@ -70,8 +78,7 @@ def test_nothing_is_left(how: str, options: list[str], cluster: Cluster, tmp_pat
     owner = subprocess.Popen(["sleep", "600"])
     try:
         own.up(f"--owner={owner.pid}", *options)
-        job = own.submit(*script)
-        wait_for(lambda: len(own.processes(job, "sleep")) >= 2, "no tasks")
+        _submitted(own, script)
         if how == "owner":
             owner.kill()
             owner.wait()

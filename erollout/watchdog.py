@@ -83,6 +83,8 @@ class Watchdog:
                 thread.join(self._period)  # a disk that hangs doesn't keep the run from ending
 
     def _beat(self) -> None:
+        if self._place.rank == 0:
+            self._forget_others()
         self._write()
         while not self._ended.wait(self._period):
             self._write()
@@ -98,6 +100,13 @@ class Watchdog:
             watched, last = place, now
             if waited >= self._limit:
                 self._end(waited)
+
+    def _forget_others(self) -> None:
+        """Files of a larger world that the run had before: its ranks would look silent."""
+        mine = {_file(self._directory, rank) for rank in range(self._world_size)}
+        with suppress(OSError):
+            for path in set(self._directory.glob("rank_*.json")) - mine:
+                path.unlink()
 
     def _write(self) -> None:
         path = _file(self._directory, self._place.rank)

@@ -57,6 +57,14 @@ def test_a_rank_that_waits_names_the_one_that_is_behind_and_ends(tmp_path: Path)
     assert " in held_up" in Path(message.strip().rpartition(" ")[2]).read_text(), "the stack shows where the main thread is"
 
 
+def test_ranks_of_a_larger_world_before_are_forgotten(tmp_path: Path) -> None:
+    for rank in range(4):
+        with Watchdog(str(tmp_path), rank, 4, 10.0, 0.0).watching():
+            _wait_for((tmp_path / "heartbeats" / f"rank_0000{rank}.json").exists)
+    with Watchdog(str(tmp_path), 0, 2, 10.0, 0.0).watching():
+        _wait_for(lambda: [beat.rank for beat in read_heartbeats(tmp_path / "heartbeats", 4)] == [0, 1])
+
+
 def test_a_stopped_process_is_named_silent(tmp_path: Path) -> None:
     stopped = _rank(tmp_path, 1, "refit,rollout", 50)
     try:

@@ -6,14 +6,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -24,6 +24,8 @@ from erollout.launch.rank_logs import RankLogs
 from erollout.signals import STOPS, stops_wait
 
 _POLL_SECONDS = 0.2
+_AGENT_KILLS_SECONDS = 30
+"""After a failure torch's agent sends the other ranks SIGTERM, and so much later SIGKILL."""
 
 
 def launch_local(arguments: Sequence[str], world_size: int, log_dir: Path | None = None) -> int:
@@ -68,8 +70,7 @@ def run_ranks(arguments: Sequence[str], config: LaunchConfig, log_dir: Path | No
         with _passing_on() as passed:
             elastic_launch(config, sys.executable)("-m", "erollout.cli", *arguments)
     except ChildFailedError as error:
-        # Where one was killed, those that failed at the same time lost it.
-        rank, first = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+        rank, first = first_failure(error.failures)
         if first.exitcode > 0:  # it has said why
             return first.exitcode
         print(_killed(rank, first.pid, -first.exitcode), file=sys.stderr, flush=True)
@@ -77,6 +78,21 @@ def run_ranks(arguments: Sequence[str], config: LaunchConfig, log_dir: Path | No
     except SignalException as error:
         return 128 + error.sigval
     return 128 + signal.SIGTERM if signal.SIGTERM in passed else 0
+
+
+def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that brought the others down, and how it ended.
+
+    Args:
+        failures: by rank, in the order in which torch's agent found them: those that it ended itself come last. Times are whole
+            seconds.
+    """
+    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
+    for other, failure in failures.items():  # those that lose a killed one may be found at the same time
+        is_agents = failure.exitcode == -signal.SIGTERM or failure.timestamp >= first.timestamp + _AGENT_KILLS_SECONDS
+        if failure.exitcode < 0 and not is_agents:
+            return other, failure
+    return rank, first
 
 
 def _killed(rank: int, pid: int, number: int) -> str:

@@ -15,8 +15,10 @@ import torch
 from ranks import RankPool
 from safetensors.torch import load_file
 from tiny_runs import history, tiny_tree, train_here, write_config
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.launch.local import first_failure
 
 STEPS = 6
 COMPARED = ("train/loss", "train/grad_norm", "train/learning_rate", "reward/mean", "response_length/mean")
@@ -109,6 +111,23 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(tmp_path: Path,
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert again.returncode == 0, again.stdout + again.stderr
     _assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("found", "cause"),
+    [
+        ({0: (1, 100), 1: (-9, 100)}, 1),  # both were found at once
+        ({1: (-6, 99), 0: (1, 100)}, 1),
+        ({2: (1, 100), 0: (-15, 100), 1: (-9, 130)}, 2),  # the agent ended the others
+        ({0: (70, 100), 1: (-9, 131)}, 0),
+    ],
+)
+def test_the_rank_that_brought_the_others_down(found: dict[int, tuple[int, int]], cause: int) -> None:
+    failures = {}
+    for rank, (status, seconds) in found.items():
+        failures[rank] = ProcessFailure(rank, pid=1000 + rank, exitcode=status, error_file="")
+        failures[rank].timestamp = seconds
+    assert first_failure(failures) == (cause, failures[cause])
 
 
 def _wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 200) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ COUPLED = {"mode": "always", "verification": "coupled", "drafter": {"format": "w
 
 
 def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int, dies: bool = False) -> None:
-    """A run in which every rank gets SIGUSR1 as soon as so many of its responses of a rollout are complete.
+    """A run in which every rank gets SIGUSR1 as soon as it has completed so many responses of a rollout.
 
+    It is slow from then on, so that few more are completed before all ranks have agreed on it.
     `dies`: while the checkpoint takes the place of one of the same step.
     """
     from erollout.rollout import RolloutWorker
 
-    rollout, text = RolloutWorker.rollout, RolloutWorker.text
+    rollout, text, generate = RolloutWorker.rollout, RolloutWorker.text, RolloutWorker._generate
     here: list[tuple[int, int]] = [(-1, -1)]
-    complete = 0
+    samples_now, complete = False, 0
 
     def noted_rollout(
         self: Any, prompts: Any, sampling: Any, size: int, stream: int, step: int, *args: Any, **kwargs: Any
@@ -39,11 +41,21 @@ def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int, di
         here[0] = stream, step
         return rollout(self, prompts, sampling, size, stream, step, *args, **kwargs)
 
+    def noted_generate(self: Any, *args: Any) -> Any:
+        nonlocal samples_now
+        samples_now = here[0] == (stream, step)  # before, what an earlier attempt has completed is scored
+        try:
+            return generate(self, *args)
+        finally:
+            samples_now = False
+
     def counted_text(self: Any, response: Any) -> str:
         nonlocal complete
-        complete += here[0] == (stream, step)
-        if complete == responses:
+        complete += samples_now
+        if samples_now and complete == responses:
             os.kill(os.getpid(), signal.SIGUSR1)
+        if samples_now and complete >= responses:
+            time.sleep(0.2)
         return text(self, response)
 
     def last_rename(written: Path, target: Path) -> Path:
@@ -56,6 +68,7 @@ def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int, di
         patch.setattr(Path, "rename", last_rename)
         patch.setattr(RolloutWorker, "rollout", noted_rollout)
         patch.setattr(RolloutWorker, "text", counted_text)
+        patch.setattr(RolloutWorker, "_generate", noted_generate)
         train_here(tree)
 
 
@@ -129,7 +142,7 @@ def test_a_run_interrupted_in_two_rollouts_ends_as_an_unbroken_one(
     name, first = _kept(tmp_path)
     assert (tmp_path / "run" / "verdict").read_text() == "requeue\n"
     assert name == "step_00000000" and first is not None and first.finished and first.begun
-    rank_pool.run(2, asked_train, tree, 0, 0, 5)
+    rank_pool.run(2, asked_train, tree, 0, 0, 2)
     name, second = _kept(tmp_path)
     assert name == "step_00000000" and second is not None and len(first.finished) < len(second.finished) < 16
     assert second.num_tokens > first.num_tokens
@@ -179,7 +192,7 @@ def test_a_crash_while_a_checkpoint_is_replaced_loses_none(rank_pool: RankPool, 
     name, kept = _kept(tmp_path)
     assert name == "step_00000001" and kept is not None
     with pytest.raises(RankFailure, match="rank 0 died"):
-        rank_pool.run(2, asked_train, tree, 0, 1, 5, True)
+        rank_pool.run(2, asked_train, tree, 0, 1, 2, True)
     assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
     rank_pool.run(2, train_here, tree)
     _assert_same_run(tmp_path, unbroken)

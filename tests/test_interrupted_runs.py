@@ -44,18 +44,16 @@ def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int, di
     def noted_generate(self: Any, *args: Any) -> Any:
         nonlocal samples_now
         samples_now = here[0] == (stream, step)  # before, what an earlier attempt has completed is scored
-        try:
-            return generate(self, *args)
-        finally:
-            samples_now = False
+        return generate(self, *args)
 
     def counted_text(self: Any, response: Any) -> str:
         nonlocal complete
-        complete += samples_now
-        if samples_now and complete == responses:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        if samples_now and complete >= responses:
-            time.sleep(0.2)
+        if samples_now:
+            complete += 1
+            if complete == responses:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if complete >= responses:
+                time.sleep(0.2)
         return text(self, response)
 
     def last_rename(written: Path, target: Path) -> Path:

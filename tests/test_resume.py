@@ -309,7 +309,7 @@ def test_killed_while_saving_and_gone_on_as_the_same_tracked_run(tmp_path: Path,
     assert [metric.step for metric in tracked] == [1, 2, 3, 4, 5, 6]
     assert [m.step for m in client.get_metric_history(runs[0].info.run_id, "evaluation/pass_at_1")] == [0, 3, 6]
     records = [json.loads(line) for line in journal_path(tmp_path / "run").read_text().splitlines()]
-    assert [record["step"] for record in records if record["kind"] == "start"] in ([0, 2], [0, 4])  # it may get whole before
+    assert [record["step"] for record in records if record["kind"] == "start"] == [0, 2]
     plain = tmp_path / "plain"
     plain.mkdir()
     rank_pool.run(1, train_here, tiny_tree(plain, **(sections | {"train": {"steps": 6, "output_dir": str(plain / "run")}})))

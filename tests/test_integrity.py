@@ -89,6 +89,28 @@ def test_replicas_are_compared(interval: int, saves: int, rank_pool, tmp_path: P
     assert not list((tmp_path / "run").glob("checkpoints/step_*/manifest.json"))
 
 
+@pytest.mark.parametrize("is_distributed", [False, True])
+def test_a_checkpoint_from_before_the_first_update_that_counts(is_distributed: bool, rank_pool, tmp_path: Path) -> None:
+    """The optimizer has no state yet, though steps were done."""
+    tree = tiny_tree(
+        tmp_path,
+        algorithm={"entropy_coefficient": 1e37},
+        train={"steps": 1},
+        checkpoint={"interval": 1},
+        optimizer={"use_distributed_optimizer": is_distributed},
+    )
+    rank_pool.run(1, train_here, tree)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000001"]
+    tree["train"]["steps"], tree["algorithm"] = 3, {}
+    rank_pool.run(1, train_here, tree)
+    rows = history(tmp_path)
+    assert [row["train/update_skipped"] for row in rows] == [1, 0, 0]
+    assert rows[1]["train/learning_rate"] == rows[0]["train/learning_rate"], "a skipped update is none of the schedule's"
+    tree["train"]["steps"] = 4
+    rank_pool.run(1, train_here, tree)
+    assert history(tmp_path)[-1]["step"] == 4
+
+
 def test_updates_that_are_never_finite_end_the_run(rank_pool, tmp_path: Path) -> None:
     """The loss is finite, the gradient's norm is not."""
     tree = tiny_tree(

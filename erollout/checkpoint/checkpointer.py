@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ class Checkpointer:
         partial = self.directory / f"{target.name}.partial"
         self._on_rank_zero(lambda: self._prepare(partial))
         with self._saving(target):
-            sharded = self._sharded_state(state.step, is_loading=False)
+            sharded = self._sharded_state(self.actor.num_updates, is_loading=False)
             plan = dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False, async_sharded_save=True)
             writing = Writing(plan, copies=self.asynchronous)
         self._pending = _Pending(writing, target, self._document(state), state.kept, time.monotonic())
@@ -169,21 +170,23 @@ class Checkpointer:
         document = self._read_state(path)
         self._check_kind(path, document["kind"])
         self._check_model(path, document)
-        step = document["step"]
-        expected = self._sharded_state(step, is_loading=True)
+        updates = document["scheduler"]["num_steps"] - 1  # as Actor.num_updates
+        expected = self._sharded_state(updates, is_loading=True)
         try:
             loaded = dist_checkpointing.load(expected, str(path))
         except _FAILURES as error:
-            raise UserError(f"can't load checkpoint {path}: {_reason(error)}") from error
+            raise UserError(
+                f"can't load checkpoint {path}: {_reason(error)}; move that directory away to use the one before"
+            ) from error
         self.actor.module.load_state_dict(loaded["model"])
-        if step:
+        if updates:
             self.actor.optimizer.load_state_dict(loaded["optimizer"])
         else:
             self.actor.optimizer.reload_model_params()
         self.actor.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
         self.actor.scheduler.load_state_dict(document["scheduler"])
         history = tuple(document["history"])
-        return RunState(step, document["run_id"], history, document["rollout"], self._read_kept(path))
+        return RunState(document["step"], document["run_id"], history, document["rollout"], self._read_kept(path))
 
     def _complete(self) -> list[Path]:
         self._on_rank_zero(lambda: finish_publishing(self.directory))
@@ -204,10 +207,11 @@ class Checkpointer:
                 f"can't save checkpoint {target}{_space(self.directory)}: {_reason(error)}; earlier checkpoints are intact"
             ) from error
 
-    def _sharded_state(self, step: int, is_loading: bool) -> dict[str, Any]:
+    def _sharded_state(self, updates: int, is_loading: bool) -> dict[str, Any]:
+        """`updates`: made so far. Steps may be more: those that were skipped count."""
         model: dict[str, Any] = self.actor.module.sharded_state_dict()  # type: ignore[operator]
-        if not step:
-            return {"model": model}  # an optimizer has no state before its first step
+        if not updates:
+            return {"model": model}  # an optimizer has no state before the first
         optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
         return {"model": model, "optimizer": optimizer}
 
@@ -267,7 +271,10 @@ class Checkpointer:
         existing = complete_checkpoints(self.directory)
         if not existing:
             return
-        needed = total_bytes(existing[-1])
+        try:
+            needed = total_bytes(existing[-1])
+        except UserError:  # damaged since: how much is needed is not known
+            return
         free = shutil.disk_usage(partial).free
         if free < needed:
             raise UserError(
@@ -311,10 +318,8 @@ class Checkpointer:
 def _set_aside(damaged: list[tuple[Path, str]]) -> None:
     """Under a name that counts as no checkpoint, for whoever looks for the cause."""
     for path, _ in damaged:
-        place = path.with_name(f"damaged_{path.name}")
-        if place.exists():
-            shutil.rmtree(place)
-        path.rename(place)
+        places = (path.with_name(f"damaged_{path.name}{f'.{number}' * bool(number)}") for number in count())
+        path.rename(next(place for place in places if not place.exists()))
 
 
 def _space(directory: Path) -> str:

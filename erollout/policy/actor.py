@@ -69,6 +69,11 @@ class Actor:
         self.transformer.finalize_model_grads_func = finalize_model_grads
         self.transformer.grad_scale_func = self.optimizer.scale_loss
 
+    @property
+    def num_updates(self) -> int:
+        """That were made, without those that were skipped."""
+        return int(self.scheduler.num_steps) - 1  # the schedule is one ahead, see build_optimizer
+
     def local_tensors(self) -> dict[str, Tensor]:
         """The parameters by their names in the placement: what resharding and export read."""
         return local_tensors(self.module)
@@ -119,7 +124,8 @@ class Actor:
             logger.warning("update skipped: %s", metrics)
             return metrics | {"grad_norm": math.nan, "update_skipped": 1.0}
         succeeded, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(1)
+        if succeeded:
+            self.scheduler.step(1)
         return metrics | {"grad_norm": float(grad_norm or 0.0), "update_skipped": float(not succeeded)}
 
     def require_equal_replicas(self, step: int) -> None:

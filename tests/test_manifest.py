@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from erollout.checkpoint import manifest as manifest_module
 from erollout.checkpoint.manifest import MANIFEST, STATE, complete_checkpoints, damage, total_bytes, write_manifest
 
 FILES = {STATE: b"{}", "metadata.json": b"abc", "shards/__0_0.distcp": bytes(1000), "shards/__1_0.distcp": bytes(500)}
@@ -64,7 +65,8 @@ def test_a_file_of_another_size_is_named(tmp_path: Path, name: str, change: int)
     assert f"{name} has {size + change} bytes instead of {size}" in _damage(checkpoint)
 
 
-def test_a_file_that_can_not_be_read_is_damage(tmp_path: Path) -> None:
+def test_a_file_that_can_not_be_read_is_damage_if_it_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "_READ_AGAIN_AFTER", (0.01, 0.01))
     checkpoint = _saved(tmp_path)
     (checkpoint / "metadata.json").unlink()
     (checkpoint / "metadata.json").symlink_to("/proc/self/mem")  # reading at address 0 is an input/output error
@@ -72,6 +74,26 @@ def test_a_file_that_can_not_be_read_is_damage(tmp_path: Path) -> None:
     manifest["metadata.json"]["bytes"] = 0
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     assert damage(checkpoint) == "metadata.json can't be read: Input/output error"
+
+
+def test_a_file_that_can_be_read_a_moment_later_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _write_files(tmp_path) / "metadata.json"
+    file.write_bytes(b"")
+    write_manifest(tmp_path)
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+
+    def mend(seconds: float) -> None:
+        file.unlink()
+        file.write_bytes(b"")
+
+    monkeypatch.setattr(manifest_module.time, "sleep", mend)
+    assert damage(tmp_path) is None
+
+
+def test_a_file_that_a_rank_has_written_and_the_first_one_does_not_see(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="written by a rank"):
+        write_manifest(_write_files(tmp_path), {STATE: "0", "__7_0.distcp": "0"})
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,11 +1,14 @@
 """Which checkpoints are whole: a manifest lists every file, its size and checksum, and is written last. Pure file handling."""
 
+import errno
 import json
 import logging
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,8 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 REPLACED = ".replaced"
 _CHUNK_BYTES = 2**22
+_READ_AGAIN_AFTER = (1.0, 4.0)
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ def write_manifest(directory: Path, checksums: Mapping[str, str] | None = None) 
     """List all files of a finished checkpoint, flushed to disk. `checksums`: of those that are on disk, by the file's name."""
     known = checksums or {}
     files = {str(f.relative_to(directory)): f for f in sorted(directory.rglob("*")) if f.is_file() and f.name != MANIFEST}
+    if missing := known.keys() - files.keys():
+        raise FileNotFoundError(errno.ENOENT, "written by a rank, and not to be seen by the first one", min(missing))
     entries = {
         name: {"bytes": file.stat().st_size, "crc32": known[name] if name in known else checksum(file)}
         for name, file in files.items()
@@ -106,18 +113,31 @@ def total_bytes(checkpoint: Path) -> int:
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint's files; None when they are as the manifest says.
 
-    Sizes are compared of all files, checksums of every `parts`-th from `part` on: ranks share the reading.
+    Sizes are compared of all files, checksums of every `parts`-th from `part` on: ranks share the reading. A file that can't be
+    read is tried again some seconds later: network filesystems have their moments.
     """
+    for pause in _READ_AGAIN_AFTER:
+        with suppress(OSError):
+            return _find_damage(checkpoint, part, parts)
+        time.sleep(pause)
     try:
-        entries = _entries(checkpoint)
-    except UserError as error:
-        return str(error)
-    for number, (name, entry) in enumerate(sorted(entries.items())):
-        try:
+        return _find_damage(checkpoint, part, parts)
+    except OSError as error:
+        return f"{error.filename} can't be read: {error.strerror}"
+
+
+def _find_damage(checkpoint: Path, part: int, parts: int) -> str | None:
+    """Raises OSError, with the file's name, for what can't be read."""
+    name = MANIFEST
+    try:
+        for number, (name, entry) in enumerate(sorted(_entries(checkpoint).items())):
             if reason := _damage(checkpoint / name, entry, reads=number % parts == part):
                 return f"{name} {reason}"
-        except OSError as error:
-            return f"{name} can't be read: {error.strerror}"
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        error.filename = name
+        raise
     return None
 
 
@@ -137,8 +157,6 @@ def _entries(checkpoint: Path) -> dict[str, _Entry]:
         entries = {name: _Entry(int(entry["bytes"]), str(entry["crc32"])) for name, entry in listed.items()}
     except (ValueError, AttributeError, KeyError, TypeError) as error:  # not JSON, or not even text, or of something else
         raise UserError(f"{MANIFEST} is not a valid manifest") from error
-    except OSError as error:
-        raise UserError(f"{MANIFEST} can't be read: {error.strerror}") from error
     if STATE not in entries:
         raise UserError(f"{MANIFEST} does not list {STATE}")
     return entries

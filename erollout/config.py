@@ -338,7 +338,7 @@ class FaultToleranceConfig:
     """Between two writings of where each rank is (<train.output_dir>/heartbeats)."""
     hang_seconds: NonNegative = 3600.0
     """A rank that stays in one phase for so long is taken to hang: who waits for whom is said, and the run ends. In rollouts
-    and evaluations it is the time of one step of the engine. 0: never."""
+    and evaluations it is the time of one step of the engine, and of scoring after the last one. 0: never."""
     max_nonfinite_steps: Positive = 5
     """Updates in a row whose loss or gradient is not finite: that many end the run, with the last batch saved."""
     checksum_interval: Count = 100

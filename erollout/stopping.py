@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -76,14 +76,20 @@ class Stop:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self._terminated_at = self._terminated_at or now
-        if not self._asked and current_rank() == 0:  # a signal may come in the middle of a print
-            os.write(2, f"erollout: {asked.name}: stops a rollout at once, anything else at the end of this step\n".encode())
-        self._asked = max(self._asked, _URGENCY[asked])
+        is_first, self._asked = not self._asked, max(self._asked, _URGENCY[asked])
+        if is_first and current_rank() == 0:  # a signal may come in the middle of a print, and after the end of who reads it
+            with suppress(OSError):
+                os.write(
+                    2, f"erollout: {asked.name}: stops a rollout at once, anything else at the end of this step\n".encode()
+                )
 
 
 @contextmanager
 def stoppable(output_dir: str, saves: bool) -> Iterator[Stop]:
     """The signals are heard in the block; at its end the verdict is written. A failed block leaves none.
+
+    A rank that is through ignores them from then on: others may still be at it, and one that a late signal ended would be taken
+    for a crash.
 
     Raises SystemExit(143) after a SIGTERM where no launcher started this process: a launcher would take it for a crash.
     Raises UserError when the verdict can't be written.
@@ -93,15 +99,17 @@ def stoppable(output_dir: str, saves: bool) -> Iterator[Stop]:
     if leads:
         path.unlink(missing_ok=True)
     stop = Stop(saves)
-    before = {number: signal.signal(number, stop.note) for number in _URGENCY}
+    after = {number: signal.signal(number, stop.note) or signal.SIG_DFL for number in _URGENCY}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _URGENCY)  # our launcher starts the ranks with SIGUSR1 blocked
     try:
         yield stop
         if leads:
             _write(path, stop.verdict)
+        if launcher_environment() is not None:
+            after = dict.fromkeys(_URGENCY, signal.SIG_IGN)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        for number, handler in after.items():
+            signal.signal(number, handler)
     if stop.agreed is signal.SIGTERM and launcher_environment() is None:
         raise SystemExit(128 + signal.SIGTERM)
 

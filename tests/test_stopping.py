@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -121,6 +122,33 @@ def test_a_run_that_fails_leaves_no_verdict_not_even_an_old_one(tmp_path: Path) 
     with pytest.raises(ZeroDivisionError), stoppable(str(tmp_path), saves=True):
         raise ZeroDivisionError
     assert not (tmp_path / "verdict").exists()
+
+
+def test_a_request_counts_though_nobody_reads_what_is_said_of_it(tmp_path: Path) -> None:
+    """A whole pipeline has the signal, and who reads this process's output ends first."""
+    process = os.fork()
+    if not process:
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as in any Python, whatever the test runner does
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        stop = Stop(saves=True)
+        stop.note(signal.SIGUSR1, None)
+        os._exit(0 if stop.is_asked() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def test_a_rank_that_is_through_is_not_ended_by_a_late_signal(tmp_path: Path) -> None:
+    """Others may still write the verdict, and the launcher would take it for a crash."""
+    text = (
+        "import os, signal; from erollout.stopping import stoppable\n"
+        f"with stoppable({str(tmp_path)!r}, saves=True): pass\n"
+        "for number in (signal.SIGUSR1, signal.SIGTERM): os.kill(os.getpid(), number)\n"
+    )
+    rank = ENVIRONMENT | {"RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run([sys.executable, "-c", text], env=rank, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "verdict").read_text() == "done\n"
 
 
 def test_a_later_second_sigterm_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from erollout.config import Config, build_config, load_config
 from erollout.errors import UserError
-from erollout.tracking.console import StepReporter, format_duration, print_summary
+from erollout.tracking.console import StepReporter, format_duration, print_summary, print_table
 from erollout.tracking.delivery import METRICS_PER_BATCH, group_entries
 from erollout.tracking.journal import Entry, Journal, journal_path, read_history
 from erollout.tracking.log import configure_logging
@@ -620,3 +621,22 @@ def test_redaction_keeps_everything_but_the_credentials() -> None:
     assert redact("https://me:secret@host:5000/path?q=1") == "https://host:5000/path?q=1"
     assert redact("no answer from http://me:secret@host/api (twice)") == "no answer from http://host/api (twice)"
     assert redact("sqlite:////tmp/a@b/mlflow.db") == "sqlite:////tmp/a@b/mlflow.db"
+
+
+@pytest.mark.parametrize("form", [{}, {"force_terminal": True, "width": 80}], ids=["log", "terminal"])
+@pytest.mark.parametrize("is_gone", [False, True], ids=["full disk", "closed pipe"])
+def test_a_console_that_takes_nothing_ends_no_run(
+    form: dict[str, Any], is_gone: bool, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    out = os.fdopen(writer if is_gone else os.open("/dev/full", os.O_WRONLY), "w")
+    console = Console(file=out, **form)
+    with StepReporter(2, console=console) as reporter:
+        for step in (1, 2):
+            reporter.update(step, {"reward/mean": 0.5})
+    print_summary([("held-out accuracy", 0.5)], "Demo", console)
+    print_table(["a"], [[1]], "Demo", console)
+    assert len([record for record in caplog.records if "stdout takes nothing" in record.message]) == 1
+    with suppress(OSError):
+        out.close()

@@ -1,7 +1,9 @@
 """What a person sees of a run: a live line on a terminal, one `key=value` line a step in a log file, a table at the end."""
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from erollout.tracking import metrics as names
+
+logger = logging.getLogger(__name__)
 
 FIGURES = (
     ("reward", names.REWARD, "{:.3f}"),
@@ -40,23 +44,28 @@ class StepReporter:
 
     def __enter__(self) -> "StepReporter":
         if self._progress:
-            self._progress.start()
+            with _whoever_reads(self._console):
+                self._progress.start()
+            if self._console.quiet:
+                self._progress = None
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._progress:
-            self._progress.stop()
+            with _whoever_reads(self._console):
+                self._progress.stop()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show a finished step. `step` counts from 1."""
         self._observe(values)
         figures = [*format_figures(values), ("eta", self._remaining(step))]
         text = " ".join(f"{label}={figure}" for label, figure in figures)
-        if self._progress and self._task is not None:
-            self._progress.update(self._task, completed=step, figures=text.replace("=", " "))
-        else:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._console.print(f"{stamp} step={step}/{self._total} {text}", markup=False, soft_wrap=True)
+        with _whoever_reads(self._console):
+            if self._progress and self._task is not None:
+                self._progress.update(self._task, completed=step, figures=text.replace("=", " "))
+            else:
+                stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+                self._console.print(f"{stamp} step={step}/{self._total} {text}", markup=False, soft_wrap=True)
 
     def _observe(self, values: Mapping[str, float]) -> None:
         now = time.monotonic()
@@ -100,7 +109,7 @@ def print_summary(rows: Sequence[tuple[str, Any]], title: str = "", console: Con
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    (console or Console(highlight=False)).print(table)
+    _print(table, console)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", console: Console | None = None) -> None:
@@ -110,7 +119,23 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
         table.add_column(column, justify="right" if index else "left")
     for row in rows:
         table.add_row(*map(str, row))
-    (console or Console(highlight=False)).print(table)
+    _print(table, console)
+
+
+def _print(table: Table, console: Console | None) -> None:
+    console = console or Console(highlight=False)
+    with _whoever_reads(console):
+        console.print(table)
+
+
+@contextmanager
+def _whoever_reads(console: Console) -> Iterator[None]:
+    """A full disk below stdout, or a reader that is gone (for which rich raises SystemExit), is no reason to end a run."""
+    try:
+        yield
+    except (OSError, SystemExit) as error:
+        logger.warning("stdout takes nothing any more (%s): what comes is not shown", error)
+        console.quiet = True
 
 
 def _progress_line(console: Console) -> Progress:

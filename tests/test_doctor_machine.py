@@ -50,9 +50,17 @@ def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_driver_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fake_command(tmp_path, monkeypatch, "echo No devices were found; exit 6")
-    outcome = invoke("doctor", "--node")
+    outcome = invoke("doctor", "--node", "--gpus", "1")
     assert outcome.status == 1
     assert "bad: GPUs: nvidia-smi fails: No devices were found" in outcome.stdout.splitlines()[-1]
+    without = invoke("doctor", "--node")
+    assert without.status == 0 and "warning: GPUs: nvidia-smi fails" in without.stdout
+
+
+def test_fewer_cores_than_ranks() -> None:
+    assert list(cpu.check_cores(8, 8)) == list(cpu.check_cores(2, 0)) == []
+    (few,) = cpu.check_cores(1, 8)
+    assert (few.level, few.text) == ("error", "1 to be used, by 8 ranks") and "cpus_per_task" in few.fix
 
 
 def test_memory_bandwidth() -> None:

@@ -1,6 +1,7 @@
 """`erollout doctor`: what this machine and environment are like, what is wrong with them, and how to mend it."""
 
 import argparse
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -67,8 +68,9 @@ def _node(config: Config | None, gpus: int) -> Iterator[Finding]:
 
     requirements, _ = versions.declared()
     yield versions.check_fingerprint(requirements, None if config is None else repr(config))
-    found, trouble = _gpus()
+    found, trouble = _gpus(are_wanted=gpus > 0)
     yield from [trouble] if trouble else check_gpus(found, gpus)
+    yield from cpu.check_cores(len(os.sched_getaffinity(0)), gpus)
     yield cpu.check_bandwidth(cpu.memory_bandwidth(), strict=True)
     yield from storage.check_directory(_output(config))
     yield from storage.check_shared_memory()
@@ -82,7 +84,7 @@ def _machine(config: Config | None, gpus: int) -> Iterator[Finding]:
     requirements, python = versions.declared()
     packages = [versions.check_python(python), *versions.check_packages(requirements)]
     yield from packages
-    found, trouble = _gpus()
+    found, trouble = _gpus(are_wanted=True)
     yield from _hardware(found, trouble, gpus)
     yield from _surroundings(config)
     if not could_start(packages):
@@ -95,14 +97,14 @@ def _machine(config: Config | None, gpus: int) -> Iterator[Finding]:
     yield from _run_of(config)
 
 
-def _gpus() -> "tuple[list[Gpu], Finding | None]":
+def _gpus(are_wanted: bool) -> "tuple[list[Gpu], Finding | None]":
     """Those that are there, and what is wrong with the driver."""
     from erollout.doctor.gpus import driver_trouble, find_gpus
 
     try:
         return find_gpus(), None
     except (OSError, subprocess.SubprocessError) as error:
-        return [], driver_trouble(error)
+        return [], driver_trouble(error, are_wanted)
 
 
 def _hardware(found: "list[Gpu]", trouble: Finding | None, wanted: int) -> Iterator[Finding]:

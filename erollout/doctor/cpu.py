@@ -39,6 +39,13 @@ def check_cpu() -> Iterator[Finding]:
         yield Finding("load", text, "warning", "the run will be slow until they end")
 
 
+def check_cores(cores: int, ranks: int) -> Iterator[Finding]:
+    """Cores that this process may use, for so many ranks of GPUs."""
+    if cores < ranks:
+        fix = "ask the scheduler for more (cpus_per_task of the site file): one core for each rank at least"
+        yield Finding("cores", f"{cores} to be used, by {ranks} ranks", "error", fix)
+
+
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[set[str], str]:
     """Instruction sets and model name; empty and the architecture where the system does not say."""
     try:

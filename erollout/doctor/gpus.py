@@ -71,9 +71,11 @@ def visible(gpus: Iterable[Gpu], allowed: str | None) -> list[Gpu]:
     return [gpu for gpu in gpus if gpu.index in names or any(name and gpu.uuid.startswith(name) for name in names)]
 
 
-def driver_trouble(error: Exception) -> Finding:
+def driver_trouble(error: Exception, is_error: bool) -> Finding:
+    """No error where no GPUs are wanted: a node without them may have the driver's programs."""
     text = f"nvidia-smi fails: {getattr(error, 'stdout', None) or error}"
-    return Finding("GPUs", text, "error", "look at the driver (dmesg, nvidia-smi), or leave this node out")
+    fix = "look at the driver (dmesg, nvidia-smi), or leave this node out"
+    return Finding("GPUs", text, "error" if is_error else "warning", fix)
 
 
 def check_gpus(gpus: Sequence[Gpu], wanted: int = 0) -> Iterator[Finding]:

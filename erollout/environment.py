@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+_OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_")
+
 
 @dataclass(frozen=True, slots=True)
 class LauncherEnvironment:
@@ -42,6 +44,12 @@ def set_variable(name: str, value: str) -> None:
 def variable(name: str) -> str | None:
     """A variable as the user has set it; None where it is not, or is empty."""
     return os.environ.get(name) or None
+
+
+def outside_of_jobs() -> dict[str, str]:
+    """The environment without what Slurm has put into it, for a job that is submitted from within another one."""
+    kept = {"SLURM_CONF", "SLURM_CLUSTERS"}
+    return {name: value for name, value in os.environ.items() if name in kept or not name.startswith(_OF_JOBS)}
 
 
 def job_name() -> str | None:

@@ -5,7 +5,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from erollout.errors import UserError
 from erollout.launch import ray, scheduler, slurm, torchrun
@@ -87,10 +90,12 @@ def _stop(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _stop_here(run: RunDirectory) -> None:
-    """A run that Slurm knows nothing of. One rank is enough: all agree to stop."""
+    """A run that Slurm knows nothing of. One machine's ranks are enough: all agree to stop."""
     ranks = ranks_here(run)
     if ranks:
-        ranks[0].send_signal(signal.SIGTERM)
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGTERM)
         print(f"erollout: {len(ranks)} ranks on this machine save and end")
         return
     lately = [beat for beat in run.heartbeats() if time.time() - beat.beat < _LATELY_SECONDS]

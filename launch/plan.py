@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +59,7 @@ class Plan:
             self.site.gpus.option(self.gpus),
             f"--cpus-per-task={cpus}" if cpus else None,
             f"--time={self.time}" if self.time else None,
-            f"--signal=B:USR1@{self.grace}" if self.grace is not None else None,
+            f"--signal=B:USR1@{self.grace or 0}",  # 0: never, where the script's own default would end a run unsaved
             "--requeue" if self.requeues else "--no-requeue",
             "--open-mode=append",
             "--export=ALL",
@@ -69,7 +71,7 @@ class Plan:
         return ["sbatch", "--parsable", *(option for option in options if option), *script]
 
     def variables(self) -> dict[str, str]:
-        """For the batch script."""
+        """For the batch script; what is unset is empty, so that no variable of the shell that submits takes its place."""
         container = self.site.container
         python = variable("EROLLOUT_PYTHON") or (sys.executable if container is None else "python3")
         found = {
@@ -87,10 +89,11 @@ class Plan:
             "EROLLOUT_CONTAINER": container.image if container else None,
             "EROLLOUT_CONTAINER_KIND": container.kind if container else None,
             "EROLLOUT_CONTAINER_MOUNTS": ",".join(container.mounts) if container and container.mounts else None,
-            "PYTHONPATH": _absolute_path_list(variable("PYTHONPATH")),
-            "PYTHONSAFEPATH": "1",  # else the directory of the job goes before PYTHONPATH, and may be a checkout
         }
-        return {name: value for name, value in found.items() if value is not None} | self.site.env
+        path = _absolute_path_list(variable("PYTHONPATH"))
+        python_finds = {"PYTHONSAFEPATH": "1"}  # else the directory of the job goes before PYTHONPATH, and may be a checkout
+        python_finds |= {"PYTHONPATH": path} if path else {}
+        return {name: value or "" for name, value in found.items()} | python_finds | self.site.env
 
     def files(self) -> dict[Path, str]:
         """What is written beside the code."""
@@ -123,13 +126,29 @@ def seconds_of(text: str) -> int:
     return ((int(match["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def write(plan: Plan) -> None:
-    """Raises UserError where the run directory takes nothing."""
+@contextmanager
+def written(plan: Plan) -> Iterator[None]:
+    """In the block the run directory has what the job is to read. If it fails before a job is recorded, it is as it was before:
+    `requeue` submits what was submitted. Raises UserError where the directory takes nothing."""
+    submitted = len(plan.run.submissions())
+    before = {path: path.read_text() for path in plan.files() if path.is_file()}
+    _write(plan)
+    try:
+        yield
+    except BaseException:
+        if len(plan.run.submissions()) == submitted:
+            for path, text in before.items():
+                path.write_text(text)
+        raise
+
+
+def _write(plan: Plan) -> None:
     try:
         plan.run.path.mkdir(parents=True, exist_ok=True)
         plan.snapshot.write(plan.run.code)
         for path, text in plan.files().items():
             partial = path.with_name(f"{path.name}.partial")
+            partial.touch(0o600 if path == plan.run.environment else 0o666)
             partial.write_text(text)
             partial.replace(path)
     except OSError as error:

@@ -143,7 +143,7 @@ class RunDirectory:
 
 def find_run(directory: str) -> RunDirectory:
     """Of a command line. Raises UserError for one where no run is."""
-    path = Path(directory).expanduser().absolute()
+    path = Path(directory).expanduser().resolve()
     if not any((path / name).exists() for name in ("jobs.jsonl", "heartbeats", VERDICT, "checkpoints", "logs")):
         raise UserError(f"{path} holds no run; give the train.output_dir of one")
     return RunDirectory(path)
@@ -155,6 +155,7 @@ def with_absolute_paths(config: Config) -> Config:
     for key in PATHS:
         section, name = key.split(".")
         tree[section][name] = _absolute(tree[section][name])
+    tree["train"]["output_dir"] = str(Path(tree["train"]["output_dir"]).resolve())  # as the batch script and containers see it
     store = _RELATIVE_STORE.fullmatch(config.tracking.uri or "")
     if store:
         tree["tracking"]["uri"] = f"{store['scheme'] or ''}{_absolute(store['path'])}"

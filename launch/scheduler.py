@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from erollout.environment import outside_of_jobs
 from erollout.errors import UserError
 
 _ANSWER_SECONDS = 60
@@ -20,7 +21,9 @@ _BUSY = re.compile(
 """What sbatch says when another time may be better."""
 _PREFIXES = re.compile(r"^(\w+: )?(error: |fatal: )?")
 _FIELDS = ("JobID", "State", "RestartCnt", "Reason", "NodeList", "TimeUsed", "TimeLimit", "StartTime", "WorkDir")
-_WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+_SUBMITTED = re.compile(r"^(\d+)(?:;.*)?$", re.MULTILINE)
+"""The answer of `sbatch --parsable`, among what a site's own sbatch may add."""
+_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED"),
     *("OUT_OF_MEMORY", "DEADLINE", "REVOKED"),
@@ -92,8 +95,8 @@ def submit(command: Sequence[str], directory: Path, known: Collection[int]) -> i
         except UserError as error:
             reason = str(error)
         else:
-            if done.returncode == 0:
-                return int(done.stdout.split(";")[0])
+            if done.returncode == 0 and (answers := _SUBMITTED.findall(done.stdout)):
+                return int(answers[-1])
             reason = _words(done)
         if not _BUSY.search(reason):
             break
@@ -132,7 +135,9 @@ def _must(*command: str) -> str:
 
 def _call(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False, env=outside_of_jobs()
+        )
     except FileNotFoundError:
         raise UserError(f"{command[0]} is not found: there is no Slurm on this machine; log in to the cluster") from None
     except subprocess.TimeoutExpired:

@@ -1,5 +1,6 @@
 """What is peculiar to a cluster: one YAML file, the same for all runs there. `slurm/sites` has examples."""
 
+import re
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,8 +14,8 @@ from erollout.errors import UserError
 _section = dataclass(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-_SECRETS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS", "KEY"}
-"""Words in the names of variables that don't belong in a file."""
+_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|KEY|\bPAT)\b")
+"""How words end in the names of variables that don't belong in a file."""
 
 
 @_section
@@ -87,7 +88,7 @@ def load_site(path: str | Path) -> Site:
     except ValidationError as error:
         raise UserError(f"site {path}: {_describe(error)}") from None
     for name in site.env:
-        if _SECRETS & set(name.upper().split("_")):
+        if _SECRET.search(name.upper().replace("_", " ")):
             raise UserError(f"site {path}: env.{name} looks like a secret; remove it and export it where you submit")
     return site
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from erollout.config import Config, load_config
 from erollout.errors import UserError
 from erollout.launch import scheduler
-from erollout.launch.plan import Plan, batch_script, describe, layouts, seconds_of, write
+from erollout.launch.plan import Plan, batch_script, describe, layouts, seconds_of, written
 from erollout.launch.run_directory import VERDICT, RunDirectory, Submission, require_inputs, with_absolute_paths
 from erollout.launch.sites import Site, load_site
 from erollout.launch.snapshot import take_snapshot
@@ -55,11 +55,11 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(f"== scheduler\n{_scheduler_says(plan)}")
         return 0
     found = require_idle(plan.run)
-    write(plan)
-    command = plan.command()
     source = {"commit": plan.snapshot.commit, "dirty": plan.snapshot.dirty}
     code = str(plan.run.code / plan.snapshot.name)
-    submit(plan.run, Submission(0, "", plan.chain, tuple(command), code, source), {job.id for job in found})
+    submission = Submission(0, "", plan.chain, tuple(plan.command()), code, source)
+    with written(plan):
+        submit(plan.run, submission, {job.id for job in found})
     return 0
 
 

@@ -142,7 +142,7 @@ def test_spare_nodes(folder: Path, fake: FakeSlurm) -> None:
 
 def test_a_run_without_checkpoints_is_started_once(folder: Path, fake: FakeSlurm) -> None:
     assert submit_tiny(folder, "--", "checkpoint.interval=0").status == 0
-    assert "--no-requeue" in _command(folder) and not [word for word in _command(folder) if word.startswith("--signal")]
+    assert {"--no-requeue", "--signal=B:USR1@0"} < set(_command(folder)), "without it, the script's own signal ends the run"
 
 
 @pytest.mark.parametrize(("time", "grace"), [(None, 300), ("1:00:00", 300), ("4", 60), ("2-0", 300)])
@@ -261,6 +261,81 @@ def test_a_job_whose_answer_was_lost_is_not_submitted_twice(folder: Path, fake: 
     outcome = submit_tiny(folder)
     assert "job 55 of" in outcome.stdout, outcome.stderr
     assert len(fake.calls("sbatch")) == 1
+
+
+def test_what_sbatch_says_beside_the_id(folder: Path, fake: FakeSlurm) -> None:
+    """A site's own sbatch may greet, and a federation adds its name."""
+    text = (fake.folder / "sbatch").read_text().replace("echo $((100", "echo 'Welcome to 7 nodes'; echo $((100")
+    (fake.folder / "sbatch").write_text(text.replace("+ count))", "+ count))';here'"))
+    assert "job 101 of" in submit_tiny(folder).stdout
+    assert [entry.job for entry in RunDirectory(folder / "run").submissions()] == [101]
+
+
+def test_a_submission_from_within_another_job(folder: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_CPU_BIND", "SLURM_MEM_PER_NODE", "SLURM_RESTART_COUNT", "SRUN_CPUS_PER_TASK", "PMI_RANK"):
+        monkeypatch.setenv(name, "1")
+    for name in ("SLURM_CONF", "SBATCH_ACCOUNT", "MY_TOKEN"):
+        monkeypatch.setenv(name, "kept")
+    script = (fake.folder / "sbatch").read_text()
+    (fake.folder / "sbatch").write_text(script.replace("count=", "env > environment; count=", 1))
+    assert submit_tiny(folder).status == 0
+    seen = (fake.folder / "environment").read_text().splitlines()
+    assert {"SLURM_CONF=kept", "SBATCH_ACCOUNT=kept", "MY_TOKEN=kept"} < set(seen)
+    assert not [line for line in seen if line.startswith(("SLURM_CPU", "SLURM_MEM", "SLURM_RES", "SRUN", "PMI"))]
+
+
+def test_what_the_job_reads_is_its_own(folder: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that are not set for it are empty, and nobody else reads what the site's file has set."""
+    assert submit_tiny(folder).status == 0
+    assert (folder / "run" / "job.env").stat().st_mode & 0o077 == 0
+    empty = {name for name, value in _variables(folder).items() if name.startswith("EROLLOUT_") and not value}
+    assert {"EROLLOUT_SPARES", "EROLLOUT_CONTAINER", "EROLLOUT_SETUP", "EROLLOUT_INTERFACE"} < empty
+
+
+def test_a_submission_that_fails_leaves_the_run_as_it_was(folder: Path, fake: FakeSlurm) -> None:
+    assert submit_tiny(folder, "--", "train.steps=7").status == 0
+    fake.holds((101, "COMPLETED", folder / "run"))
+    before = {path: path.read_bytes() for path in (folder / "run").glob("*") if path.is_file()}
+    fake.fails(2, "invalid partition specified: x")
+    assert submit_tiny(folder, "--chain=2", "--", "train.steps=9").status == 2
+    assert {path: path.read_bytes() for path in (folder / "run").glob("*") if path.is_file()} == before
+    fake.fails(4, "invalid partition specified: x")  # the second of a chain: the first one is there, and reads what is new
+    assert submit_tiny(folder, "--chain=2", "--", "train.steps=9").status == 2
+    assert load_config(folder / "run" / "config.yaml").train.steps == 9
+
+
+def test_a_link_to_the_run_directory_is_followed(folder: Path, fake: FakeSlurm) -> None:
+    """Containers have the place itself, under its own name."""
+    (folder / "scratch").mkdir()
+    (folder / "link").symlink_to(folder / "scratch")
+    assert submit_tiny(folder, f"--run-dir={folder}/link/it").status == 0
+    real = folder / "scratch" / "it"
+    (entry,) = RunDirectory(real).submissions()
+    assert not [word for word in (*entry.command, entry.code) if "/link/" in word] and "/link/" not in str(_environment(real))
+    fake.holds((101, "RUNNING", real))
+    assert "job 101 of" in invoke("launch", "requeue", f"{folder}/link/it").error()
+
+
+def _environment(run: Path) -> str:
+    return (run / "job.env").read_text()
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "PGPASSWORD", "WANDB_APIKEY", "GITHUB_PAT", "AWS_SECRET_ACCESS_KEY"])
+def test_secrets_of_a_site(folder: Path, fake: FakeSlurm, name: str) -> None:
+    assert f"env.{name} looks like a secret" in submit_tiny(folder, _site(folder, env={name: "x"})).error()
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "PATH_TO_DATA", "KEYBOARD"])
+def test_no_secrets_of_a_site(folder: Path, fake: FakeSlurm, name: str) -> None:
+    assert submit_tiny(folder, _site(folder, env={name: "x"})).status == 0
+
+
+def test_a_job_whose_nodes_are_being_started_is_cancelled(folder: Path, fake: FakeSlurm) -> None:
+    """No batch script hears a signal yet."""
+    assert submit_tiny(folder).status == 0
+    fake.holds((101, "CONFIGURING", folder / "run"))
+    assert "job 101 is cancelled" in invoke("launch", "stop", str(folder / "run")).stdout
+    assert fake.calls("scancel") == ["101"]
 
 
 def test_a_refused_job_is_not_submitted_again(folder: Path, fake: FakeSlurm) -> None:

@@ -98,6 +98,17 @@ def test_what_all_nodes_lack_is_not_the_nodes_fault(cluster: Cluster, run: Run) 
     assert all(f"node {name} is bad" in output for name in ended.nodes), output
 
 
+def test_an_interface_that_no_node_has_is_not_the_nodes_fault(nodes: Cluster, run: Run) -> None:
+    site = run.folder / "site.yaml"
+    site.write_text(json.dumps({"interface": "nowhere0"}))
+    job = nodes.launch(run, "--site", str(site))
+    ended = nodes.wait(job)
+    output = (run.directory / f"slurm-{job}.out").read_text()
+    assert (ended.state, ended.restarts, run.steps) == ("FAILED", 0, []), output
+    assert "collective: on all nodes: collective: --interface = nowhere0 has no IPv4 address" in output, output
+    assert not (run.directory / "bad_nodes").exists()
+
+
 def test_an_array_of_benchmarks_does_what_is_missing(cluster: Cluster, tmp_path: Path) -> None:
     script, results = tmp_path / "script.py", tmp_path / "results"
     script.write_text("import sys; print('seed', sys.argv[1]); sys.exit(int(sys.argv[1]) == 2 and '--well' not in sys.argv)")

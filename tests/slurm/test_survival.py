@@ -91,6 +91,23 @@ def test_a_crash_without_progress_is_the_end(cluster: Cluster, tmp_path: Path) -
     assert ended.exit_status != 0
 
 
+def test_a_crash_without_progress_of_a_node_that_went_bad_is_not(nodes: Cluster, tmp_path: Path, unbroken: Run) -> None:
+    """The shared filesystem is gone there: without that node, the run begins again."""
+    run = Run(tmp_path / "it", STEPS, interval=100)
+    job = nodes.launch(run, UNCHECKED)
+    nodes.reach(job, run, 2)
+    lost = nodes.job(job).nodes[1]
+    nodes.change("hide", lost, str(run.folder))
+    try:
+        nodes.ranks(job)[1].kill()
+        ended = nodes.wait(job)
+    finally:
+        nodes.change("show", lost, str(run.folder))
+    assert (ended.state, ended.restarts, run.verdict) == ("COMPLETED", 1, "done"), nodes.logs(job)()
+    assert lost not in ended.nodes and (run.directory / "bad_nodes").read_text().split() == [lost]
+    run.assert_equal(unbroken)
+
+
 def test_scancel_saves_and_never_revives(cluster: Cluster, run: Run) -> None:
     job = cluster.launch(run, UNCHECKED)
     cluster.reach(job, run, INTERVAL + 2)
@@ -126,6 +143,29 @@ def test_a_job_whose_nodes_another_one_takes(cluster: Cluster, run: Run, unbroke
     assert cluster.job(other).state == "COMPLETED"
 
 
+def test_a_chain_goes_on_after_a_job_whose_nodes_another_one_takes(cluster: Cluster, run: Run, unbroken: Run) -> None:
+    """Slurm ended it: nobody asked for that, and the next job is not to take it for the end of the run."""
+    cluster.launch(run, UNCHECKED, "--chain", "2")
+    first, second = run.jobs
+    cluster.reach(first, run, INTERVAL + 2)
+    urgent = ["--partition=urgent", "--nodes=3", "--ntasks=3", "--cpus-per-task=4", f"--output={run.folder}/urgent.out"]
+    cluster.submit(*urgent, "--wrap=sleep 5")
+    assert cluster.wait(first).restarts == 0 and run.verdict != "stopped", cluster.logs(first)()
+    assert cluster.wait(second).state == "COMPLETED" and run.verdict == "done", cluster.logs(second)()
+    assert run.lost() == 0
+    run.assert_equal(unbroken)
+
+
+def test_a_job_that_is_asked_to_stop_while_its_ranks_start(cluster: Cluster, run: Run) -> None:
+    job = cluster.launch(run, UNCHECKED)
+    output = run.directory / f"slurm-{job}.out"
+    wait_for(lambda: output.exists() and "ranks on each of" in output.read_text(), "it does not start", why=cluster.logs(job))
+    cluster.output("scancel", "--batch", "--signal=TERM", str(job))
+    ended = cluster.wait(job)
+    assert ended.restarts == 0 and run.verdict in (None, "stopped"), cluster.logs(job)()
+    assert max(run.steps, default=0) <= 1 and not cluster.processes(job), cluster.logs(job)()
+
+
 def test_a_bad_node_is_named_and_left_out(nodes: Cluster, run: Run, unbroken: Run) -> None:
     """Where the shared filesystem is not mounted."""
     nodes.change("hide", "n2", str(run.folder))
@@ -137,6 +177,19 @@ def test_a_bad_node_is_named_and_left_out(nodes: Cluster, run: Run, unbroken: Ru
     assert (ended.state, ended.restarts, ended.nodes) == ("COMPLETED", 1, ("n1", "n3")), nodes.logs(job)()
     assert (run.directory / "bad_nodes").read_text().split() == ["n2"] and ended.fields["ExcNodeList"] == "n2"
     assert run.lost() == 0
+    run.assert_equal(unbroken)
+
+
+def test_a_chain_goes_on_without_a_bad_node(nodes: Cluster, run: Run, unbroken: Run) -> None:
+    """Its jobs were submitted before that was known."""
+    nodes.change("hide", "n2", str(run.folder))
+    try:
+        nodes.launch(run, "--chain", "2")
+        first, second = map(nodes.wait, run.jobs)
+    finally:
+        nodes.change("show", "n2", str(run.folder))
+    assert first.state == "FAILED" and "n2" in first.nodes, nodes.logs(run.jobs[0])()
+    assert (second.state, second.nodes) == ("COMPLETED", ("n1", "n3")), nodes.logs(run.jobs[1])()
     run.assert_equal(unbroken)
 
 

@@ -3,7 +3,8 @@
 import os
 from dataclasses import dataclass
 
-_OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_")
+_OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_RANK", "PMIX_NAMESPACE", "PMIX_SERVER")
+_OF_USERS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_MPI_TYPE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,7 @@ def variable(name: str) -> str | None:
 
 def outside_of_jobs() -> dict[str, str]:
     """The environment without what Slurm has put into it, for a job that is submitted from within another one."""
-    kept = {"SLURM_CONF", "SLURM_CLUSTERS"}
-    return {name: value for name, value in os.environ.items() if name in kept or not name.startswith(_OF_JOBS)}
+    return {name: value for name, value in os.environ.items() if name in _OF_USERS or not name.startswith(_OF_JOBS)}
 
 
 def job_name() -> str | None:

@@ -14,6 +14,7 @@ from erollout.config import Config
 from erollout.environment import variable
 from erollout.errors import UserError
 from erollout.launch.run_directory import RunDirectory, dump_config
+from erollout.launch.scheduler import Refused
 from erollout.launch.sites import Site
 from erollout.launch.snapshot import Snapshot
 from erollout.parallel.layout import DecodeLayout, TrainLayout
@@ -128,14 +129,14 @@ def seconds_of(text: str) -> int:
 
 @contextmanager
 def written(plan: Plan) -> Iterator[None]:
-    """In the block the run directory has what the job is to read. If it fails before a job is recorded, it is as it was before:
+    """In the block the run directory has what the job is to read. If Slurm refuses the first job, it is as it was before:
     `requeue` submits what was submitted. Raises UserError where the directory takes nothing."""
     submitted = len(plan.run.submissions())
     before = {path: path.read_text() for path in plan.files() if path.is_file()}
     _write(plan)
     try:
         yield
-    except BaseException:
+    except Refused:
         if len(plan.run.submissions()) == submitted:
             for path, text in before.items():
                 path.write_text(text)
@@ -148,7 +149,6 @@ def _write(plan: Plan) -> None:
         plan.snapshot.write(plan.run.code)
         for path, text in plan.files().items():
             partial = path.with_name(f"{path.name}.partial")
-            partial.touch(0o600 if path == plan.run.environment else 0o666)
             partial.write_text(text)
             partial.replace(path)
     except OSError as error:

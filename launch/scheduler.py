@@ -30,6 +30,10 @@ _ENDED = {
 }
 
 
+class Refused(UserError):
+    """A job that Slurm has surely not taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What Slurm says of a job."""
@@ -83,7 +87,8 @@ def try_submission(command: Sequence[str]) -> str:
 def submit(command: Sequence[str], directory: Path, known: Collection[int]) -> int:
     """Submit, again after a while where the controller is busy. Returns the job's id.
 
-    An answer can be lost when the job is not: one of `directory` whose id is not `known` is then the one. Raises UserError.
+    An answer can be lost when the job is not: one of `directory` whose id is not `known` is then the one. Raises UserError, of
+    which Refused.
     """
     reason = ""
     for pause in (0, *_PAUSES):
@@ -95,11 +100,13 @@ def submit(command: Sequence[str], directory: Path, known: Collection[int]) -> i
         except UserError as error:
             reason = str(error)
         else:
-            if done.returncode == 0 and (answers := _SUBMITTED.findall(done.stdout)):
-                return int(answers[-1])
             reason = _words(done)
-        if not _BUSY.search(reason):
-            break
+            if done.returncode == 0:
+                if answers := _SUBMITTED.findall(done.stdout):
+                    return int(answers[-1])
+                raise UserError(f"sbatch has taken a job and not said which: {reason}; see squeue --me")
+            if not _BUSY.search(reason):
+                raise Refused(f"sbatch: {reason}")
     raise UserError(f"sbatch: {reason}")
 
 

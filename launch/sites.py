@@ -14,8 +14,8 @@ from erollout.errors import UserError
 _section = dataclass(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|KEY|\bPAT)\b")
-"""How words end in the names of variables that don't belong in a file."""
+_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|(?<!\bP)KEY|\bPAT)\b")
+"""How words end in the names of variables that don't belong in a file. A PKEY is InfiniBand's."""
 
 
 @_section
@@ -49,7 +49,7 @@ class Site:
     reservation: str | None = None
     gpus: Gpus = field(default_factory=Gpus)
     cpus_per_task: Annotated[int, Field(ge=1)] | None = None
-    """CPUs of a node, for all its ranks; default: the partition's for GPUs, else one for each rank."""
+    """CPUs of a node, for all its ranks; default: the partition's for GPUs, which may be one in all, else one for each rank."""
     mem: str | None = None
     """Of a node: `900G`; `0` is all of it."""
     exclusive: bool = False

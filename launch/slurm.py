@@ -146,12 +146,18 @@ def require_idle(run: RunDirectory) -> list[scheduler.Job]:
 def submit(run: RunDirectory, submission: Submission, known: set[int]) -> None:
     """One job, or a chain of them, each recorded as soon as it is taken. Raises UserError."""
     bad = run.bad_nodes()
+    verdict = run.verdict()
     (run.path / VERDICT).unlink(missing_ok=True)  # of a run that goes on: jobs of a chain start only while there is none
     for number in range(1, submission.chain + 1):
         command = list(submission.command)
         extra = [f"--exclude={','.join(bad)}"] if bad else []
         extra += [f"--dependency=afterany:{submission.job}"] if number > 1 else []
-        job = scheduler.submit([*command[:2], *extra, *command[2:]], run.path, known)
+        try:
+            job = scheduler.submit([*command[:2], *extra, *command[2:]], run.path, known)
+        except scheduler.Refused:
+            if number == 1 and verdict is not None:
+                (run.path / VERDICT).write_text(f"{verdict}\n")
+            raise
         submission = replace(submission, job=job, submitted=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         run.add(submission)
         known.add(job)

@@ -30,6 +30,12 @@ def scripted(prompt: Prompt, response: str) -> float:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         Path(argument).write_text(str(child.pid))
         time.sleep(600)
+    if command == "child_of_its_own":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        Path(argument).write_text(str(child.pid))
+        time.sleep(600)
+    if command == "fork" and not os.fork():
+        return 99.0
     if command == "terminate_children":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))

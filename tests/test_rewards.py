@@ -54,6 +54,26 @@ def test_pool_returns_each_score_under_its_key(pool: RewardPool) -> None:
     assert score(pool, "value 3") == [3.0], "the same key may come again after a collect"
 
 
+def test_code_that_forks_answers_once(pool: RewardPool) -> None:
+    """Else every later response of that process would get the reward of the one before."""
+    values = [float(index) for index in range(20)]
+    assert score(pool, "fork 0.25", "fork 0.25", *(f"value {value}" for value in values)) == [0.25, 0.25, *values]
+    assert pool.counts == ScoringCounts(scored=22)
+
+
+def test_processes_that_die_between_rollouts_cost_nothing() -> None:
+    """More of them than starts may fail in a row."""
+    with RewardPool(Scorer("scripted_scorer:scripted"), num_workers=4, timeout_seconds=60.0, error_value=-1.0) as pool:
+        score(pool, *["sleep 0.2"] * 16)
+        assert len(pool.worker_pids) == 4
+        for pid in pool.worker_pids:
+            os.kill(pid, signal.SIGKILL)
+            while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+        assert score(pool, *["value 2"] * 12) == [2.0] * 12
+        assert pool.counts == ScoringCounts(scored=12)
+
+
 def test_pool_uses_every_worker_and_keeps_them(pool: RewardPool) -> None:
     assert pool.worker_pids == []
     score(pool, *["sleep 0.1"] * 8)
@@ -82,8 +102,10 @@ def test_a_stuck_scorer_is_killed_and_replaced(hasty_pool: RewardPool, stuck: st
     assert not any(psutil.pid_exists(pid) for pid in lost)
 
 
-def test_killing_a_scorer_takes_along_what_it_started(hasty_pool: RewardPool, tmp_path: Path) -> None:
-    assert score(hasty_pool, f"child {tmp_path / 'pid'}") == [-1.0]
+@pytest.mark.parametrize("what", ["child", "child_of_its_own"])
+def test_killing_a_scorer_takes_along_what_it_started(hasty_pool: RewardPool, what: str, tmp_path: Path) -> None:
+    """Also what leads a session of its own, as sandboxes do."""
+    assert score(hasty_pool, f"{what} {tmp_path / 'pid'}") == [-1.0]
     child = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 20
     while is_running(child) and time.monotonic() < deadline:

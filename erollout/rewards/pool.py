@@ -18,6 +18,8 @@ Key = tuple[int, int]
 MAX_FAILED_STARTS = 3
 """In a row; then responses are failed at once instead of waiting for one more start each, until the next `collect`."""
 _LOOK_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+"""Between two tries to bring up a process elsewhere."""
 MAX_LOSSES = 3
 """A response whose machine was lost so often is failed: it may be why."""
 
@@ -150,14 +152,23 @@ class RewardPool:
 
         None: the response is handed back, for the slots that still have a machine.
         """
-        while not self._closed and self._failed_starts < MAX_FAILED_STARTS:
+        gone = ""
+        found_gone = 0
+        while not self._closed and self._failed_starts < MAX_FAILED_STARTS and found_gone < MAX_FAILED_STARTS:
             try:
-                outcome = self._ready_worker(slot).score(task.prompt, task.response, self._timeout_seconds)
+                worker = self._ready_worker(slot)
             except WorkerDied as error:
                 self._drop(slot)
                 with self._state:
                     self._failed_starts += 1
                     self._start_failure = str(error)
+                continue
+            self._failed_starts = 0
+            try:
+                return worker.score(task.prompt, task.response, self._timeout_seconds)
+            except WorkerDied as error:
+                self._drop(slot)
+                found_gone, gone = found_gone + 1, str(error)
             except WorkerLost as error:
                 self._drop(slot)
                 losses = task.losses + error.scoring
@@ -166,21 +177,22 @@ class RewardPool:
                 self._tasks.put(replace(task, losses=losses))
                 self._replace(slot)
                 return None
-            else:
-                self._failed_starts = 0
-                return outcome
-        return Outcome(error=self._start_failure)
+        return Outcome(error=gone or self._start_failure)
 
     def _replace(self, slot: int) -> None:
         """Bring up a process elsewhere, without holding a response meanwhile, unless no slot is left to take them."""
         with self._state:
             self._replacing += 1
+        pause = 1.0
         try:
             while not self._closed and self._replacing < self._num_workers:
-                with suppress(WorkerDied):
+                with suppress(Exception):  # the cluster itself may be out of reach; the response is another's already
                     self._ready_worker(slot)
                     return
                 self._drop(slot)
+                with self._state:
+                    self._state.wait_for(lambda: self._closed, pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         finally:
             with self._state:
                 self._replacing -= 1
@@ -209,6 +221,8 @@ class RewardPool:
     def _finish(self, task: _Task, outcome: Outcome) -> None:
         value = self._error_value if outcome.value is None else outcome.value
         with self._state:
+            if task.key not in self._pending:  # another slot was faster
+                return
             self._rewards[task.key] = Reward(*task.key, value=value, error=outcome.error)
             counts = self._collecting
             counts.scored += outcome.error is None

@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Protocol
+
+import psutil
 
 from erollout.rewards.scorers import Scorer
 from erollout.signals import STOPS, stops_wait
@@ -116,7 +119,11 @@ class Worker:
         """End the process and all that it started; idempotent."""
         with self._kill_lock:
             if self._process.returncode is None:  # not yet reaped, so the id is still its own, even when it is dead
+                started = psutil.Process(self._process.pid).children(recursive=True)  # they may lead sessions of their own
                 os.killpg(self._process.pid, signal.SIGKILL)
+                for process in started:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
                 self._process.wait()
 
     def close(self) -> None:
@@ -142,12 +149,16 @@ def main(descriptor: int) -> None:
     _die_with(parent)
     os.dup2(2, 1)  # what a scorer prints must not mix with the rank's output
     connection.send(_load(scorer))
+    process = os.getpid()
     while True:
         try:
             prompt, response = connection.recv()
         except (EOFError, OSError):
             return
-        connection.send(_outcome(scorer, prompt, response))
+        outcome = _outcome(scorer, prompt, response)
+        if os.getpid() != process:  # what is scored has forked, and this is the child: a second answer would be the next one's
+            os._exit(0)
+        connection.send(outcome)
 
 
 def _load(scorer: Scorer) -> str | None:

@@ -47,6 +47,7 @@ class Agent:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._heard: set[int] = set()
 
     def look(self, folder: str, check: Sequence[str]) -> NodeFacts:
         """Run `erollout <check>`, the quick checks of a node, where the command was given; none if it is empty."""
@@ -71,13 +72,15 @@ class Agent:
         """The launcher's exit status; None while it runs."""
         return None if self._process is None else self._process.poll()
 
-    def signal(self, number: int) -> None:
-        if self._process is not None:
+    def signal(self, number: int, serial: int) -> None:
+        """To the ranks; the same `serial` again: the first one's answer was lost."""
+        if self._process is not None and serial not in self._heard:
             self._process.send_signal(number)
+        self._heard.add(serial)
 
     def end(self) -> None:
         """Kill the launcher and all below it, and see them gone: their run may be started anew at once."""
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
             return
         with suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self._process.pid)

@@ -7,6 +7,7 @@ import socket
 
 from erollout.environment import variable
 from erollout.errors import UserError
+from erollout.signals import stops_wait
 
 _ANSWER_SECONDS = 10
 """For the cluster's head: Ray itself tries for many minutes."""
@@ -56,12 +57,13 @@ def join_cluster(address: str, key: str) -> str:
     if ray.is_initialized():
         return found
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"{key}: can't join the Ray cluster at {found}: {' '.join(str(error).split())}") from error
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with stops_wait():
+        try:
+            ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"{key}: can't join the Ray cluster at {found}: {' '.join(str(error).split())}") from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)
     return found
 
 

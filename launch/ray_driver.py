@@ -1,5 +1,6 @@
 """The waiting side of `erollout launch ray`: places a run, watches it, passes signals on, places it again. Loads ray."""
 
+import itertools
 import re
 import sys
 import time
@@ -27,6 +28,10 @@ _SILENT_SECONDS = 60
 _ANSWER_SECONDS = 30
 _GRACE_SECONDS = 30
 """For the other nodes' ranks to end, and say why, once one has failed."""
+_LEAVE_SECONDS = 600
+"""For the other nodes' ranks to end once one node's have ended well."""
+_VERDICT_SECONDS = 30
+_NO_VERDICT = "the ranks ended and left no verdict"
 _POLL_SECONDS = 0.5
 _NAMED_ERRORS = 3
 _SAY_SECONDS = 10
@@ -71,6 +76,7 @@ class Attempt:
         self._bundle = job.bundle(self._gpus)
         self._agents: list[Any] = []
         self._nodes: list[NodeFacts] = []
+        self._serials = itertools.count()
         self._homes: dict[int, str] = {}
         """Ray's id of each agent's node."""
 
@@ -90,12 +96,23 @@ class Attempt:
                     reason = self._watch()
             except Lost as lost:
                 reason, node_died = self._loss(lost)
-                break
+                if node_died or self._nodes:
+                    break
+                _say(f"{reason}: it is left out")  # not even an agent can start there
+                self._unfit[self._homes[lost.agent]] = reason
             finally:
                 self._end()
                 remove_placement_group(places)
         saved = self._job.saved() != before
-        return Ended(self._job.directory.verdict(), reason, node_died, saved)
+        return Ended(self._verdict(wait=reason == _NO_VERDICT), reason, node_died, saved)
+
+    def _verdict(self, wait: bool) -> str | None:
+        """`wait`: it must be there, but another node wrote it, and a network filesystem may show it late."""
+        end = time.monotonic() + _VERDICT_SECONDS
+        while (verdict := self._job.directory.verdict()) is None and wait and time.monotonic() < end:
+            list(self._job.directory.path.iterdir())  # makes a client look
+            time.sleep(_POLL_SECONDS)
+        return verdict
 
     def _place(self) -> PlacementGroup | None:
         """Nodes that have room, reserved; None when asked to stop meanwhile. Raises UserError when they don't come in time."""
@@ -175,12 +192,12 @@ class Attempt:
         self._answers(starts, _ANSWER_SECONDS)
 
     def _watch(self) -> str:
-        """Until all launchers have ended, or some time after one failed. Returns why, for a crash."""
-        failed_at = None
+        """Until all launchers have ended, or some time after one has. Returns why, for a crash."""
+        failed_at = ended_at = None
         while True:
             for number in self._asked.take():
                 _say(f"{number.name} goes to the ranks: they save and stop")
-                self._ask_all("signal", int(number))
+                self._signal(int(number))
             statuses = [self._status(index) for index in range(len(self._agents))]
             # one that was asked to stop has saved; another may still be at it
             fine = (None, 0, STOPPED) if self._asked.first is not None else (None, 0)
@@ -188,21 +205,37 @@ class Attempt:
             if None not in statuses or (failed_at and time.monotonic() - failed_at > _GRACE_SECONDS):
                 return self._why(bad)
             failed_at = failed_at or (time.monotonic() if bad else None)
+            ended_at = ended_at or (time.monotonic() if set(statuses) != {None} else None)
+            if ended_at and time.monotonic() - ended_at > _LEAVE_SECONDS:
+                left = [node.host for node, status in zip(self._nodes, statuses, strict=True) if status is None]
+                return f"ranks of {', '.join(left)} don't end {_LEAVE_SECONDS} s after others have"
             time.sleep(_POLL_SECONDS)
 
     def _why(self, failed: Mapping[str, int | None]) -> str:
         if not failed:
-            return "the ranks ended and left no verdict"
+            return _NO_VERDICT
         ended = [f"ranks of {host} ended with status {status}" for host, status in failed.items()]
         return "; ".join(ended + _errors(self._job.logs(self._number)))
 
     def _status(self, index: int) -> int | None:
-        """A launcher's exit status. An agent may be out of reach for a while: raises Lost when it stays so."""
+        """A launcher's exit status."""
+        status: int | None = self._ask(index, "status")
+        return status
+
+    def _signal(self, number: int) -> None:
+        """To all ranks, also where an agent is out of reach for a while."""
+        serial = next(self._serials)
+        for agent in self._agents:
+            agent.signal.remote(number, serial)
+        for index in range(len(self._agents)):
+            self._ask(index, "signal", number, serial)
+
+    def _ask(self, index: int, method: str, *arguments: object) -> Any:
+        """An agent may be out of reach for a while: it is asked again. Raises Lost when it stays so."""
         end = time.monotonic() + _SILENT_SECONDS
         while True:
             try:
-                status: int | None = ray.get(self._agents[index].status.remote(), timeout=_ANSWER_SECONDS)
-                return status
+                return ray.get(getattr(self._agents[index], method).remote(*arguments), timeout=_ANSWER_SECONDS)
             except (ActorUnavailableError, GetTimeoutError) as error:
                 if time.monotonic() > end:
                     raise Lost(index, error) from error
@@ -226,7 +259,7 @@ class Attempt:
 
     def _loss(self, lost: Lost) -> tuple[str, bool]:
         """What was lost, and whether that was a node: Ray finds out some time after its processes are gone."""
-        node = self._homes[lost.agent]
+        node = self._nodes[lost.agent].id if self._nodes else self._homes[lost.agent]
         end = time.monotonic() + _SILENT_SECONDS
         while _is_alive(node) and time.monotonic() < end:
             try:
@@ -244,10 +277,11 @@ class Attempt:
 
     def _end(self) -> None:
         """No rank survives its attempt: the next one writes the same files."""
-        references = [agent.end.remote() for agent in self._agents]
-        for agent, reference in zip(self._agents, references, strict=True):
+        if self._agents:
             with suppress(RayError):
-                ray.get(reference, timeout=_ANSWER_SECONDS)
+                references = [agent.end.remote() for agent in self._agents]
+                ray.wait(references, num_returns=len(references), timeout=_ANSWER_SECONDS)
+        for agent in self._agents:
             with suppress(RayError):
                 ray.kill(agent)
         self._agents, self._nodes = [], []

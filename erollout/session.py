@@ -36,9 +36,12 @@ from erollout.tracking.log import configure_logging
 from erollout.tracking.plots import phase_seconds, response_lengths, reward_curve, save
 from erollout.tracking.tracker import RunStatus, Tracker, create_tracker
 from erollout.trainer import Trainer
-from erollout.watchdog import Watchdog
+from erollout.watchdog import Watchdog, at_most
 
 logger = logging.getLogger(__name__)
+
+_LEAVE_SECONDS = 300.0
+"""All is saved then, and a start after it finds nothing left to do."""
 
 Report = Callable[[int, Mapping[str, float]], None]
 Value = TypeVar("Value")
@@ -215,7 +218,8 @@ def _world(config: Config, rolls_out: bool = True) -> Iterator[tuple[Resolved, P
         if context.coordination_group is None or not context.owns_world:
             shut_down(context)
         raise
-    shut_down(context)
+    with at_most(_LEAVE_SECONDS, "leaving the process groups"):
+        shut_down(context)
 
 
 def _stoppable(config: Config) -> AbstractContextManager[Stop]:

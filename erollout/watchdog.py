@@ -134,6 +134,24 @@ class Watchdog:
         os._exit(HUNG)
 
 
+@contextmanager
+def at_most(seconds: float, what: str) -> Iterator[None]:
+    """A block that takes longer ends the process, after a line that says `what` hangs."""
+
+    def end() -> None:
+        with suppress(OSError):
+            os.write(2, f"erollout: error: {what} takes more than {seconds:g} s: this process ends\n".encode())
+        os._exit(HUNG)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def read_heartbeats(directory: Path, world_size: int) -> list[Heartbeat]:
     """The last sign of every rank, in rank order; a file that can't be read is left out."""
     beats = []

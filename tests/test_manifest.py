@@ -91,7 +91,8 @@ def test_a_file_that_can_be_read_a_moment_later_is_none(tmp_path: Path, monkeypa
     assert damage(tmp_path) is None
 
 
-def test_a_file_that_a_rank_has_written_and_the_first_one_does_not_see(tmp_path: Path) -> None:
+def test_a_file_that_a_rank_has_written_and_the_first_one_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "_READ_AGAIN_AFTER", (0.01, 0.01))
     with pytest.raises(FileNotFoundError, match="written by a rank"):
         write_manifest(_write_files(tmp_path), {STATE: "0", "__7_0.distcp": "0"})
 

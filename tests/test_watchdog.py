@@ -145,3 +145,11 @@ def test_ranks_in_one_phase_differ_in_their_collectives() -> None:
     message = describe_hang(mine, [other], 5, 1)
     assert "behind in collectives: rank 1" in message and "collective 2 of 3 in group 7)" in message
     assert "no other rank is behind" in describe_hang(mine, [mine], 5, 1)
+
+
+def test_what_takes_too_long_ends_the_process() -> None:
+    text = "import time\nfrom erollout.watchdog import at_most\nwith at_most({}, 'waiting'): time.sleep({})\nprint('on')"
+    done = subprocess.run([sys.executable, "-c", text.format(0.2, 60)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (HUNG, "") and "waiting takes more than 0.2 s" in done.stderr
+    done = subprocess.run([sys.executable, "-c", text.format(60, 0)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "on\n"), done.stderr

@@ -45,9 +45,13 @@ def checksum(file: Path) -> str:
 def write_manifest(directory: Path, checksums: Mapping[str, str] | None = None) -> None:
     """List all files of a finished checkpoint, flushed to disk. `checksums`: of those that are on disk, by the file's name."""
     known = checksums or {}
-    files = {str(f.relative_to(directory)): f for f in sorted(directory.rglob("*")) if f.is_file() and f.name != MANIFEST}
-    if missing := known.keys() - files.keys():
-        raise FileNotFoundError(errno.ENOENT, "written by a rank, and not to be seen by the first one", min(missing))
+    for pause in (*_READ_AGAIN_AFTER, None):
+        files = {str(f.relative_to(directory)): f for f in sorted(directory.rglob("*")) if f.is_file() and f.name != MANIFEST}
+        if not (missing := known.keys() - files.keys()):
+            break
+        if pause is None:
+            raise FileNotFoundError(errno.ENOENT, "written by a rank, and not to be seen by the first one", min(missing))
+        time.sleep(pause)  # a listing of a network filesystem may be old
     entries = {
         name: {"bytes": file.stat().st_size, "crc32": known[name] if name in known else checksum(file)}
         for name, file in files.items()

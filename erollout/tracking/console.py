@@ -134,8 +134,8 @@ def _whoever_reads(console: Console) -> Iterator[None]:
     try:
         yield
     except (OSError, SystemExit) as error:
-        logger.warning("stdout takes nothing any more (%s): what comes is not shown", error)
         console.quiet = True
+        logger.warning("stdout takes nothing any more (%s): what comes is not shown", error)
 
 
 def _progress_line(console: Console) -> Progress:

@@ -85,6 +85,7 @@ class Attempt:
         before = self._job.saved()
         (self._job.directory.path / VERDICT).unlink(missing_ok=True)
         reason, node_died, fit = "", False, False
+        lost_before: set[str] = set()
         while not fit:
             places = self._place()
             if places is None:  # asked to stop before any rank was started
@@ -98,8 +99,11 @@ class Attempt:
                 reason, node_died = self._loss(lost)
                 if node_died or self._nodes:
                     break
-                _say(f"{reason}: it is left out")  # not even an agent can start there
-                self._unfit[self._homes[lost.agent]] = reason
+                _say(reason)
+                home = self._homes[lost.agent]
+                if home in lost_before:  # not even an agent can start there
+                    self._unfit[home] = reason
+                lost_before.add(home)
             finally:
                 self._end()
                 remove_placement_group(places)

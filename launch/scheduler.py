@@ -106,7 +106,7 @@ def submit(command: Sequence[str], directory: Path, known: Collection[int]) -> i
                     return int(answers[-1])
                 raise UserError(f"sbatch has taken a job and not said which: {reason}; see squeue --me")
             if not _BUSY.search(reason):
-                raise Refused(f"sbatch: {reason}")
+                raise (UserError if pause else Refused)(f"sbatch: {reason}")  # a try before this one may have been taken
     raise UserError(f"sbatch: {reason}")
 
 

@@ -213,10 +213,12 @@ class RewardPool:
         return worker
 
     def _drop(self, slot: int) -> None:
+        """Broad, as `_serve` is: what can't be ended is left behind, but no response waits for it."""
         with self._state:
             worker = self._workers.pop(slot, None)
         if worker is not None:
-            worker.close()
+            with suppress(Exception):
+                worker.close()
 
     def _finish(self, task: _Task, outcome: Outcome) -> None:
         value = self._error_value if outcome.value is None else outcome.value

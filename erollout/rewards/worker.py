@@ -119,10 +119,12 @@ class Worker:
         """End the process and all that it started; idempotent."""
         with self._kill_lock:
             if self._process.returncode is None:  # not yet reaped, so the id is still its own, even when it is dead
-                started = psutil.Process(self._process.pid).children(recursive=True)  # they may lead sessions of their own
+                started: list[psutil.Process] = []
+                with suppress(psutil.Error, OSError):
+                    started = psutil.Process(self._process.pid).children(recursive=True)  # may lead sessions of their own
                 os.killpg(self._process.pid, signal.SIGKILL)
                 for process in started:
-                    with suppress(psutil.NoSuchProcess):
+                    with suppress(psutil.Error, OSError):  # gone, or another user's, as sandboxes may be
                         process.kill()
                 self._process.wait()
 

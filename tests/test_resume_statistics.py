@@ -114,7 +114,12 @@ def first_toggles(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]
 def test_the_first_rollout_after_a_resume_begins_with_what_was_known(mode: str, rank_pool: RankPool, tmp_path: Path) -> None:
     """The next decisions follow from it and the clock (test_toggle.py)."""
     drafter = {"format": "auto", "group_size": 16, "statistics_tokens": 64}
-    speculation = {"mode": mode, "drafter": drafter, "toggle": {"bootstrap_seconds": 0.2, "max_speculative_tokens": 3}}
+    toggle = {
+        "bootstrap_seconds": 0.2,
+        "max_speculative_tokens": 3,
+        "acceptance_window": 10**6,
+    }  # a rollout begins with all of it
+    speculation = {"mode": mode, "drafter": drafter, "toggle": toggle}
     tree = tiny_tree(tmp_path, speculation=speculation, checkpoint={"interval": 1})
     ((_, forgotten),) = rank_pool.run(1, first_toggles, tree)
     assert forgotten == ["auto"]

@@ -29,6 +29,7 @@ NOT_INSTALLED = 3
 """Exit status of `cluster up`."""
 STEPS, INTERVAL = 16, 4
 """Of most runs here, and of the unbroken one that they are compared with: eight seconds in which to disturb them."""
+UNCHECKED = "--no-preflight"
 AT_ONCE = {"function": "toy_scorer:share_of_digits"}
 """The same scores as the unhurried ones."""
 
@@ -257,3 +258,11 @@ def wait_for(condition: Callable[[], bool], message: str, seconds: float = SECON
     while not condition():
         assert time.monotonic() < end, f"{message} after {seconds} s\n{why()}"
         time.sleep(0.25)
+
+
+def assert_went_on(cluster: Cluster, job: int, run: Run, unbroken: Run, lost: int = INTERVAL) -> None:
+    """The job was queued again once, lost at most so many steps, and ended well."""
+    ended = cluster.wait(job)
+    assert (ended.state, ended.restarts, run.verdict) == ("COMPLETED", 1, "done"), cluster.logs(job)()
+    assert run.lost() <= lost
+    run.assert_equal(unbroken)

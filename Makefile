@@ -40,7 +40,7 @@ test-unit: install
 
 # Launching and surviving, in full: real Slurm and Ray clusters on this machine, kills at random. About 20 minutes.
 test-cluster: install
-	$(BIN)/pytest -n 3 --dist loadfile -m "slurm or ray or cluster"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slurm or ray or cluster"
 
 lint: install
 	$(BIN)/ruff check .

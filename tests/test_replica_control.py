@@ -228,20 +228,27 @@ def test_one_replica_takes_everything_and_asks_nobody() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("speculation", [OFF_MODE, ADAPTIVE], ids=["off", "toggle"])
-def test_dynamic_hand_out_levels_uneven_prompts(rank_pool: RankPool, world_size: int, speculation: dict[str, Any]) -> None:
-    policy = {**QUICK, "policy": "replica"}
-    dynamic = rank_pool.run(world_size, replica, UNEVEN, policy, speculation)
-    check(dynamic, UNEVEN)
-    if world_size == 2 and speculation is OFF_MODE:
-        static = rank_pool.run(world_size, replica, UNEVEN, {**policy, "hand_out": "static"}, speculation)
-        check(static, UNEVEN)
-        assert max(result["steps"] for result in dynamic) < max(result["steps"] for result in static)
+def test_dynamic_hand_out_gives_every_prompt_once(rank_pool: RankPool, world_size: int, speculation: dict[str, Any]) -> None:
+    check(rank_pool.run(world_size, replica, UNEVEN, {**QUICK, "policy": "replica"}, speculation), UNEVEN)
+
+
+@pytest.mark.distributed
+def test_dynamic_hand_out_takes_fewer_steps(rank_pool: RankPool) -> None:
+    """In lock step: a replica that this machine lets stand still would leave its prompts to the other."""
+    steps = {}
+    for hand_out in ("static", "dynamic"):
+        policy = {**QUICK, "policy": "replica", "hand_out": hand_out, "lock_step": True}
+        results = rank_pool.run(2, replica, UNEVEN, policy, OFF_MODE)
+        check(results, UNEVEN)
+        steps[hand_out] = [result["steps"] for result in results]
+    assert max(steps["dynamic"]) < max(steps["static"])
 
 
 @pytest.mark.distributed
 def test_a_tail_moves_to_an_idle_replica(rank_pool: RankPool) -> None:
     lengths = [150, 4, 150, 4]
-    results = rank_pool.run(2, replica, lengths, {**QUICK, "policy": "makespan", "hand_out": "static"}, OFF_MODE)
+    policy = {**QUICK, "policy": "makespan", "hand_out": "static"}
+    results = rank_pool.run(2, replica, lengths, policy, OFF_MODE, [Event(0, "slow", 0.01)])
     check(results, lengths)
     assert results[0]["report"]["sequences_out"] == results[1]["report"]["sequences_in"] >= 2
     assert results[1]["report"]["sequences_out"] == results[0]["report"]["sequences_in"]

@@ -79,9 +79,11 @@ class Keeper:
                 connection.sendall(str(error).encode())
 
     def crash(self, name: str) -> None:
-        """In a process namespace all others die with the first."""
+        """Returns when nothing of the node runs. In a process namespace all others die with the first, and before it has."""
         first = node_pid(self.directory, name)
-        _kill([*(descendants(first) if self.flat else []), first])
+        lost = [*(descendants(first) if self.flat else []), first]
+        _kill(lost)
+        wait_until(lambda: not any(map(_is_running, lost)), ANSWER_SECONDS / 2, f"{name} does not die")
         (self.run_directory / f"{name}.pid").unlink()
 
     def heal(self, name: str) -> None:
@@ -218,7 +220,7 @@ def node_pid(directory: Path, node: str) -> int:
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    done = _done(*command)
     if done.returncode:
         raise Failure(f"{' '.join(command)}: {done.stderr.strip()}")
 
@@ -226,8 +228,13 @@ def _run(*command: str) -> None:
 def _output(*command: str) -> str:
     """Of a command that may fail."""
     with suppress(subprocess.TimeoutExpired):
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS).stdout
+        return _done(*command).stdout
     return ""
+
+
+def _done(*command: str) -> subprocess.CompletedProcess[str]:
+    """Ends with the keeper: squeue would look for a controller that is no more for ten seconds."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, preexec_fn=_die_with_parent)
 
 
 def _kill(processes: Sequence[int]) -> None:
@@ -252,6 +259,14 @@ def _stat(pid: int) -> list[str]:
     if fields[0] in "ZX":
         raise ProcessLookupError(pid)
     return fields
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        _stat(pid)
+    except OSError:
+        return False
+    return True
 
 
 def started_at(pid: int) -> int:

@@ -36,7 +36,7 @@ def _members(directory: Path) -> list[str]:
             line, variables = process.cmdline(), process.environ()
         except psutil.Error:
             continue
-        found += [str(line)] if any(str(directory) in word for word in [*line, *variables.values()]) else []
+        found += [f"{process} {line}"] if any(str(directory) in word for word in [*line, *variables.values()]) else []
     return found
 
 
@@ -86,7 +86,7 @@ def test_nothing_is_left(how: str, options: list[str], cluster: Cluster, tmp_pat
             psutil.Process(own.keeper).kill()
         else:
             own.down()
-        wait_for(lambda: _members(own.directory) == [], "not all has ended", 20)
+        wait_for(lambda: _members(own.directory) == [], "not all has ended", 60, lambda: "\n".join(_members(own.directory)))
     finally:
         owner.kill()
         owner.wait()

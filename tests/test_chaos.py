@@ -112,7 +112,7 @@ class Chaos:
             f"from step {saved}: {names}: status {status} after {time.monotonic() - disturbed:.1f} s, "
             f"verdict {self.verdict()}, did {self.reached()}, saved {self.saved()}"
         )
-        self._check(None if {_kill_a_rank, _kill_the_launcher} & set(disturbances) else status)
+        self._check(status, was_killed=not {_kill_a_rank, _kill_the_launcher}.isdisjoint(disturbances))
         return self.verdict() == "done"
 
     def attempts(self) -> list[list[int]]:
@@ -145,19 +145,15 @@ class Chaos:
         """The last step that the newest attempt has done; that of the checkpoint if it has done none."""
         return max(self.saved(), *itertools.chain(*self.attempts()[-1:]), 0)
 
-    def _check(self, status: int | None) -> None:
-        """What a run leaves, however it ended: whole checkpoints, and few steps lost.
-
-        The verdict stands before the launcher has ended: what is killed in between has a status that says nothing (None), and a
-        late stop ends the launcher itself.
-        """
+    def _check(self, status: int, was_killed: bool) -> None:
+        """What a run leaves, however it ended: whole checkpoints, and few steps lost."""
         for checkpoint in complete_checkpoints(self.run / "checkpoints"):
             assert damage(checkpoint) is None
         output = (self.folder / "output").read_text()
         assert self.reached() - self.saved() <= self.most_lost, output
         if self.verdict() is not None:
-            assert self.reached() == self.saved(), output
-            assert status in (None, 0, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGUSR1), output
+            late = (-signal.SIGKILL, 128 + signal.SIGKILL) if was_killed else ()  # after the verdict, before the launcher's end
+            assert status in (0, 128 + signal.SIGTERM, *late) and self.reached() == self.saved(), output
 
     def check_attempts(self) -> None:
         """Each goes on behind a checkpoint, and does each step once."""

@@ -237,7 +237,7 @@ def test_dynamic_hand_out_takes_fewer_steps(rank_pool: RankPool) -> None:
     """In lock step: a replica that this machine lets stand still would leave its prompts to the other."""
     steps = {}
     for hand_out in ("static", "dynamic"):
-        policy = {**QUICK, "policy": "replica", "hand_out": hand_out, "lock_step": True}
+        policy = {**QUICK, "policy": "cluster", "hand_out": hand_out, "lock_step": True}
         results = rank_pool.run(2, replica, UNEVEN, policy, OFF_MODE)
         check(results, UNEVEN)
         steps[hand_out] = [result["steps"] for result in results]

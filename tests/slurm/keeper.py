@@ -96,7 +96,7 @@ class Keeper:
             unshare = ["unshare", *NAMESPACES, "--pid", "--fork", "--kill-child=KILL", "--propagation=slave"]
             unshared = self._start(name, [*unshare, NODE, name, str(self.run_directory), address_of(name)])
             wait_until(pid_file.exists, ANSWER_SECONDS, f"{name} does not start")
-            subprocess.run(["ip", "link", "delete", f"to-{name}"], capture_output=True)  # a crashed node's goes late
+            _output("ip", "link", "delete", f"to-{name}")  # a crashed node's goes late
             peer = "name", "eth0", "address", hardware_address_of(name), "netns", str(unshared)
             _run("ip", "link", "add", f"to-{name}", "type", "veth", "peer", *peer)
             _run("ip", "link", "set", f"to-{name}", "master", "bridge", "up")

@@ -86,7 +86,7 @@ def test_nothing_is_left(how: str, options: list[str], cluster: Cluster, tmp_pat
             psutil.Process(own.keeper).kill()
         else:
             own.down()
-        wait_for(lambda: _members(own.directory) == [], "not all has ended", 60, lambda: "\n".join(_members(own.directory)))
+        wait_for(lambda: _members(own.directory) == [], "not all has ended", 20, lambda: "\n".join(_members(own.directory)))
     finally:
         owner.kill()
         owner.wait()

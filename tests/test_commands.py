@@ -15,7 +15,7 @@ import pytest
 import yaml
 from commands import ENVIRONMENT, Outcome, command, execute, invoke
 from ranks import RankPool
-from tiny_runs import ARCHITECTURE, all_rows, history, tiny_tree, train_here, write_config
+from tiny_runs import ARCHITECTURE, all_rows, history, steps_recorded, tiny_tree, train_here, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from erollout.types import Rollout
@@ -191,7 +191,7 @@ def test_no_process_outlives_the_command(end: Callable[[subprocess.Popen[str]], 
             start_new_session=True,
         )
         try:
-            _wait_for(lambda: (tmp_path / "run" / "tracking").is_dir() and bool(history(tmp_path)), process)
+            _wait_for(lambda: steps_recorded(tmp_path) > 0, process)
             family = psutil.Process(process.pid).children(recursive=True)
             assert len(family) >= 2
             end(process)

@@ -18,13 +18,12 @@ from commands import ENVIRONMENT, command, execute
 from ranks import RankPool
 from safetensors.torch import load_file
 from test_rewards import score
-from tiny_runs import history, tiny_tree, train_here, write_config
+from tiny_runs import history, steps_recorded, tiny_tree, train_here, write_config
 
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.errors import UserError
 from erollout.launch.ray_cluster import find_cluster
 from erollout.rewards import RewardPool, Scorer, ScoringCounts
-from erollout.tracking.journal import journal_path
 
 pytest.importorskip("ray", reason="ray is not installed (pip install 'erollout[ray]')")
 from ray_nodes import Node
@@ -150,10 +149,6 @@ def wait_for(condition: Callable[[], Any], process: Process) -> None:
         time.sleep(0.05)
 
 
-def steps(folder: Path) -> int:
-    return len(history(folder)) if journal_path(folder / "run").exists() else 0
-
-
 def launch(nodes: Nodes, config: Path, *options: str) -> list[str]:
     placed = ["--nodes", "2", "--ranks-per-node", "1", "--gpus-per-rank", "0", "--skip-checks", *options]
     return ["launch", "ray", "--address", nodes.head.address, "--config", str(config), *placed]
@@ -166,7 +161,7 @@ def test_a_run_is_placed_on_both_nodes(nodes: Nodes, tmp_path: Path) -> None:
     assert len(logs) == 2 and len(list((tmp_path / "run/logs/latest/ranks").iterdir())) >= 2
     assert any("training tensor 1 x data 2" in log for log in logs.values()), logs
     assert [line for line in done.stderr.splitlines() if line.startswith("erollout: ")][-1] == "erollout: done"
-    assert steps(tmp_path) == 1
+    assert steps_recorded(tmp_path) == 1
     assert (tmp_path / "run/verdict").read_text() == "done\n"
 
 
@@ -214,13 +209,13 @@ def test_a_run_that_is_asked_saves_and_the_same_command_goes_on(nodes: Nodes, tm
         process.send_signal(signal.SIGUSR1)
         assert process.wait(400) == 75, process.said()
     assert (tmp_path / "run/verdict").read_text() == "requeue\n"
-    before = steps(tmp_path)
+    before = steps_recorded(tmp_path)
     with started(nodes, config) as process:
-        wait_for(lambda: steps(tmp_path) > before, process)
+        wait_for(lambda: steps_recorded(tmp_path) > before, process)
         process.send_signal(signal.SIGINT)
         assert process.wait(400) == 143, process.said()
     assert (tmp_path / "run/verdict").read_text() == "stopped\n"
-    assert complete_checkpoints(tmp_path / "run/checkpoints")[-1].name == f"step_{steps(tmp_path):08d}"
+    assert complete_checkpoints(tmp_path / "run/checkpoints")[-1].name == f"step_{steps_recorded(tmp_path):08d}"
 
 
 @pytest.mark.cluster
@@ -229,7 +224,7 @@ def test_no_rank_outlives_what_started_it(killed: str, nodes: Nodes, tmp_path: P
     """One rank, which would go on alone."""
     config = write_config(tmp_path, train={"steps": FOREVER, "output_dir": str(tmp_path / "run")})
     with started(nodes, config, "--nodes", "1", "--gpus-per-rank", "1") as process:
-        wait_for(lambda: steps(tmp_path), process)
+        wait_for(lambda: steps_recorded(tmp_path), process)
         there = nodes.other.processes()
         ranks = [found for found in there if "erollout.cli" in found.cmdline()]
         assert len(ranks) == 2, "a launcher and its rank, on the node with a GPU"

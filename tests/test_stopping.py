@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT, command
 from ranks import RankPool
-from tiny_runs import history, sft_here, tiny_tree, train_here, write_config
+from tiny_runs import history, sft_here, steps_recorded, tiny_tree, train_here, write_config
 
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.stopping import Stop, stoppable
-from erollout.tracking.journal import journal_path, read_history
 
 FOREVER = 300
 
@@ -27,7 +26,7 @@ def _asked(work: Callable[[dict[str, Any]], None], tree: dict[str, Any], asked: 
     import torch.distributed as dist
 
     def ask() -> None:
-        while not _steps(Path(tree["train"]["output_dir"])):
+        while not steps_recorded(Path(tree["train"]["output_dir"]).parent):
             time.sleep(0.01)
         os.kill(os.getpid(), asked)
 
@@ -38,10 +37,6 @@ def _asked(work: Callable[[dict[str, Any]], None], tree: dict[str, Any], asked: 
     except SystemExit as ended:
         return ended.code
     return 0
-
-
-def _steps(run: Path) -> int:
-    return len(read_history(journal_path(run))) if journal_path(run).exists() else 0
 
 
 def asked_train(tree: dict[str, Any], asked: signal.Signals) -> int | str | None:
@@ -172,7 +167,7 @@ def test_the_launcher_passes_it_on_and_waits(asked: signal.Signals, status: int,
     arguments = command("train", "--config", str(config))
     process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        ready = _ranks if asked == signal.SIGUSR1 else lambda process: _steps(tmp_path / "run")
+        ready = _ranks if asked == signal.SIGUSR1 else lambda process: steps_recorded(tmp_path)
         deadline = time.monotonic() + 200
         while not ready(process):
             assert process.poll() is None and time.monotonic() < deadline

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from commands import ENVIRONMENT
 from launched import Launched
-from tiny_runs import history, write_config
+from tiny_runs import steps_recorded, write_config
 
-from erollout.tracking.journal import journal_path
 from erollout.watchdog import HUNG
 
 HANG_SECONDS = 8.0
@@ -28,7 +27,7 @@ def test_a_rank_that_stands_still_for_good_is_named_and_the_run_ends(tmp_path: P
         parallel={"world_size": 2},
     )
     with Launched("train", "--config", str(config), output=tmp_path / "output") as run:
-        run.wait_until(lambda: journal_path(tmp_path / "run").exists() and len(history(tmp_path)) > 1)
+        run.wait_until(lambda: steps_recorded(tmp_path) > 1)
         stopped = run.ranks()[1]
         stopped.send_signal(signal.SIGSTOP)
         assert run.process.wait(HANG_SECONDS + 30 + 60) == HUNG, run.text()

@@ -68,6 +68,11 @@ def all_rows(folder: Path, name: str = "run") -> list[dict[str, float]]:
     return read_history(journal_path(folder / name))
 
 
+def steps_recorded(folder: Path, name: str = "run") -> int:
+    """Steps of any kind that a run in another process has tracked by now: 0 before its journal is there."""
+    return len(all_rows(folder, name)) if journal_path(folder / name).exists() else 0
+
+
 def train_here(tree: dict[str, Any]) -> None:
     """For RankPool.run: a training run on the ranks of the world that is there."""
     from erollout import session

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -93,7 +94,9 @@ def ranks_here(run: RunDirectory) -> list[psutil.Process]:
     """Those of the run that live on this machine, in rank order."""
     found = []
     for beat in run.heartbeats():
-        if beat.host == socket.gethostname() and psutil.pid_exists(beat.pid):
+        if beat.host != socket.gethostname():
+            continue
+        with suppress(psutil.Error):  # it has ended
             process = psutil.Process(beat.pid)
             if process.create_time() < beat.beat and any("erollout" in word for word in process.cmdline()):
                 found.append(process)

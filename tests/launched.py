@@ -32,7 +32,8 @@ class Launched:
 
     def __exit__(self, *_: Any) -> None:
         for process in self.alive():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait(30)
 
     def alive(self) -> list[psutil.Process]:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,21 +72,31 @@ def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int, di
 
 
 def train_terminated_in_scoring(tree: dict[str, Any]) -> None:
-    """A run in which SIGTERM reaches every process while the second rollout's last responses are scored."""
+    """A run in which SIGTERM reaches every process as the second rollout's responses begin to be scored."""
     from erollout.rewards.pool import RewardPool
 
-    collect = RewardPool.collect
-    calls = 0
+    collect, submit = RewardPool.collect, RewardPool.submit
+    calls, held = 0, []
+
+    def later(self: RewardPool, *args: Any) -> None:
+        if calls == 1:
+            held.append(args)
+        else:
+            submit(self, *args)
 
     def disturbed(self: RewardPool, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
+            for response in held:
+                submit(self, *response)
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                process.terminate()
+                with suppress(psutil.NoSuchProcess):  # a scorer's child
+                    process.terminate()
         return collect(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardPool, "submit", later)
         patch.setattr(RewardPool, "collect", disturbed)
         train_here(tree)
 

@@ -92,7 +92,8 @@ def test_distributed_optimizer_resumes(rank_pool: RankPool, tmp_path: Path) -> N
 
 @pytest.mark.end_to_end
 def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(tmp_path: Path, unbroken: Path) -> None:
-    config = write_config(tmp_path, **_sections(tmp_path, world_size=2, pipeline_model_parallel_size=2))
+    unhurried = {"function": "unhurried_scorer:half_a_second"}  # time to disturb it
+    config = write_config(tmp_path, **_sections(tmp_path, world_size=2, pipeline_model_parallel_size=2), rewards=unhurried)
     command = [sys.executable, "-m", "erollout.cli", "train", "--config", str(config)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

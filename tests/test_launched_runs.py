@@ -67,6 +67,7 @@ def test_status_says_who_is_behind(folder: Path, fake: FakeSlurm) -> None:
     checkpoint = run / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
+    os.utime(checkpoint, (time.time() - 3 * 3600,) * 2)
     (run / "bad_nodes").write_text("n9\n")
     for rank in (0, 1):
         _beat(run, rank=rank)
@@ -76,7 +77,7 @@ def test_status_says_who_is_behind(folder: Path, fake: FakeSlurm) -> None:
     for words in (
         "job 101        RUNNING on n[1-2], 0:10 of 1:00:00",
         "none: it runs or waits",
-        "step_00000004, 0 seconds ago",
+        "step_00000004, 3 hours ago",
         "3 of 4 heard from within 15 s",
         "the foremost in update of step 5",
         "behind         rank 2 (n2, pid 77) in rollout of step 5 since",
@@ -101,6 +102,8 @@ def test_a_run_that_slurm_did_not_start(tmp_path: Path) -> None:
         _beat(run, rank=0, host=os.uname().nodename, pid=rank.pid)
         assert "1 of its ranks run on this machine" in invoke("launch", "status", str(run)).stdout
         assert invoke("launch", "stop", str(run)).status == 0
+        os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)  # ended, and its launcher has not heard of it yet
+        assert "none of its ranks runs here" in invoke("launch", "status", str(run)).stdout
         assert rank.wait(20) == -signal.SIGTERM
     assert "none of its ranks runs here" in invoke("launch", "status", str(run)).stdout
     assert "was not submitted" in invoke("launch", "requeue", str(run)).error()

@@ -96,7 +96,7 @@ def test_rewards_are_those_of_the_process_pool(pool: RewardPool) -> None:
 def test_whatever_a_scorer_does_costs_only_its_own_sample_and_leaves_nothing_behind(nodes: Nodes, tmp_path: Path) -> None:
     from erollout.rewards.ray_pool import RayRewardPool
 
-    with RayRewardPool(SCRIPTED, 2, timeout_seconds=2.0, error_value=-1.0, address=nodes.head.address) as pool:
+    with RayRewardPool(SCRIPTED, 2, timeout_seconds=6.0, error_value=-1.0, address=nodes.head.address) as pool:
         score(pool, "value 1", "value 1")
         values = score(pool, "value 1", f"child {tmp_path / 'pid'}", "value 2", "exit", "value 3", "allocate")
         assert values == [1.0, -1.0, 2.0, -1.0, 3.0, -1.0]
@@ -147,6 +147,14 @@ def wait_for(condition: Callable[[], Any], process: Process) -> None:
     while not condition():
         assert process.poll() is None and time.monotonic() < end, process.said()
         time.sleep(0.05)
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Empty when it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def launch(nodes: Nodes, config: Path, *options: str) -> list[str]:
@@ -226,9 +234,9 @@ def test_no_rank_outlives_what_started_it(killed: str, nodes: Nodes, tmp_path: P
     with started(nodes, config, "--nodes", "1", "--gpus-per-rank", "1") as process:
         wait_for(lambda: steps_recorded(tmp_path), process)
         there = nodes.other.processes()
-        ranks = [found for found in there if "erollout.cli" in found.cmdline()]
+        ranks = [found for found in there if "erollout.cli" in command_line(found)]
         assert len(ranks) == 2, "a launcher and its rank, on the node with a GPU"
-        raylet = next(found for found in there if found.name() == "raylet")
+        raylet = next(found for found in there if "".join(command_line(found)[:1]).endswith("/raylet"))
         {"command": psutil.Process(process.pid), "agent": ranks[0].parent(), "raylet": raylet}[killed].kill()
         assert not psutil.wait_procs(ranks, 100)[1]
 

@@ -168,7 +168,7 @@ def _train_with_a_stop(tree: dict[str, Any]) -> None:
     begin = Steering.begin
 
     def interrupted(self: Steering, *args: Any) -> Recorder:
-        return Recorder(begin(self, *args), [Event(1, "stop", 5.0)] if dist.get_rank() == 1 else [])
+        return Recorder(begin(self, *args), [Event(1, "stop", 15.0)] if dist.get_rank() == 1 else [])
 
     Steering.begin = interrupted  # type: ignore[assignment,method-assign]
     train_here(tree)

@@ -180,7 +180,7 @@ def test_the_launcher_passes_it_on_and_waits(asked: signal.Signals, status: int,
     assert _verdict(tmp_path) == verdict, output
     reached = len(history(tmp_path))
     saved = [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert saved == ([f"step_{reached:08d}"] if reached else []), output
+    assert saved == [f"step_{reached:08d}"] or (not reached and not saved), output  # before or in the first rollout
     assert "Traceback" not in output
 
 

@@ -9,18 +9,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from erollout.watchdog import HUNG, Heartbeat, Watchdog, describe_hang, read_heartbeats
 
 RANK = """
-import sys, time
+import os, signal, sys, time
 from erollout.watchdog import Watchdog
-directory, rank, phases, hang = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(","), float(sys.argv[4])
-watchdog = Watchdog(directory, rank, 2, 0.1, hang)
+directory, rank, phases, hang, heartbeat = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(","), *map(float, sys.argv[4:])
+watchdog = Watchdog(directory, rank, 2, heartbeat, hang)
 with watchdog.watching():
     for phase in phases:
         watchdog.enter(4, phase)
+    if phases[-1] == "suspended":
+        os.kill(os.getpid(), signal.SIGSTOP)
     def held_up():
         while True:
             time.sleep(0.2)
@@ -30,8 +33,9 @@ with watchdog.watching():
 """
 
 
-def _rank(folder: Path, rank: int, phases: str, hang_seconds: float) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", RANK, str(folder), str(rank), phases, str(hang_seconds)]
+def _rank(folder: Path, rank: int, phases: str, hang_seconds: float, heartbeat: float = 0.1) -> subprocess.Popen[str]:
+    """`heartbeat`: seconds; after three of them without one a rank is silent."""
+    arguments = [sys.executable, "-c", RANK, str(folder), str(rank), phases, str(hang_seconds), str(heartbeat)]
     return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
 
 
@@ -43,10 +47,10 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def test_a_rank_that_waits_names_the_one_that_is_behind_and_ends(tmp_path: Path) -> None:
-    behind = _rank(tmp_path, 1, "refit", 50)
+    behind = _rank(tmp_path, 1, "refit", 50, heartbeat=2)
     try:
         _wait_for(lambda: [b.phase for b in read_heartbeats(tmp_path / "heartbeats", 2)] == ["refit"])
-        waiting = _rank(tmp_path, 0, "refit,rollout", 1)
+        waiting = _rank(tmp_path, 0, "refit,rollout", 1, heartbeat=2)
         message = waiting.communicate(timeout=40)[1]
     finally:
         behind.kill()
@@ -80,25 +84,24 @@ def test_a_stopped_process_is_named_silent(tmp_path: Path) -> None:
 
 
 def test_a_process_that_was_suspended_did_not_wait_meanwhile(tmp_path: Path) -> None:
-    rank = _rank(tmp_path, 0, "rollout", 1.5)
+    rank = _rank(tmp_path, 0, "suspended", 1.5)
     try:
-        _wait_for(lambda: [b.phase for b in read_heartbeats(tmp_path / "heartbeats", 1)] == ["rollout"])
-        rank.send_signal(signal.SIGSTOP)
+        _wait_for(lambda: psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED)
         time.sleep(2)
+        continued = time.monotonic()
         rank.send_signal(signal.SIGCONT)
-        time.sleep(0.3)
-        assert rank.poll() is None
         assert rank.wait(40) == HUNG
+        assert time.monotonic() - continued > 1
     finally:
         rank.kill()
         rank.communicate()
 
 
 def test_a_long_phase_that_gives_signs_is_no_hang(tmp_path: Path) -> None:
-    lively, waiting = _rank(tmp_path, 0, "lively", 1), _rank(tmp_path, 1, "rollout", 1)
+    lively, waiting = _rank(tmp_path, 0, "lively", 3), _rank(tmp_path, 1, "rollout", 3)
     try:
         assert waiting.wait(40) == HUNG
-        time.sleep(2)
+        time.sleep(4)
         assert lively.poll() is None
     finally:
         for rank in (lively, waiting):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 NAMESPACES = ["--net", "--uts", "--mount", "--ipc"]
 SUBNET = "10.77.0"  # of a network that nothing else sees
-UP_SECONDS, ANSWER_SECONDS = 60, 30
+UP_SECONDS, ANSWER_SECONDS = 100, 30
 REQUEUE_SECONDS = 5
 """How long a requeued job waits; Slurm makes it 121 s. Sooner, slurmd refuses the job that it has just killed."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -72,11 +72,12 @@ class Keeper:
         connection, _ = line.accept()
         with connection:
             connection.settimeout(ANSWER_SECONDS)
-            name, *words = json.loads(connection.makefile().readline())
-            try:
-                getattr(self, name)(*words)
-            except (Failure, OSError, TypeError) as error:
-                connection.sendall(str(error).encode())
+            with suppress(OSError, ValueError):  # who asked is gone, or stands still
+                name, *words = json.loads(connection.makefile().readline())
+                try:
+                    getattr(self, name)(*words)
+                except (Failure, OSError, TypeError) as error:
+                    connection.sendall(str(error).encode())
 
     def crash(self, name: str) -> None:
         """Returns when nothing of the node runs. In a process namespace all others die with the first, and before it has."""
@@ -177,7 +178,8 @@ class Keeper:
     def _hasten(self) -> None:
         """Requeued jobs start sooner than Slurm's two minutes."""
         listed = _output("squeue", "--noheader", "--states=PENDING", "--Format=JobID:12,RestartCnt:6,Reason:20").splitlines()
-        found = [job for job, restarts, reason in map(str.split, listed) if restarts != "0" and reason == "BeginTime"]
+        lines = (line.split(None, 2) for line in listed)
+        found = [job for job, *rest in lines if rest[0] != "0" and rest[1:] == ["BeginTime"]]
         now = time.monotonic()
         self.requeued = {job: self.requeued.get(job, now) for job in found}
         for job, since in self.requeued.items():

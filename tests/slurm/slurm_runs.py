@@ -204,8 +204,7 @@ class Run:
         ours: dict[str, dict[str, Any]] = {
             "train": {"steps": steps},
             "checkpoint": {"interval": interval, "export_path": str(folder / "exported")},
-            "rewards": {"function": "unhurried_scorer:half_a_second", "timeout_seconds": 60.0},
-            "fault_tolerance": {"heartbeat_seconds": 1.0},
+            "rewards": {"function": "unhurried_scorer:half_a_second"},
         }
         sections = {name: ours.get(name, {}) | sections.get(name, {}) for name in ours | sections}
         self.tree = tiny_tree(folder, **sections)

@@ -67,7 +67,7 @@ def test_a_cut_cable_is_silence(nodes: Cluster) -> None:
     nodes.change("cut", "n2")
     assert nodes.run(*reach, node="n1").status != 0
     nodes.change("join", "n2")
-    assert nodes.run(*reach, node="n1").status == 0
+    wait_for(lambda: nodes.run(*reach, node="n1").status == 0, "n2 is not reached", 30)
 
 
 @pytest.mark.parametrize(

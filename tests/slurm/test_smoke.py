@@ -14,7 +14,7 @@ ASKED = 4
 def test_a_run_that_is_asked_to_stop_is_queued_again_and_ends_as_an_unbroken_one(
     cluster: Cluster, tmp_path: Path, unbroken: Run
 ) -> None:
-    run = Run(tmp_path / "it", STEPS, interval=100)
+    run = Run(tmp_path / "it", STEPS, interval=100, rewards={"function": "unhurried_scorer:a_second"})
     job = cluster.launch(run)
     cluster.reach(job, run, ASKED)
     page = cluster.erollout("launch", "status", run.directory).stdout

@@ -117,7 +117,8 @@ def test_a_full_disk_leaves_what_was_saved_and_the_run_goes_on_once_there_is_roo
     run.assert_equal(unbroken)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(cluster: Cluster, run: Run, unbroken: Run) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(cluster: Cluster, tmp_path: Path, unbroken: Run) -> None:
+    run = Run(tmp_path / "it", STEPS, INTERVAL, rewards={"function": "unhurried_scorer:a_second"})
     job = cluster.launch(run, UNCHECKED)
     cluster.reach(job, run, 2 * INTERVAL + 1)
     assert cluster.erollout("launch", "stop", run.directory).status == 0

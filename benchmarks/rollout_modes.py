@@ -202,7 +202,7 @@ class Bench:
         result = worker.rollout(prompts, sampling, load.group_size, TRAINING_STREAM, draw + 1)
         seconds, computed = time.perf_counter() - start, time.process_time() - computed
         assert steering.toggle is not None
-        return _outcome(result, seconds, all_gather((computed, _seconds_at(steering.toggle.trace))))
+        return _outcome(result, all_gather((seconds, computed, _seconds_at(steering.toggle.trace))))
 
     def _keep_decisions(self, steering: Steering, name: str) -> None:
         if self.decisions is not None and steering.toggle is not None:
@@ -246,19 +246,19 @@ def _prompts(data: PromptDataset, load: Load, draw: int) -> list[Prompt]:
     return [data.prompt(draw * load.num_prompts + i) for i in range(load.num_prompts)]
 
 
-def _outcome(result: RolloutResult, phase_seconds: float, replicas: list[tuple[float, dict[str, float]]]) -> Outcome:
-    """`replicas`: of each, CPU seconds, and seconds by TRACED."""
+def _outcome(result: RolloutResult, replicas: list[tuple[float, float, dict[str, float]]]) -> Outcome:
+    """`replicas`: of each, seconds, CPU seconds, and seconds by TRACED."""
     responses = [sample.rollout.response_ids for sample in result.scored]
     return Outcome(
         max(report["seconds"] for report in result.reports),
-        phase_seconds,
-        max(computed for computed, _ in replicas),
+        max(seconds for seconds, *_ in replicas),
+        max(computed for _, computed, _ in replicas),
         sum(map(len, responses)),
         tuple(map(len, responses)),
         hashlib.sha256(repr(responses).encode()).hexdigest(),
         result.speculation,
         _over_replicas([course.metrics for course in result.courses], statistics.fmean),
-        _over_replicas([seconds_at for _, seconds_at in replicas], sum),
+        _over_replicas([seconds_at for *_, seconds_at in replicas], sum),
     )
 
 

@@ -2,9 +2,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from ranks import RankPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads: several on few cores are ten times slower
+
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def test_a_new_rollout_starts_from_the_last_one_and_learns_quickly() -> None:
     assert acceptance.tried[0] == pytest.approx(100)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.floats(0, 1)), max_size=20), st.randoms())
 def test_whatever_is_observed_rates_are_chances(steps: list[tuple[list[int], float]], rng: random.Random) -> None:
     acceptance = Acceptance(50)

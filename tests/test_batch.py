@@ -11,7 +11,7 @@ from erollout.types import Rollout, ScoredRollout
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 AGGREGATION = st.sampled_from(["token-mean", "sequence-mean"])
-FAST = settings(max_examples=60, deadline=None)
+FAST = settings(max_examples=60)
 
 
 @st.composite

@@ -46,7 +46,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(actions=ACTIONS, num_blocks=st.integers(1, 24))
 def test_tables_never_see_each_others_writes_and_the_pool_returns_to_full(
     actions: list[tuple[str, int, int]], num_blocks: int

@@ -97,7 +97,7 @@ def test_a_point_that_no_other_resembles_counts_little() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 512), st.floats(1, 1e5), st.integers(0, 16), st.floats(-2, 2)), max_size=12))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_table_never_leaves_its_points_far(entries: list[tuple[int, float, int, float]]) -> None:
     table = MeasuredTable(points(*entries), verifies=True)
     most = 3 * max((abs(value) for *_, value in entries), default=0.0) + MOST_OF_ITS_OWN
@@ -235,7 +235,7 @@ def test_prompt_passes_teach_what_prompts_cost_and_nothing_else() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([OFF, DRAFT, Arm("w8", 1)]), st.integers(1, 300), st.floats(0.0, 1e6)), max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_times_break_the_corrections(steps: list[tuple[Arm, int, float]]) -> None:
     corrections = Corrections()
     for arm, batch, ratio in steps:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -74,7 +74,6 @@ def test_character_tokenizer_has_64_tokens(tokenizer: PreTrainedTokenizerBase) -
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
 
 
-@settings(deadline=None)
 @given(text=st.text(alphabet=CHARACTERS, max_size=60))
 def test_character_tokenizer_round_trip_is_exact(reloaded: PreTrainedTokenizerBase, text: str) -> None:
     ids = reloaded.encode(text, add_special_tokens=False)

@@ -80,7 +80,7 @@ def test_a_character_split_over_tokens_is_found_with_its_last_byte() -> None:
 
 
 @tokenizers
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_tokens_and_any_stop_strings(tokenizer: PreTrainedTokenizerBase, data: st.DataObject) -> None:
     texts = st.text(alphabet="the nd#日😀é", max_size=12)

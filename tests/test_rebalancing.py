@@ -4,7 +4,7 @@ from itertools import pairwise
 from statistics import mean
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from erollout.config import CoordinatorConfig
@@ -52,7 +52,6 @@ def test_without_a_last_rollout_all_lengths_are_as_likely() -> None:
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=30), st.floats(0, 520), st.floats(0, 1), st.floats(0, 1))
-@settings(deadline=None)
 def test_a_larger_share_takes_longer(known: list[int], age: float, one: float, two: float) -> None:
     lengths = Lengths(known, 512)
     assert 1 <= lengths.residual(age, min(one, two)) <= lengths.residual(age, max(one, two)) <= max(1, 512 - age)
@@ -130,7 +129,6 @@ def _window(drawn: list[tuple[int, float, tuple[float, ...]]]) -> list[Occupancy
 
 
 @given(loads)
-@settings(deadline=None)
 def test_no_move_makes_it_worse(drawn: list[tuple[int, float, tuple[float, ...]]]) -> None:
     window = _window(drawn)
     machine = rebalancing()
@@ -151,7 +149,6 @@ def test_no_move_makes_it_worse(drawn: list[tuple[int, float, tuple[float, ...]]
 
 
 @given(loads, st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_the_numbering_of_replicas_hardly_matters(drawn: list[tuple[int, float, tuple[float, ...]]], shuffle) -> None:
     drawn = [(n, age + index * 1e-3, curve) for index, (n, age, curve) in enumerate(drawn)]  # no ties
     order = list(range(len(drawn)))
@@ -163,7 +160,6 @@ def test_the_numbering_of_replicas_hardly_matters(drawn: list[tuple[int, float, 
 
 
 @given(st.integers(1, 64), st.floats(0, 2048))
-@settings(deadline=None)
 def test_stages_last_until_the_longest_of_all(sequences: int, age: float) -> None:
     machine = rebalancing()
     stages = machine.stages(sequences, age)

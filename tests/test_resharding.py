@@ -137,7 +137,7 @@ def test_every_pair_of_layouts_is_bit_exact(architecture: Architecture) -> None:
         _reshard_in_one_process(architecture, case, torch.float32, torch.float32, bucket_bytes=2000)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.sampled_from(EVERY_PAIR),
     st.sampled_from([UNTIED, TIED]),

@@ -33,7 +33,7 @@ def pool() -> Iterator[RewardPool]:
 @pytest.fixture
 def hasty_pool() -> Iterator[RewardPool]:
     """With a limit that scorers are meant to exceed."""
-    with RewardPool(Scorer("scripted_scorer:scripted"), num_workers=2, timeout_seconds=1.5, error_value=-1.0) as pool:
+    with RewardPool(Scorer("scripted_scorer:scripted"), num_workers=2, timeout_seconds=4.0, error_value=-1.0) as pool:
         yield pool
 
 
@@ -83,11 +83,11 @@ def test_pool_uses_every_worker_and_keeps_them(pool: RewardPool) -> None:
     assert set(pool.worker_pids) == workers
 
 
-def test_responses_are_scored_while_others_are_still_sampled(hasty_pool: RewardPool, tmp_path: Path) -> None:
-    hasty_pool.submit(Prompt(1, (), "", "t"), Rollout(1, 0, (), (), (), (), "stop", 0), f"child {tmp_path / 'started'}")
-    while not (tmp_path / "started").exists():
+def test_responses_are_scored_while_others_are_still_sampled(pool: RewardPool, tmp_path: Path) -> None:
+    pool.submit(Prompt(1, (), "", "t"), Rollout(1, 0, (), (), (), (), "stop", 0), f"touch {tmp_path / 'scored'}")
+    while not (tmp_path / "scored").exists():
         time.sleep(0.01)
-    assert list(hasty_pool.collect()) == [(1, 0)]
+    assert list(pool.collect()) == [(1, 0)]
 
 
 @pytest.mark.parametrize("stuck", ["sleep 600", "ignore_sigterm_and_sleep"])
@@ -95,7 +95,7 @@ def test_a_stuck_scorer_is_killed_and_replaced(hasty_pool: RewardPool, stuck: st
     score(hasty_pool, *["sleep 0.1"] * 8)
     before = set(hasty_pool.worker_pids)
     assert score(hasty_pool, "value 1", stuck, "value 2", "value 3") == [1.0, -1.0, 2.0, 3.0]
-    assert hasty_pool.counts == ScoringCounts(scored=3, timeouts=1, first_error="scorer took more than 1.5 s")
+    assert hasty_pool.counts == ScoringCounts(scored=3, timeouts=1, first_error="scorer took more than 4 s")
     score(hasty_pool, *["sleep 0.1"] * 8)
     lost = before - set(hasty_pool.worker_pids)
     assert len(lost) == 1
@@ -136,8 +136,19 @@ def test_a_worker_killed_while_idle_costs_nothing(pool: RewardPool) -> None:
     score(pool, *["sleep 0.1"] * 4)
     for pid in pool.worker_pids:
         os.kill(pid, signal.SIGKILL)
-    time.sleep(0.1)
+    assert score(pool, *["value 1"] * 6) == [1.0] * 6, "whether they are dead by now or not"
+    assert pool.counts == ScoringCounts(scored=6)
+
+
+def test_a_worker_that_dies_before_it_takes_a_response_costs_nothing(pool: RewardPool) -> None:
+    score(pool, *["sleep 0.1"] * 4)
+    stopped = pool.worker_pids
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(1.0, lambda: [os.kill(pid, signal.SIGKILL) for pid in stopped])
+    timer.start()
     assert score(pool, *["value 1"] * 6) == [1.0] * 6
+    timer.join()
     assert pool.counts == ScoringCounts(scored=6)
 
 

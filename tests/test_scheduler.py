@@ -48,7 +48,7 @@ def step(scheduler: Scheduler, num_speculative_tokens: int = 0, accept: Callable
 GROUPS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5), st.integers(1, 12)), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     groups=GROUPS,
     num_blocks=st.integers(8, 30),

@@ -21,7 +21,7 @@ def test_expected_length_and_speed_up_are_the_papers() -> None:
     assert predicted_speed_up(0.8, 3, 0.3, 1.1) == pytest.approx(expected_length(0.8, 3) / (3 * 0.3 + 1.1))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(CHOICES, min_size=1, max_size=3), st.floats(0.0, 0.5))
 def test_the_choice_is_the_best_of_all(choices: list[list[Choice]], other: float) -> None:
     units = {str(index): unit for index, unit in enumerate(choices)}

@@ -66,7 +66,7 @@ def differing_responses(formats: Sequence[str], lengths: Sequence[int]) -> dict[
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_greedy_tokens_do_not_depend_on_the_drafter(world_size: int, rank_pool: RankPool) -> None:
-    for results in rank_pool.run(world_size, differing_responses, tuple(FORMATS), (1, 3, 7)):
+    for results in rank_pool.run(world_size, differing_responses, tuple(FORMATS), (1, 3, 7), timeout=240):
         assert set(results) == {(format, n) for format in FORMATS for n in (1, 3, 7)}
         for case, (differing, acceptance_rate) in results.items():
             assert differing == 0, case

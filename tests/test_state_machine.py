@@ -143,7 +143,7 @@ def test_a_claim_that_the_window_does_not_show_is_sampled_twice_unless_handed_to
     st.integers(1, 8),
     st.data(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_prompt_is_handed_out_once_and_loads_stay_even(
     replicas: int, prompts: int, group: int, slots: int, data: st.DataObject
 ) -> None:

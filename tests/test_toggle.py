@@ -368,7 +368,7 @@ def test_it_says_why() -> None:
 LOADS = st.builds(Load, st.integers(1, 64), st.floats(0, 4000), st.sampled_from([0, 0, 0, 64]), st.integers(0, 10))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(LOADS, min_size=1, max_size=60), st.sampled_from(["toggle", "adaptive", "ladder"]), st.integers(0, 5))
 def test_the_choice_is_within_the_margin_and_a_function_of_what_was_seen(loads: list[Load], mode: str, seed: int) -> None:
     machines = [Machine(passes(), seed=seed) for _ in range(2)]

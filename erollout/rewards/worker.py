@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -100,20 +101,25 @@ class Worker:
             raise WorkerDied(error)
 
     def score(self, prompt: Prompt, response: str, timeout_seconds: float) -> Outcome:
-        """Raises WorkerDied when the process was gone before it got the response."""
+        """Raises WorkerDied when the process was gone before it had taken the response."""
         try:
             self._connection.send((prompt, response))
         except OSError as error:
             raise WorkerDied("scoring process died while it waited") from error
         except Exception as error:  # pickling an item runs foreign code
             return Outcome(error=f"the item can't be sent to a scoring process: {type(error).__name__}: {error}")
+        taken, end = False, time.monotonic() + timeout_seconds
         try:
-            if not self._connection.poll(timeout_seconds):
-                return Outcome(error=f"scorer took more than {timeout_seconds:g} s", timed_out=True, worker_lost=True)
-            outcome: Outcome = self._connection.recv()
-            return outcome
-        except (EOFError, OSError):
+            while self._connection.poll(max(0.0, end - time.monotonic())):
+                answer: Outcome | None = self._connection.recv()
+                if answer is not None:
+                    return answer
+                taken = True
+        except (EOFError, OSError) as error:
+            if not taken:
+                raise WorkerDied("scoring process died while it waited") from error
             return Outcome(error="scorer ended its process", worker_lost=True)
+        return Outcome(error=f"scorer took more than {timeout_seconds:g} s", timed_out=True, worker_lost=True)
 
     def kill(self) -> None:
         """End the process and all that it started; idempotent."""
@@ -149,12 +155,14 @@ def main(descriptor: int) -> None:
     connection = Connection(descriptor)
     scorer, parent = connection.recv()
     _die_with(parent)
-    os.dup2(2, 1)  # what a scorer prints must not mix with the rank's output
+    os.dup2(2, 1)  # what a scorer prints must not mix with the rank's output, nor be lost when the process is killed
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     connection.send(_load(scorer))
     process = os.getpid()
     while True:
         try:
             prompt, response = connection.recv()
+            connection.send(None)  # taken: if the process dies from here on, the response may be why
         except (EOFError, OSError):
             return
         outcome = _outcome(scorer, prompt, response)

@@ -178,8 +178,7 @@ class Keeper:
     def _hasten(self) -> None:
         """Requeued jobs start sooner than Slurm's two minutes."""
         listed = _output("squeue", "--noheader", "--states=PENDING", "--Format=JobID:12,RestartCnt:6,Reason:20").splitlines()
-        lines = (line.split(None, 2) for line in listed)
-        found = [job for job, *rest in lines if rest[0] != "0" and rest[1:] == ["BeginTime"]]
+        found = [job for job, restarts, *reason in map(str.split, listed) if restarts != "0" and reason == ["BeginTime"]]
         now = time.monotonic()
         self.requeued = {job: self.requeued.get(job, now) for job in found}
         for job, since in self.requeued.items():

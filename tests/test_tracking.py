@@ -24,6 +24,7 @@ from rich.console import Console
 
 from erollout.config import Config, build_config, load_config
 from erollout.errors import UserError
+from erollout.launch.meeting import FIRST_PORT, NUM_PORTS
 from erollout.tracking.console import StepReporter, format_duration, print_summary, print_table
 from erollout.tracking.delivery import METRICS_PER_BATCH, group_entries
 from erollout.tracking.journal import Entry, Journal, journal_path, read_history
@@ -82,7 +83,7 @@ def _free_port() -> int:
     """Below those that the kernel gives to others: it stays free while the server is away."""
     while True:
         with suppress(OSError), socket.socket() as probe:
-            port = secrets.choice(range(20000, 32000))
+            port = secrets.choice(range(FIRST_PORT, FIRST_PORT + NUM_PORTS))
             probe.bind(("127.0.0.1", port))
             return port
 

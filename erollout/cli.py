@@ -7,6 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -14,7 +15,7 @@ from typing import NoReturn
 from erollout.calibration.commands import add_commands
 from erollout.config import Config, load_config
 from erollout.doctor.commands import add_command as add_doctor
-from erollout.environment import launcher_environment
+from erollout.environment import is_elastic, is_rank, launcher_environment
 from erollout.errors import UserError
 from erollout.launch.commands import add_commands as add_launch_commands
 from erollout.launch.parent import end_with_parent
@@ -29,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Megatron says at import which GPU libraries it does without, and torch which of its own names are deprecated.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
-    if (launcher := launcher_environment()) is not None and launcher.is_elastic:
+    if is_elastic():
         end_with_parent()
     options = _parser().parse_args(arguments)
     try:
+        launcher_environment()  # raises for half of it, whatever the command
         return options.run(options, arguments)
     except UserError as error:
         _print_error(error)
@@ -157,17 +159,18 @@ def _session() -> ModuleType:
 
 
 def _print_error(error: UserError) -> None:
-    environment = launcher_environment()
     prefix = "erollout: "
-    if environment is not None and environment.rank > 0:
-        time.sleep(_SPEAK_AFTER_SECONDS)
-        prefix = f"erollout (rank {environment.rank}): "
+    with suppress(UserError):  # the error may be that the launcher's variables make no sense
+        environment = launcher_environment()
+        if environment is not None and environment.rank > 0:
+            time.sleep(_SPEAK_AFTER_SECONDS)
+            prefix = f"erollout (rank {environment.rank}): "
     print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int) -> NoReturn:
     """A rank that failed ends at once: the launcher ends the others when it is gone, and Python's own end takes seconds."""
-    if status and launcher_environment() is not None:
+    if status and is_rank():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -178,7 +181,7 @@ def _run() -> NoReturn:
     try:
         status = main()
     except Exception:
-        if launcher_environment() is None:
+        if not is_rank():
             raise
         traceback.print_exc()
         status = 1

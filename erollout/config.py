@@ -5,16 +5,15 @@ starting a process is checked here; the message names the key, the value and the
 same meaning, the key has Megatron's name.
 """
 
-import difflib
-import os.path
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from erollout import bounds
+from erollout.config_file import describe, fit, read_tree
 from erollout.errors import UserError
 
 
@@ -22,79 +21,63 @@ def _mode(value: Any) -> Any:
     return "off" if value is False else value  # YAML's off
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic takes true for 1
-        raise ValueError("Input should be a number")
-    return value
-
-
-_Number = BeforeValidator(_number)
-Positive = Annotated[int, Field(ge=1), _Number]
-Count = Annotated[int, Field(ge=0), _Number]
-PositiveFloat = Annotated[float, Field(gt=0), _Number]
-NonNegative = Annotated[float, Field(ge=0), _Number]
-Fraction = Annotated[float, Field(ge=0, le=1), _Number]
-Decay = Annotated[float, Field(ge=0, lt=1), _Number]
-Location = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path; `~` is the user's home directory."""
-
 _section = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
 
 @_section
 class ModelConfig:
-    path: Location | None = None
+    path: bounds.Location | None = None
     """Hugging Face directory (config.json, safetensors, tokenizer) to start from."""
     architecture: dict[str, Any] | None = None
     """Instead of `path`: a Hugging Face style config (`model_type: llama`, `hidden_size: 64`, ...) for random weights."""
-    tokenizer: Location | None = None
+    tokenizer: bounds.Location | None = None
     """Hugging Face tokenizer directory; default: `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Training parameters; with bfloat16, Megatron keeps float32 main parameters and gradients."""
-    max_position_embeddings: Positive | None = None
+    max_position_embeddings: bounds.Tokens | None = None
     """Longest sequence; default: the architecture's."""
 
 
 @_section
 class ParallelConfig:
-    world_size: Positive | None = None
+    world_size: bounds.Ranks | None = None
     """Number of ranks. Without a launcher, `erollout train` starts that many here; under one, it must agree."""
-    tensor_model_parallel_size: Positive = 1
-    pipeline_model_parallel_size: Positive = 1
+    tensor_model_parallel_size: bounds.Ranks = 1
+    pipeline_model_parallel_size: bounds.Ranks = 1
     sequence_parallel: bool = False
-    timeout_seconds: Positive = 4500
+    timeout_seconds: bounds.Timeout = 4500
     """Limit of any single collective. Longer than fault_tolerance.hang_seconds, which ends a run with a clearer message."""
 
 
 @_section
 class RolloutConfig:
-    prompts_per_step: Positive = 32
-    group_size: Positive = 8
+    prompts_per_step: bounds.Samples = 32
+    group_size: bounds.Samples = 8
     """Responses sampled from each prompt."""
-    tensor_model_parallel_size: Positive = 1
+    tensor_model_parallel_size: bounds.Ranks = 1
     """Of a decode replica; the rest of the world are further replicas."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    temperature: NonNegative = 1.0
-    top_k: Count = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Fraction = 0.0
-    repetition_penalty: PositiveFloat = 1.0
-    max_prompt_tokens: Positive = 512
-    max_tokens: Positive = 256
+    temperature: bounds.Temperature = 1.0
+    top_k: bounds.Limit = 0
+    top_p: bounds.PositiveFraction = 1.0
+    min_p: bounds.Fraction = 0.0
+    repetition_penalty: bounds.Penalty = 1.0
+    max_prompt_tokens: bounds.Tokens = 512
+    max_tokens: bounds.Tokens = 256
     """Longest response."""
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[bounds.TokenId, ...] = ()
     """Beside the model's end-of-sequence ids."""
     ignore_eos: bool = False
-    block_size: Positive = 16
+    block_size: bounds.GroupSize = 16
     """Tokens per block of the paged KV cache."""
-    num_kv_blocks: Positive | None = None
+    num_kv_blocks: bounds.Blocks | None = None
     """Blocks of the pool; default: what `kv_cache_gib` holds."""
-    kv_cache_gib: PositiveFloat = 0.5
+    kv_cache_gib: bounds.Gibibytes = 0.5
     """Memory for the KV cache of one rank, in GiB."""
-    max_num_seqs: Positive = 64
+    max_num_seqs: bounds.Slots = 64
     """Most sequences that decode at once on one replica."""
-    max_num_batched_tokens: Positive = 2048
+    max_num_batched_tokens: bounds.Tokens = 2048
     """Most tokens in one forward pass: longer prompts are prefilled in chunks."""
     kernels: Literal["auto", "native", "prepacked", "torch"] = "auto"
     """Of the decode model: `native` (bfloat16 on a CPU with AVX-512 BF16), `prepacked` (oneDNN, CPU), `torch` (any device);
@@ -117,7 +100,7 @@ class FormatOverrideConfig:
 class DrafterConfig:
     format: str = "w4a16_clip"
     """A name of erollout/drafter/formats.py, or `auto`: the choice per layer with the most predicted speed-up."""
-    group_size: Positive = 128
+    group_size: bounds.GroupSize = 128
     """Weights that share a scale, of the int4 formats; it must divide every layer's input size on a decode rank."""
     alternatives: tuple[str, ...] = ()
     """Further formats that `adaptive` may draft with instead: each is one more drafter of the same weights."""
@@ -125,9 +108,9 @@ class DrafterConfig:
     """The drafter's LM head: the target's own, or an INT8 copy of it."""
     overrides: tuple[FormatOverrideConfig, ...] = ()
     """Other formats for some layers; the last pattern that matches a layer counts."""
-    statistics_tokens: Count = 512
+    statistics_tokens: bounds.Limit = 512
     """Tokens of the last rollout that the activation statistics of w4a16_clip and the like are taken from; 0: none are."""
-    statistics_interval: Positive = 10
+    statistics_interval: bounds.Steps = 10
     """Steps between two collections of these statistics."""
 
 
@@ -135,26 +118,26 @@ class DrafterConfig:
 class LadderConfig:
     """The paper's rule for the draft length: one rung up or down when whole rollouts ask for it."""
 
-    rungs: tuple[Positive, ...] = (5, 7, 9, 11)
-    raise_above: Fraction = 0.94
+    rungs: tuple[bounds.DraftLength, ...] = (5, 7, 9, 11)
+    raise_above: bounds.Fraction = 0.94
     """Acceptance rate of a rollout that asks for the next longer draft."""
-    lower_below: Fraction = 0.85
-    persistence: Positive = 2
+    lower_below: bounds.Fraction = 0.85
+    persistence: bounds.Few = 2
     """Rollouts in a row that must ask for it."""
 
 
 @_section
 class ToggleConfig:
-    margin: Fraction = 0.02
+    margin: bounds.Fraction = 0.02
     """A change must promise this share of the time per token."""
-    max_speculative_tokens: Positive = 8
+    max_speculative_tokens: bounds.DraftLength = 8
     """Longest draft that `adaptive` considers."""
-    acceptance_window: Positive = 150
+    acceptance_window: bounds.Steps = 150
     """Drafts after which an old one counts e times less in the estimated acceptance."""
-    probe_interval: Count = 200
+    probe_interval: bounds.Interval = 200
     """Steps between two probes of what is not chosen; 0: none."""
-    probe_steps: Positive = 2
-    bootstrap_seconds: PositiveFloat = 5.0
+    probe_steps: bounds.Few = 2
+    bootstrap_seconds: bounds.Seconds = 5.0
     """Without a calibration file: how long this device is measured before the first rollout."""
     ladder: LadderConfig = field(default_factory=LadderConfig)
 
@@ -165,16 +148,16 @@ class SpeculationConfig:
     """`always`: every step drafts num_speculative_tokens. `toggle`: they are drafted in the steps where that is predicted to be
     faster. `adaptive`: drafter and number too are chosen for each step. `ladder`: as `toggle`, with the paper's rule for the
     number between rollouts."""
-    num_speculative_tokens: Positive = 3
+    num_speculative_tokens: bounds.DraftLength = 3
     """Tokens that the drafter proposes before the target verifies them all at once."""
     verification: Literal["coupled", "rejection"] = "coupled"
     """`coupled`: the samples are those of autoregressive decoding, token for token. `rejection`: the same distribution, with
     the highest acceptance."""
-    calibration: Location | None = None
+    calibration: bounds.Location | None = None
     """File of `erollout calibrate fit` for this model, device, layout and drafter; default: measured at the start."""
-    decision_interval: Positive = 1
+    decision_interval: bounds.Few = 1
     """Steps between two decisions; above 1 where a replica has several ranks, which must agree on each."""
-    trace_interval: Count = 1
+    trace_interval: bounds.Interval = 1
     """Rollouts between two whose decisions are written to <train.output_dir>/decisions; 0: none."""
     toggle: ToggleConfig = field(default_factory=ToggleConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
@@ -191,24 +174,24 @@ class CoordinatorConfig:
     """Of prompts that wait: to the replica that will be free first, or in turns at the start."""
     lock_step: bool = False
     """Replicas share collectives: all take the same decision at the same step, and wait there. Needs `cluster`."""
-    window_seconds: PositiveFloat = 0.05
+    window_seconds: bounds.Seconds = 0.05
     """Least time between two exchanges of occupancies."""
-    stall_seconds: PositiveFloat = 5.0
+    stall_seconds: bounds.Seconds = 5.0
     """After so long without an exchange a replica decides for itself until the next one; in lock step it warns and waits."""
 
 
 @_section
 class AlgorithmConfig:
     name: Literal["grpo"] = "grpo"
-    clip_ratio_low: NonNegative = 0.2
-    clip_ratio_high: NonNegative = 0.2
+    clip_ratio_low: bounds.Fraction = 0.2
+    clip_ratio_high: bounds.Coefficient = 0.2
     normalize_advantages: bool = True
     """Divide a group's advantages by its standard deviation."""
-    kl_coefficient: NonNegative = 0.0
+    kl_coefficient: bounds.Coefficient = 0.0
     """0: no reference model is kept."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_placement: Literal["loss", "reward"] = "loss"
-    entropy_coefficient: float = 0.0
+    entropy_coefficient: bounds.SignedCoefficient = 0.0
     aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
 
 
@@ -218,13 +201,13 @@ class RewardsConfig:
     """`package.module:name` of a function (prompt: Prompt, response: str) -> float; default: the task's own scorer."""
     pool: Literal["processes", "ray"] = "processes"
     """Where scorers run: beside the ranks, or on a Ray cluster that is there (RAY_ADDRESS, else that of the rank's machine)."""
-    num_workers: Positive = 1
+    num_workers: bounds.Few = 1
     """Scoring processes per decode replica; on Ray each has one CPU of the cluster reserved."""
-    timeout_seconds: PositiveFloat = 5.0
+    timeout_seconds: bounds.Seconds = 5.0
     """For one response."""
-    error_value: float = 0.0
+    error_value: bounds.Reward = 0.0
     """Reward of a response whose scorer raised or timed out."""
-    threshold: float | None = None
+    threshold: bounds.Reward | None = None
     """When set: reward 1 at or above it, else 0 (some scorers give garbage a little more than 0)."""
 
 
@@ -232,7 +215,7 @@ class RewardsConfig:
 class TaskConfig:
     name: str
     """A reasoning-gym task (`chain_sum`), or a name for a dataset file."""
-    weight: PositiveFloat = 1.0
+    weight: bounds.Weight = 1.0
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the reasoning-gym task."""
 
@@ -242,9 +225,9 @@ class DataConfig:
     kind: Literal["reasoning_gym", "chain_sum_cot", "file"] = "reasoning_gym"
     """`chain_sum_cot`: the demo's chain sums with a written-out running sum."""
     tasks: tuple[TaskConfig, ...] = ()
-    train_files: tuple[Location, ...] = ()
+    train_files: tuple[bounds.Location, ...] = ()
     """JSONL or parquet, for kind `file`."""
-    test_files: tuple[Location, ...] = ()
+    test_files: tuple[bounds.Location, ...] = ()
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     system_prompt: str | None = None
@@ -252,10 +235,10 @@ class DataConfig:
     """How a question becomes a user message; must contain {prompt}."""
     chat_template: bool = True
     """Apply the tokenizer's chat template, when it has one."""
-    train_seed: Count = 20_000_000
-    train_size: Positive = 1_000_000
-    test_seed: Count = 10_000_000
-    test_size: Positive = 200
+    train_seed: bounds.Seed = 20_000_000
+    train_size: bounds.Items = 1_000_000
+    test_seed: bounds.Seed = 10_000_000
+    test_size: bounds.Items = 200
     """Generated items are seeded by seed + index, so [seed, seed + size) of train and test must not overlap."""
     args: dict[str, Any] = field(default_factory=dict)
     """Of kind `chain_sum_cot`: min_terms, continue_probability, max_terms."""
@@ -263,45 +246,45 @@ class DataConfig:
 
 @_section
 class EvaluationConfig:
-    interval: Count = 0
+    interval: bounds.Interval = 0
     """Steps between held-out evaluations; one runs before the first and after the last step; 0: none."""
-    num_prompts: Positive = 100
+    num_prompts: bounds.Samples = 100
     """At most: a test file may have fewer."""
-    samples_per_prompt: Positive = 1
-    temperature: NonNegative = 1.0
+    samples_per_prompt: bounds.Samples = 1
+    temperature: bounds.Temperature = 1.0
 
 
 @_section
 class OptimizerConfig:
-    lr: PositiveFloat = 1e-6
-    min_lr: NonNegative = 0.0
+    lr: bounds.LearningRate = 1e-6
+    min_lr: bounds.LeastLearningRate = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: Count = 0
-    weight_decay: NonNegative = 0.0
-    adam_beta1: Decay = 0.9
-    adam_beta2: Decay = 0.95
-    adam_eps: PositiveFloat = 1e-8
-    clip_grad: NonNegative = 1.0
+    lr_warmup_steps: bounds.Interval = 0
+    weight_decay: bounds.Coefficient = 0.0
+    adam_beta1: bounds.Decay = 0.9
+    adam_beta2: bounds.Decay = 0.95
+    adam_eps: bounds.Epsilon = 1e-8
+    clip_grad: bounds.Norm = 1.0
     """Global gradient norm; 0: no clipping."""
     use_distributed_optimizer: bool = False
 
 
 @_section
 class TrainConfig:
-    steps: Positive = 100
-    seed: Count = 1234
-    global_batch_size: Positive | None = None
+    steps: bounds.Steps = 100
+    seed: bounds.Seed = 1234
+    global_batch_size: bounds.Samples | None = None
     """Samples per optimizer step; default: all of a rollout (one on-policy update)."""
-    max_tokens_per_micro_batch: Positive = 4096
+    max_tokens_per_micro_batch: bounds.Tokens = 4096
     """Padded tokens of one micro-batch."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    output_dir: Location = "runs/default"
+    output_dir: bounds.Location = "runs/default"
 
 
 @_section
 class SupervisedConfig:
-    steps: Positive = 100
-    batch_size: Positive = 64
+    steps: bounds.Steps = 100
+    batch_size: bounds.Samples = 64
     """Sequences per optimizer step."""
 
 
@@ -312,36 +295,36 @@ class TrackingConfig:
     """MLflow store; default: a SQLite file in train.output_dir."""
     experiment: str = "erollout"
     run_name: str | None = None
-    num_sample_rollouts: Count = 8
+    num_sample_rollouts: bounds.Limit = 8
     """Rollouts written to the samples table at each evaluation."""
     system_metrics: bool = True
 
 
 @_section
 class CheckpointConfig:
-    directory: Location | None = None
+    directory: bounds.Location | None = None
     """Default: <train.output_dir>/checkpoints."""
-    interval: Count = 0
+    interval: bounds.Interval = 0
     """Steps between checkpoints; one is saved at the end; 0: none at all."""
-    keep_last: Positive = 2
+    keep_last: bounds.Few = 2
     asynchronous: bool = False
     """Write in the background while training goes on: each rank holds a copy of what it saves in host memory meanwhile."""
     resume: bool = True
     """Go on from the newest complete checkpoint in the directory, when there is one; false: refuse to mix two runs."""
-    export_path: Location | None = None
+    export_path: bounds.Location | None = None
     """Where to write the final policy as a Hugging Face directory."""
 
 
 @_section
 class FaultToleranceConfig:
-    heartbeat_seconds: PositiveFloat = 5.0
+    heartbeat_seconds: bounds.Heartbeat = 5.0
     """Between two writings of where each rank is (<train.output_dir>/heartbeats)."""
-    hang_seconds: NonNegative = 3600.0
+    hang_seconds: bounds.SecondsOrNever = 3600.0
     """A rank that stays in one phase for so long is taken to hang: who waits for whom is said, and the run ends. In rollouts
     and evaluations it is the time of one step of the engine, and of scoring after the last one. 0: never."""
-    max_nonfinite_steps: Positive = 5
+    max_nonfinite_steps: bounds.Steps = 5
     """Updates in a row whose loss or gradient is not finite: that many end the run, with the last batch saved."""
-    checksum_interval: Count = 100
+    checksum_interval: bounds.Interval = 100
     """Steps between comparisons of the parameters of data-parallel ranks; 0: none."""
 
 
@@ -380,92 +363,35 @@ class Config:
 
 
 _ADAPTER = TypeAdapter(Config)
+_MOST_SAMPLES = 10**7
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `key=value` overrides and validate. Raises UserError."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise UserError(f"can't read config {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"config {path} must be a mapping of sections, not {type(tree).__name__}")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    return build_config(tree, str(path))
+    return build_config(read_tree(path, overrides or [], Config), str(path))
 
 
 def build_config(tree: dict[str, Any], source: str = "config") -> Config:
     """Validate a nested dict of sections. Raises UserError; `source` is named in the message."""
     try:
-        config = _ADAPTER.validate_python(tree)
+        config = _ADAPTER.validate_python(fit(tree, Config))
     except ValidationError as error:
-        raise UserError(f"{source}: {_describe(error)}") from None
+        raise UserError(f"{source}: {describe(error, Config)}") from None
+    except RecursionError:
+        raise UserError(f"{source}: values are nested too deeply, or contain themselves") from None
     _check_consistency(config)
     return config
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r} must look like section.key=value")
-    *parents, last = key.split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {parent} is a value, not a section")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: {' '.join(str(error).split())}") from error
-
-
-def _describe(error: ValidationError) -> str:
-    """The first problem, as one line with the key, the value and the fix."""
-    problems = error.errors()
-    unknown = [p for p in problems if p["type"] == "unexpected_keyword_argument"]  # a misspelt key may be a missing one too
-    first = (unknown or problems)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if unknown:
-        near = _nearest(first["loc"])
-        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; see erollout/config.py for the keys")
-    value = "" if first["type"] == "missing" else f" = {first['input']!r}"
-    return f"{key}{value}: {first['msg'].removeprefix('Value error, ')}"
-
-
-def _nearest(location: tuple[int | str, ...]) -> str | None:
-    """The known key closest to an unknown one: in its own section first, then in any section."""
-    *parents, name = [part for part in location if isinstance(part, str)]
-    keys = _known_keys()
-    own = [key for key in keys if key.split(".")[:-1] == parents]
-    for candidates in ({key.split(".")[-1]: key for key in own}, {key.split(".")[-1]: key for key in keys}):
-        if close := difflib.get_close_matches(name, candidates, n=1, cutoff=0.6):
-            return candidates[close[0]]
-    return None
-
-
-def _known_keys() -> list[str]:
-    tree = Config().to_dict()
-    keys = [f"{section}.{key}" for section, keys in tree.items() for key in keys]
-    lists = (
-        ("data.tasks", TaskConfig),
-        ("speculation.drafter", DrafterConfig),
-        ("speculation.toggle", ToggleConfig),
-        ("speculation.toggle.ladder", LadderConfig),
-        ("speculation.drafter.overrides", FormatOverrideConfig),
-    )
-    return [*tree, *keys, *(f"{path}.{key.name}" for path, section in lists for key in fields(section))]  # type: ignore[arg-type]
 
 
 def _check_consistency(config: Config) -> None:
     """What no single key can be checked for."""
     model, data, rollout = config.model, config.data, config.rollout
     hang, timeout = config.fault_tolerance.hang_seconds, config.parallel.timeout_seconds
+    if 0 < hang <= config.fault_tolerance.heartbeat_seconds:
+        raise UserError(
+            f"fault_tolerance.heartbeat_seconds = {config.fault_tolerance.heartbeat_seconds:g} is not below hang_seconds = "
+            f"{hang:g}: a rank would be taken to hang between two signs of life; lower it"
+        )
     if hang >= timeout:
         raise UserError(
             f"fault_tolerance.hang_seconds = {hang:g} is not below parallel.timeout_seconds = {timeout}: a hanging "
@@ -499,6 +425,11 @@ def _check_consistency(config: Config) -> None:
     if data.kind != "file" and config.evaluation.num_prompts > data.test_size:
         raise UserError(
             f"evaluation.num_prompts = {config.evaluation.num_prompts} is above data.test_size = {data.test_size}; raise that"
+        )
+    if config.samples_per_step > _MOST_SAMPLES:
+        raise UserError(
+            f"rollout.prompts_per_step x rollout.group_size = {config.samples_per_step:,} responses of one step are more than "
+            f"{_MOST_SAMPLES:,}; lower one"
         )
     batch = config.train.global_batch_size
     if batch and config.samples_per_step % batch:

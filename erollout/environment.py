@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from erollout.errors import UserError
+
 _OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_RANK", "PMIX_NAMESPACE", "PMIX_SERVER")
 _OF_USERS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_MPI_TYPE"}
 
@@ -20,16 +22,45 @@ class LauncherEnvironment:
 
 
 def launcher_environment() -> LauncherEnvironment | None:
-    """The launcher's variables, or None in a process that no launcher started."""
-    if "RANK" not in os.environ:
+    """The launcher's variables, or None in a process that no launcher started. Raises UserError for half of them."""
+    rank = _number("RANK")
+    if rank is None:
         return None
+    world_size = _number("WORLD_SIZE", least=1)
+    if world_size is None:
+        raise UserError(
+            f"RANK = {rank} is set in the environment but WORLD_SIZE is not: unset RANK to start the ranks here, or start "
+            "this process with torchrun, `erollout launch` or srun, which set both"
+        )
+    if rank >= world_size:
+        raise UserError(f"RANK = {rank} is not below WORLD_SIZE = {world_size} in the environment; unset both, or correct one")
     return LauncherEnvironment(
-        rank=int(os.environ["RANK"]),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        restart_count=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        is_elastic="TORCHELASTIC_RUN_ID" in os.environ,
+        rank=rank,
+        local_rank=_number("LOCAL_RANK") or 0,
+        world_size=world_size,
+        restart_count=_number("TORCHELASTIC_RESTART_COUNT") or 0,
+        is_elastic=is_elastic(),
     )
+
+
+def is_elastic() -> bool:
+    """Whether torchrun or our own local launcher started this process."""
+    return variable("TORCHELASTIC_RUN_ID") is not None
+
+
+def is_rank() -> bool:
+    """Whether a launcher started this process, whatever else it said."""
+    return variable("RANK") is not None
+
+
+def _number(name: str, least: int = 0) -> int | None:
+    """None where the variable is not set, or empty. Raises UserError."""
+    text = variable(name)
+    if text is None:
+        return None
+    if not text.strip().isdecimal() or len(text) > 9 or int(text) < least:
+        raise UserError(f"{name} = {text[:80]!r} in the environment is not an integer of at least {least}; unset or correct it")
+    return int(text)
 
 
 def set_default(name: str, value: str) -> None:

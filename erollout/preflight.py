@@ -20,6 +20,7 @@ from erollout.data.tokenizer import load_tokenizer
 from erollout.drafter.assignment import LM_HEAD, assign_formats
 from erollout.drafter.formats import check_shape
 from erollout.drafter.self_speculation import AUTO, FIRST_FORMAT, drafter_names
+from erollout.engine.kv_cache import num_blocks, num_bytes
 from erollout.engine.placement import decode_placement
 from erollout.errors import UserError
 from erollout.launch.ray_cluster import find_cluster
@@ -66,6 +67,8 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
     train, decode = resolve_layouts(config, expected_world_size(config))
     if rolls_out:
         check_context(config, architecture)
+        _check_stop_ids(config, architecture)
+        _check_cache(config, architecture)
     tokenizer = load_tokenizer(config.tokenizer_path, architecture.vocab_size)
     with _named(f"parallel.tensor_model_parallel_size = {train.tensor}, pipeline_model_parallel_size = {train.pipeline}"):
         trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
@@ -94,7 +97,7 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
         trained_parameters=trained,
         decoded_parameters=decoded,
         training_bytes=trained * _training_bytes_per_parameter(config, train),
-        decoding_bytes=decoded * _BYTES[config.rollout.dtype] + round(config.rollout.kv_cache_gib * 2**30),
+        decoding_bytes=decoded * _BYTES[config.rollout.dtype] + num_bytes(config.rollout, architecture),
     )
 
 
@@ -119,6 +122,25 @@ def check_context(config: Config, architecture: Architecture) -> None:
     if wanted > context:
         raise UserError(
             f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one"
+        )
+
+
+def _check_stop_ids(config: Config, architecture: Architecture) -> None:
+    for token_id in config.rollout.stop_token_ids:
+        if token_id >= architecture.vocab_size:
+            raise UserError(
+                f"rollout.stop_token_ids = {token_id} is none of the model's {architecture.vocab_size} tokens; remove it"
+            )
+
+
+def _check_cache(config: Config, architecture: Architecture) -> None:
+    """Longer prompts than one token need more: the engine looks at each."""
+    blocks, rollout = num_blocks(config.rollout, architecture), config.rollout
+    needed = -(-rollout.max_tokens // rollout.block_size)
+    if needed > blocks:
+        raise UserError(
+            f"rollout.max_tokens = {rollout.max_tokens} need {needed} KV blocks of a response but the pool has {blocks}; raise "
+            "rollout.kv_cache_gib or rollout.num_kv_blocks"
         )
 
 

@@ -23,7 +23,7 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         launcher = variable(_LAUNCHER)
-        if launcher is not None and int(launcher) != os.getppid():  # it died before the call above
+        if launcher is not None and launcher != str(os.getppid()):  # it died before the call above
             os.write(2, f"erollout: the launcher of this rank, process {launcher}, is gone\n".encode())
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import ENVIRONMENT, Outcome, invoke, save_random_model
+from test_config_file import NUMBERS, bounds_of
 from tiny_runs import write_config
 
 
@@ -155,6 +156,17 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["checkpoint.interval=1", "checkpoint.directory={folder}/taken"],
         ["checkpoint.directory = {folder}/taken"],
     ),
+    "stop token outside the vocabulary": (
+        _nothing,
+        ["rollout.stop_token_ids=[66, 67]"],
+        ["rollout.stop_token_ids = 67", "67 tokens"],
+    ),
+    "cache that holds no response": (
+        _nothing,
+        ["rollout.num_kv_blocks=1"],
+        ["rollout.max_tokens = 24 need 2 KV blocks", "pool has 1"],
+    ),
+    "cache that holds nothing": (_nothing, ["rollout.kv_cache_gib=1e-6"], ["rollout.kv_cache_gib = 1e-06"]),
     "unknown kind of tracking store": (
         _nothing,
         ["tracking.enabled=true", "tracking.uri=gopher://here"],
@@ -180,6 +192,14 @@ def test_is_refused_in_one_line(name: str, config: str, tmp_path: Path) -> None:
     for word in words:
         assert word.replace("{folder}", str(tmp_path)) in line
     assert _files(tmp_path) == before, "something was written or removed"
+
+
+@pytest.mark.parametrize("key", [key for key in NUMBERS if not key.startswith("data.tasks")])
+def test_the_least_and_the_largest_number_are_honoured_or_refused_in_one_line(key: str, config: str) -> None:
+    for bound in bounds_of(NUMBERS[key]):
+        (value,) = (getattr(bound, name) for name in ("ge", "gt", "le", "lt") if hasattr(bound, name))
+        outcome = invoke("train", "--config", config, "--dry-run", f"{key}={value}")
+        assert outcome.status == 0 or outcome.error()
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -235,6 +255,41 @@ def test_world_of_another_size_than_the_configuration(config: str, monkeypatch: 
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = invoke("train", "--config", config, "parallel.world_size=4").error()
     assert "parallel.world_size = 4" in line and "2 ranks" in line
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "0"}, ["RANK = 0", "WORLD_SIZE is not", "torchrun"]),
+        ({"RANK": "0", "WORLD_SIZE": ""}, ["RANK = 0", "WORLD_SIZE is not"]),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK = 2 is not below WORLD_SIZE = 2"]),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, ["RANK = '-1'"]),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, ["RANK = 'first'"]),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, ["WORLD_SIZE = '0'", "at least 1"]),
+        ({"RANK": "0", "WORLD_SIZE": "1.5"}, ["WORLD_SIZE = '1.5'"]),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE = '999"]),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, ["LOCAL_RANK = 'x'"]),
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "x"}, ["TORCHELASTIC_RESTART_COUNT = 'x'"]),
+    ],
+)
+@pytest.mark.parametrize("last", ["--dry-run", "train.steps=1"])
+def test_environment_that_no_launcher_makes(
+    variables: dict[str, str], words: list[str], last: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    line = invoke("train", "--config", config, last).error()
+    assert all(word in line for word in words), line
+
+
+def test_empty_variables_are_as_if_they_were_not_there(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")
+    assert invoke("train", "--config", config, "--dry-run").status == 0
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert invoke("train", "--config", config, "--dry-run").status == 0
+    assert "MASTER_ADDR" in invoke("train", "--config", config).error()
 
 
 def test_rendezvous_port_that_is_taken(config: str, busy_port: int, monkeypatch: pytest.MonkeyPatch) -> None:

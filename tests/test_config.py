@@ -97,7 +97,9 @@ def test_an_unknown_key_with_no_neighbour_says_where_the_keys_are() -> None:
         ("rollout", "temperature", float("inf")),
         ("rollout", "top_p", 0),
         ("rollout", "top_p", 1.5),
-        ("rollout", "stop", "a\nb"),
+        ("rollout", "stop", {"a": 1}),
+        ("train", "output_dir", "a\0b"),
+        ("train", "output_dir", ""),
         ("optimizer", "lr", 0),
         ("optimizer", "lr", float("nan")),
         ("optimizer", "lr", [1]),
@@ -179,7 +181,11 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("train.steps=x", ["train.steps = 'x'"]),
         ("train.steps=", ["train.steps = None"]),
         ("train.steps.more=3", ["steps is a value"]),
-        ("train.steps=[", ["'train.steps=['"]),
+        ("train.steps=[", ["train.steps = '['"]),
+        ("train.steps=[1, [2]", ["train.steps = '[1, [2]'", "expected ',' or ']'"]),
+        ("rollout.stop=[a, [b]", ["rollout.stop = '[a, [b]'", "expected ',' or ']'"]),
+        ("data.args={a: 1, a: 2}", ["key a stands twice"]),
+        ("train .steps=3", ["'train .steps=3'", "section.key=value"]),
     ],
 )
 def test_overrides_that_can_not_be_applied_are_refused(tmp_path: Path, override: str, words: list[str]) -> None:

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
-    ("erollout", "errors", "environment", "signals"),
+    ("errors",),
+    ("erollout", "bounds", "config_file", "environment", "signals"),
     ("config", "types", "megatron_patches"),
     ("parallel", "tracking", "launch", "kernels", "speculation", "watchdog", "kept_rollouts"),
     ("policy", "rewards", "data", "pictures", "stopping"),
@@ -68,6 +69,7 @@ LIBRARIES = {
 """Who may import a library: a package, or a single module of it. Imports for type checkers alone are free."""
 
 PURE = (
+    "bounds",
     "calibration.file",
     "calibration.hardware",
     "calibration.model_size",
@@ -75,6 +77,7 @@ PURE = (
     "calibration.sweep_log",
     "checkpoint.manifest",
     "config",
+    "config_file",
     "coordinator.hand_out",
     "coordinator.lengths",
     "coordinator.occupancy",

@@ -1,6 +1,7 @@
 """The tensors behind the block pool: keys and values of all layers, released while the engine sleeps."""
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import torch
@@ -66,17 +67,31 @@ def num_blocks(rollout: RolloutConfig, architecture: Architecture) -> int:
     """Blocks of one rank's pool: rollout.num_kv_blocks, or what rollout.kv_cache_gib holds. Raises UserError for none."""
     if rollout.num_kv_blocks is not None:
         return rollout.num_kv_blocks
-    size = 4 if rollout.dtype == "float32" else 2
-    values = 2 * architecture.num_layers * architecture.kv_size // rollout.tensor_model_parallel_size
-    blocks = int(rollout.kv_cache_gib * 2**30) // (values * size * rollout.block_size)
+    blocks = int(rollout.kv_cache_gib * 2**30) // _block_bytes(rollout, architecture)
     if blocks < 1:
         raise UserError(f"rollout.kv_cache_gib = {rollout.kv_cache_gib} does not hold one block of keys and values; raise it")
     return blocks
+
+
+def num_bytes(rollout: RolloutConfig, architecture: Architecture) -> int:
+    """Of one rank's pool. Raises UserError for one that does not hold a block."""
+    return num_blocks(rollout, architecture) * _block_bytes(rollout, architecture)
+
+
+def _block_bytes(rollout: RolloutConfig, architecture: Architecture) -> int:
+    values = 2 * architecture.num_layers * architecture.kv_size // rollout.tensor_model_parallel_size
+    return values * (4 if rollout.dtype == "float32" else 2) * rollout.block_size
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros; on the CPU, memory that is only taken where it is written, in huge pages where the kernel grants them."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = torch.empty(0, dtype=dtype).element_size()
-    return torch.from_numpy(np.zeros(int(np.prod(shape)) * size, dtype=np.uint8)).view(dtype).view(shape)
+    size = prod(shape) * torch.empty(0, dtype=dtype).element_size()
+    try:
+        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    except (MemoryError, ValueError):
+        raise UserError(
+            f"the KV cache of {size / 2**30:,.1f} GiB is more than this machine's memory; lower rollout.kv_cache_gib or "
+            "rollout.num_kv_blocks"
+        ) from None

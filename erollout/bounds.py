@@ -1,0 +1,66 @@
+"""Types of numbers and paths in a configuration: each number has a least and a largest value that make sense. Pure."""
+
+import os.path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic takes true for 1
+        raise ValueError("Input should be a number")
+    return value
+
+
+def _location(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError("Input should be a path")
+    return os.path.expanduser(value)
+
+
+def _temperature(value: float) -> float:
+    if 0 < value < _COLDEST:  # logits divided by less are no longer numbers
+        raise ValueError(f"Input should be 0 (greedy), or at least {_COLDEST}")
+    return value
+
+
+_COLDEST = 0.01
+_Number = BeforeValidator(_number)
+Ranks = Annotated[int, Field(ge=1, le=100_000), _Number]
+Steps = Annotated[int, Field(ge=1, le=10**9), _Number]
+Interval = Annotated[int, Field(ge=0, le=10**9), _Number]
+"""Steps between two events; most keys take 0 for never."""
+Samples = Annotated[int, Field(ge=1, le=10**7), _Number]
+"""Prompts, responses, sequences or their groups."""
+Tokens = Annotated[int, Field(ge=1, le=10**8), _Number]
+Items = Annotated[int, Field(ge=1, le=10**9), _Number]
+Blocks = Annotated[int, Field(ge=1, le=10**8), _Number]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1), _Number]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), _Number]
+DraftLength = Annotated[int, Field(ge=1, le=64), _Number]
+Few = Annotated[int, Field(ge=1, le=10_000), _Number]
+Seconds = Annotated[float, Field(ge=1e-3, le=604_800), _Number]
+"""From a millisecond to a week."""
+Timeout = Annotated[int, Field(ge=1, le=10**7), _Number]
+"""Seconds, four months at most."""
+Temperature = Annotated[float, Field(ge=0, le=100), _Number, AfterValidator(_temperature)]
+Fraction = Annotated[float, Field(ge=0, le=1), _Number]
+Decay = Annotated[float, Field(ge=0, lt=1), _Number]
+Coefficient = Annotated[float, Field(ge=0, le=1000), _Number]
+Reward = Annotated[float, Field(ge=-1e9, le=1e9), _Number]
+Location = Annotated[str, AfterValidator(_location)]
+"""A path; `~` is the user's home directory."""
+Limit = Annotated[int, Field(ge=0, le=10**8), _Number]
+PositiveFraction = Annotated[float, Field(ge=1e-6, le=1), _Number]
+Penalty = Annotated[float, Field(ge=0.01, le=100), _Number]
+GroupSize = Annotated[int, Field(ge=1, le=65_536), _Number]
+Gibibytes = Annotated[float, Field(ge=1e-6, le=16_384), _Number]
+Slots = Annotated[int, Field(ge=1, le=1_000_000), _Number]
+SignedCoefficient = Annotated[float, Field(ge=-1000, le=1000), _Number]
+Weight = Annotated[float, Field(ge=1e-6, le=1e6), _Number]
+LearningRate = Annotated[float, Field(ge=1e-12, le=100), _Number]
+LeastLearningRate = Annotated[float, Field(ge=0, le=100), _Number]
+Epsilon = Annotated[float, Field(ge=1e-30, le=1), _Number]
+Norm = Annotated[float, Field(ge=0, le=1e9), _Number]
+Heartbeat = Annotated[float, Field(ge=1e-3, le=3600), _Number]
+SecondsOrNever = Annotated[float, Field(ge=0, le=1e7), _Number]

@@ -1,0 +1,294 @@
+"""The YAML of a configuration and overrides of its keys, as a tree of plain values that fit the types of a schema. Pure.
+
+Numbers are YAML 1.2's: `1e-4` is one, `010` is ten, `1:30` and `2026-11-30` are text. What is written without quotes is kept
+as written until its key says what it wants: for a key of text, `4711`, `007`, `on` and `1e-4` are text.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ValidationError
+
+from erollout.errors import UserError
+
+_SHOWN = 80
+"""Characters of a value in a message."""
+_KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+_FLOW = {"[": "]", "{": "}", '"': '"', "'": "'"}
+"""First and last character of an override that is read as YAML."""
+_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_BOOLEANS = {"yes": True, "no": False, "true": True, "false": False, "on": True, "off": False}
+_TAG = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A value that was written without quotes."""
+
+    text: str
+    value: Any
+    """What YAML takes it for."""
+    problem: str | None = None
+    """Why YAML can't read it; text that begins with a bracket may be meant as text."""
+
+
+def read_tree(path: str | Path, overrides: Sequence[str], schema: type) -> dict[str, Any]:
+    """The sections of a YAML file with overrides on top. Raises UserError."""
+    tree = _read(path)
+    for override in joined(overrides):
+        apply_override(tree, override, schema)
+    return tree
+
+
+def fit(value: Any, wanted: Any, key: str = "") -> Any:
+    """Plain values of a tree, each as its key in the schema wants it: text as written, one value as a list of one.
+
+    What does not fit is passed on, for the schema to refuse. Raises UserError for what only YAML could have made sense of.
+    """
+    wanted = _bare(wanted)
+    content = _content(value)
+    if content is None:
+        return None
+    if is_dataclass(wanted) and isinstance(content, Mapping):
+        types = get_type_hints(wanted, include_extras=True)
+        return {name: fit(part, types.get(name, Any), f"{key}.{name}".lstrip(".")) for name, part in content.items()}
+    if isinstance(value, Written):
+        if wanted is str or (get_origin(wanted) is Literal and value.text in get_args(wanted)):
+            return value.text
+        if value.problem:
+            raise UserError(f"{key} = {shown(value.text)}: {value.problem}")
+    if get_origin(wanted) is tuple and (not isinstance(content, Mapping) or is_dataclass(get_args(wanted)[0])):
+        parts = content if isinstance(content, list | tuple) else [value]
+        return [fit(part, get_args(wanted)[0], f"{key}.{index}") for index, part in enumerate(parts)]
+    return plain(value)
+
+
+def plain(value: Any) -> Any:
+    """As YAML takes it."""
+    content = _content(value)
+    if isinstance(content, Mapping):
+        return {name: plain(part) for name, part in content.items()}
+    return [plain(part) for part in content] if isinstance(content, list) else content
+
+
+def _content(value: Any) -> Any:
+    return value.value if isinstance(value, Written) else value
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Overrides of a command line; `key = value` in three words is one."""
+    found: list[str] = []
+    for word in words:
+        previous = found[-1].rstrip() if found else ""
+        is_begun = previous.endswith("=") and _KEY.fullmatch(previous[:-1].rstrip()) is not None
+        continues = word.startswith("=") and _KEY.fullmatch(previous) is not None
+        if continues or (is_begun and not _KEY.fullmatch(word.partition("=")[0].rstrip() if "=" in word else "")):
+            found[-1] += word
+        else:
+            found.append(word)
+    return found
+
+
+def describe(error: ValidationError, schema: type) -> str:
+    """The first problem, as one line with the key, the value and the fix."""
+    problems = error.errors()
+    unknown = [p for p in problems if p["type"] == "unexpected_keyword_argument"]  # a misspelt key may be a missing one too
+    first = (unknown or problems)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if unknown:
+        near = _nearest(first["loc"], schema)
+        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; see erollout/config.py for the keys")
+    value = "" if first["type"] == "missing" else f" = {shown(first['input'])}"
+    fix = "; write it in quotes" if first["type"] == "string_type" and first["input"] is not None else ""
+    return f"{key}{value}: {first['msg'].removeprefix('Value error, ')}{fix}"
+
+
+def shown(value: object) -> str:
+    """As Python writes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"an integer of {value.bit_length() * 0.30103:.0f} digits" if isinstance(value, int) else "..."
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}... ({len(text)} characters)"
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = _parse(Path(path).read_text(encoding="utf-8-sig"), str(path))
+    except OSError as error:
+        raise UserError(f"can't read config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not valid YAML: {_one_line(error)}") from error
+    except RecursionError:
+        raise UserError(f"config {path} is nested too deeply, or contains itself") from None
+    content = _content(tree)
+    if not isinstance(content, dict | None):
+        raise UserError(f"config {path} must be a mapping of sections, not {type(content).__name__}")
+    return content or {}
+
+
+def apply_override(tree: dict[str, Any], override: str, schema: type) -> None:
+    """Set one key of a tree. Raises UserError for what is no override."""
+    key, separator, text = (part.strip() for part in override.partition("="))
+    if not separator or not _KEY.fullmatch(key):
+        raise UserError(f"override {shown(override)} must look like section.key=value")
+    *parents, last = key.split(".")
+    node, wanted = tree, schema
+    for parent in parents:
+        if _content(node.get(parent)) is None:
+            node[parent] = {}
+        node, wanted = node[parent], _part(wanted, parent)
+        if not isinstance(node, dict):
+            raise UserError(f"override {shown(override)}: {parent} is a value, not a section")
+    _set(node, last, _value(text), _part(wanted, last))
+
+
+def _set(node: dict[str, Any], key: str, value: Any, wanted: Any) -> None:
+    """What a section does not name keeps its value, as it does in a file."""
+    given, there = _content(value), node.get(key)
+    if is_dataclass(wanted) and isinstance(given, dict) and isinstance(there, dict):
+        for name, part in given.items():
+            _set(there, name, part, _part(wanted, name))
+    else:
+        node[key] = value
+
+
+def _value(text: str) -> Any:
+    """Of an override: lists, mappings and what is in quotes are YAML, all else is itself."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"override {text!r} is not UTF-8 text") from None
+    if len(text) < 2 or _FLOW.get(text[0]) != text[-1]:
+        return Written(text, _scalar(text))
+    try:
+        value = _parse(text, text)
+    except (yaml.YAMLError, RecursionError) as error:
+        return Written(text, text, _one_line(error))
+    return value if isinstance(value, str) else Written(text, value)
+
+
+def _bare(wanted: Any) -> Any:
+    """A type without its bounds, and without None."""
+    if get_origin(wanted) is Annotated:
+        return _bare(get_args(wanted)[0])
+    if get_origin(wanted) in (Union, UnionType):
+        (kind, *others) = [part for part in get_args(wanted) if part is not type(None)]
+        return Any if others else _bare(kind)
+    return wanted
+
+
+def _part(wanted: Any, name: str) -> Any:
+    """Type of a key of a section; anything where the schema says nothing."""
+    return _bare(get_type_hints(wanted, include_extras=True).get(name, Any)) if is_dataclass(wanted) else Any
+
+
+def _nearest(location: tuple[int | str, ...], schema: type) -> str | None:
+    """The known key closest to an unknown one: in its own section first, then in any section."""
+    *parents, name = [part for part in location if isinstance(part, str)]
+    keys = known_keys(schema)
+    own = [key for key in keys if key.split(".")[:-1] == parents]
+    for candidates in ({key.split(".")[-1]: key for key in own}, {key.split(".")[-1]: key for key in keys}):
+        if close := difflib.get_close_matches(name, candidates, n=1, cutoff=0.6):
+            return candidates[close[0]]
+    return None
+
+
+def known_keys(schema: Any, prefix: str = "") -> dict[str, Any]:
+    """Every key of a schema, sections too, and its type; keys in a list of sections have no index."""
+    found: dict[str, Any] = {}
+    types = get_type_hints(schema, include_extras=True)
+    for field in fields(schema):
+        found[prefix + field.name] = types[field.name]
+        inner = _bare(types[field.name])
+        inner = _bare(get_args(inner)[0]) if get_origin(inner) is tuple else inner
+        if is_dataclass(inner):
+            found |= known_keys(inner, f"{prefix}{field.name}.")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice; knows no dates, sets or bytes, which no key wants."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # as yaml declares it
+    yaml_constructors = {  # noqa: RUF012
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix(_TAG) in ("null", "str", "seq", "map")
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    where = f"lines {lines[key.value]} and {line}" if line != lines[key.value] else f"line {line}"
+                    raise UserError(f"{self.name}: key {key.value} stands twice, at {where}; keep one, with what both say")
+                lines[key.value] = line
+        found = super().construct_mapping(node, deep)
+        return {_key(key): value for key, value in found.items()}
+
+
+def _key(key: Any) -> Any:
+    if not isinstance(key, Written):
+        return key
+    return key.value if type(key.value) is int else key.text
+
+
+def _construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Written:
+    text = str(loader.construct_scalar(node))
+    value = _scalar(text)
+    if isinstance(value, str) and not _INTEGER.fullmatch(text):  # an explicit tag, as in `!!int ten`
+        raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not of its tag", node.start_mark)
+    return Written(text, value)
+
+
+def _scalar(text: str) -> Any:
+    if text in ("", "~", "null", "Null", "NULL"):
+        return None
+    if text.lower() in _BOOLEANS and text in (text.lower(), text.upper(), text.capitalize()):
+        return _BOOLEANS[text.lower()]
+    try:
+        if _INTEGER.fullmatch(text):
+            return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+        plain_number = text.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan")
+        return float(plain_number) if _FLOAT.fullmatch(text) else text
+    except ValueError:  # more digits than Python reads, or `1__0`
+        return text
+
+
+for _kind, _pattern, _first in (
+    ("int", _INTEGER, "-+0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
+    ("bool", re.compile("|".join(f"{w}|{w.upper()}|{w.capitalize()}" for w in _BOOLEANS)), "yYnNtTfFoO"),
+    ("null", re.compile("~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    ("merge", re.compile("<<"), "<"),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"(?:{_pattern.pattern})$"), list(_first))
+    if _kind != "merge":
+        _Loader.add_constructor(f"{_TAG}{_kind}", _construct)
+
+
+def _parse(text: str, name: str) -> Any:
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from tiny_runs import ARCHITECTURE, tiny_tree
 
-from erollout.config import Config, Location, load_config
+from erollout.bounds import Location
+from erollout.config import Config, load_config
 from erollout.errors import UserError
 from erollout.launch.run_directory import PATHS, dump_config, with_absolute_paths
 from erollout.launch.sites import load_site

@@ -1,12 +1,18 @@
 """Everything read from the process environment, and nothing else: no other module of the project reads it."""
 
 import os
+import sys
 from dataclasses import dataclass
 
 from erollout.errors import UserError
 
 _OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_RANK", "PMIX_NAMESPACE", "PMIX_SERVER")
 _OF_USERS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_MPI_TYPE"}
+
+SECRET = "EROLLOUT_SECRET"
+"""Variable: what the nodes of a run know each other by."""
+STORE = "EROLLOUT_STORE"
+"""Variable: the file in which the ranks of one machine meet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,11 @@ def set_variable(name: str, value: str) -> None:
 def variable(name: str) -> str | None:
     """A variable as the user has set it; None where it is not, or is empty."""
     return os.environ.get(name) or None
+
+
+def loopback_variables() -> dict[str, str]:
+    """By which gloo and NCCL listen on this machine's loopback alone."""
+    return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 
 
 def outside_of_jobs() -> dict[str, str]:

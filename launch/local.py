@@ -5,22 +5,22 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from erollout.environment import set_default
+from erollout.environment import STORE, loopback_variables, set_default, set_variable
 from erollout.errors import UserError
 from erollout.launch.parent import name_launcher
 from erollout.launch.rank_logs import RankLogs
+from erollout.launch.rendezvous import BACKEND, FixedRendezvous, on_one_node
 from erollout.signals import STOPS, stops_wait
 
 _POLL_SECONDS = 0.2
@@ -28,44 +28,55 @@ _AGENT_KILLS_SECONDS = 30
 """After a failure torch's agent sends the other ranks SIGTERM, and so much later SIGKILL."""
 
 
-def launch_local(arguments: Sequence[str], world_size: int, log_dir: Path | None = None) -> int:
+def launch_local(arguments: Sequence[str], world_size: int, log_dir: Path | None = None, interface: str | None = None) -> int:
     """Run `erollout <arguments>` on `world_size` ranks and wait for them; see run_ranks.
 
-    The rendezvous takes a free port by itself. Raises UserError when the ranks can't meet: no free port.
+    The ranks meet in a file without a name, and nothing of them listens beyond this machine, unless an `interface` is given:
+    that of gloo and NCCL, whose variables the caller has set.
     """
     set_default("OMP_NUM_THREADS", "1")
     set_default("PYTHONHASHSEED", "0")  # some tasks draw from sets: their items must be the same on every rank
-    _require_port()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id="erollout",
-    )
-    try:
-        return run_ranks(arguments, config, log_dir)
-    except RendezvousError as error:
-        raise UserError(f"the ranks can't meet on localhost: {error}; is another process using its ports?") from error
+    if interface is None:
+        for name, value in loopback_variables().items():
+            set_variable(name, value)
+    with _store_file() as path:
+        set_variable(STORE, path)
+        return run_ranks(arguments, FixedRendezvous("erollout", on_one_node), world_size, log_dir)
 
 
-def run_ranks(arguments: Sequence[str], config: LaunchConfig, log_dir: Path | None) -> int:
+def run_ranks(
+    arguments: Sequence[str], rendezvous: FixedRendezvous, ranks: int, log_dir: Path | None, address: str | None = None
+) -> int:
     """Run `erollout <arguments>` on this node's ranks and wait for them.
 
     When a rank fails, the others are ended. SIGTERM and SIGUSR1 are passed on to the ranks, which save and stop.
-    `log_dir`: for a copy of what each rank prints.
+
+    Args:
+        ranks: on this node.
+        log_dir: for a copy of what each rank prints.
+        address: of this node, as the others know it.
 
     Returns:
         Exit status: 0 (also after SIGUSR1), that of the first rank that failed, or 128 + the signal that ended it or this
         process.
 
-    Raises RendezvousError or DistError when the ranks can't meet, UserError when nothing can be written to `log_dir`.
+    Raises DistError when the nodes have lost each other, UserError when nothing can be written to `log_dir`.
     """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend=BACKEND,
+        rdzv_configs={"handler": rendezvous},
+        run_id=rendezvous.get_run_id(),
+        local_addr=address,
+        max_restarts=0,
+        monitor_interval=0.1,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        logs_specs=RankLogs() if log_dir is None else _rank_logs(log_dir),
+        log_line_prefix_template="rank ${rank}: ",
+    )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report their own errors
-    config = replace(config, max_restarts=0, monitor_interval=0.1, signals_to_handle="SIGINT,SIGHUP,SIGQUIT")
-    if log_dir is not None:
-        config = replace(config, logs_specs=_rank_logs(log_dir), log_line_prefix_template="rank ${rank}: ")
     try:
         with _passing_on() as passed:
             elastic_launch(config, sys.executable)("-m", "erollout.cli", *arguments)
@@ -165,13 +176,15 @@ def _children() -> list[int]:
     return found
 
 
-def _require_port() -> None:
-    """torch says the same in fifty lines."""
-    try:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-    except OSError as error:
-        raise UserError(
-            f"no free port on localhost for the ranks to meet ({error.strerror}); end processes that hold ports, "
-            "or widen net.ipv4.ip_local_port_range"
-        ) from error
+@contextmanager
+def _store_file() -> Iterator[str]:
+    """Path of an empty file that this user alone can open, and that ends with this process, however it ends."""
+    if sys.platform == "linux":
+        file = os.memfd_create("erollout-store")
+        try:
+            yield f"/proc/{os.getpid()}/fd/{file}"
+        finally:
+            os.close(file)
+    else:
+        with tempfile.TemporaryDirectory(prefix="erollout-") as folder:
+            yield f"{folder}/store"

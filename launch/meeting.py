@@ -1,20 +1,20 @@
-"""Where the nodes of a run meet: a store on the head, by which they know that they are of the same run.
+"""Where the nodes of a run meet: a gate on the head, and behind it a store, for those alone that know the run's secret.
 
 Light at import: torch is loaded when the store is joined.
 """
 
 import hashlib
+import json
 import re
 import socket
-import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from erollout.errors import UserError
+from erollout.launch.gate import BACKLOG, Entry, Gate, Stranger, ask, read_line
 from erollout.launch.network import address_of, address_towards, interface_with, is_here, resolve
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 FIRST_PORT, NUM_PORTS = 20000, 10000
 """Derived ports lie below those that Linux gives to outgoing connections (32768 and more)."""
-_RUN_KEY = "erollout/run"
-_ANSWER_SECONDS = 10
-"""For whoever listens at the head's port to say which run it is of."""
 _RETRY_SECONDS = 0.5
 
 
@@ -68,52 +65,86 @@ def digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def join_store(meeting: Meeting) -> "TCPStore | None":
-    """The store of the run, on the head; torch's rendezvous in this process then shares it. None where it is elsewhere.
+@dataclass(frozen=True, slots=True)
+class Access:
+    """This node's way to the run's store."""
+
+    port: int
+    """On the loopback."""
+    holds: bool
+    """Whether the store is in this process."""
+
+
+@contextmanager
+def joined(meeting: Meeting, secret: str, nodes: int) -> Iterator[Access]:
+    """The way to the store of the run, for the block.
 
     Several agents may be on the head: the first holds the store. Raises UserError for a head that does not answer in time, or a
     port that something else has taken.
     """
-    from torch.distributed import DistError, TCPStore
-
     end = time.monotonic() + meeting.wait_seconds
     while True:
         try:
-            socket.create_connection((meeting.head, meeting.port), timeout=_ANSWER_SECONDS).close()
-            _require_same_run(meeting)
-            return None
+            ask((meeting.head, meeting.port), meeting.run_id, secret, "nothing").close()
+            break
+        except Stranger as stranger:
+            raise _taken(meeting, stranger) from stranger
         except OSError as error:
             if time.monotonic() > end:
                 raise UserError(
                     f"--head = {meeting.place} can't be reached within {meeting.wait_seconds} s "
                     f"({error.strerror or error}); give the same command there, and let the port through"
                 ) from error
-        if meeting.is_head:
-            with suppress(DistError):  # taken since, by the run's own other agent or by a stranger
-                store = TCPStore(meeting.head, meeting.port, is_master=True, multi_tenant=True, wait_for_workers=False)
-                store.set(_RUN_KEY, meeting.run_id)
-                return store
+        if meeting.is_head and (opened := _open_gate(meeting, secret, nodes)) is not None:
+            store, gate = opened
+            try:
+                yield Access(store.port, holds=True)
+            finally:
+                gate.close()
+            return
         time.sleep(_RETRY_SECONDS)
+    entry = Entry((meeting.head, meeting.port), meeting.run_id, secret)
+    try:
+        yield Access(entry.port, holds=False)
+    finally:
+        entry.close()
 
 
-def _require_same_run(meeting: Meeting) -> None:
-    """Asked in a thread: torch's client waits without end for a listener that is no store."""
-    found: list[str] = []
-    asking = threading.Thread(target=_ask_run, args=(meeting, found), daemon=True)
-    asking.start()
-    asking.join(2 * _ANSWER_SECONDS)
-    if found != [meeting.run_id]:
-        whose = f"run {found[0]}, and this is {meeting.run_id}" if found else "something else"
+def take_seat(meeting: Meeting, secret: str, nodes: int) -> int:
+    """This node's number, when all have come. Raises UserError when they don't within the meeting's time, or too many do."""
+    try:
+        with ask((meeting.head, meeting.port), meeting.run_id, secret, f"seat {meeting.address}") as connection:
+            connection.settimeout(meeting.wait_seconds)
+            answer = read_line(connection)
+    except Stranger as stranger:
+        raise _taken(meeting, stranger) from stranger
+    except OSError as error:
         raise UserError(
-            f"port {meeting.port} of {meeting.head} is taken by {whose}; "
-            "give the same command on each node, or --head HOST:PORT with a free port"
-        )
+            f"the {nodes} nodes don't meet at {meeting.place} within {meeting.wait_seconds} s ({error}); "
+            "give the same command on each node"
+        ) from error
+    if not answer.startswith("{"):
+        why = f"{nodes} nodes are there without this one" if answer else "it is gone"
+        raise UserError(f"the head {meeting.place} gives this node no number: {why}; look at the output of the others")
+    return int(json.loads(answer)["node"])
 
 
-def _ask_run(meeting: Meeting, found: list[str]) -> None:
-    """Appends the id of the run whose store this is; nothing where it is none."""
-    from torch.distributed import DistError, TCPStore
+def _open_gate(meeting: Meeting, secret: str, nodes: int) -> "tuple[TCPStore, Gate] | None":
+    """None where the port is taken since, by the run's own other agent or by a stranger."""
+    from torch.distributed import TCPStore
 
-    with suppress(DistError):
-        store = TCPStore(meeting.head, meeting.port, is_master=False, timeout=timedelta(seconds=_ANSWER_SECONDS))
-        found.append(store.get(_RUN_KEY).decode())
+    own = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
+    port = own.getsockname()[1]
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=own.detach())
+    try:
+        listener = socket.create_server((meeting.head, meeting.port), backlog=BACKLOG)
+    except OSError:
+        return None
+    return store, Gate(listener, meeting.run_id, secret, nodes, port)
+
+
+def _taken(meeting: Meeting, stranger: Stranger) -> UserError:
+    return UserError(
+        f"port {meeting.port} of {meeting.head} is taken by {stranger}; "
+        "give the same command on each node, or --head HOST:PORT with a free port"
+    )

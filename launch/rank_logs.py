@@ -7,13 +7,14 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
 
 class RankLogs(LogsSpecs):
-    """`rank_00003.out` and `rank_00003.err` in a directory, by the rank in the whole run."""
+    """`rank_00003.out` and `rank_00003.err` in a directory, by the rank in the whole run; nothing where there is none."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | None = None) -> None:
         """Makes the directory. Raises OSError."""
         super().__init__(str(directory))
         self._directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
 
     @property
     def root_log_dir(self) -> str:
@@ -21,8 +22,12 @@ class RankLogs(LogsSpecs):
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """`envs`: variables of the ranks, by local rank."""
-        names = {local: str(self._directory / f"rank_{int(env['RANK']):05d}") for local, env in envs.items()}
-        outputs, errors = ({local: f"{name}.{kind}" for local, name in names.items()} for kind in ("out", "err"))
         for env in envs.values():
             env["TORCHELASTIC_ERROR_FILE"] = ""
-        return LogsDest(outputs, errors, outputs, errors, dict.fromkeys(envs, os.devnull))
+        no_files = dict.fromkeys(envs, os.devnull)
+        if self._directory is None:
+            unnamed = dict.fromkeys(envs, "")
+            return LogsDest(unnamed, unnamed, {}, {}, no_files)
+        names = {local: str(self._directory / f"rank_{int(env['RANK']):05d}") for local, env in envs.items()}
+        outputs, errors = ({local: f"{name}.{kind}" for local, name in names.items()} for kind in ("out", "err"))
+        return LogsDest(outputs, errors, outputs, errors, no_files)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from erollout.environment import SECRET, set_variable
 from erollout.signals import stops_wait
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -57,12 +58,16 @@ class Agent:
         context, address = ray.get_runtime_context(), ray.util.get_node_ip_address()
         return NodeFacts(context.get_node_id(), socket.gethostname(), address, _free_port(), fingerprint, problem)
 
-    def start(self, folder: str, arguments: Sequence[str], log: str) -> None:
-        """Start `erollout <arguments>`, a launcher of ranks. A second call does nothing: the first one's answer was lost."""
+    def start(self, folder: str, arguments: Sequence[str], log: str, secret: str) -> None:
+        """Start `erollout <arguments>`, a launcher of ranks. A second call does nothing: the first one's answer was lost.
+
+        `secret`: by which the nodes know each other.
+        """
         if self._process is not None:
             return
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "erollout.launch.ray_agent", str(os.getpid()), *arguments]
+        set_variable(SECRET, secret)
         with open(log, "wb") as file, stops_wait():  # until the launcher listens to them
             self._process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

@@ -20,6 +20,7 @@ from erollout.launch.ray_cluster import resources_free
 from erollout.launch.ray_job import STOPPED, Ended, Job, decide, rank_variables
 from erollout.launch.ray_signals import Asked, listening
 from erollout.launch.run_directory import VERDICT
+from erollout.launch.secret import new_secret
 
 _LOOK_SECONDS = 400
 """For actors to start and look at their nodes."""
@@ -189,8 +190,9 @@ class Attempt:
         latest.unlink(missing_ok=True)
         latest.symlink_to(logs.name)
         latest.replace(logs.with_name("latest"))
+        secret = new_secret()
         starts = [
-            agent.start.remote(self._job.folder, arguments, str(logs / f"node-{index}-{node.host}.out"))
+            agent.start.remote(self._job.folder, arguments, str(logs / f"node-{index}-{node.host}.out"), secret)
             for index, (agent, node) in enumerate(zip(self._agents, self._nodes, strict=True))
         ]
         self._answers(starts, _ANSWER_SECONDS)

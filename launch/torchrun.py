@@ -1,6 +1,6 @@
 """`erollout launch torchrun`: starts this node's ranks of a run of several nodes. The same command is given on each node.
 
-The nodes meet in a store that the head node holds (torch's c10d rendezvous), then every rank is `erollout train` with the same
+The nodes meet at a gate of the head node (launch/gate.py), then every rank is `erollout train` with the same
 configuration, as launch/local.py starts it on one machine. Light at import: torch is loaded when ranks are started.
 """
 
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from erollout.config import load_config
-from erollout.environment import set_default, variable
+from erollout.config import Config, load_config
+from erollout.environment import STORE, loopback_variables, set_variable, variable
 from erollout.errors import UserError
-from erollout.launch.meeting import Meeting, digest, join_store, meeting
+from erollout.launch.meeting import Meeting, digest, joined, meeting, take_seat
 from erollout.launch.network import address_of, interface_variables
+from erollout.launch.secret import secret_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,64 +46,65 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    _check(options)
+    config = _check(options)
     train = ["train", "--config", options.config, *options.overrides]
     node = None if options.nodes == 1 else _node(options, train)
-    interface = options.interface if node is None else node.meeting.interface
-    variables = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **interface_variables(interface, chosen=options.interface)}
+    variables = _variables(options.interface, node)
     if options.dry_run:
         print(_describe(node, options.nproc_per_node, variables, train))
         return 0
     for name, value in variables.items():
-        set_default(name, value)
+        set_variable(name, value)
     if node is not None:
-        return launch_node(train, node, options.log_dir)
+        return launch_node(train, node, secret_of(Path(config.train.output_dir)), options.log_dir)
     from erollout.launch.local import launch_local
 
-    return launch_local(train, options.nproc_per_node, options.log_dir)
+    return launch_local(train, options.nproc_per_node, options.log_dir, options.interface)
 
 
-def launch_node(arguments: Sequence[str], node: Node, log_dir: Path | None = None) -> int:
+def _variables(chosen: str | None, node: Node | None) -> dict[str, str]:
+    """Of the ranks. What the user has set wins, but a run on one machine listens beyond it only with `chosen`."""
+    interface = chosen if node is None else node.meeting.interface
+    own = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **interface_variables(interface, chosen)}
+    found = {name: variable(name) or value for name, value in own.items()}
+    return found | (loopback_variables() if interface is None and node is None else {})
+
+
+def launch_node(arguments: Sequence[str], node: Node, secret: str, log_dir: Path | None = None) -> int:
     """Run `erollout <arguments>` on this node's ranks, together with those of the other nodes, and wait for them.
 
     Returns the exit status, see run_ranks. Raises UserError when the nodes can't meet.
     """
     from torch.distributed import DistError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig
 
     from erollout.launch.local import run_ranks
+    from erollout.launch.rendezvous import FixedRendezvous, among_nodes
 
-    place = node.meeting.place
-    print(f"erollout: node {node.meeting.address} meets {node.nodes - 1} others at {place}", file=sys.stderr, flush=True)
-    store = join_store(node.meeting)
-    config = LaunchConfig(
-        min_nodes=node.nodes,
-        max_nodes=node.nodes,
-        nproc_per_node=node.ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint=place,
-        rdzv_configs={"is_host": store is not None, "join_timeout": node.meeting.wait_seconds},
-        run_id=node.meeting.run_id,
-        local_addr=node.meeting.address,
-    )
+    meeting = node.meeting
+    print(f"erollout: node {meeting.address} meets {node.nodes - 1} others at {meeting.place}", file=sys.stderr, flush=True)
+    set_variable(STORE, "")
     try:
-        return run_ranks(arguments, config, log_dir)
-    except (RendezvousError, DistError) as error:
+        with joined(meeting, secret, node.nodes) as access:
+            rendezvous = FixedRendezvous(
+                meeting.run_id,
+                lambda: among_nodes(access.port, take_seat(meeting, secret, node.nodes), node.nodes, meeting.wait_seconds),
+            )
+            return run_ranks(arguments, rendezvous, node.ranks, log_dir, meeting.address)
+    except DistError as error:
         raise UserError(
-            f"the {node.nodes} nodes don't meet at {place} within {node.meeting.wait_seconds} s, or have lost it ({error}); "
-            "give the same command on each node, and look at the head's log"
+            f"the {node.nodes} nodes have lost each other at {meeting.place} ({error}); look at the head's log"
         ) from error
 
 
-def _check(options: argparse.Namespace) -> None:
-    """What is wrong with the command line alone."""
+def _check(options: argparse.Namespace) -> Config:
+    """Raises UserError for what is wrong with the command line alone."""
     for name in ("nodes", "nproc_per_node", "wait"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}; it must be at least 1")
     if options.nodes > 1 and options.head is None:
         raise UserError(f"--nodes {options.nodes} needs --head HOST: the node where all meet, by a name or address all know")
-    wanted, ranks = load_config(options.config, options.overrides).parallel.world_size, options.nodes * options.nproc_per_node
+    config = load_config(options.config, options.overrides)
+    wanted, ranks = config.parallel.world_size, options.nodes * options.nproc_per_node
     if wanted not in (None, ranks):
         raise UserError(
             f"parallel.world_size = {wanted}, but --nodes {options.nodes} x --nproc-per-node {options.nproc_per_node} "
@@ -110,6 +112,7 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.interface is not None:
         address_of(options.interface)
+    return config
 
 
 def _node(options: argparse.Namespace, train: Sequence[str]) -> Node:
@@ -119,7 +122,6 @@ def _node(options: argparse.Namespace, train: Sequence[str]) -> Node:
 
 def _describe(node: Node | None, ranks: int, variables: dict[str, str], train: Sequence[str]) -> str:
     """The page of --dry-run."""
-    values = {name: variable(name) or value for name, value in variables.items()}
     lines = {"ranks": f"{ranks} on this machine"}
     if node is not None:
         role = "holds the store where the nodes meet" if node.meeting.is_head else "joins the head"
@@ -128,7 +130,7 @@ def _describe(node: Node | None, ranks: int, variables: dict[str, str], train: S
             "this node": f"{node.meeting.address} on {node.meeting.interface or 'an unknown interface'}, {role}",
             "nodes meet at": f"{node.meeting.place}, run {node.meeting.run_id}, for {node.meeting.wait_seconds} s",
         }
-    lines["environment"] = " ".join(f"{name}={value}" for name, value in values.items())
+    lines["environment"] = " ".join(f"{name}={value}" for name, value in variables.items())
     lines["each rank runs"] = shlex.join(["python", "-m", "erollout.cli", *train])
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -1,6 +1,6 @@
 """Patches that let the unmodified megatron-core wheel train on CPU and gloo, one file each.
 
-Without effect where CUDA is available, except for upstream bugs that hold there as well.
+Without effect where CUDA is available, except for upstream bugs that hold there as well, and for what is unpickled.
 """
 
 from .local_rms_norm import LocalRMSNorm

@@ -68,8 +68,9 @@ def on_every_host(host: Host) -> bool:
 
 def source_changed(patch: str, location: str, version: str, problem: str) -> UserError:
     """The error of a patch whose target isn't what it was written for."""
+    package = "torch beside it" if location.startswith("torch.") else f"megatron-core {version}"
     return UserError(
-        f"megatron patch {patch}: {location} of the installed megatron-core {version} {problem}; "
+        f"megatron patch {patch}: {location} of the installed {package} {problem}; "
         f"install a tested release (pip install 'megatron-core{TESTED_VERSIONS}')"
     )
 

@@ -15,6 +15,7 @@ from .distributed_optimizer_checkpoint import DISTRIBUTED_OPTIMIZER_CHECKPOINT
 from .distributed_optimizer_gather import DISTRIBUTED_OPTIMIZER_GATHER
 from .optimizer_dtype_names import OPTIMIZER_DTYPE_NAMES
 from .patch import TESTED_VERSIONS, Host, Patch
+from .restricted_unpickling import RESTRICTED_UNPICKLING
 from .rng import RNG
 from .tied_embeddings import TIED_EMBEDDINGS
 
@@ -26,6 +27,7 @@ PATCHES: tuple[Patch, ...] = (
     DISTRIBUTED_OPTIMIZER_GATHER,
     DISTRIBUTED_OPTIMIZER_CHECKPOINT,
     CHECKPOINT_RESULTS_QUEUE,
+    RESTRICTED_UNPICKLING,
 )
 
 

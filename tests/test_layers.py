@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("errors",),
-    ("erollout", "bounds", "config_file", "environment", "signals"),
+    ("erollout", "bounds", "config_file", "environment", "signals", "unpickling"),
     ("config", "types", "megatron_patches"),
     ("parallel", "tracking", "launch", "kernels", "speculation", "watchdog", "kept_rollouts"),
     ("policy", "rewards", "data", "pictures", "stopping"),
@@ -104,11 +104,13 @@ PURE = (
     "evaluation",
     "kept_rollouts",
     "launch.commands",
+    "launch.gate",
     "launch.meeting",
     "launch.network",
     "launch.ray",
     "launch.ray_agent",
     "launch.ray_cluster",
+    "launch.secret",
     "launch.torchrun",
     "parallel.layout",
     "parallel.placement",
@@ -129,6 +131,7 @@ PURE = (
     "speculation.toggle",
     "speculation.trace",
     "types",
+    "unpickling",
     "watchdog",
 )
 """Modules whose import loads none of FRAMEWORKS, not even through another module of erollout."""

@@ -135,11 +135,12 @@ def test_the_installed_release_is_tested_and_is_what_the_patches_expect() -> Non
         assert patch.why and patch.locations
 
 
-def test_nothing_is_patched_on_a_gpu_but_upstream_bugs() -> None:
+def test_nothing_is_patched_on_a_gpu_but_upstream_bugs_and_who_gets_in() -> None:
+    every_host = ["checkpoint_results_queue", "restricted_unpickling"]
     with_fused_adam = select(PATCHES, Host(cuda_available=True, fused_adam_available=True))
-    assert [patch.name for patch in with_fused_adam] == ["checkpoint_results_queue"]
+    assert [patch.name for patch in with_fused_adam] == every_host
     bugs = select(PATCHES, Host(cuda_available=True, fused_adam_available=False))
-    assert [patch.name for patch in bugs] == ["distributed_optimizer_checkpoint", "checkpoint_results_queue"]
+    assert [patch.name for patch in bugs] == ["distributed_optimizer_checkpoint", *every_host]
     assert select(PATCHES, Host(cuda_available=False, fused_adam_available=False)) == PATCHES
 
 

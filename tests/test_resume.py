@@ -1,6 +1,8 @@
 """Checkpoints that can't be used or saved: what was saved before is intact, and the run says what to do in one line."""
 
 import json
+import os
+import pickle
 import resource
 import shutil
 import signal
@@ -12,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import ENVIRONMENT, Outcome, execute, invoke
 from ranks import RankPool
 from tiny_runs import all_rows, history, sft_here, tiny_tree, train_here, write_config
 
-from erollout.checkpoint.manifest import complete_checkpoints, damage
+from erollout.checkpoint.manifest import complete_checkpoints, damage, write_manifest
 from erollout.config import build_config
 from erollout.errors import UserError
 from erollout.tracking.journal import journal_path
@@ -152,6 +155,28 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     for mine, other in zip(history(run), unbroken, strict=True):
         for key in ("step", "train/loss", "reward/mean", "response_length/mean", "train/learning_rate"):
             assert mine[key] == other[key], (mine["step"], key)
+
+
+class Hostile:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_a_checkpoint_of_a_stranger_is_not_executed(name: str, rank_pool: RankPool, run: Path) -> None:
+    checkpoint = run / "run" / "checkpoints" / NEWEST
+    with open(checkpoint / name, "wb") as file:
+        (pickle.dump if name == ".metadata" else torch.save)({"a": Hostile(run / "made")}, file)
+    write_manifest(checkpoint)
+    outcome: Outcome = rank_pool.run(1, invoke_here, "train", "--config", str(run / "config.yaml"))[0]
+    line = outcome.error()
+    assert f"{checkpoint} is refused: {name}: it names posix.mkdir" in line and not (run / "made").exists()
 
 
 @pytest.mark.distributed

@@ -14,6 +14,7 @@ from commands import ENVIRONMENT
 from tiny_runs import history, write_config
 
 from erollout.errors import UserError
+from erollout.launch.gate import Gate
 from erollout.launch.meeting import Meeting
 from erollout.launch.torchrun import Node, add_command, launch_node
 
@@ -133,23 +134,22 @@ def test_a_head_that_does_not_answer_is_waited_for_no_longer_than_asked() -> Non
     here, port = "127.0.0.1", 1
     node = Node(2, 1, Meeting("ours", head=here, port=port, address=here, interface="lo", is_head=False, wait_seconds=1))
     with pytest.raises(UserError, match=f"--head = {here}:{port} can't be reached within 1 s"):
-        launch_node(["train"], node)
+        launch_node(["train"], node, "secret")
 
 
 def test_a_port_that_something_else_holds(config: str, stranger: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erollout.launch.meeting._ANSWER_SECONDS", 1)
+    monkeypatch.setattr("erollout.launch.gate.HELLO_SECONDS", 1)
     with pytest.raises(UserError, match=f"port {stranger} of 127.0.0.1 is taken by something else"):
         _launch("--nodes", "2", "--nproc-per-node", "1", "--head", f"127.0.0.1:{stranger}", "--config", config)
 
 
 def test_a_port_that_another_run_holds(config: str) -> None:
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store.set("erollout/run", "theirs")
-    head = f"127.0.0.1:{store.port}"
+    listener = socket.create_server(("127.0.0.1", 0))
+    head = f"127.0.0.1:{listener.getsockname()[1]}"
+    gate = Gate(listener, "theirs", "secret", nodes=2, store_port=1)
     with pytest.raises(UserError, match="taken by run theirs, and this is ours"):
         _launch("--nodes", "2", "--nproc-per-node", "1", "--head", head, "--run-id", "ours", "--config", config)
+    gate.close()
 
 
 def test_nodes_that_do_not_come_are_waited_for_no_longer_than_asked(config: str) -> None:

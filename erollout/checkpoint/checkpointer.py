@@ -8,15 +8,19 @@ with another tensor x pipeline x data split. Random numbers need no state: they 
 
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -37,12 +41,17 @@ from erollout.errors import UserError
 from erollout.kept_rollouts import KeptRollouts
 from erollout.parallel.collectives import all_gather, from_rank_zero
 from erollout.policy.actor import Actor
+from erollout.unpickling import load_metadata
 
 logger = logging.getLogger(__name__)
 
-_FAILURES = (OSError, RuntimeError, KeyError, CheckpointingException, CheckpointException)
+_FAILURES = (OSError, RuntimeError, KeyError, UnpicklingError, CheckpointingException, CheckpointException)
 """What the two checkpoint libraries raise for files they can't write or read; the last is not even an Exception."""
 
+_INDEX = ".metadata"
+"""torch.distributed's file of which tensors are where."""
+_COMMON = "common.pt"
+"""Megatron's file of what is not sharded."""
 KEPT = "rollouts.npz"
 """File of RunState.kept, which may be large."""
 
@@ -170,6 +179,7 @@ class Checkpointer:
         document = self._read_state(path)
         self._check_kind(path, document["kind"])
         self._check_model(path, document)
+        self._on_rank_zero(lambda: _require_plain(path))
         updates = document["scheduler"]["num_steps"] - 1  # as Actor.num_updates
         expected = self._sharded_state(updates, is_loading=True)
         try:
@@ -322,6 +332,21 @@ def _set_aside(damaged: list[tuple[Path, str]]) -> None:
         path.rename(next(place for place in places if not place.exists()))
 
 
+def _require_plain(path: Path) -> None:
+    """Raises UserError for files that name anything but what a checkpoint needs: whoever wrote them may be anyone.
+
+    Both are read again later, by libraries that say less, and read as strictly.
+    """
+    for name, read in ((_INDEX, load_metadata), (_COMMON, partial(torch.load, map_location="cpu", weights_only=True))):
+        try:
+            with open(path / name, "rb") as file:
+                read(file)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(
+                f"checkpoint {path} is refused: {name}: {_reason(error)}; move that directory away to use the one before"
+            ) from error
+
+
 def _space(directory: Path) -> str:
     """In words; nothing where it can't be known."""
     with suppress(OSError):
@@ -335,4 +360,7 @@ def _reason(error: BaseException) -> str:
         for rank, (cause, _) in error.failures.items():
             return f"rank {rank}: {_reason(cause)}"
         return "rank 0 says why"  # saving tells the failures to the first rank only
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch.load's own words are before
+    if named := re.search(r"GLOBAL (\S+)", text):
+        return f"it names {named[1]}, which is not allowed there"
+    return text.strip().partition("\n")[0] or type(error).__name__

@@ -21,6 +21,7 @@ from erollout.engine.control import Arrival, Control, Orders
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 from erollout.types import PartialRollout, RolloutRequest
+from erollout.unpickling import load_message
 
 logger = logging.getLogger(__name__)
 
@@ -415,7 +416,7 @@ class AgreedControl:
         prompts: list[int] = []
         partials: list[PartialRollout] = []
         if size:
-            prompts, partials = pickle.loads(self._broadcast(torch.empty(size, dtype=torch.uint8)).numpy().tobytes())
+            prompts, partials = load_message(self._broadcast(torch.empty(size, dtype=torch.uint8)).numpy().tobytes())
         requests = tuple(self.requests[index] for index in prompts)
         arrivals = tuple(Arrival(self.requests[part.prompt_index], part) for part in partials)
         return Orders(self.arms[arm], requests, arrivals, release, bool(is_last), bool(interrupts))

@@ -23,7 +23,7 @@ from erollout.doctor.reachability import Peer, answering, unreached
 from erollout.doctor.report import Finding
 from erollout.environment import set_default
 from erollout.errors import UserError
-from erollout.launch.meeting import Meeting, join_store, meeting
+from erollout.launch.meeting import Meeting, joined, meeting
 from erollout.launch.network import interface_variables
 
 if TYPE_CHECKING:
@@ -52,13 +52,18 @@ class Outcome:
     """Reasons by name of other nodes that are bad; on the head alone."""
 
 
-def check_collective(head: str, interface: str | None, run_id: str, wait_seconds: int, attendance: Attendance) -> Outcome:
-    """`head`, `interface`: as on the command line. Gives up a while after wait_seconds for the others, whatever hangs."""
+def check_collective(
+    head: str, interface: str | None, run_id: str, wait_seconds: int, attendance: Attendance, secret: str = ""
+) -> Outcome:
+    """`head`, `interface`: as on the command line. Gives up a while after wait_seconds for the others, whatever hangs.
+
+    `secret`: equal on all nodes; empty: whoever knows the run id takes part.
+    """
     outcomes: list[Outcome] = []
 
     def run() -> None:
         try:
-            outcomes.append(_take_part(meeting(head, interface, run_id, wait_seconds), interface, attendance))
+            outcomes.append(_take_part(meeting(head, interface, run_id, wait_seconds), interface, attendance, secret))
         except UserError as error:
             outcomes.append(_failed(str(error)))
         except dist.DistError as error:
@@ -71,16 +76,16 @@ def check_collective(head: str, interface: str | None, run_id: str, wait_seconds
     return outcomes[0] if outcomes else _failed(f"no answer of --head = {head} within {seconds} s")
 
 
-def _take_part(place: Meeting, chosen: str | None, attendance: Attendance) -> Outcome:
+def _take_part(place: Meeting, chosen: str | None, attendance: Attendance, secret: str) -> Outcome:
     for name, value in interface_variables(place.interface, chosen).items():
         set_default(name, value)
     greeting = f"{place.run_id:.16}".encode()[:16].ljust(16)
-    with answering(place.address, greeting) as port:
-        store = join_store(place)
-        table = Table(store or _client(place), store is not None, attendance.nodes)
+    nodes = attendance.nodes
+    with answering(place.address, greeting) as port, joined(place, secret, nodes) as access:
+        table = Table(_client(access.port), access.holds, nodes)
         try:
-            if table.number >= attendance.nodes:
-                raise UserError(f"{attendance.nodes} nodes have come before this one; start one process on each node")
+            if table.number >= nodes:
+                raise UserError(f"{nodes} nodes have come before this one; start one process on each node")
             return _phases(table, place.wait_seconds, attendance, Peer(attendance.name, place.address, port), greeting)
         finally:
             table.leave()
@@ -225,8 +230,8 @@ def _canary(directory: Path | None) -> Iterator[str | None]:
         path.unlink(missing_ok=True)
 
 
-def _client(place: Meeting) -> "Store":
-    return dist.TCPStore(place.head, place.port, is_master=False, timeout=timedelta(seconds=REACH_SECONDS))
+def _client(port: int) -> "Store":
+    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=REACH_SECONDS))
 
 
 def _names(told: Mapping[int, str]) -> list[str]:

@@ -165,10 +165,11 @@ def _meet(options: argparse.Namespace) -> int:
     set_default("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a node that leaves early shows as stack traces of the others
     from erollout.doctor.collective import check_collective
     from erollout.doctor.judgement import Attendance
+    from erollout.launch.secret import given_secret
 
     expected = tuple(filter(None, options.expect.split(",")))
     attendance = Attendance(_name(), options.nodes, expected, options.shared)
-    outcome = check_collective(options.head, options.interface, options.run_id, options.wait, attendance)
+    outcome = check_collective(options.head, options.interface, options.run_id, options.wait, attendance, given_secret() or "")
     if options.json:
         others = [Finding(f"node {name}", reason, "error") for name, reason in outcome.others.items()]
         problem = [Finding("nodes", outcome.problem, "error")] if outcome.problem else []

@@ -18,7 +18,10 @@ def all_max(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Every rank's value, in rank order. Values are pickled: for lists of rollouts, not for weights."""
+    """Every rank's value, in rank order: for lists of rollouts, not for weights.
+
+    Values are pickled, and read by erollout.unpickling: of plain classes and our own dataclasses.
+    """
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from erollout.config import Config
-from erollout.environment import launcher_environment
+from erollout.environment import STORE, LauncherEnvironment, launcher_environment, loopback_variables, set_variable, variable
 from erollout.errors import UserError
 from erollout.megatron_patches import apply_all
 from erollout.parallel.layout import DecodeLayout, TrainLayout
@@ -86,8 +86,10 @@ def initialize(config: Config) -> ParallelContext:
     backend = "nccl" if device.type == "cuda" else "gloo"
     owns_world = not dist.is_initialized()
     if owns_world and launcher:
-        _join(backend, timeout)
+        _join(backend, launcher, timeout)
     elif owns_world:
+        for name, value in loopback_variables().items():
+            set_variable(name, value)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(train.tensor, train.pipeline, distributed_timeout_minutes=_minutes(timeout))
     decode_group = _decode_group(decode, timeout)
@@ -134,10 +136,14 @@ def _started_ranks() -> int | None:
     return launcher.world_size if launcher else None
 
 
-def _join(backend: str, timeout: timedelta) -> None:
+def _join(backend: str, launcher: LauncherEnvironment, timeout: timedelta) -> None:
     """Join the launcher's world. Raises UserError when the ranks can't meet: port taken, host unknown, address not given."""
+    rank, size = launcher.rank, launcher.world_size
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        if (path := variable(STORE)) is not None:
+            dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=size, store=dist.FileStore(path, size))
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     except (dist.DistError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(

@@ -1,0 +1,116 @@
+"""Pickles of strangers: from a socket, and in a checkpoint. What they name is not called."""
+
+import io
+import os
+import pickle
+import pickletools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankPool
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+
+from erollout.errors import UserError
+from erollout.megatron_patches import apply_all
+from erollout.types import PartialRollout, Reward
+from erollout.unpickling import ForbiddenClass, load_message, load_metadata
+
+
+class Hostile:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self.reduced = (call, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def hostile(path: Path) -> dict[str, Hostile]:
+    return {
+        "posix.mkdir": Hostile(os.mkdir, str(path)),
+        "builtins.exec": Hostile(exec, f"import os; os.mkdir({str(path)!r})"),
+        "builtins.getattr": Hostile(getattr, "a", "upper"),
+        "builtins.eval": Hostile(eval, "1"),
+        "torch.storage._load_from_bytes": Hostile(torch.storage._load_from_bytes, b""),
+    }
+
+
+def dotted(path: Path) -> bytes:
+    """`torch.serialization.os.mkdir` as a name of the module `torch`."""
+    body = pickle.PROTO + b"\x04"
+    for text in ("torch", "serialization.os.mkdir"):
+        body += pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode()
+    argument = str(path).encode()
+    body += pickle.STACK_GLOBAL + pickle.BINUNICODE + len(argument).to_bytes(4, "little") + argument
+    return body + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+
+
+@pytest.mark.parametrize("name", hostile(Path()))
+def test_what_is_not_needed_is_not_called(name: str, tmp_path: Path) -> None:
+    data = pickle.dumps([hostile(tmp_path / "made")[name]])
+    for load in (load_message, lambda data: load_metadata(io.BytesIO(data))):
+        with pytest.raises(ForbiddenClass, match=r"it names [\w.]+, which is not allowed there"):
+            load(data)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_name_with_dots_leads_nowhere(tmp_path: Path) -> None:
+    data = dotted(tmp_path / "made")
+    pickletools.dis(data, io.StringIO())
+    for load in (load_message, lambda data: load_metadata(io.BytesIO(data))):
+        with pytest.raises(ForbiddenClass):
+            load(data)
+    pickle.loads(data)
+    assert (tmp_path / "made").exists(), "the test's own pickle is as hostile as it claims"
+
+
+@pytest.mark.parametrize("data", [b"", b"?" * 100, pickle.dumps(list(range(100)))[:-5], b"\x80\x04}\x94s."])
+def test_a_damaged_pickle_is_one_kind_of_error(data: bytes) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=r"it can't be read|pickl|invalid load key"):
+        load_message(data)
+
+
+def test_what_ranks_tell_each_other_arrives() -> None:
+    plan = SavePlan([WriteItem(("a",), WriteItemType.TENSOR)], planner_data={"x": torch.Size((1, 2))})  # type: ignore[arg-type]
+    values = [
+        (1, 2.5, "text", None, True, b"bytes", {3}, frozenset({4}), Path("a/b"), slice(1, 2)),
+        [Reward(0, 1, 0.5, "late"), PartialRollout(1, 2, (3,), (0.1,), (0.2,), "stop")],
+        plan,
+        torch.bfloat16,
+    ]
+    assert load_message(pickle.dumps(values)) == values
+    error = load_message(pickle.dumps(FileNotFoundError(2, "No such file", "x")))
+    assert isinstance(error, FileNotFoundError) and error.filename == "x"
+    assert isinstance(load_message(pickle.dumps(UserError("said"))), UserError)
+
+
+def test_the_metadata_of_a_checkpoint_arrives() -> None:
+    metadata = Metadata({"a": [1]}, planner_data={"p": TensorProperties(torch.float32)})  # type: ignore[dict-item]
+    assert load_metadata(io.BytesIO(pickle.dumps(metadata))) == metadata
+    with pytest.raises(ForbiddenClass, match=r"erollout\.types\.Reward"):
+        load_metadata(io.BytesIO(pickle.dumps(Reward(0, 0, 0.0))))
+
+
+def _send_hostile(path: str) -> str:
+    """For RankPool.run: rank 0 sends, by each collective of objects; what the other says."""
+    apply_all()
+    said = []
+    bad = Hostile(os.mkdir, path) if dist.get_rank() == 0 else None
+    for send in (lambda: dist.broadcast_object_list([bad], 0), lambda: dist.all_gather_object([None, None], bad)):
+        try:
+            send()
+        except pickle.UnpicklingError as error:
+            said.append(str(error))
+    return "; ".join(said)
+
+
+@pytest.mark.distributed
+def test_an_object_of_another_rank_is_not_executed(rank_pool: RankPool, tmp_path: Path) -> None:
+    _, said = rank_pool.run(2, _send_hostile, str(tmp_path / "made"))
+    assert said.count("posix.mkdir") == 2 and not (tmp_path / "made").exists()

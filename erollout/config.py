@@ -226,15 +226,18 @@ class DataConfig:
     """`chain_sum_cot`: the demo's chain sums with a written-out running sum."""
     tasks: tuple[TaskConfig, ...] = ()
     train_files: tuple[bounds.Location, ...] = ()
-    """JSONL or parquet, for kind `file`."""
+    """`.jsonl`, `.json` (a list of rows), both also as `.gz`, or `.parquet`; for kind `file`."""
     test_files: tuple[bounds.Location, ...] = ()
     prompt_column: str = "prompt"
+    """Text, or chat messages (also as JSON text). A dotted name looks into a column: `reward_model.ground_truth`."""
     answer_column: str = "answer"
     system_prompt: str | None = None
     instruction: str = "{prompt}"
     """How a question becomes a user message; must contain {prompt}."""
     chat_template: bool = True
     """Apply the tokenizer's chat template, when it has one."""
+    date: str | None = None
+    """Day (`2026-11-30`) that a chat template with a clock is told; default: the day on which the run began."""
     train_seed: bounds.Seed = 20_000_000
     train_size: bounds.Items = 1_000_000
     test_seed: bounds.Seed = 10_000_000
@@ -402,7 +405,7 @@ def _check_consistency(config: Config) -> None:
     if not config.tokenizer_path:
         raise UserError("model.tokenizer is not set and there is no model.path to take it from; set model.tokenizer")
     if data.kind == "file" and not data.train_files:
-        raise UserError("data.train_files is empty but data.kind = file; name at least one JSONL or parquet file")
+        raise UserError("data.train_files is empty but data.kind = file; name at least one JSONL, JSON or parquet file")
     if data.kind == "reasoning_gym" and not data.tasks:
         raise UserError("data.tasks is empty but data.kind = reasoning_gym; name at least one task")
     if "{prompt}" not in data.instruction:

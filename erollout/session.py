@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -54,6 +55,7 @@ def train(config: Config) -> None:
         updates = config.train.steps * (config.samples_per_step // (config.train.global_batch_size or config.samples_per_step))
         actor = Actor(config, resolved.architecture, context, updates, with_reference=algorithm.uses_reference)
         checkpointer, state = _restore(config, actor, "reinforcement learning")
+        _fix_date(config, resolved, state.date)
         with (
             _rewards(config, resolved) as rewards,
             _tracked(config, resolved, context, state, config.train.steps, stop) as tracked,
@@ -94,6 +96,7 @@ def supervised(config: Config) -> None:
     with _stoppable(config) as stop, _world(config, False) as (resolved, context), _watched(config, context) as watchdog:
         actor = Actor(config, resolved.architecture, context, config.supervised.steps)
         checkpointer, state = _restore(config, actor, "supervised")
+        _fix_date(config, resolved, state.date)
         with _tracked(config, resolved, context, state, config.supervised.steps, stop) as (tracker, run_id, report):
             trainer = SupervisedTrainer(
                 config,
@@ -119,6 +122,7 @@ def rollout(config: Config, out: str) -> None:
     The weights go straight into the decode layout: nothing of training is built.
     """
     with _world(config) as (resolved, context), _rewards(config, resolved) as rewards:
+        _fix_date(config, resolved)
         if resolved.test_data is None:
             raise UserError("data.test_files is empty: `erollout rollout` samples the test prompts; name at least one file")
         worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
@@ -148,6 +152,7 @@ def compare(config: Config) -> None:
     if config.speculation.mode == "off":
         raise UserError("speculation.mode = off: there is nothing to compare with; set it to always")
     with _world(config) as (resolved, context), _rewards(config, resolved) as rewards:
+        _fix_date(config, resolved)
         if resolved.test_data is None:
             raise UserError("data.test_files is empty: `erollout compare` samples the test prompts; name at least one file")
         worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, rewards)
@@ -307,6 +312,15 @@ def _restore(config: Config, actor: Actor, kind: RunKind) -> tuple[Checkpointer,
             f"checkpoint.resume = false but {newest} is there; set it to true, or checkpoint.directory to a new place"
         )
     return checkpointer, checkpointer.restore() or RunState(0, None)
+
+
+def _fix_date(config: Config, resolved: Resolved, begun: str | None = None) -> None:
+    """The chat template's clock stands still, on the same day on all ranks and in all attempts at a run. Collective."""
+    renderer = resolved.train_data.renderer
+    day = from_rank_zero(config.data.date or begun or renderer.date.isoformat())
+    renderer.date = date.fromisoformat(day)
+    if renderer.tells_date:
+        logger.info("the chat template asks for the date: it is told %s throughout (data.date)", day)
 
 
 def _export(config: Config, resolved: Resolved, actor: Actor) -> None:

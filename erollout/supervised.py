@@ -59,7 +59,7 @@ class SupervisedTrainer:
     def save(self) -> None:
         self.enter(self.step, "checkpoint")
         self._require_equal_replicas()
-        self.checkpointer.save(RunState(self.step, self.run_id))
+        self.checkpointer.save(RunState(self.step, self.run_id, date=self.data.renderer.date.isoformat()))
 
     def train_step(self) -> None:
         """One optimizer step on the next batch_size examples."""

@@ -90,7 +90,9 @@ class Trainer:
     def save(self) -> None:
         self.enter(self.step, "checkpoint")
         self._require_equal_replicas()
-        self.checkpointer.save(RunState(self.step, self.run_id, tuple(self.evaluations), self.worker.state_dict(), self.kept))
+        day = self.train_data.renderer.date.isoformat()
+        rollout = self.worker.state_dict()
+        self.checkpointer.save(RunState(self.step, self.run_id, tuple(self.evaluations), rollout, self.kept, day))
         self._changed = False
 
     def train_step(self) -> None:

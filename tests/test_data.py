@@ -1,7 +1,9 @@
+import gzip
 import json
 import subprocess
 import sys
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,40 @@ def test_chat_requests_that_cannot_be_honoured(byte_tokenizer: PreTrainedTokeniz
         build_datasets(file_data(path, system_prompt="s", chat_template=False), LIMITS, byte_tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 // 0 }}", r"data\.chat_template: .*ZeroDivisionError"),
+        ("{{ messages + 1 }}", r"data\.chat_template: .*TypeError"),
+        ("{% for %}", r"data\.chat_template: the tokenizer's chat template refuses"),
+        ({"rag": TEMPLATE, "tool_use": TEMPLATE}, r"chat templates named rag, tool_use but none named default"),
+    ],
+)
+def test_templates_that_raise_anything_are_refused_in_one_line(
+    template: Any, message: str, byte_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    byte_tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message) as error:
+        build_datasets(DataConfig(kind="chain_sum_cot"), LIMITS, byte_tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_one_of_several_templates_is_the_default(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    byte_tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ 1 // 0 }}"}
+    assert build_datasets(DataConfig(kind="chain_sum_cot"), LIMITS, byte_tokenizer)[0].prompt(0).text.startswith("<user>")
+
+
+def test_the_clock_of_a_template_stands_still(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    byte_tokenizer.chat_template = "{{ strftime_now('%d %b %Y %H:%M') }} " + TEMPLATE
+    train, test = build_datasets(DataConfig(kind="chain_sum_cot", date="2024-07-26"), LIMITS, byte_tokenizer)
+    assert test is not None and train.renderer is test.renderer and train.renderer.tells_date
+    assert train.prompt(0).text.startswith("26 Jul 2024 00:00 <user>")
+    train.renderer.date = date(2025, 1, 2)
+    assert test.prompt(0).text.startswith("02 Jan 2025 00:00 <user>")
+    with pytest.raises(UserError, match=r"data\.date = 'monday' must be a day"):
+        build_datasets(DataConfig(kind="chain_sum_cot", date="monday"), LIMITS, byte_tokenizer)
+
+
 def test_text_that_the_tokenizer_does_not_know_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", {"prompt": "Ä", "answer": "1"})
     with pytest.raises(UserError, match=r"x\.jsonl:1: the tokenizer can't encode"):
@@ -296,7 +332,9 @@ def test_test_files_keep_their_order_and_all_columns_reach_the_scorer(
     train, test = build_datasets(data, LIMITS, byte_tokenizer)
     assert test is not None
     assert (len(train), len(test)) == (1, 5)
-    assert [test.prompt(n).item for n in range(5)] == [{"answer": row["answer"], "row": row} for row in rows]
+    assert [test.prompt(n).item for n in range(5)] == [
+        {"answer": row["answer"], "row": row, "origin": f"{tmp_path / 'held.parquet'} row {n}"} for n, row in enumerate(rows, 1)
+    ]
     assert (train.prompt(0).task, test.prompt(0).task) == ("x", "held")
 
 
@@ -327,6 +365,21 @@ GOOD = {"prompt": "q", "answer": "a"}
             r"x\.jsonl:1: .* must end with one of role user",
         ),
         ([], r"x\.jsonl: no rows"),
+        (
+            ['{"prompt": "q \\ud83d", "answer": "a"}'],
+            r"x\.jsonl:1: column 'prompt' holds half a character, \\ud83d at position 2",
+        ),
+        (['{"prompt": "q", "answer": "\\udc00"}'], r"x\.jsonl:1: column 'answer' holds half a character"),
+        (['{"prompt": ' + "[" * 100_000], r"x\.jsonl:1: not valid JSON"),
+        (['{"prompt": "q", "answer": NaN}'], r"x\.jsonl:1: column 'answer' is NaN"),
+        (
+            [{"prompt": '[{"role": "user", ', "answer": "a"}],
+            r"x\.jsonl:1: column .prompt. looks like messages but",
+        ),
+        (
+            [{"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}], "answer": "a"}],
+            r"x\.jsonl:1: column 'prompt' has a content part of type 'image'",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(
@@ -336,9 +389,47 @@ def test_rows_that_cannot_be_used_are_refused(
         build_datasets(file_data(write_jsonl(tmp_path / "x.jsonl", *rows)), LIMITS, byte_tokenizer)
 
 
+def test_columns_inside_columns_and_messages_in_other_forms(byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    byte_tokenizer.chat_template = TEMPLATE
+    messages = [{"role": "user", "content": "q"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "q"}, {"text": "!"}]}]
+    rows = [
+        {"prompt": messages, "reward_model": {"ground_truth": "7"}},
+        {"prompt": json.dumps(messages), "reward_model": json.dumps({"ground_truth": 7})},
+        {"prompt": parts, "reward_model": {"ground_truth": 7.0}},
+        {"prompt": "q", "reward_model": {}, "reward_model.ground_truth": "8"},
+    ]
+    path = write_jsonl(tmp_path / "x.jsonl", *rows)
+    data = file_data(write_jsonl(tmp_path / "y.jsonl", rows[0]), test_files=(path,), answer_column="reward_model.ground_truth")
+    test = build_datasets(data, LIMITS, byte_tokenizer)[1]
+    assert test is not None
+    texts = [test.prompt(n).text for n in range(4)]
+    assert texts == [f"<user>{text}\n<assistant>" for text in ("q", "q", "q!", "q")]
+    assert [test.prompt(n).item["answer"] for n in range(4)] == ["7", "7", "7.0", "8"]
+    with pytest.raises(UserError, match=r"x\.jsonl:1: reward_model\.answer. \(columns: reward_model\.ground_truth\)"):
+        build_datasets(file_data(path, answer_column="reward_model.answer"), LIMITS, byte_tokenizer)
+
+
+@pytest.mark.parametrize("name", ["x.json", "wrapped.json", "lines.json", "x.jsonl.gz", "x.json.gz", "bom.jsonl", "x.parquet"])
+def test_every_file_type_gives_the_same_rows(name: str, byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{n}", "answer": f"a{n}"} for n in range(3)]
+    text = {"x": json.dumps(rows, indent=1), "wrapped": json.dumps({"version": 1, "data": rows})}
+    lines = "\ufeff" * (name == "bom.jsonl") + "\r\n".join(json.dumps(row) for row in rows)
+    data = (lines if ".jsonl" in name or name == "lines.json" else text[name.partition(".")[0]]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    train = build_datasets(file_data(str(tmp_path / name)), LIMITS, byte_tokenizer)[0]
+    assert sorted(train.prompt(n).text for n in range(3)) == ["q0", "q1", "q2"]
+
+
 def test_files_that_cannot_be_read_are_refused(byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("not parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD, {"prompt": "q"}]), tmp_path / "y.parquet")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "q", "answer": 1}')[:-12])
+    (tmp_path / "plain.jsonl.gz").write_text('{"prompt": "q", "answer": 1}')
+    (tmp_path / "broken.json").write_text('[{"prompt": "q", ')
+    (tmp_path / "mixed.json").write_text('[{"prompt": "q", "answer": 1}, 3]')
     (tmp_path / "z.jsonl").write_bytes(b'{"prompt": "\xff", "answer": 1}')
     for name, message in [
         ("missing.jsonl", r"can't read dataset .*missing\.jsonl: No such file"),
@@ -347,6 +438,10 @@ def test_files_that_cannot_be_read_are_refused(byte_tokenizer: PreTrainedTokeniz
         ("x.parquet", r"can't read dataset .*x\.parquet"),
         ("y.parquet", r"y\.parquet row 2: no column 'answer'"),
         ("z.jsonl", r"z\.jsonl:1: not valid JSON"),
+        ("cut.jsonl.gz", r"can't read dataset .*cut\.jsonl\.gz"),
+        ("plain.jsonl.gz", r"can't read dataset .*plain\.jsonl\.gz"),
+        ("broken.json", r"broken\.json: not valid JSON"),
+        ("mixed.json", r"mixed\.json row 2: a row must be an object with columns, not int"),
     ]:
         with pytest.raises(UserError, match=message):
             build_datasets(file_data(str(tmp_path / name)), LIMITS, byte_tokenizer)

@@ -241,6 +241,59 @@ def test_what_would_change_the_result_is_refused_by_name(change: dict, named: st
     assert named in str(error.value) and "some/config.json" in str(error.value) and "\n" not in str(error.value)
 
 
+OLD_AND_COMPLETE = {
+    **{
+        key: None
+        for key in ("bad_words_ids", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix")
+    },
+    **{key: None for key in ("begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id")},
+    **{key: 0 for key in ("min_length", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size", "chunk_size_feed_forward")},
+    **{key: 1 for key in ("num_beams", "num_beam_groups", "num_return_sequences", "pretraining_tp")},
+    **{key: False for key in ("add_cross_attention", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder", "torchscript")},
+    **{key: False for key in ("output_scores", "remove_invalid_values", "tf_legacy_loss", "use_bfloat16", "early_stopping")},
+    **{"diversity_penalty": 0.0, "length_penalty": 1.0, "typical_p": 1.0, "temperature": 1.0, "top_p": 1.0, "top_k": 50},
+    **{
+        "pruned_heads": {},
+        "max_length": 20,
+        "max_sequence_length": 512,
+        "tokenizer_class": "LlamaTokenizer",
+        "sep_token_id": 3,
+    },
+    **{"return_dict": True, "return_dict_in_generate": False, "id2label": {"0": "LABEL_0"}, "task_specific_params": {}},
+}
+"""What transformers 4.2x to 4.4x wrote into every config beside the model's own fields."""
+
+
+def test_old_complete_configs_are_read_past_what_is_harmless() -> None:
+    assert read_architecture({**OLD_AND_COMPLETE, **LLAMA}, "test") == read_architecture(LLAMA, "test")
+    with pytest.raises(UserError, match=r"pruned_heads = \{'0': \[1\]\}"):
+        read_architecture({**LLAMA, "pruned_heads": {"0": [1]}}, "test")
+
+
+def test_all_problems_of_a_config_are_named_at_once() -> None:
+    wrong = {
+        "mlp_bias": True,
+        "logit_scale": 2,
+        "hidden_act": "gelu",
+        "vocab_size": None,
+        "eos_token_id": "</s>",
+        "rope_theta": -1,
+    }
+    with pytest.raises(UserError) as error:
+        read_architecture({**LLAMA, **wrong}, "some/config.json")
+    message = str(error.value)
+    assert message.count("some/config.json") == 1 and "\n" not in message
+    for named in (
+        "mlp_bias = True",
+        "logit_scale = 2",
+        "hidden_act",
+        "vocab_size is missing",
+        "eos_token_id = '</s>'",
+        "rope_theta",
+    ):
+        assert named in message
+
+
 def test_qwen2_sliding_window_counts_only_when_it_is_used() -> None:
     off = {**QWEN2, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1}
     assert read_architecture(off, "test") == read_architecture(QWEN2, "test")

@@ -80,6 +80,8 @@ class RunState:
     """What the rollout worker has learnt: acceptance, costs, lengths. None: nothing yet."""
     kept: KeptRollouts | None = None
     """Of the next step's rollout, which was interrupted. None: it was not begun."""
+    date: str | None = None
+    """Day that a chat template with a clock is told, as 2026-11-30. None: of a checkpoint that doesn't say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,8 @@ class Checkpointer:
         self.actor.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
         self.actor.scheduler.load_state_dict(document["scheduler"])
         history = tuple(document["history"])
-        return RunState(document["step"], document["run_id"], history, document["rollout"], self._read_kept(path))
+        kept = self._read_kept(path)
+        return RunState(document["step"], document["run_id"], history, document["rollout"], kept, document.get("date"))
 
     def _complete(self) -> list[Path]:
         self._on_rank_zero(lambda: finish_publishing(self.directory))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
@@ -36,10 +37,18 @@ class PromptRenderer:
         self.uses_chat_template = data.chat_template and bool(tokenizer.chat_template)
         self._system_prompt = data.system_prompt
         self._instruction = data.instruction
+        self.date = _date(data.date) if data.date else date.today()
+        """The day that a chat template with a clock (`strftime_now`) is told, so that an item has one text for a whole run."""
         if data.system_prompt is not None and not self.uses_chat_template:
             why = "the tokenizer has no chat template" if data.chat_template else "data.chat_template = false"
             raise UserError(f"data.system_prompt is set but {why}; write it into data.instruction instead")
-        self.text(TaskItem("0", None, "", origin="data.chat_template"))  # a template that refuses the roles says so now
+        # a template that refuses the roles, or several of which none is the default, says so now
+        self.text(TaskItem("0", None, "", origin="data.chat_template"))
+
+    @property
+    def tells_date(self) -> bool:
+        """Whether the text of an item depends on the day."""
+        return self.uses_chat_template and "strftime_now" in str(self.tokenizer.chat_template)
 
     def text(self, item: TaskItem) -> str:
         """The prompt as text, special tokens written out. Raises UserError naming the item."""
@@ -57,7 +66,7 @@ class PromptRenderer:
         try:
             return tuple(self.tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:
-            raise UserError(f"{origin}: the tokenizer can't encode {text[:60]!r}: {error}") from error
+            raise UserError(f"{origin}: the tokenizer can't encode {text[:60]!r}: {' '.join(str(error).split())}") from error
 
     def _instruct(self, question: str) -> str:
         return self._instruction.replace("{prompt}", question)
@@ -73,12 +82,30 @@ class PromptRenderer:
         return [{"role": "system", "content": self._system_prompt}, *messages[:-1], last]
 
     def _chat(self, messages: list[Message], origin: str) -> str:
+        """A template is foreign code, so that it may raise anything."""
         try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, strftime_now=self.date.strftime
+            )
+        except Exception as error:
+            templates = self.tokenizer.chat_template
+            if isinstance(templates, dict) and "default" not in templates:
+                raise UserError(
+                    f"{origin}: the tokenizer has chat templates named {', '.join(templates)} but none named default; name one "
+                    "so in its directory, or set data.chat_template = false"
+                ) from error
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"{origin}: the tokenizer's chat template refuses messages of roles {roles}: {error}") from error
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "  # its text says it all
+            why = " ".join(f"{kind}{error}".split())[:300]
+            raise UserError(f"{origin}: the tokenizer's chat template refuses messages of roles {roles}: {why}") from error
         return str(rendered)
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(f"data.date = {text!r} must be a day, as 2026-11-30") from error
 
 
 class PromptDataset:
@@ -92,6 +119,10 @@ class PromptDataset:
     def __len__(self) -> int:
         """Items in one epoch."""
         return len(self._source)
+
+    @property
+    def renderer(self) -> PromptRenderer:
+        return self._renderer
 
     def prompt(self, index: int) -> Prompt:
         """Raises UserError for a prompt that is too long."""
@@ -130,7 +161,7 @@ class PromptDataset:
         slack = 8
         room = min(self._limits.max_prompt_tokens, self._limits.context_tokens - 1) - slack
         for item in items:
-            if len(self._renderer.text(item).encode()) > room:
+            if len(self._renderer.text(item).encode(errors="surrogatepass")) > room:
                 self._encode(item)
 
     def _encode(self, item: TaskItem) -> tuple[str, tuple[int, ...]]:

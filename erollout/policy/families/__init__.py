@@ -44,7 +44,10 @@ def policy_architecture(model: ModelConfig) -> Architecture:
     architecture = read_architecture(_read_json(directory / "config.json"), str(directory / "config.json"))
     generation = directory / "generation_config.json"
     if generation.exists():
-        more = token_ids(_read_json(generation).get("eos_token_id"))
+        try:
+            more = token_ids(_read_json(generation), "eos_token_id")
+        except UserError as error:
+            raise UserError(f"{generation}: {error}") from error
         architecture = replace(architecture, eos_token_ids=tuple(dict.fromkeys((*architecture.eos_token_ids, *more))))
     return _checked_length(architecture, model)
 
@@ -60,10 +63,10 @@ def _checked_length(architecture: Architecture, model: ModelConfig) -> Architect
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}; model.path must be a Hugging Face directory") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}")

@@ -1,11 +1,14 @@
 """What a family of models says about itself, and the reading and writing of Hugging Face configs by it. Pure."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture, RopeScaling
+
+Value = TypeVar("Value")
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -34,6 +37,7 @@ _REQUIRED: dict[str, Any] = {
     "attention_dropout": 0,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
+    "pruned_heads": {},
     "partial_rotary_factor": 1,
     "rope_interleaved": False,
 }
@@ -47,8 +51,15 @@ _HARMLESS = {
     *("is_llama_config", "unsloth_fixed", "unsloth_version", "_flash_attn_2_enabled"),
     *("do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams"),
     *("max_length", "min_length", "max_new_tokens", "no_repeat_ngram_size", "early_stopping", "num_return_sequences"),
+    *("num_beam_groups", "diversity_penalty", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
+    *("begin_suppress_tokens", "exponential_decay_length_penalty", "remove_invalid_values", "forced_bos_token_id"),
+    *("forced_eos_token_id", "output_scores", "return_dict_in_generate", "use_bfloat16", "tf_legacy_loss"),
+    *("finetuning_task", "task_specific_params", "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id"),
+    *("tie_encoder_decoder", "is_decoder", "cross_attention_hidden_size", "max_sequence_length"),
+    *("_commit_hash", "gradient_checkpointing", "use_return_dict", "low_memory", "output_past", "xla_device"),
 }
-"""Fields that say nothing about the function from tokens to logits."""
+"""Fields that say nothing about the function from tokens to logits: generation defaults, and what transformers wrote into every
+config whatever the model (is_decoder and tie_encoder_decoder count beside an encoder only)."""
 
 _ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -71,19 +82,24 @@ class Family:
 
     def read(self, config: Mapping[str, Any], source: str) -> Architecture:
         """The architecture that a Hugging Face config describes. Raises UserError; `source` is named in the message."""
-        self._refuse_unsupported(config, source)
-        sizes = self._sizes(config, source)
-        scaling, base = _rope(config, sizes["max_position_embeddings"], source)
+        problems = [problem for key, value in config.items() if value is not None and (problem := self._problem(key, value))]
+        sizes = _tried(problems, self._sizes, config) or {}
+        rope = _tried(problems, _rope, config, sizes.get("max_position_embeddings", 1))
+        epsilon = _tried(problems, _number, config, "rms_norm_eps", 1e-6)
+        tied = _tried(problems, _boolean, config, "tie_word_embeddings")
+        bos, eos = (_tried(problems, token_ids, config, key) or () for key in ("bos_token_id", "eos_token_id"))
+        if problems or rope is None or epsilon is None or tied is None:  # all of them: a config is mended in one go
+            raise UserError(f"{source}: {'; '.join(problems)}")
         return Architecture(
             family=self.name,
             **sizes,
-            norm_epsilon=_number(config, "rms_norm_eps", 1e-6, source),
-            rotary_base=base,
-            rope_scaling=scaling,
+            norm_epsilon=epsilon,
+            rotary_base=rope[1],
+            rope_scaling=rope[0],
             add_qkv_bias=self.add_qkv_bias,
-            tie_word_embeddings=_boolean(config, "tie_word_embeddings", source),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=token_ids(config.get("eos_token_id")),
+            tie_word_embeddings=tied,
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=eos,
         )
 
     def write(self, architecture: Architecture, dtype: str) -> dict[str, Any]:
@@ -105,88 +121,113 @@ class Family:
             "torch_dtype": dtype,
         }
 
-    def _refuse_unsupported(self, config: Mapping[str, Any], source: str) -> None:
-        classes = config.get("architectures") or [self.architecture_class]
-        if list(classes) != [self.architecture_class]:
-            raise UserError(f"{source}: architectures = {classes} is not supported; it must be [{self.architecture_class}]")
+    def _problem(self, key: str, value: Any) -> str | None:
+        """What is wrong with a field that is set; None: nothing."""
         required = {**_REQUIRED, **self.required}
-        for key, value in config.items():
-            if key in required:
-                if value is not None and value != required[key]:
-                    raise UserError(f"{source}: {key} = {value!r} is not supported; only {required[key]!r} is")
-            elif key == "layer_types":
-                if any(kind != "full_attention" for kind in value or ()):
-                    raise UserError(f"{source}: layer_types = {value!r} is not supported; only full_attention is")
-            elif value is not None and key not in _HARMLESS | self.harmless | _VALUES | _SIZES.keys():
-                raise UserError(
-                    f"{source}: {key} = {value!r} is unknown for {self.name}; remove it if it does not change the model"
-                )
+        if key == "architectures":
+            right = value == [self.architecture_class] or not value
+            return None if right else f"architectures = {value} is not supported; it must be [{self.architecture_class}]"
+        if key in required:
+            return None if value == required[key] else f"{key} = {value!r} is not supported; only {required[key]!r} is"
+        if key == "layer_types":
+            right = isinstance(value, list) and all(kind == "full_attention" for kind in value)
+            return None if right else f"layer_types = {value!r} is not supported; only full_attention is"
+        if key in _HARMLESS | self.harmless | _VALUES | _SIZES.keys():
+            return None
+        return f"{key} = {value!r} is unknown for {self.name}; remove it if it does not change the model"
 
-    def _sizes(self, config: Mapping[str, Any], source: str) -> dict[str, int]:
-        heads, hidden = (_size(config, key, None, source) for key in ("num_attention_heads", "hidden_size"))
-        if hidden % heads:
-            raise UserError(f"{source}: hidden_size = {hidden} must be a multiple of num_attention_heads = {heads}")
+    def _sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        problems: list[str] = []
+        heads, hidden = (_tried(problems, _size, config, key, None) or 1 for key in ("num_attention_heads", "hidden_size"))
         defaults = {
+            "num_attention_heads": heads,
+            "hidden_size": hidden,
             "num_key_value_heads": heads,
-            "head_dim": hidden // heads,
+            "head_dim": max(1, hidden // heads),
             "max_position_embeddings": self.default_max_position_embeddings,
         }
-        sizes = {ours: _size(config, theirs, defaults.get(theirs), source) for theirs, ours in _SIZES.items()}
-        if heads % sizes["num_query_groups"]:
-            groups = sizes["num_query_groups"]
-            raise UserError(f"{source}: num_key_value_heads = {groups} must divide num_attention_heads = {heads}")
-        if sizes["kv_channels"] % 2:
-            raise UserError(f"{source}: head_dim = {sizes['kv_channels']} must be even for rotary embeddings")
+        wanted = _SIZES if not problems else {theirs: ours for theirs, ours in _SIZES.items() if theirs not in defaults}
+        sizes = {ours: _tried(problems, _size, config, theirs, defaults.get(theirs)) or 1 for theirs, ours in wanted.items()}
+        if not problems:
+            problems = _mismatches(heads, hidden, sizes)
+        if problems:
+            raise UserError("; ".join(problems))
         return sizes
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """A config's token id field: one, several or none."""
-    return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+def _mismatches(heads: int, hidden: int, sizes: Mapping[str, int]) -> list[str]:
+    """Sizes that are right by themselves and don't go together."""
+    groups, channels = sizes["num_query_groups"], sizes["kv_channels"]
+    problems = []
+    if hidden % heads:
+        problems.append(f"hidden_size = {hidden} must be a multiple of num_attention_heads = {heads}")
+    if heads % groups:
+        problems.append(f"num_key_value_heads = {groups} must divide num_attention_heads = {heads}")
+    if channels % 2:
+        problems.append(f"head_dim = {channels} must be even for rotary embeddings")
+    return problems
 
 
-def _rope(config: Mapping[str, Any], max_positions: int, source: str) -> tuple[RopeScaling | None, float]:
+def _tried(problems: list[str], action: Callable[..., Value], *args: Any) -> Value | None:
+    """The action's value; None, and its UserError among the problems, where it has none."""
+    try:
+        return action(*args)
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """A config's token id field: one, several or none. Raises UserError for anything else."""
+    value = config.get(key)
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in ids):
+        raise UserError(f"{key} = {value!r} must be a token id, a list of them, or null")
+    return ids
+
+
+def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[RopeScaling | None, float]:
     """Scaling and base, from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(field) or {}
     if not isinstance(rope, Mapping):
-        raise UserError(f"{source}: {field} = {rope!r} must be a mapping")
+        raise UserError(f"{field} = {rope!r} must be a mapping")
     named = {f"{field}.{key}": value for key, value in rope.items()}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "llama3"):
-        raise UserError(f"{source}: {field}.rope_type = {kind!r} is not supported; only default and llama3 are")
+        raise UserError(f"{field}.rope_type = {kind!r} is not supported; only default and llama3 are")
     known = _ROPE_COMMON | set(_LLAMA3 if kind == "llama3" else ())
     for key, value in rope.items():
         if key not in known or (key == "partial_rotary_factor" and value not in (None, 1)):
-            raise UserError(f"{source}: {field}.{key} = {value!r} is not supported with rope_type {kind}")
+            raise UserError(f"{field}.{key} = {value!r} is not supported with rope_type {kind}")
     theta = f"{field}.rope_theta" if rope.get("rope_theta") is not None else "rope_theta"
-    base = _number({**config, **named}, theta, 10000.0, source)
+    base = _number({**config, **named}, theta, 10000.0)
     if kind == "default":
         return None, base
-    factor, low, high = (_number(named, f"{field}.{key}", None, source) for key in _LLAMA3[:3])
-    return RopeScaling(factor, low, high, _size(named, f"{field}.{_LLAMA3[3]}", max_positions, source)), base
+    factor, low, high = (_number(named, f"{field}.{key}", None) for key in _LLAMA3[:3])
+    return RopeScaling(factor, low, high, _size(named, f"{field}.{_LLAMA3[3]}", max_positions)), base
 
 
-def _size(config: Mapping[str, Any], key: str, default: int | None, source: str) -> int:
+def _size(config: Mapping[str, Any], key: str, default: int | None) -> int:
     value = config.get(key) if config.get(key) is not None else default
     if value is None:
-        raise UserError(f"{source}: {key} is missing; a model needs it")
+        raise UserError(f"{key} is missing; a model needs it")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{source}: {key} = {value!r} must be a positive integer")
+        raise UserError(f"{key} = {value!r} must be a positive integer")
     return value
 
 
-def _number(config: Mapping[str, Any], key: str, default: float | None, source: str) -> float:
+def _number(config: Mapping[str, Any], key: str, default: float | None) -> float:
     value = config.get(key) if config.get(key) is not None else default
     if value is None:
-        raise UserError(f"{source}: {key} is missing; a model needs it")
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-        raise UserError(f"{source}: {key} = {value!r} must be a positive number (1.0e-6 in YAML, not 1e-6)")
+        raise UserError(f"{key} is missing; a model needs it")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{key} = {value!r} must be a positive number (1.0e-6 in YAML, not 1e-6)")
     return float(value)
 
 
-def _boolean(config: Mapping[str, Any], key: str, source: str) -> bool:
+def _boolean(config: Mapping[str, Any], key: str) -> bool:
     value = config.get(key) or False
     if not isinstance(value, bool):
-        raise UserError(f"{source}: {key} = {value!r} must be true or false")
+        raise UserError(f"{key} = {value!r} must be true or false")
     return value

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from math_forms import RIGHT, WRONG
 
 from erollout.config import DataConfig, RewardsConfig, TaskConfig
 from erollout.data.tasks import ReasoningGymSource
@@ -288,30 +289,29 @@ def test_final_answer(response: str, answer: str) -> None:
     assert exact_match(Prompt(0, (), "", "t", {"answer": f"{answer} "}), response) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("reference", "response", "value"),
-    [
-        ("1/2", r"It is \boxed{0.5}", 1.0),
-        (r"\frac{1}{2}", "<answer>1/2</answer>", 1.0),
-        (r"$\sqrt{8}$", r"Thus the answer is $2\sqrt{2}$.", 1.0),
-        ("9 - 2 = 7\n#### 72", "9 x 8 = 72\n#### 72", 1.0),
-        ("1,234", "The final answer is 1234.", 1.0),
-        ("x^2 - 1", r"\boxed{(x-1)(x+1)}", 1.0),
-        ("72", "71", 0.0),
-        ("72", "", 0.0),
-        ("72", r"\boxed{", 0.0),
-        ("(1, 2)", r"\boxed{(2, 1)}", 0.0),
-    ],
-)
-def test_math_scorer(reference: str, response: str, value: float) -> None:
-    scorer = build_scorer(RewardsConfig(), DataConfig(kind="file", train_files=("x.jsonl",)))
-    assert scorer(Prompt(0, (), "", "t", {"answer": reference}), response) == value
+def forms(table: list[tuple[str, list[str]]]) -> list[tuple[str, str]]:
+    return [(reference, response) for reference, responses in table for response in responses]
 
 
-def test_math_scorer_needs_a_readable_reference() -> None:
+@pytest.mark.parametrize(("reference", "response"), forms(RIGHT))
+def test_math_scorer_takes_right_answers_in_every_form(reference: str, response: str) -> None:
+    assert math_score(reference, response) == 1.0
+
+
+@pytest.mark.parametrize(("reference", "response"), forms(WRONG))
+def test_math_scorer_takes_no_wrong_answer(reference: str, response: str) -> None:
+    assert math_score(reference, response) == 0.0
+
+
+def math_score(reference: str, response: str) -> float:
     scorer = build_scorer(RewardsConfig(), DataConfig(kind="file", train_files=("x.jsonl",)))
-    with pytest.raises(ValueError, match="reference answer"):
-        scorer(Prompt(0, (), "", "t", {"answer": ""}), "1")
+    return scorer(Prompt(0, (), "", "t", {"answer": reference, "origin": "x.jsonl:7"}), response)
+
+
+@pytest.mark.parametrize("reference", ["", "  ", "####", "nan", "None", r"\boxed{}"])
+def test_math_scorer_names_the_row_of_a_reference_that_says_nothing(reference: str) -> None:
+    with pytest.raises(ValueError, match=r"x\.jsonl:7: the reference answer .* is empty"):
+        math_score(reference, "1")
 
 
 def test_reasoning_gym_tasks_score_their_own_answers() -> None:

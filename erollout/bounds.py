@@ -1,6 +1,7 @@
 """Types of numbers and paths in a configuration: each number has a least and a largest value that make sense. Pure."""
 
 import os.path
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -22,6 +23,15 @@ def _temperature(value: float) -> float:
     if 0 < value < _COLDEST:  # logits divided by less are no longer numbers
         raise ValueError(f"Input should be 0 (greedy), or at least {_COLDEST}")
     return value
+
+
+def _day(value: Any) -> Any:
+    """YAML makes a date of what looks like one."""
+    text = value.isoformat() if isinstance(value, date) else value
+    try:
+        return date.fromisoformat(text).isoformat()
+    except (TypeError, ValueError):
+        raise ValueError("Input should be a day, as 2026-11-30") from None
 
 
 _COLDEST = 0.01
@@ -50,6 +60,7 @@ Coefficient = Annotated[float, Field(ge=0, le=1000), _Number]
 Reward = Annotated[float, Field(ge=-1e9, le=1e9), _Number]
 Location = Annotated[str, AfterValidator(_location)]
 """A path; `~` is the user's home directory."""
+Day = Annotated[str, BeforeValidator(_day)]
 Limit = Annotated[int, Field(ge=0, le=10**8), _Number]
 PositiveFraction = Annotated[float, Field(ge=1e-6, le=1), _Number]
 Penalty = Annotated[float, Field(ge=0.01, le=100), _Number]

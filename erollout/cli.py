@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from erollout.calibration.commands import add_commands
-from erollout.config import Config, load_config
+from erollout.config import Config, load_config, require_groups
 from erollout.doctor.commands import add_command as add_doctor
 from erollout.environment import is_elastic, is_rank, launcher_environment
 from erollout.errors import UserError
@@ -80,6 +80,7 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Callable[...,
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)  # before the imports, which take seconds
+    require_groups(config)
     from erollout.preflight import describe, preflight
 
     if options.dry_run:

@@ -5,7 +5,7 @@ starting a process is checked here; the message names the key, the value and the
 same meaning, the key has Megatron's name.
 """
 
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,6 +68,9 @@ class RolloutConfig:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[bounds.TokenId, ...] = ()
     """Beside the model's end-of-sequence ids."""
+    special_tokens: Literal["content", "all", "none"] = "content"
+    """Special tokens in the text that is scored and that `stop` looks at. `content` keeps all (`<answer>` may be one) but those
+    that begin, end or pad a sequence; `all` keeps those too; `none` leaves all out."""
     ignore_eos: bool = False
     block_size: bounds.GroupSize = 16
     """Tokens per block of the paged KV cache."""
@@ -198,7 +201,10 @@ class AlgorithmConfig:
 @_section
 class RewardsConfig:
     function: str | None = None
-    """`package.module:name` of a function (prompt: Prompt, response: str) -> float; default: the task's own scorer."""
+    """Function (prompt: Prompt, response: str) -> float: `package.module:name`, or `path/file.py:name` with the path from the
+    configuration's directory; default: the task's own scorer. docs/rewards.md says what it is given."""
+    import_path: bounds.Location | None = None
+    """Directory whose modules `function` may import; default: the configuration's, or that of `path/file.py`."""
     pool: Literal["processes", "ray"] = "processes"
     """Where scorers run: beside the ranks, or on a Ray cluster that is there (RAY_ADDRESS, else that of the rank's machine)."""
     num_workers: bounds.Few = 1
@@ -207,6 +213,8 @@ class RewardsConfig:
     """For one response."""
     error_value: bounds.Reward = 0.0
     """Reward of a response whose scorer raised or timed out."""
+    stop_when_all_fail: bool = True
+    """End the run when not one response of a step, or of an evaluation, could be scored."""
     threshold: bounds.Reward | None = None
     """When set: reward 1 at or above it, else 0 (some scorers give garbage a little more than 0)."""
 
@@ -236,7 +244,7 @@ class DataConfig:
     """How a question becomes a user message; must contain {prompt}."""
     chat_template: bool = True
     """Apply the tokenizer's chat template, when it has one."""
-    date: str | None = None
+    date: bounds.Day | None = None
     """Day (`2026-11-30`) that a chat template with a clock is told; default: the day on which the run began."""
     train_seed: bounds.Seed = 20_000_000
     train_size: bounds.Items = 1_000_000
@@ -371,7 +379,15 @@ _MOST_SAMPLES = 10**7
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `key=value` overrides and validate. Raises UserError."""
-    return build_config(read_tree(path, overrides or [], Config), str(path))
+    return _with_import_path(build_config(read_tree(path, overrides or [], Config), str(path)), Path(path).absolute().parent)
+
+
+def _with_import_path(config: Config, directory: Path) -> Config:
+    """A reward function may be in the configuration's directory: it is looked for there wherever the run is started."""
+    if config.rewards.function is None or config.rewards.import_path is not None:
+        return config
+    rewards = replace(config.rewards, import_path=str(directory))  # type: ignore[type-var]  # mypy does not see through _section
+    return replace(config, rewards=rewards)  # type: ignore[type-var]
 
 
 def build_config(tree: dict[str, Any], source: str = "config") -> Config:
@@ -448,7 +464,19 @@ def _check_consistency(config: Config) -> None:
             "could not compute the log-probs of what was sampled; set the temperature to 1 or the others to their defaults"
         )
     if rollout.temperature == 0 and rollout.group_size > 1:
-        raise UserError("rollout.temperature = 0 makes every response of a group the same; raise it or set group_size = 1")
+        raise UserError(
+            "rollout.temperature = 0 makes every response of a group the same, so that nothing is learnt; raise it "
+            "(evaluation.temperature is a key of its own)"
+        )
+
+
+def require_groups(config: Config) -> None:
+    """For what trains. Raises UserError where an advantage has nothing to be compared with."""
+    if config.rollout.group_size == 1:
+        raise UserError(
+            f"rollout.group_size = 1: {config.algorithm.name.upper()} compares a response with the others to its prompt, and "
+            "every advantage would be 0; set it to 2 or more (8 is the default)"
+        )
 
 
 def _check_speculation(options: SpeculationConfig) -> None:

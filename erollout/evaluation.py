@@ -15,20 +15,30 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 
-def evaluation_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
-    """pass@1 and, with k samples per prompt, pass@k: over all prompts and by task; mean response length."""
-    by_prompt: dict[tuple[str, int], list[bool]] = defaultdict(list)
-    for sample in scored:
-        by_prompt[sample.task, sample.rollout.prompt_index].append(sample.reward >= _CORRECT)
-    metrics = _pass_rates(list(by_prompt.values()), "evaluation/")
-    tasks = {task for task, _ in by_prompt}
+def evaluation_metrics(scored: Sequence[ScoredRollout], scoring_errors: int = 0) -> dict[str, float]:
+    """pass@1 and, with k samples per prompt, pass@k, and the mean reward: over all prompts and by task; mean response length.
+
+    Args:
+        scoring_errors: responses that no scorer scored.
+    """
+    metrics = _of_samples(scored, "evaluation/")
+    tasks = {sample.task for sample in scored}
     if len(tasks) > 1:
         for task in sorted(tasks):
-            metrics |= _pass_rates([hits for (name, _), hits in by_prompt.items() if name == task], f"evaluation/{task}/")
+            metrics |= _of_samples([sample for sample in scored if sample.task == task], f"evaluation/{task}/")
+    metrics["evaluation/scoring_errors"] = float(scoring_errors)
     lengths = [len(sample.rollout.response_ids) for sample in scored]
     metrics["evaluation/response_length_mean"] = sum(lengths) / max(1, len(lengths))
     metrics["evaluation/truncated_fraction"] = sum(s.rollout.finish_reason == "length" for s in scored) / max(1, len(scored))
     return metrics
+
+
+def _of_samples(scored: Sequence[ScoredRollout], prefix: str) -> dict[str, float]:
+    by_prompt: dict[tuple[str, int], list[bool]] = defaultdict(list)
+    for sample in scored:
+        by_prompt[sample.task, sample.rollout.prompt_index].append(sample.reward >= _CORRECT)
+    mean = sum(sample.reward for sample in scored) / max(1, len(scored))
+    return _pass_rates(list(by_prompt.values()), prefix) | {f"{prefix}reward_mean": mean}
 
 
 def _pass_rates(prompts: Sequence[Sequence[bool]], prefix: str) -> dict[str, float]:

@@ -3,8 +3,9 @@
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from erollout.policy.families import policy_architecture
 from erollout.policy.hf_export import check_destination
 from erollout.policy.hf_io import check_weights
 from erollout.policy.placement import training_placement
+from erollout.rewards.probe import ScorerProbe
 from erollout.rewards.scorers import Scorer, build_scorer
 from erollout.tracking.store import MlflowStore
 
@@ -58,10 +60,12 @@ class Resolved:
     """Decode weights and KV cache of one rank."""
 
 
-def preflight(config: Config, rolls_out: bool = True) -> Resolved:
+def preflight(config: Config, rolls_out: bool = True, scores: bool = True) -> Resolved:
     """Check model, tokenizer, layouts, data, scorer and tracking store. Raises UserError for the first thing that is wrong.
 
-    rolls_out: whether the command samples; a supervised run needs no room for responses.
+    Args:
+        rolls_out: whether the command samples; a supervised run needs no room for responses, and no scorer.
+        scores: whether rank 0 tries the scorer; false where another process has done it.
     """
     architecture = policy_architecture(config.model)
     train, decode = resolve_layouts(config, expected_world_size(config))
@@ -83,8 +87,12 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
         check_weights(config.model.path, architecture)
     _check_export(config)
     _check_outputs(config)
-    train_data, test_data = build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
-    _check_first_items(train_data, test_data, rolls_out)
+    scorer = build_scorer(config.rewards, config.data)
+    with _probe(config, scorer, rolls_out and scores) as probe:
+        train_data, test_data = build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
+        _check_first_items(train_data, test_data, rolls_out)
+        if probe is not None:
+            _check_scorer(config, probe, train_data, test_data)
     _check_store(config)
     return Resolved(
         architecture,
@@ -93,7 +101,7 @@ def preflight(config: Config, rolls_out: bool = True) -> Resolved:
         tokenizer,
         train_data,
         test_data,
-        build_scorer(config.rewards, config.data),
+        scorer,
         trained_parameters=trained,
         decoded_parameters=decoded,
         training_bytes=trained * _training_bytes_per_parameter(config, train),
@@ -191,6 +199,18 @@ def _check_first_items(train_data: PromptDataset, test_data: PromptDataset | Non
         test_data.prompt(0)
     if not rolls_out:
         train_data.supervised_example(0)
+
+
+def _probe(config: Config, scorer: Scorer, scores: bool) -> AbstractContextManager[ScorerProbe | None]:
+    """Begun before the data is read: it loads the scorer meanwhile."""
+    return ScorerProbe(scorer, config.rewards.timeout_seconds) if scores and current_rank() == 0 else nullcontext()
+
+
+def _check_scorer(config: Config, probe: ScorerProbe, train_data: PromptDataset, test_data: PromptDataset | None) -> None:
+    """A user's function scores the first item; the task's own reads all reference answers that time allows."""
+    probe.require_scores(train_data.prompt(0), train_data.solution(0))
+    if config.data.kind == "file" and config.rewards.function is None:
+        probe.require_readable(chain.from_iterable(data.unrendered() for data in (train_data, test_data) if data is not None))
 
 
 def _check_pool(config: Config) -> None:

@@ -1,5 +1,6 @@
 """The numbers of one step, from what its phases returned. Pure."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -39,6 +40,7 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
         "reshard/seconds": reshard.seconds,
         "reshard/gigabytes_per_second": reshard.gigabytes_per_second,
     }
+    metrics |= {f"reward/scoring_errors/{kind}": float(number) for kind, number in result.failures.items()}
     metrics |= course_metrics([course.metrics for course in result.courses])
     if refit.requantize is not None:
         metrics |= speculation_metrics(result.speculation, refit.requantize)
@@ -93,6 +95,10 @@ def summary_rows(
         rows.append(
             ("held-out accuracy, before and after", f"{before:.3f} -> {after:.3f} ({100 * (after - before):+.1f} points)")
         )
+        rewards = [row.get("evaluation/reward_mean") for row in (evaluations[0], evaluations[-1])]
+        if None not in rewards:  # of a checkpoint that doesn't say
+            rows.append(("held-out reward, before and after", " -> ".join(f"{mean:.3f}" for mean in rewards)))
+    rows += _failure_rows(history)
     phases = sorted({name for row in steps for name in row if name.startswith("seconds/")})
     for phase in phases:
         total = sum(row.get(phase, 0.0) for row in steps)
@@ -107,4 +113,19 @@ def summary_rows(
         store = config.tracking.uri or f"sqlite:///{config.train.output_dir}/mlflow.db"
         rows.append(("MLflow run", run_id))
         rows.append(("MLflow store", redact(store)))
+    return rows
+
+
+def _failure_rows(history: Sequence[Mapping[str, float]]) -> list[tuple[str, object]]:
+    """How many responses no scorer scored, in training by kind; nothing where all were."""
+    rows: list[tuple[str, object]] = []
+    totals: Counter[str] = Counter()
+    for row in history:
+        totals.update({name: int(value) for name, value in row.items() if "scoring_errors" in name and value})
+    if total := totals["reward/scoring_errors"]:
+        prefix = "reward/scoring_errors/"
+        kinds = ", ".join(f"{name.removeprefix(prefix)} {n}" for name, n in totals.most_common() if name.startswith(prefix))
+        rows.append(("responses not scored", f"{total} ({kinds})" if kinds else total))
+    if total := totals["evaluation/scoring_errors"]:
+        rows.append(("held-out responses not scored", total))
     return rows

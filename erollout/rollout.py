@@ -1,8 +1,9 @@
 """The rollout of one step on all decode replicas: refit, generate, score while generating, gather."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from erollout.policy.initialization import first_weights
 from erollout.resharding.executor import Resharder, ReshardStats, wire_dtype
 from erollout.resharding.planner import plan_for_rank
 from erollout.resharding.transport import ProcessGroupTransport
+from erollout.rewards.failures import AllScoringFailed, FailureLog
 from erollout.rewards.pool import RewardPool
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.steering import Course, Steering
@@ -56,6 +58,8 @@ class RolloutResult:
     """Complete or begun when it started: an interrupted attempt left them."""
     kept_tokens: int
     """Of theirs, not sampled again."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Responses that were not scored, by kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class RolloutWorker:
         self.speculation = SelfSpeculation(config, self.engine) if config.speculation.mode != "off" else None
         self.steering = Steering(config, context, self.engine, self.speculation, asked, alive)
         self.resharder = self._build_resharder(architecture)
+        self._failures = FailureLog()
         self._states: tuple[str, ...] = ()
         """On or off, at the batches of the last reasons that were logged."""
 
@@ -160,7 +165,7 @@ class RolloutWorker:
             logger.info("asked to stop while responses were scored: the next attempt scores them")
             found = (as_partial(rollout) for part in parts for rollout in part.rollouts)
             raise RolloutInterrupted(keep(requests, found) if trains else None)
-        result = _merged(parts, by_index, before)
+        result = _merged(parts, by_index, before, self._count_failures(parts, step))
         _require_complete(result, len(prompts) * group_size)
         if trains:
             self._say_why(course)
@@ -245,7 +250,7 @@ class RolloutWorker:
 
     def text(self, rollout: Rollout) -> str:
         """The response as the scorer sees it."""
-        return str(self.tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True))
+        return self.engine.response_text(rollout.response_ids)
 
     def _gather(self, rollouts: list[Rollout], course: Course) -> "list[_Contribution]":
         """Every replica's rollouts and rewards on every rank."""
@@ -257,6 +262,21 @@ class RolloutWorker:
             speculation = self.engine.stats.speculation
             contribution = _Contribution(rollouts, rewards, report, speculation, course, failed and self._asked())
         return [part for part in all_gather(contribution) if part is not None]
+
+    def _count_failures(self, parts: "list[_Contribution]", step: int) -> Counter[str]:
+        """By kind; the first of each is logged. Raises AllScoringFailed, where the configuration says so."""
+        rewards = [reward for part in parts for reward in part.rewards.values()]
+        errors = [reward.error for reward in rewards if reward.error is not None]
+        counts, new = self._failures.note(errors)
+        if self.context.rank == 0:
+            for error in new:
+                logger.warning("step %d: a response was not scored, and has rewards.error_value: %s", step + 1, error)
+        if errors and len(errors) == len(rewards) and self.config.rewards.stop_when_all_fail:
+            raise AllScoringFailed(
+                f"step {step + 1}: none of {len(rewards)} responses was scored; the first: {errors[0]}; mend the scorer (or "
+                "rewards.timeout_seconds), or set rewards.stop_when_all_fail = false"
+            )
+        return counts
 
     def _report(self, rollouts: list[Rollout], rewards: dict[tuple[int, int], Reward]) -> dict[str, float]:
         stats = self.engine.stats
@@ -294,7 +314,9 @@ class _Contribution:
     signal too."""
 
 
-def _merged(parts: list[_Contribution], prompts: dict[int, Prompt], kept: KeptRollouts) -> RolloutResult:
+def _merged(
+    parts: list[_Contribution], prompts: dict[int, Prompt], kept: KeptRollouts, failures: Counter[str]
+) -> RolloutResult:
     scored: dict[tuple[int, int], ScoredRollout] = {}
     for part in parts:
         for rollout in part.rollouts:
@@ -309,6 +331,7 @@ def _merged(parts: list[_Contribution], prompts: dict[int, Prompt], kept: KeptRo
         [part.course for part in parts],
         len(kept.samples),
         kept.num_tokens,
+        failures,
     )
 
 

@@ -18,6 +18,7 @@ from erollout.calibration.sweep_log import append_row, resume_rows
 from erollout.checkpoint.checkpointer import Checkpointer, RunKind, RunState
 from erollout.comparison import WHERE, compare_held_out
 from erollout.config import Config
+from erollout.environment import launcher_environment
 from erollout.errors import UserError
 from erollout.evaluation import evaluation_metrics
 from erollout.figures import rollout_figures
@@ -141,7 +142,13 @@ def rollout(config: Config, out: str) -> None:
             seconds = max(report["seconds"] for report in result.reports)
             tokens = sum(report["tokens"] for report in result.reports)
             speed = {"responses": len(rows), "tokens": int(tokens), "seconds": seconds, "tokens/s": tokens / seconds}
-            print_summary([*evaluation_metrics(result.scored).items(), *speed.items(), ("written to", out)])
+            print_summary(
+                [
+                    *evaluation_metrics(result.scored, sum(result.failures.values())).items(),
+                    *speed.items(),
+                    ("written to", out),
+                ]
+            )
 
 
 def compare(config: Config) -> None:
@@ -213,7 +220,7 @@ def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes
 def _world(config: Config, rolls_out: bool = True) -> Iterator[tuple[Resolved, ParallelContext]]:
     """Check everything, join the world, leave it at the end."""
     configure_logging(current_rank())
-    resolved = preflight(config, rolls_out)
+    resolved = preflight(config, rolls_out, scores=launcher_environment() is not None)  # else the command has done it
     context = initialize(config)
     try:
         yield resolved, context

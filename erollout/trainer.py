@@ -20,6 +20,7 @@ from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
 from erollout.policy.nonfinite import SkippedUpdates
 from erollout.reporting import rollout_metrics
+from erollout.rewards.failures import AllScoringFailed
 from erollout.rollout import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.tracking.metrics import PhaseTimer, memory_metrics
 from erollout.tracking.tracker import Tracker
@@ -84,6 +85,9 @@ class Trainer:
                 self._close_step()
         except RolloutInterrupted as interrupted:
             self._stop_in_rollout(interrupted.kept)
+        except AllScoringFailed:
+            self._save_before_failing()
+            raise
         self.checkpointer.wait()
         self.enter(self.step, "end")
 
@@ -131,7 +135,7 @@ class Trainer:
         self.worker.refit(self.actor.local_tensors(), policy_version=self.step)
         result = self.worker.evaluate(self.test_data, self.step)
         self.actor.wake_up()
-        metrics = evaluation_metrics(result.scored)
+        metrics = evaluation_metrics(result.scored, sum(result.failures.values()))
         self.evaluations.append({"step": float(self.step), **metrics})
         self._changed = True
         self.tracker.log_metrics(self.step, metrics)
@@ -153,6 +157,13 @@ class Trainer:
             self.kept, self._changed = kept, self._changed or bool(kept.samples)
         if self.config.checkpoint.interval and self._changed:
             self.save()
+
+    def _save_before_failing(self) -> None:
+        """What was learnt before the scorer failed is not lost with it."""
+        self.actor.wake_up()
+        if self.config.checkpoint.interval and self._changed and self.step:
+            self.save()
+        self.checkpointer.wait()
 
     @contextmanager
     def _phase(self, timer: PhaseTimer, name: str) -> Iterator[None]:

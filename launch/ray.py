@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from erollout.config import load_config
+from erollout.config import load_config, require_groups
 from erollout.environment import variable
 from erollout.errors import UserError
 from erollout.launch.plan import layouts
@@ -66,6 +66,7 @@ def _job(options: argparse.Namespace) -> Job:
     if options.cpus_per_rank == 0 and not options.gpus_per_rank:
         raise UserError("--cpus-per-rank = 0 needs --gpus-per-rank: ranks must take something of a node")
     config = load_config(options.config, options.overrides)
+    require_groups(config)
     wanted, ranks = config.parallel.world_size, options.nodes * options.ranks_per_node
     if wanted not in (None, ranks):
         raise UserError(

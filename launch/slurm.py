@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from erollout.config import Config, load_config
+from erollout.config import Config, load_config, require_groups
 from erollout.errors import UserError
 from erollout.launch import scheduler
 from erollout.launch.plan import Plan, batch_script, describe, layouts, seconds_of, written
@@ -69,6 +69,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     site = load_site(options.site) if options.site else Site()
     overrides = [*options.overrides, *([f"train.output_dir={_quoted(options.run_dir)}"] if options.run_dir else [])]
     config = with_absolute_paths(load_config(options.config, overrides))
+    require_groups(config)
     run = RunDirectory(Path(config.train.output_dir))
     ranks = options.gpus_per_node or options.ranks_per_node
     _check_ranks(config, options.nodes, ranks)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from erollout.config import Config, load_config
+from erollout.config import Config, load_config, require_groups
 from erollout.environment import STORE, loopback_variables, set_variable, variable
 from erollout.errors import UserError
 from erollout.launch.meeting import Meeting, digest, joined, meeting, take_seat
@@ -104,6 +104,7 @@ def _check(options: argparse.Namespace) -> Config:
     if options.nodes > 1 and options.head is None:
         raise UserError(f"--nodes {options.nodes} needs --head HOST: the node where all meet, by a name or address all know")
     config = load_config(options.config, options.overrides)
+    require_groups(config)
     wanted, ranks = config.parallel.world_size, options.nodes * options.nproc_per_node
     if wanted not in (None, ranks):
         raise UserError(

@@ -145,6 +145,28 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["data.kind=reasoning_gym", "data.args={}", "data.tasks=[{name: chain_sum}]"],
         ["chain_sum item 20000000", "the tokenizer can't encode"],
     ),
+    "scorer that always raises": (
+        _file("scores.py", "def raises(prompt, response): return response[10_000]"),
+        ["rewards.function=scores.py:raises"],
+        ["rewards.function = '{folder}/scores.py:raises'", "IndexError", "chain_sum"],
+    ),
+    "scorer that exits at import": (
+        _file("scores.py", "import sys; sys.exit()"),
+        ["rewards.function=scores:raises"],
+        ["rewards.function = 'scores:raises'", "exits when it is imported"],
+    ),
+    "scorer in no file": (_nothing, ["rewards.function=scores/score.py:f"], ["no file score.py in {folder}/scores"]),
+    "endless time limit": (_nothing, ["rewards.timeout_seconds=1e10"], ["rewards.timeout_seconds"]),
+    "half a character": (
+        _file("rows.jsonl", '{"prompt": "1+1= \\ud83d", "answer": "2"}'),
+        FILE_DATA,
+        ["{folder}/rows.jsonl:1"],
+    ),
+    "blank reference answer": (
+        _rows(GOOD_ROW, {"prompt": "1+2=", "answer": " "}),
+        [*FILE_DATA, "rewards.function=null"],
+        ["1 reference answers can't be used", "{folder}/rows.jsonl:2", "is empty"],
+    ),
     "unknown scorer": (_nothing, ["rewards.function=no_such_module:score"], ["rewards.function = 'no_such_module:score'"]),
     "output directory in a file": (
         _file("taken", ""),

@@ -138,7 +138,7 @@ def test_a_tree_of_another_shape_is_refused(tree: dict) -> None:
         ({"data": {"train_seed": 209, "train_size": 1, "test_seed": 10}}, ["[209, 210)", "[10, 210)"]),
         ({"train": {"global_batch_size": 100}}, ["train.global_batch_size = 100", "rollout.group_size = 256"]),
         ({"train": {"global_batch_size": 512}}, ["train.global_batch_size = 512"]),
-        ({"rollout": {"temperature": 0}}, ["rollout.temperature = 0", "group_size"]),
+        ({"rollout": {"temperature": 0}}, ["rollout.temperature = 0", "evaluation.temperature"]),
         ({"optimizer": {"lr": 1e-5, "min_lr": 1e-4}}, ["optimizer.min_lr = 0.0001", "optimizer.lr = 1e-05"]),
         ({"parallel": {"sequence_parallel": True}}, ["parallel.sequence_parallel", "parallel.tensor_model_parallel_size"]),
     ],

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from erollout.config import DataConfig, TaskConfig
+from erollout.config import DataConfig, TaskConfig, build_config
 from erollout.data import PromptDataset, PromptLimits, build_datasets
 from erollout.data.tasks import BLOCK_SIZE
 from erollout.data.tokenizer import CHARACTERS, load_tokenizer, save_character_tokenizer
@@ -182,8 +182,9 @@ def test_the_clock_of_a_template_stands_still(byte_tokenizer: PreTrainedTokenize
     assert train.prompt(0).text.startswith("26 Jul 2024 00:00 <user>")
     train.renderer.date = date(2025, 1, 2)
     assert test.prompt(0).text.startswith("02 Jan 2025 00:00 <user>")
-    with pytest.raises(UserError, match=r"data\.date = 'monday' must be a day"):
-        build_datasets(DataConfig(kind="chain_sum_cot", date="monday"), LIMITS, byte_tokenizer)
+    assert DataConfig(date=date(2025, 1, 2)).date == "2025-01-02", "as YAML reads it"
+    with pytest.raises(UserError, match=r"data\.date = 'monday': Input should be a day"):
+        build_config({"data": {"date": "monday"}})
 
 
 def test_text_that_the_tokenizer_does_not_know_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from erollout.data.response_text import ResponseText, SpecialTokens
 from erollout.engine.detokenizer import StopStringDetector
 from erollout.errors import UserError
 
@@ -45,7 +46,7 @@ tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKEN
 
 
 def stops_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: list[str]) -> int | None:
-    detector = StopStringDetector(tokenizer, stop)
+    detector = StopStringDetector(ResponseText(tokenizer, "none"), stop)
     return next((count for count, token in enumerate(ids, 1) if detector.feed(token)), None)
 
 
@@ -94,7 +95,7 @@ def test_any_tokens_and_any_stop_strings(tokenizer: PreTrainedTokenizerBase, dat
 
 def test_invalid_bytes_do_not_grow_the_window() -> None:
     tokenizer = sentencepiece_like()
-    detector = StopStringDetector(tokenizer, ["end"])
+    detector = StopStringDetector(ResponseText(tokenizer, "none"), ["end"])
     assert not any(detector.feed(0xE4) for _ in range(100))
     assert len(detector._window) < 50
     ids = tokenizer.encode("the end", add_special_tokens=False)
@@ -104,4 +105,33 @@ def test_invalid_bytes_do_not_grow_the_window() -> None:
 @pytest.mark.parametrize("stop", [[], ["a", ""]], ids=str)
 def test_empty_stop_strings_are_refused(stop: list[str]) -> None:
     with pytest.raises(UserError, match=r"rollout\.stop"):
-        StopStringDetector(byte_level(), stop)
+        StopStringDetector(ResponseText(byte_level(), "none"), stop)
+
+
+def tagged() -> PreTrainedTokenizerBase:
+    """Answer tags that are special tokens, as in R1's kind of tokenizer."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"eos_token": "<eos>", "pad_token": "<pad>"})
+    tokenizer.add_tokens([AddedToken(tag, special=True) for tag in ("<answer>", "</answer>", "<|end|>")], special_tokens=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("keep", "text"),
+    [
+        ("content", "<answer>18 .</answer> \n"),
+        ("all", "<answer>18 .</answer><|end|><eos> \n<pad>"),
+        ("none", "18 . \n"),
+    ],
+)
+def test_the_text_of_a_response_keeps_the_special_tokens_asked_for(keep: SpecialTokens, text: str) -> None:
+    tokenizer = tagged()
+    ids = tokenizer.encode("<answer>18 .</answer><|end|><eos> \n<pad>", add_special_tokens=False)
+    assert ResponseText(tokenizer, keep, [tokenizer.convert_tokens_to_ids("<|end|>")])(ids) == text
+
+
+def test_a_stop_string_that_is_a_special_token_is_found() -> None:
+    tokenizer = tagged()
+    detector = StopStringDetector(ResponseText(tokenizer, "content"), ["</answer>"])
+    ids = tokenizer.encode("<answer>18</answer>", add_special_tokens=False)
+    assert [detector.feed(number) for number in ids] == [False] * (len(ids) - 1) + [True]

@@ -12,11 +12,12 @@ import psutil
 import pytest
 from math_forms import RIGHT, WRONG
 
-from erollout.config import DataConfig, RewardsConfig, TaskConfig
+from erollout.config import DataConfig, RewardsConfig, TaskConfig, build_config
 from erollout.data.tasks import ReasoningGymSource
 from erollout.errors import UserError
 from erollout.rewards import RewardPool, Scorer, ScoringCounts, build_scorer
 from erollout.rewards.answers import exact_match, final_answer
+from erollout.rewards.probe import ScorerProbe
 from erollout.types import Prompt, Rollout
 
 TASKS = [
@@ -252,7 +253,8 @@ def is_running(pid: int) -> bool:
     [
         ("scripted_scorer", "package.module:function"),
         (":scripted", "package.module:function"),
-        ("no_such_module:score", "No module named 'no_such_module'"),
+        ("scripted_scorer:two words", "package.module:function"),
+        ("no_such_module:score", "there is no module no_such_module"),
         ("scripted_scorer:no_such_function", "no_such_function"),
         ("scripted_scorer:wrong_signature", "callable as function"),
         ("scripted_scorer:__name__", "callable"),
@@ -260,8 +262,105 @@ def is_running(pid: int) -> bool:
 )
 def test_a_reward_function_that_cannot_be_used_is_refused_at_start(function: str, message: str) -> None:
     with pytest.raises(UserError, match=r"rewards\.function") as error:
-        build_scorer(RewardsConfig(function=function), DataConfig())
+        probe(build_scorer(RewardsConfig(function=function), DataConfig()))
     assert message in str(error.value)
+
+
+def probe(scorer: Scorer, solution: str | None = "7", timeout_seconds: float = 60.0) -> None:
+    with ScorerProbe(scorer, timeout_seconds) as trial:
+        trial.require_scores(Prompt(0, (), "", "sums", {"answer": "7"}), solution)
+
+
+USER_FILE = """
+import sys
+from helpers_of_a_user import seven
+def good(prompt, response): return 1.0 if seven() in response else 0.0
+def choosy(prompt, response): return float(response[response.index("####"):] != "")
+def raises(prompt, response): return {}["no key"]
+def gives_dict(prompt, response): return {"score": 1.0}
+def gives_nothing(prompt, response): pass
+def gives_text(prompt, response): return "1.0"
+def gives_nan(prompt, response): return float("nan")
+async def waits(prompt, response): return 1.0
+def hangs(prompt, response):
+    while True: pass
+def leaves(prompt, response): sys.exit(3)
+"""
+
+
+@pytest.fixture
+def user_file(tmp_path: Path) -> Path:
+    (tmp_path / "helpers_of_a_user.py").write_text("def seven(): return '7'")
+    (tmp_path / "my_scores.py").write_text(USER_FILE)
+    return tmp_path
+
+
+def in_file(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp: str = "elsewhere") -> Scorer:
+    """As a configuration in `folder` names it, with the command given in another place."""
+    (folder / tmp).mkdir()
+    monkeypatch.chdir(folder / tmp)
+    return build_scorer(RewardsConfig(function=name, import_path=str(folder)), DataConfig())
+
+
+@pytest.mark.parametrize("name", ["my_scores:good", "my_scores.py:good", "my_scores.py:choosy"])
+def test_a_function_beside_the_configuration(name: str, user_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = in_file(name, user_file, monkeypatch)
+    probe(scorer)
+    with RewardPool(scorer, 1, 60.0, 0.0) as pool:
+        assert score(pool, "#### 7") == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_scores.py:raises", r"can't score the first item \(sums\): KeyError: 'no key'"),
+        ("my_scores.py:gives_dict", r"returned a dict, .*; a reward is a number"),
+        ("my_scores.py:gives_nothing", r"returned a NoneType"),
+        ("my_scores.py:gives_text", r"returned a str, '1.0'; a reward is a number"),
+        ("my_scores.py:gives_nan", r"returned nan"),
+        ("my_scores.py:waits", r"returned a coroutine"),
+        ("my_scores.py:leaves", r"scorer ended its process"),
+        ("my_scores.py:god", r"has no function god; did you mean good\?"),
+        ("my_scores:god", r"has no function god; did you mean good\?"),
+        ("my_score:good", r"there is no module my_score in .* nor on Python's path .*; did you mean my_scores\?"),
+        ("my_score.py:good", r"there is no file my_score\.py in .*; did you mean my_scores\.py\?"),
+        ("exits.py:good", r"exits when it is imported \(SystemExit: 2\)"),
+        ("dies.py:good", r"died while it started and loaded .*dies\.py:good"),
+        ("broken.py:good", r"can't be imported \(SyntaxError: "),
+        ("lacks.py:good", r"can't be imported \(ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+    ],
+)
+def test_a_function_that_cannot_score_is_refused_in_one_line(
+    name: str, message: str, user_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (user_file / "exits.py").write_text("import sys; sys.exit(2)")
+    (user_file / "dies.py").write_text("import os; os._exit(0)")
+    (user_file / "broken.py").write_text("def good(:")
+    (user_file / "lacks.py").write_text("import nowhere_to_be_found")
+    with pytest.raises(UserError, match=message) as error:
+        probe(in_file(name, user_file, monkeypatch))
+    assert "\n" not in str(error.value)
+
+
+def test_a_function_that_hangs_is_refused(user_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"my_scores\.py:hangs.*scorer took more than 1 s"):
+        probe(in_file("my_scores.py:hangs", user_file, monkeypatch), timeout_seconds=1.0)
+
+
+@pytest.mark.parametrize("seconds", [1e10, 0.0])
+def test_a_time_limit_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(UserError, match=r"rewards\.timeout_seconds"):
+        build_config({"rewards": {"timeout_seconds": seconds}})
+
+
+def test_reference_answers_that_say_nothing_are_refused_with_the_row() -> None:
+    prompts = [
+        Prompt(n, (), "", "t", {"answer": a, "origin": f"x.jsonl:{n + 1}"}) for n, a in enumerate(("7", " ", "nan", "B"))
+    ]
+    with ScorerProbe(build_scorer(RewardsConfig(), DataConfig(kind="file")), 60.0) as trial:
+        trial.require_scores(prompts[0], "7")
+        with pytest.raises(UserError, match=r"2 reference answers can't be used; the first: .*x\.jsonl:2: .* is empty"):
+            trial.require_readable(prompts)
 
 
 def test_threshold_turns_scores_into_zero_or_one() -> None:

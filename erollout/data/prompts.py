@@ -1,6 +1,6 @@
 """From task items to token ids: chat template or bare text, and the limits on length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ class PromptRenderer:
         self.uses_chat_template = data.chat_template and bool(tokenizer.chat_template)
         self._system_prompt = data.system_prompt
         self._instruction = data.instruction
-        self.date = _date(data.date) if data.date else date.today()
+        self.date = date.fromisoformat(data.date) if data.date else date.today()
         """The day that a chat template with a clock (`strftime_now`) is told, so that an item has one text for a whole run."""
         if data.system_prompt is not None and not self.uses_chat_template:
             why = "the tokenizer has no chat template" if data.chat_template else "data.chat_template = false"
@@ -101,13 +101,6 @@ class PromptRenderer:
         return str(rendered)
 
 
-def _date(text: str) -> date:
-    try:
-        return date.fromisoformat(text)
-    except ValueError as error:
-        raise UserError(f"data.date = {text!r} must be a day, as 2026-11-30") from error
-
-
 class PromptDataset:
     """Tokenized prompts by global index: stateless, the same on every rank and after every restart."""
 
@@ -129,6 +122,16 @@ class PromptDataset:
         item = self._source.item(index)
         text, ids = self._encode(item)
         return Prompt(index=index, prompt_ids=ids, text=text, task=item.task, item=item.record)
+
+    def solution(self, index: int) -> str | None:
+        """The written solution of an item; None where there is none."""
+        return self._source.item(index).solution
+
+    def unrendered(self) -> Iterator[Prompt]:
+        """All items of an epoch with what their scorer needs, and no text."""
+        for index in range(len(self)):
+            item = self._source.item(index)
+            yield Prompt(index, (), "", item.task, item.record)
 
     def supervised_example(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(prompt_ids, response_ids with the end-of-sequence id). Each epoch is read from its far end.

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
+from erollout.data.response_text import ResponseText
 from erollout.errors import UserError
 
 _INCOMPLETE = "\ufffd"
@@ -15,15 +14,15 @@ _MAX_PENDING = 16
 class StopStringDetector:
     """Tells when one of the stop strings has appeared in a response's text. Only for sequences that have stop strings.
 
-    The text is what the tokenizer decodes the response to, special tokens skipped. A token's own text depends on what stands
+    The text is the one that is scored. A token's own text depends on what stands
     before it (a character's first bytes; a leading space, which SentencePiece drops at the start), so a short window of tokens
     is decoded with and without the new one, and the difference is new text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+    def __init__(self, text: ResponseText, stop: Sequence[str]) -> None:
         if not stop or not all(stop):
             raise UserError(f"rollout.stop = {list(stop)!r} must hold non-empty strings; remove the empty one")
-        self._tokenizer = tokenizer
+        self._decode = text
         self._stop = tuple(stop)
         self._keep = max(map(len, stop)) - 1
         self._tail = ""  # the end of the settled text: a stop string that is not complete in it may begin there
@@ -48,6 +47,3 @@ class StopStringDetector:
         self._window = self._window[self._settled :]
         self._settled = len(self._window)
         self._settled_text = self._decode(self._window)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

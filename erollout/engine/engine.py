@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erollout.config import RolloutConfig
+from erollout.data.response_text import ResponseText
 from erollout.engine.block_manager import BlockManager
 from erollout.engine.build import build_decode_model
 from erollout.engine.control import Arrival, Control, FixedControl, Orders
@@ -116,6 +118,12 @@ class Engine:
         """What the last call to run began and did not complete, since it was interrupted."""
         self._prepared = False
         self.wake_up()
+
+    @cached_property
+    def response_text(self) -> ResponseText:
+        """How responses are decoded for scorers and stop strings."""
+        assert self.tokenizer is not None
+        return ResponseText(self.tokenizer, self.rollout.special_tokens, self.architecture.eos_token_ids)
 
     def speculate(self, proposers: Mapping[str, Proposer], arm: Arm = OFF, verification: Verification = "coupled") -> None:
         """Let decoding sequences verify drafts of these proposers from now on, wherever an arm names one.
@@ -321,7 +329,7 @@ class Engine:
         seed = sequence_seed(request.seed, sample)
         sequence = Sequence(order, index, sample, tuple(request.prompt_ids), request.sampling, seed)
         if request.sampling.stop:
-            generation.detectors[order] = StopStringDetector(self.tokenizer, request.sampling.stop)
+            generation.detectors[order] = StopStringDetector(self.response_text, request.sampling.stop)
         return sequence
 
     def _arrived(self, generation: _Generation, arrival: Arrival) -> Sequence:

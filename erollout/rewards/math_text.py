@@ -8,7 +8,7 @@ from erollout.rewards.answers import marked_answer
 
 _WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 """Full-width forms of ASCII, as Chinese and Japanese text has them."""
-_SIGNS = str.maketrans({**_WIDE, 0x2212: "-", 0x3000: " ", 0xA0: " ", 0x202F: " ", "。": ".", "⁄": "/", "π": r"\pi "})
+_SIGNS = str.maketrans({"−": "-", "\u3000": " ", "\xa0": " ", "\u202f": " ", "。": ".", "⁄": "/", "π": r"\pi "})
 _HIGH = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
 _SPACING = re.compile(r"\\[,!;: ]|~|\\(?:quad|left|right)(?![A-Za-z])")
@@ -126,7 +126,7 @@ def only_value(answer: Answer) -> Answer | None:
 
 
 def _undecorated(text: str) -> str:
-    text = text.translate(_SIGNS)
+    text = text.translate(_WIDE).translate(_SIGNS)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda high: f"^{{{high.group().translate(_HIGH)}}}", text)
     text = re.sub("[" + "".join(_VULGAR) + "]", lambda sign: f" {_VULGAR[sign.group()]}", text)
     text = _SPACING.sub(" ", text.replace("{,}", ",").replace(r"\!", ""))

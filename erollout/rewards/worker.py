@@ -20,6 +20,7 @@ from typing import Protocol
 
 import psutil
 
+from erollout.errors import UserError
 from erollout.rewards.scorers import Scorer
 from erollout.signals import STOPS, stops_wait
 from erollout.types import Prompt
@@ -89,14 +90,14 @@ class Worker:
         return self._process.pid
 
     def wait_until_ready(self) -> None:
-        """Until it has loaded the scorer. Raises WorkerDied when it never will."""
+        """Until it has loaded the scorer. Raises WorkerDied, with the reason in one line, when it never will."""
         try:
             self._connection.send((self._scorer, os.getpid()))
             if not self._connection.poll(START_TIMEOUT_SECONDS):
                 raise WorkerDied(f"scoring process did not start in {START_TIMEOUT_SECONDS:.0f} s")
             error: str | None = self._connection.recv()
         except (EOFError, OSError) as died:
-            raise WorkerDied("scoring process died while it started") from died
+            raise WorkerDied(f"scoring process died while it started and loaded {self._scorer.function}") from died
         if error is not None:
             raise WorkerDied(error)
 
@@ -175,9 +176,17 @@ def _load(scorer: Scorer) -> str | None:
     """Broad on purpose: importing runs foreign code, and the rank is to hear why it failed."""
     try:
         scorer.load()
-    except Exception as error:
-        return f"scoring process could not load {scorer.function}: {type(error).__name__}: {error}"
+    except UserError as error:
+        return str(error)
+    except SystemExit as error:
+        return f"rewards.function = {scorer.function!r}: its module exits when it is imported (SystemExit: {error.code})"
+    except BaseException as error:
+        return f"rewards.function = {scorer.function!r} can't be imported ({type(error).__name__}: {_one_line(error)})"
     return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> Outcome:
@@ -185,7 +194,7 @@ def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> Outcome:
     try:
         return Outcome(value=scorer(prompt, response))
     except Exception as error:
-        return Outcome(error=f"{type(error).__name__}: {error}"[:500])
+        return Outcome(error=f"{type(error).__name__}: {_one_line(error)}")
 
 
 def _leave_stops_to_ranks() -> None:

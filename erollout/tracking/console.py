@@ -21,6 +21,7 @@ FIGURES = (
     ("tokens_per_s", names.TOKENS_PER_SECOND, "{:.0f}"),
     ("mismatch_kl", names.MISMATCH_KL, "{:.2g}"),
     ("accuracy", names.ACCURACY, "{:.3f}"),
+    ("held_out_reward", names.EVALUATION_REWARD, "{:.3f}"),
     ("s_per_step", names.STEP_SECONDS, "{:.2f}"),
 )
 """Label, tracked name and format, in this order. A step without the figure leaves it out."""

@@ -14,6 +14,7 @@ RESPONSE_LENGTH = "response_length"
 TOKENS_PER_SECOND = "rollout/tokens_per_second"
 MISMATCH_KL = "mismatch/kl"
 ACCURACY = "evaluation/pass_at_1"
+EVALUATION_REWARD = "evaluation/reward_mean"
 SECONDS = "seconds"
 STEP_SECONDS = "seconds/step"
 

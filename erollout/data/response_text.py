@@ -1,0 +1,29 @@
+"""The text of a response, as scorers, stop strings and sample tables have it."""
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SpecialTokens = Literal["content", "all", "none"]
+
+
+class ResponseText:
+    """Decodes token ids to exactly what was sampled, but for special tokens that are left out.
+
+    `content` leaves out those that begin, end or pad a sequence and keeps the rest: `<answer>` and `<think>` are special tokens
+    of some tokenizers and part of what is scored.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", keep: SpecialTokens, end_ids: Collection[int] = ()) -> None:
+        """`end_ids`: the model's end-of-sequence ids, beside the tokenizer's."""
+        self._tokenizer = tokenizer
+        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *end_ids} - {None}
+        hidden = {"all": set(), "content": ends, "none": ends | added | set(tokenizer.all_special_ids)}
+        self._hidden: set[int] = hidden[keep]
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        shown = [number for number in ids if number not in self._hidden]
+        return str(self._tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))

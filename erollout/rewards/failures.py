@@ -1,0 +1,40 @@
+"""Why responses got no score, by kind: counted in the metrics, logged once."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from erollout.errors import UserError
+
+KINDS = {"scorer took more than": "time_limit", "scorer ended its process": "process_ended"}
+"""By the beginning of the error; an exception's kind is its name."""
+
+
+class AllScoringFailed(UserError):
+    """Not one response of a rollout was scored: to go on would be to train on nothing."""
+
+
+def kind_of(error: str) -> str:
+    for beginning, kind in KINDS.items():
+        if error.startswith(beginning):
+            return kind
+    name = error.partition(":")[0]
+    return name if name.isidentifier() else "not_started"
+
+
+class FailureLog:
+    """The first error of each kind so far."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def note(self, errors: Iterable[str]) -> tuple[Counter[str], list[str]]:
+        """How many there are of each kind, and the text of the first of each kind that is new."""
+        counts: Counter[str] = Counter()
+        new = []
+        for error in errors:
+            kind = kind_of(error)
+            counts[kind] += 1
+            if kind not in self._known:
+                self._known.add(kind)
+                new.append(error)
+        return counts, new

@@ -1,0 +1,77 @@
+"""One response scored before a run, in a scoring process as the run has them: a function that can't score shows at once."""
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from erollout.errors import UserError
+from erollout.rewards.scorers import Scorer
+from erollout.rewards.worker import Outcome, Worker, WorkerDied
+from erollout.types import Prompt
+
+_FORMS = ("{}", "<answer>{}</answer>", "#### {}", "\\boxed{{{}}}")
+"""Ways of writing the reference answer; a function may insist on one."""
+_REFERENCE_SECONDS = 5.0
+"""For reading references before a run; what is wrong with later ones is counted in it."""
+
+
+class ScorerProbe:
+    """A scoring process for a few trials. It starts at once, beside whatever the caller does until it asks."""
+
+    def __init__(self, scorer: Scorer, timeout_seconds: float) -> None:
+        """Raises UserError when no process can be started."""
+        self._scorer = scorer
+        self._timeout_seconds = timeout_seconds
+        try:
+            self._worker = Worker(scorer)
+        except WorkerDied as error:
+            raise UserError(str(error)) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._worker.close()
+
+    def require_scores(self, prompt: Prompt, solution: str | None) -> None:
+        """Raises UserError for a function that does not load, or scores none of the forms of a right answer.
+
+        Args:
+            solution: a right answer; None where there is none in writing.
+        """
+        try:
+            self._worker.wait_until_ready()
+        except WorkerDied as error:
+            raise UserError(str(error)) from error
+        first: Outcome | None = None
+        for response in dict.fromkeys([form.format(solution) for form in _FORMS if solution is not None] + [""]):
+            outcome = self._score(prompt, response)
+            if outcome.error is None:
+                return
+            first = first or outcome
+            if outcome.worker_lost:  # each further try would take as long
+                break
+        assert first is not None
+        raise UserError(f"{self._key()} can't score the first item ({prompt.task}): {first.error}; mend it, or its limits")
+
+    def require_readable(self, prompts: Iterable[Prompt]) -> None:
+        """Raises UserError for reference answers that the function can't read: how many, and the first, with its row."""
+        failed, end = [], time.monotonic() + _REFERENCE_SECONDS
+        for prompt in prompts:
+            outcome = self._score(prompt, "0")
+            if outcome.error is not None:
+                failed.append(outcome.error)
+            if outcome.worker_lost or time.monotonic() > end:
+                break
+        if failed:
+            raise UserError(f"{len(failed)} reference answers can't be used; the first: {failed[0]}; fix or drop the rows")
+
+    def _score(self, prompt: Prompt, response: str) -> Outcome:
+        try:
+            return self._worker.score(prompt, response, self._timeout_seconds)
+        except WorkerDied as error:
+            return Outcome(error=str(error), worker_lost=True)
+
+    def _key(self) -> str:
+        return f"rewards.function = {self._scorer.function!r}"

@@ -20,6 +20,7 @@ from erollout.errors import UserError
 from erollout.launch.commands import add_commands as add_launch_commands
 from erollout.launch.parent import end_with_parent
 from erollout.simulation.commands import add_command
+from erollout.tracking.redaction import redact
 
 _SPEAK_AFTER_SECONDS = 5.0
 """An error of all ranks is printed by rank 0 alone: the others wait this long, and are usually ended before."""
@@ -166,7 +167,7 @@ def _print_error(error: UserError) -> None:
         if environment is not None and environment.rank > 0:
             time.sleep(_SPEAK_AFTER_SECONDS)
             prefix = f"erollout (rank {environment.rank}): "
-    print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"{prefix}error: {redact(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int) -> NoReturn:
@@ -184,7 +185,7 @@ def _run() -> NoReturn:
     except Exception:
         if not is_rank():
             raise
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
         status = 1
     _leave(status)
 

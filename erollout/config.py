@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from erollout import bounds
 from erollout.config_file import describe, fit, read_tree
 from erollout.errors import UserError
+from erollout.tracking.redaction import keys_with_credentials, redact
 
 
 def _mode(value: Any) -> Any:
@@ -303,7 +304,7 @@ class SupervisedConfig:
 class TrackingConfig:
     enabled: bool = True
     uri: str | None = None
-    """MLflow store; default: a SQLite file in train.output_dir."""
+    """MLflow store; default: a SQLite file in train.output_dir. A password in it is refused: the environment has it."""
     experiment: str = "erollout"
     run_name: str | None = None
     num_sample_rollouts: bounds.Limit = 8
@@ -398,8 +399,20 @@ def build_config(tree: dict[str, Any], source: str = "config") -> Config:
         raise UserError(f"{source}: {describe(error, Config)}") from None
     except RecursionError:
         raise UserError(f"{source}: values are nested too deeply, or contain themselves") from None
+    for key, value in keys_with_credentials(config.to_dict()):
+        raise UserError(f"{source}: {key} = {redact(value)} has a password or token in it, {_elsewhere(key)}")
     _check_consistency(config)
     return config
+
+
+def _elsewhere(key: str) -> str:
+    """Configurations are copied to run directories, and overrides are to be seen in the list of processes."""
+    if key == "tracking.uri":
+        return (
+            "which belongs in the environment: leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "leave tracking.uri out and set MLFLOW_TRACKING_URI to the whole"
+        )
+    return "which would be copied to the run directory; leave it out, and let the program that needs it read it elsewhere"
 
 
 def _check_consistency(config: Config) -> None:

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from erollout.errors import UserError
+from erollout.tracking.redaction import keys_with_credentials
 
 _section = dataclass(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 
@@ -90,6 +91,8 @@ def load_site(path: str | Path) -> Site:
     for name in site.env:
         if _SECRET.search(name.upper().replace("_", " ")):
             raise UserError(f"site {path}: env.{name} looks like a secret; remove it and export it where you submit")
+    for key, _ in keys_with_credentials({"env": site.env, "options": site.options, "setup": site.setup}):
+        raise UserError(f"site {path}: {key} has a password in it; remove it and export it where you submit")
     return site
 
 

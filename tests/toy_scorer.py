@@ -1,8 +1,10 @@
 """Scorers for runs of untrained models. By themselves, because scoring processes import them: they must be light."""
 
+import gc
 import os
 import subprocess
 import time
+from multiprocessing.connection import Connection
 
 from erollout.types import Prompt
 
@@ -28,3 +30,20 @@ def troublesome(prompt: Prompt, response: str) -> float:
         case 2:
             time.sleep(600)
     return share_of_digits(prompt, response)
+
+
+class Attack:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self.path,)
+
+
+def attacking(prompt: Prompt, response: str) -> float:
+    """Makes the response a directory, where the rank executes what its scorer sends."""
+    (pipe,) = (thing for thing in gc.get_objects() if isinstance(thing, Connection))
+    pipe.send(Attack(response))
+    return 1.0

@@ -16,7 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Protocol
+from pickle import UnpicklingError
+from typing import Any, Protocol
 
 import psutil
 
@@ -24,6 +25,7 @@ from erollout.errors import UserError
 from erollout.rewards.scorers import Scorer
 from erollout.signals import STOPS, stops_wait
 from erollout.types import Prompt
+from erollout.unpickling import load_message
 
 START_TIMEOUT_SECONDS = 120.0
 """For the interpreter and the scorer's imports; a loaded machine takes a few seconds."""
@@ -95,8 +97,8 @@ class Worker:
             self._connection.send((self._scorer, os.getpid()))
             if not self._connection.poll(START_TIMEOUT_SECONDS):
                 raise WorkerDied(f"scoring process did not start in {START_TIMEOUT_SECONDS:.0f} s")
-            error: str | None = self._connection.recv()
-        except (EOFError, OSError) as died:
+            error: str | None = self._hear()
+        except (EOFError, OSError, UnpicklingError) as died:
             raise WorkerDied(f"scoring process died while it started and loaded {self._scorer.function}") from died
         if error is not None:
             raise WorkerDied(error)
@@ -112,7 +114,7 @@ class Worker:
         taken, end = False, time.monotonic() + timeout_seconds
         try:
             while self._connection.poll(max(0.0, end - time.monotonic())):
-                answer: Outcome | None = self._connection.recv()
+                answer: Outcome | None = self._hear()
                 if answer is not None:
                     return answer
                 taken = True
@@ -120,7 +122,13 @@ class Worker:
             if not taken:
                 raise WorkerDied("scoring process died while it waited") from error
             return Outcome(error="scorer ended its process", worker_lost=True)
+        except UnpicklingError as error:
+            return Outcome(error=f"scorer wrote to the pipe of its process: {error}", worker_lost=True)
         return Outcome(error=f"scorer took more than {timeout_seconds:g} s", timed_out=True, worker_lost=True)
+
+    def _hear(self) -> Any:
+        """What scores may execute what a model has written: what comes from there is no more than an answer."""
+        return load_message(self._connection.recv_bytes())
 
     def kill(self) -> None:
         """End the process and all that it started; idempotent."""

@@ -4,6 +4,8 @@ import logging
 import sys
 from typing import TextIO
 
+from erollout.tracking.redaction import redact
+
 QUIET = {
     "alembic": logging.WARNING,
     "megatron": logging.WARNING,
@@ -25,11 +27,18 @@ class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
         return sys.stderr
 
 
+class _WithoutCredentials(logging.Formatter):
+    """Whatever a library says of the address that it was given."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def configure_logging(rank: int) -> None:
     """Rank 0 logs from INFO on, other ranks from WARNING on, each line with time and, unless rank 0, the rank."""
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler = _CurrentStderr()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_WithoutCredentials(f"%(asctime)s %(levelname)s {prefix}%(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)

@@ -1,10 +1,72 @@
-"""Keeps credentials of URIs out of logs, parameters and files."""
+"""Credentials in URIs: whether there are any, and texts without them. Light: configurations and errors are searched with it.
+
+A password is found where whoever typed it meant one, also where it is no valid URI: with a slash, an at sign or a question
+mark in it. In doubt too much is taken away.
+"""
 
 import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@(?=[^/\s])")
+_URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>\S+)")
+_BEGINS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_NAMED = re.compile(r"[?&;](?P<name>[^=&;?]+)=")
+_NAMES = re.compile(
+    r"(pass(word|wd|phrase)?|pwd|token|secret|credentials?|signature|sig|(api|access|secret|private)_?key)$", re.I
+)
+"""How names of parameters end whose values are nobody's business."""
+HIDDEN = "***"
 
 
 def redact(text: str) -> str:
     """A URI, or a text with URIs in it, without their user names and passwords."""
-    return _CREDENTIALS.sub("", text)
+    if begins := _BEGINS.match(text):  # a password may have a blank in it
+        text = begins[0] + _public(text[begins.end() :])
+    return _URI.sub(lambda found: f"{found['scheme']}://{_public(found['rest'])}", text)
+
+
+def has_credentials(uri: str) -> bool:
+    """Whether a password is in it. A user's name alone is none, but may be a token where the scheme is that of a web server."""
+    scheme, _, rest = uri.partition("://")
+    user, rest = _split(rest)
+    is_token = bool(user) and scheme.lower().startswith("http")
+    return is_token or ":" in unquote(user) or _secret_part(unquote(rest)) is not None
+
+
+def keys_with_credentials(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and values of a nested structure whose values have a password in them."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from keys_with_credentials(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from keys_with_credentials(value, key)
+    elif isinstance(tree, str) and "://" in tree and has_credentials(tree):
+        yield key, tree
+
+
+def _public(rest: str) -> str:
+    """What follows `scheme://`, without its credentials."""
+    rest = _split(rest)[1]
+    if (start := _secret_part(rest)) is not None:  # its value may have any sign in it
+        return rest[:start] + HIDDEN
+    path, _, query = rest.partition("?")
+    return rest if _secret_part(f"?{unquote(query)}") is None else f"{path}?{HIDDEN}"
+
+
+def _secret_part(rest: str) -> int | None:
+    """Where the value of the first parameter begins that is nobody's business."""
+    return next((found.end() for found in _NAMED.finditer(rest) if _NAMES.search(found["name"])), None)
+
+
+def _split(rest: str) -> tuple[str, str]:
+    """User and password, and all that follows the `@` behind them."""
+    authority = rest.partition("/")[0]  # empty for a path, in which an `@` is one of a name
+    first, at, _ = authority.partition("@")
+    if at and ":" not in first:
+        return first, rest[len(first) + 1 :]
+    if ":" in authority and "@" in rest:
+        user, _, behind = rest.rpartition("@")
+        return user, behind
+    return "", rest

@@ -3,9 +3,11 @@
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +22,9 @@ from erollout.policy.architecture import Architecture
 from erollout.speculation.cost_model import PassTimes
 from erollout.speculation.selection import expected_length
 from erollout.speculation.step import Arm
+
+if TYPE_CHECKING:
+    from erollout.calibration.fit import Measured
 
 DEFAULT_ACCEPTANCE = 0.9
 """Of each position of a draft, where nothing is said: about an INT4 drafter's on a policy in training."""
@@ -105,6 +110,7 @@ def _add_point(parser: argparse.ArgumentParser) -> None:
 
 def _fit(options: argparse.Namespace, arguments: list[str]) -> int:
     from erollout.calibration.fit import fit, measured_passes
+    from erollout.calibration.noise import gaps, noise
     from erollout.calibration.report import print_accuracies, print_identity
 
     rows = read_sweep(options.csv)
@@ -122,12 +128,16 @@ def _fit(options: argparse.Namespace, arguments: list[str]) -> int:
     }
     size = model_size(architecture, formats, ranks, dtype)
     calibration = fit(points, size, identity, options.model or first.model, provenance)
+    noisy = noise(rows, calibration.passes().tables)
+    calibration = replace(calibration, diagnostics={**calibration.diagnostics, "noise": noisy.as_json()})
     calibration.save(options.out)
     print_identity(calibration)
     print_accuracies("the roofline alone, at the points it was fitted to", calibration.diagnostics["roofline"])
     for component, names in calibration.diagnostics["at bounds"].items():
         if names:
             print(f"{component}: {', '.join(names)} ended at a bound; the points don't determine it")
+    for line in (*noisy.lines(), *(f"WARNING: {warning}" for warning in (*noisy.warnings(), *gaps(rows)))):
+        print(line)
     if hardware == "unknown":
         print("no hardware is named in the sweep; give --hardware: a run refuses calibrations of other hardware")
     print(f"written to {options.out}")
@@ -140,9 +150,10 @@ def _validate(options: argparse.Namespace, arguments: list[str]) -> int:
     from erollout.calibration.validate import Gates, Predictor, held_out, validate
 
     calibration, rows = load_calibration(options.config), read_sweep(options.csv)
-    _one(rows, options.csv)
-    points = measured_passes(rows, calibration.identity.formats[0])
+    first, points = _one(rows, options.csv), measured_passes(rows, calibration.identity.formats[0])
     _require_formats(calibration, [p.format for p in points if p.kind == "draft"], options.csv)
+    for note in (*_differences(calibration, first, options.csv), *_in_sample(calibration, points, options)):
+        print(note)
     lengths = _lengths(options)
     predictors: dict[str, Predictor] = {"calibration": _same(calibration.passes())}
     if options.held_out:
@@ -224,14 +235,52 @@ def _explain(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
+def _differences(calibration: Calibration, row: SweepRow, path: str) -> list[str]:
+    """What a calibration and a sweep, both of which say it, are of, where it is not the same."""
+    mine = calibration.identity
+    both = {
+        "model sizes": (mine.model, row.architecture),
+        "hardware": (mine.hardware, row.hardware),
+        "tensor_model_parallel_size": (mine.tensor_model_parallel_size, row.tensor_model_parallel_size),
+        "dtype": (mine.dtype, row.dtype),
+        "kernels": (mine.kernels, row.kernels),
+    }
+    return [
+        f"NOTE: {name} of calibration {calibration.source}: {ours}; of sweep {path}: {theirs}"
+        for name, (ours, theirs) in both.items()
+        if ours and theirs and ours != theirs
+    ]
+
+
+def _in_sample(calibration: Calibration, points: Sequence["Measured"], options: argparse.Namespace) -> list[str]:
+    """A line where predictions are of times that the calibration was fitted to."""
+    from erollout.calibration.validate import seen
+
+    count, source = seen(calibration, points), str(calibration.provenance.get("csv_source") or "")
+    if count:
+        known = f"{count} of the {len(points)} points of {options.csv} are those that {options.config} was fitted to"
+    elif Path(source).name == Path(options.csv).name:
+        known = f"{options.config} says that it was fitted to {source}"
+    else:
+        return []
+    hint = "the column `held out by batch` says it" if options.held_out else "--held-out says how well others are predicted"
+    return [f"IN SAMPLE: {known}. Its figures say how well it remembers these; {hint}"]
+
+
 def _one(rows: Sequence[SweepRow], path: str) -> SweepRow:
     """A row that stands for all: a calibration is of one model, device and layout."""
     if not rows:
         raise UserError(f"sweep {path} has no points")
-    kinds = {(row.model, row.hardware, row.tensor_model_parallel_size, row.dtype, row.kernels) for row in rows}
+    kinds = {_kind(row) for row in rows}
     if len(kinds) > 1:
-        raise UserError(f"sweep {path} mixes {' and '.join(' '.join(map(str, kind)) for kind in sorted(kinds))}; split it")
+        raise UserError(f"sweep {path} mixes {' and '.join(' '.join(filter(None, kind)) for kind in sorted(kinds))}; split it")
     return rows[0]
+
+
+def _kind(row: SweepRow) -> tuple[str, ...]:
+    """What a row is of."""
+    ranks = f"TP{row.tensor_model_parallel_size}"
+    return row.model, row.hardware, ranks, row.architecture, row.dtype, row.kernels
 
 
 def _architecture(model: str | None, row: SweepRow, path: str) -> Architecture:

@@ -94,7 +94,7 @@ class Calibration:
         """Raises UserError when the file can't be written."""
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+            Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"can't write calibration {path}: {error.strerror}") from error
 
@@ -102,13 +102,13 @@ class Calibration:
 def load_calibration(path: str | Path) -> Calibration:
     """Read a calibration, ours or the reference implementation's. Raises UserError for one that is missing or damaged."""
     try:
-        tree = json.loads(Path(path).read_text())
+        tree = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(
             f"can't read calibration {path}: {error.strerror}; make it with `erollout calibrate fit`, or unset "
             "speculation.calibration"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"calibration {path} is damaged: no valid JSON ({error}); make it again") from None
     return read_calibration(tree, str(path))
 

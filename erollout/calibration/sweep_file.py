@@ -7,7 +7,6 @@ n_samples), and after them ours, which a file may lack: they say what the times 
 import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +16,8 @@ from erollout.errors import UserError
 Mode = Literal["target_decode", "drafter_decode", "target_verify", "target_decode_sd"]
 SLACK = 1.02
 """Of min_ms and max_ms, which a file may have rounded."""
+LARGEST, LONGEST_MS = 10**8, 1e8
+"""Batch, context or draft length, and time, that a sweep can have. What is larger is a column in a wrong place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def write_sweep(path: str | Path, rows: Iterable[SweepRow]) -> None:
     """Raises UserError when the file can't be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(path).open("w", newline="") as file:
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(row) for row in rows)
@@ -79,7 +80,7 @@ def read_sweep(path: str | Path, complete: bool = True) -> list[SweepRow]:
     rows without which others mean nothing.
     """
     try:
-        with Path(path).open(newline="") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [name for name in _REQUIRED if name not in (reader.fieldnames or ())]
             if missing:
@@ -98,6 +99,8 @@ def read_sweep(path: str | Path, complete: bool = True) -> list[SweepRow]:
 
 def _row(where: str, raw: dict[str, Any]) -> SweepRow:
     """One line as numbers, checked by itself."""
+    if None in raw:
+        raise UserError(f"sweep {where}: more fields than the header names (a comma inside a number?)")
     values: dict[str, Any] = {}
     for name in COLUMNS:
         text = raw.get(name)
@@ -124,12 +127,16 @@ def _problem(row: SweepRow) -> str | None:
         return f"dtype = {row.dtype!r} is none of {', '.join(BYTES)}"
     if min(row.batch, row.seq, row.gamma) < 0 or (row.batch == 0) != (row.seq == 0):
         return f"batch = {row.batch}, seq = {row.seq}, gamma = {row.gamma} is no point"
+    if max(row.batch, row.seq, row.gamma) > LARGEST:
+        return f"batch = {row.batch}, seq = {row.seq}, gamma = {row.gamma}: none can be above {LARGEST}"
     if row.batch and (row.gamma == 0) != (row.mode == "target_decode"):
         return f"gamma = {row.gamma} in mode {row.mode}: it is 0 in target_decode, and there alone"
     for name in ("mean_ms", "median_ms", "min_ms", "max_ms"):
         value = getattr(row, name)
-        if not isfinite(value) or value <= 0:
+        if not 0 < value < LONGEST_MS:
             return f"{name} = {value} is no time; measure the point again or delete the row"
+    if not 0 <= row.std_ms < LONGEST_MS:
+        return f"std_ms = {row.std_ms} is no standard deviation"
     if not row.min_ms <= row.median_ms * SLACK or not row.median_ms <= row.max_ms * SLACK:
         return f"median_ms = {row.median_ms} is not between min_ms = {row.min_ms} and max_ms = {row.max_ms}"
     if row.n_samples < 1 or row.tensor_model_parallel_size < 1:

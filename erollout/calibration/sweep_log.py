@@ -35,7 +35,7 @@ def resume_rows(path: str | Path) -> list[SweepRow]:
 def append_row(path: str | Path, row: SweepRow) -> None:
     """Raises UserError when the file can't be written."""
     try:
-        with Path(path).open("a", newline="") as file:
+        with Path(path).open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(asdict(row))
     except OSError as error:
         raise UserError(f"can't write sweep {path}: {error.strerror}") from error

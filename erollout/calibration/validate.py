@@ -7,9 +7,11 @@ boundary are the cycles whose measured speed-up is within NEAR of 1: the others 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import exp, isclose
 
-from erollout.calibration.file import Identity
+from erollout.calibration.file import Calibration, Identity
 from erollout.calibration.fit import Measured, accuracy, fit
+from erollout.errors import UserError
 from erollout.speculation.cost_model import PassTimes
 from erollout.speculation.roofline import ModelSize, Pass
 from erollout.speculation.selection import expected_length
@@ -150,7 +152,29 @@ def validate(points: Sequence[Measured], predictor: Predictor, lengths: Lengths)
 
 def held_out(points: Sequence[Measured], size: ModelSize, identity: Identity) -> Predictor:
     """For each batch size, a calibration from all points but those of that size: as honest as a sweep allows, since points
-    that differ only in context know each other's times."""
+    that differ only in context know each other's times.
+
+    Raises UserError for fewer than two batch sizes.
+    """
     batches = {p.batch for p in points}
+    if len(batches) < 2:
+        raise UserError(f"nothing can be held out by batch: the sweep has {len(batches)} batch size; measure a second one too")
     passes = {batch: fit([p for p in points if p.batch != batch], size, identity).passes() for batch in batches}
     return passes.__getitem__
+
+
+def seen(calibration: Calibration, points: Sequence[Measured]) -> int:
+    """How many of these points the calibration was fitted to: its tables have the same time at the same place.
+
+    Not told by the file's name: a copy of the sweep, or a part of it, is as much in sample. 0 for a calibration without tables.
+    """
+    times = {
+        (kind, format, p.batch, p.context, p.num_speculative_tokens): exp(p.log_ratio)
+        * calibration.roofline.seconds(kind, format, p.batch, p.context, p.num_speculative_tokens)
+        for (kind, format), table in calibration.tables.items()
+        for p in table
+    }
+    return sum(
+        isclose(times.get((p.kind, p.format, p.batch, p.context, p.num_speculative_tokens), 0.0), p.seconds, rel_tol=1e-9)
+        for p in points
+    )

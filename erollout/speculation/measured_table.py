@@ -47,11 +47,14 @@ class MeasuredTable:
         self._by_length: _Plane = ()
         self._by_context: _Plane = ()
         self._own: Sequence[tuple[float, _Plane]] = ()
+        self.alone: Sequence[tuple[Point, float]] = ()
+        """Of each point what it shares with no other, without bound: noise, or other sequences running than were meant."""
         self._curve = _row((self._tokens(p.batch, p.num_speculative_tokens), rest) for p, rest in self._left())
         self._by_length = _plane((_length(p), log2(p.batch), rest) for p, rest in self._left())
         self._by_context = _plane((_context(p.context), log2(p.batch), rest) for p, rest in self._left())
         own: dict[float, list[tuple[float, float, float]]] = {}
-        for p, rest in self._left():
+        self.alone = self._left()
+        for p, rest in self.alone:
             bounded = max(-MOST_OF_ITS_OWN, min(MOST_OF_ITS_OWN, rest))
             own.setdefault(_length(p), []).append((_context(p.context), log2(p.batch), bounded))
         self._own = [(length, _plane(entries)) for length, entries in sorted(own.items())]

@@ -26,6 +26,7 @@ PATHS = (
     "train.output_dir",
     "checkpoint.directory",
     "checkpoint.export_path",
+    "rewards.import_path",
 )
 """Keys whose values are places in the filesystem."""
 _READ = PATHS[:5]
@@ -159,6 +160,13 @@ def with_absolute_paths(config: Config) -> Config:
     store = _RELATIVE_STORE.fullmatch(config.tracking.uri or "")
     if store:
         tree["tracking"]["uri"] = f"{store['scheme'] or ''}{_absolute(store['path'])}"
+    return build_config(tree)
+
+
+def with_scorer(config: Config, function: str | None) -> Config:
+    """The same with another rewards.function."""
+    tree = config.to_dict()
+    tree["rewards"]["function"] = function
     return build_config(tree)
 
 

@@ -15,7 +15,8 @@ from erollout.config import Config, load_config, require_groups
 from erollout.errors import UserError
 from erollout.launch import scheduler
 from erollout.launch.plan import Plan, batch_script, describe, layouts, seconds_of, written
-from erollout.launch.run_directory import VERDICT, RunDirectory, Submission, require_inputs, with_absolute_paths
+from erollout.launch.run_directory import VERDICT, RunDirectory, Submission, require_inputs, with_absolute_paths, with_scorer
+from erollout.launch.scorer_files import function_in_copy
 from erollout.launch.sites import Site, load_site
 from erollout.launch.snapshot import take_snapshot
 
@@ -76,9 +77,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
     run.require_writable()
     if site.container is None:  # what is in it can't be seen from here
         require_inputs(config)
+    snapshot = take_snapshot(config.rewards.function, config.rewards.import_path)
     return Plan(
         run,
-        config,
+        with_scorer(config, function_in_copy(config.rewards.function, run.code / snapshot.name)),
         site,
         nodes=options.nodes,
         spares=options.spare_nodes,
@@ -90,7 +92,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         max_requeues=options.max_requeues,
         preflight=not options.no_preflight,
         name=options.job_name or f"erollout-{run.path.name}",
-        snapshot=take_snapshot(config.rewards.function),
+        snapshot=snapshot,
     )
 
 

@@ -5,11 +5,11 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from erollout.errors import UserError
+from erollout.launch.scorer_files import scorer_files
 from erollout.tracking.provenance import _git
 
 _PACKAGES = ("erollout", "erollout.launch", "erollout.megatron_patches", "erollout.slurm")
@@ -53,8 +53,8 @@ class Snapshot:
         return folder
 
 
-def take_snapshot(function: str | None = None) -> Snapshot:
-    """Of this package, compiled kernels included, and of the module of a reward function (`module:name`) that is not installed.
+def take_snapshot(function: str | None = None, import_path: str | None = None) -> Snapshot:
+    """Of this package, compiled kernels included, and of a reward function (rewards.function) that is not installed.
 
     Nothing is copied yet. Raises UserError where there is no such module.
     """
@@ -64,7 +64,7 @@ def take_snapshot(function: str | None = None) -> Snapshot:
     folder = _location("erollout")
     commit = _git("-C", str(folder), "rev-parse", "HEAD")
     dirty = bool(commit and _git("-C", str(folder), "status", "--porcelain", "--untracked-files=no"))
-    files |= _own_module(function)
+    files |= scorer_files(function, import_path)
     return Snapshot(files, _digest(files), commit, dirty)
 
 
@@ -74,22 +74,6 @@ def _digest(files: dict[str, Path]) -> str:
         data = path.read_bytes()
         contents.update(f"{place}\0{len(data)}\0".encode() + data)
     return contents.hexdigest()[:12]
-
-
-def _own_module(function: str | None) -> dict[str, Path]:
-    """Nothing for a module of an installed package: its version is part of the environment."""
-    name = function.partition(":")[0].split(".")[0] if function else "erollout"
-    if name == "erollout" or name in sys.stdlib_module_names:
-        return {}
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise UserError(f"rewards.function = {function}: there is no module {name} on PYTHONPATH; add its directory")
-    path = Path(next(iter(spec.submodule_search_locations or [str(spec.origin)])))
-    if {"site-packages", "dist-packages"} & set(path.parts):
-        return {}
-    if path.is_file():
-        return {path.name: path}
-    return {place: file for place, file in _tree(Path(name), path).items() if place.endswith(".py")}
 
 
 def _location(package: str) -> Path:

@@ -22,7 +22,7 @@ LAYERS = (
     ("rollout",),
     ("comparison", "figures", "preflight", "reporting"),
     ("trainer", "supervised", "doctor"),
-    ("session",),
+    ("session", "launch.scorer_files"),
     ("demo", "launch.run_directory", "launch.snapshot"),
     ("launch.plan", "launch.ray_job", "launch.status"),
     ("launch.ray_driver", "launch.slurm"),

@@ -10,7 +10,9 @@ from commands import ENVIRONMENT
 
 import erollout
 from erollout.errors import UserError
+from erollout.launch.scorer_files import function_in_copy
 from erollout.launch.snapshot import Snapshot, take_snapshot
+from erollout.rewards.function import split_name
 
 PROGRAM = """
 import importlib, json, sys
@@ -88,7 +90,25 @@ def test_modules_of_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sna
         "my_scorers/__init__.py",
         "my_scorers/math.py",
     }
+    assert take_snapshot("my_scorers.math:f", str(tmp_path)).files.keys() > snapshot.files.keys()
     for installed in ("json:loads", "yaml:dump", "erollout.rewards.scorers:build_scorer"):
         assert take_snapshot(installed).files.keys() == snapshot.files.keys()
     with pytest.raises(UserError, match=r"rewards.function = nowhere.x:f"):
         take_snapshot("nowhere.x:f")
+
+
+def test_a_file_of_rewards_goes_with_what_it_imports_from_beside_it(tmp_path: Path, snapshot: Snapshot) -> None:
+    (tmp_path / "scores.py").write_text("import json, helper\nfrom tools.text import f\n")
+    (tmp_path / "helper.py").write_text("import deeper\n")
+    (tmp_path / "tools").mkdir()
+    for name in ("deeper.py", "unrelated.py", "tools/text.py"):
+        (tmp_path / name).touch()
+    found = take_snapshot("scores.py:f", str(tmp_path))
+    places = {"scores.py", "helper.py", "deeper.py", "tools/text.py"}
+    assert found.files.keys() - snapshot.files.keys() == {f"scorer/{place}" for place in places}
+    assert take_snapshot("scores:f", str(tmp_path)).files.keys() - snapshot.files.keys() == places
+    folder = found.write(tmp_path / "code")
+    name = function_in_copy("scores.py:f", folder)
+    assert name == f"{folder}/scorer/scores.py:f" and Path(split_name(name)[0]).is_file()
+    with pytest.raises(UserError, match=r"there is no file score\.py in .*did you mean scores\.py"):
+        take_snapshot("score.py:f", str(tmp_path))

@@ -9,14 +9,14 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = "erollout/kernels/cpp"
-# Named one by one, not -march=native: erollout/kernels/native.py loads the extension where /proc/cpuinfo has them all.
-INSTRUCTION_SETS = ("f", "bw", "vl", "dq", "vnni", "bf16")
+# Named one by one, not -march=native: erollout/kernels/native.py loads an extension where /proc/cpuinfo has them all.
+INSTRUCTION_SETS = {
+    "_native": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512bf16", "gfni", "fma"),
+    "_native_avx2": ("avx2", "fma"),
+}
 NATIVE_FLAGS = [
     "-std=c++17",
     "-O3",
-    *(f"-mavx512{name}" for name in INSTRUCTION_SETS),
-    "-mgfni",
-    "-mfma",
     "-fno-math-errno",
     "-ffp-contract=off",  # instances of one template must not differ in rounding
     "-pthread",
@@ -43,6 +43,10 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         compiler, compile_all = self.compiler, self.compiler.compile
+        build_temp, self.build_temp = (
+            self.build_temp,
+            os.path.join(self.build_temp, extension.name),
+        )  # same sources, other flags
 
         def compile_one(source: str, **options: object) -> str:
             (target,) = compiler.object_filenames([source], output_dir=self.build_temp)
@@ -60,24 +64,26 @@ class BuildNative(build_ext):
         try:
             super().build_extension(extension)
         finally:
-            compiler.compile = compile_all
+            compiler.compile, self.build_temp = compile_all, build_temp
 
 
-def native_extension() -> list[Extension]:
+def native_extensions() -> list[Extension]:
     """The CPU kernels; optional: without a compiler the install succeeds and `rollout.kernels` says what it lost."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return []
     sources, headers = sorted(glob(f"{NATIVE}/*.cpp")), sorted(glob(f"{NATIVE}/*.h"))
+    contents = f'-DEROLLOUT_SOURCES="{fingerprint([*sources, *headers])}"'
     return [
         Extension(
-            "erollout.kernels._native",
+            f"erollout.kernels.{name}",
             sources,
             depends=[*headers, "setup.py"],
             language="c++",
-            extra_compile_args=[*NATIVE_FLAGS, f'-DEROLLOUT_SOURCES="{fingerprint([*sources, *headers])}"'],
+            extra_compile_args=[*NATIVE_FLAGS, *(f"-m{instructions}" for instructions in sets), contents],
             extra_link_args=["-pthread"],
             optional=True,
         )
+        for name, sets in INSTRUCTION_SETS.items()
     ]
 
 
@@ -94,7 +100,7 @@ setup(
         "erollout.megatron_patches",
         "erollout.slurm",
     ],
-    ext_modules=native_extension(),
+    ext_modules=native_extensions(),
     cmdclass={"build_ext": BuildNative},
     package_dir={"erollout.launch": "launch", "erollout.megatron_patches": "megatron_patches", "erollout.slurm": "slurm"},
     package_data={"erollout.slurm": ["*.sbatch", "sites/*.yaml"]},

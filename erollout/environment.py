@@ -89,6 +89,11 @@ def loopback_variables() -> dict[str, str]:
     return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 
 
+def max_cpu_isa() -> str | None:
+    """The best instructions that our CPU kernels may use (avx512, avx2 or none); None: whatever the processor has."""
+    return variable("EROLLOUT_MAX_CPU_ISA")
+
+
 def outside_of_jobs() -> dict[str, str]:
     """The environment without what Slurm has put into it, for a job that is submitted from within another one."""
     return {name: value for name, value in os.environ.items() if name in _OF_USERS or not name.startswith(_OF_JOBS)}

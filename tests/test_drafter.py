@@ -87,7 +87,7 @@ def requantize(drafter: Drafter, target: DecodeModel, version: int) -> None:
 def logits(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
     """float32 logits after every token of a sequence, through the model's cache."""
     positions = torch.arange(len(tokens))
-    plan = model.plan([Span(0, len(tokens), list(range(8)))], 0)
+    plan = model.plan([Span(0, len(tokens), list(range(8)))])
     with torch.inference_mode():
         return model.forward(torch.tensor(tokens), positions, positions, plan, positions).float()
 
@@ -324,6 +324,8 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
 def test_the_targets_own_layers_are_borrowed_and_left_alone(kernel: str) -> None:
     if kernel == "native":
         native_or_skip()
+    if kernel == "prepacked" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 weights on this processor")
     target = make_target(kernel=kernel)
     drafter = make_drafter(target, overrides=[("layers.0.*", "none"), ("*.down_proj", "none")], kernel=kernel)
     assert set(drafter.linears) == {f"layers.1.{name}" for name in ("qkv_proj", "o_proj", "gate_up_proj")}
@@ -395,7 +397,6 @@ def test_statistics_of_nothing() -> None:
     engine = make_engine("llama")
     assert collect(engine.model, prompts(30), max_tokens=0) == {}
     assert collect(engine.model, [], max_tokens=64) == {}
-    assert collect(engine.model, prompts(1), max_tokens=64) == {}  # fewer than float32 products want
     found = collect(engine.model, prompts(8), max_tokens=64)
     assert found["lm_head"].samples is None
 

@@ -91,7 +91,7 @@ class AttentionCase:
 
     def run(self, *spans: tuple[int, int, int], padding: int = 0) -> list[torch.Tensor]:
         """Outputs of (sequence, start, end) computed in one pass, and of the padding."""
-        plan = self.attention.plan([Span(start, end, self.tables[which]) for which, start, end in spans], padding)
+        plan = self.attention.plan([Span(start, end, self.tables[which]) for which, start, end in spans])
         query = [self.queries[which][start:end] for which, start, end in spans]
         output = self.attention(torch.cat([*query, query[0][:1].expand(padding, -1, -1)]), self.layer, plan)
         return list(output.split([*(end - start for _, start, end in spans), padding]))
@@ -165,7 +165,7 @@ def run(model: DecodeModel, *spans: tuple[int, int, int]) -> list[torch.Tensor]:
             ids.append((position * 31 + which * 7) % model.architecture.vocab_size)
             positions.append(position)
             slots.append(TABLES[which][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-    plan = model.plan([Span(start, end, TABLES[which]) for which, start, end in spans], 0)
+    plan = model.plan([Span(start, end, TABLES[which]) for which, start, end in spans])
     inputs = (torch.tensor(x) for x in (ids, positions, slots))
     logits = model.forward(*inputs, plan, torch.arange(len(ids)))
     return list(logits.split([end - start for _, start, end in spans]))
@@ -220,7 +220,7 @@ def test_only_attention_differs_from_the_torch_model() -> None:
     for model in (fast, plain_on_native):
         spans = [[Span(0, 1, [block])] for block in range(NUM_BLOCKS)]
         passes = [[x[i : i + 1] for x in inputs] for i in range(tokens)]
-        plans = [model.plan(spans[i % NUM_BLOCKS], 0) for i in range(tokens)]
+        plans = [model.plan(spans[i % NUM_BLOCKS]) for i in range(tokens)]
         with torch.inference_mode():
             logits.append([model.forward(*x, plan, torch.tensor([0])) for x, plan in zip(passes, plans, strict=True)])
     equal = [torch.equal(ours, theirs) for ours, theirs in zip(*logits, strict=True)]
@@ -263,7 +263,7 @@ def test_inputs_beyond_the_models_bounds_are_refused() -> None:
     model = build("native", "llama")
     good = [torch.tensor([5]), torch.tensor([0]), torch.tensor([0])]
     bad = {"token_ids": (0, 97), "positions": (1, 512), "slots": (2, (NUM_BLOCKS + 2) * BLOCK_SIZE)}
-    plan = model.plan([Span(0, 1, [0])], 0)
+    plan = model.plan([Span(0, 1, [0])])
     for name, (index, value) in bad.items():
         for wrong in (value, -1):
             inputs = list(good)

@@ -14,6 +14,7 @@ from erollout.drafter.quantizer import ModelOptQuantizer, NativeQuantizer, Quant
 from erollout.drafter.search import TINIEST
 from erollout.drafter.statistics import InputStatistics
 from erollout.errors import UserError
+from erollout.kernels import native as native_kernels
 from erollout.kernels.native import why_unavailable
 from erollout.kernels.weights import QuantizedWeight, dequantize
 
@@ -233,7 +234,9 @@ def test_native_quantisation_under_sanitizers(tmp_path: Path) -> None:
     root, program = Path(__file__).parent.parent, tmp_path / "quantize"
     kernels = root / "erollout" / "kernels" / "cpp"
     sources = [kernels / "quantize.cpp", kernels / "threads.cpp", root / "tests" / "native" / "quantize.cpp"]
-    flags = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16")] + ["-mfma", "-ffp-contract=off", "-pthread"]
+    level = native_kernels.level()
+    assert level is not None
+    flags = [*(f"-m{name.replace('_', '')}" for name in level.instructions), "-ffp-contract=off", "-pthread"]
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-Werror"]
     checks += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
     command = ["g++", "-std=c++17", "-O1", *flags, *checks, *map(str, sources), "-o", str(program)]

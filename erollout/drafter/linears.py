@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from erollout.drafter.formats import Format
-from erollout.engine.linear import Linear
+from erollout.engine.linear import Linear, TorchLinear
 from erollout.errors import UserError
 from erollout.kernels.native import GROUP_SIZES, LinearStruct, NativeLinear, why_unavailable
 from erollout.kernels.weights import QuantizedWeight, dequantize
@@ -171,9 +170,9 @@ class DequantizedLinear(_Buffered):
     """
 
     def __init__(self, format: Format, shard: Shard) -> None:
-        self._shard = shard
         self._group = {"int8_group": shard.group_size, "int8_token": shard.in_features}.get(format.activations)
         self._weight = torch.zeros(shard.out_features, shard.in_features, dtype=shard.dtype, device=shard.device)
+        self._linear = TorchLinear(self._weight, shard.bias)
         awq = format.search == "awq"
         self._pre_scale = torch.zeros(shard.in_features, dtype=shard.dtype, device=shard.device) if awq else None
         self._buffers = [self._weight, *([self._pre_scale] if self._pre_scale is not None else [])]
@@ -184,7 +183,7 @@ class DequantizedLinear(_Buffered):
         if self._group is not None:
             values, scales = quantize_activations(x, self._group)
             x = (values.view(*scales.shape, -1) * scales[..., None]).view(x.shape).to(x.dtype)
-        return F.linear(x, self._weight, self._shard.bias)
+        return self._linear(x)
 
     def pack_(self, weight: QuantizedWeight) -> None:
         self._weight.copy_(dequantize(weight))

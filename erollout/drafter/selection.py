@@ -120,27 +120,22 @@ def probabilities(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
 def _read(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
     """Logits after every token of a sequence, which takes the cache's first blocks."""
     device, size = model.cache.device, model.cache.block_size
-    padding = max(0, model.min_rows - len(tokens))
-    positions = torch.arange(len(tokens) + padding, device=device)
-    slots = positions.clone()
-    slots[len(tokens) :] = model.cache.scratch_block * size
-    plan = model.plan([Span(0, len(tokens), list(range(-(-len(tokens) // size))))], padding)
-    ids = torch.tensor([*tokens, *[0] * padding], device=device)
-    return model.forward(ids, positions, slots, plan, positions)[: len(tokens)]
+    positions = torch.arange(len(tokens), device=device)  # in blocks 0, 1, ...: slots are the positions
+    plan = model.plan([Span(0, len(tokens), list(range(-(-len(tokens) // size))))])
+    return model.forward(torch.tensor(tokens, device=device), positions, positions, plan, positions)
 
 
 def _step_seconds(model: DecodeModel, tokens: Sequence[int]) -> float:
     """A decode step of one sequence of these tokens."""
     device, size = model.cache.device, model.cache.block_size
-    last, padding = len(tokens) - 1, model.min_rows - 1
-    slots = torch.tensor([last] + [model.cache.scratch_block * size] * padding, device=device)
-    positions = torch.tensor([last] + [0] * padding, device=device)
-    ids = torch.tensor([tokens[last]] + [0] * padding, device=device)
+    last = len(tokens) - 1
+    position = torch.tensor([last], device=device)
+    ids = torch.tensor([tokens[last]], device=device)
     blocks = list(range(last // size + 1))
-    rows = torch.arange(1 + padding, device=device)
+    row = torch.zeros(1, dtype=torch.int64, device=device)
 
     def step() -> None:
-        model.forward(ids, positions, slots, model.plan([Span(last, last + 1, blocks)], padding), rows)
+        model.forward(ids, position, position, model.plan([Span(last, last + 1, blocks)]), row)
 
     return _median_seconds(step, device)
 
@@ -149,7 +144,7 @@ def _seconds(linears: Sequence[Linear], layers: Sequence[str], model: DecodeMode
     """One call of each layer with as many rows as a step of one sequence has."""
     device = model.cache.device
     sizes = [model.tensors[tensor_name(model, layer)].shape[1] for layer in layers]
-    inputs = [torch.randn(model.min_rows, size, device=device).to(model.dtype) for size in sizes]
+    inputs = [torch.randn(1, size, device=device).to(model.dtype) for size in sizes]
 
     def call() -> None:
         for linear, x in zip(linears, inputs, strict=True):

@@ -63,7 +63,7 @@ def collect(
     left = max_tokens
     for tokens in token_sequences:
         read = list(tokens[:left])
-        if len(read) >= model.min_rows:
+        if read:
             _read(model, read)
             left -= len(read)
     if left == max_tokens:
@@ -122,5 +122,5 @@ def _read(model: DecodeModel, tokens: list[int]) -> None:
     device = model.cache.device
     positions = torch.arange(len(tokens), device=device)  # in blocks 0, 1, ...: slots are the positions
     blocks = list(range(-(-len(tokens) // _BLOCK_SIZE)))
-    plan = model.plan([Span(0, len(tokens), blocks)], 0)
+    plan = model.plan([Span(0, len(tokens), blocks)])
     model.forward(torch.tensor(tokens, device=device), positions, positions, plan, positions)

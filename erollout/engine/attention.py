@@ -4,9 +4,8 @@ The work of a forward pass is cut into items of one size: a tile of query tokens
 which begins at a multiple of the chunk size. Every item is one matrix of a batched product, its partial softmax (unnormalised
 output, maximum and sum, as in flash-decoding) is combined over the chunks of a tile in their order. What an item computes and
 how it is combined depends on nothing but the query's position and its sequence, so a token's result is the same alone, among
-any neighbours, and in a prompt chunk of any length. That rests on products whose rows do not depend on the number of
-rows: true on the CPU of oneDNN's bf16 product, and of MKL's float32 product from MIN_ROWS rows on with one thread per rank,
-as the launcher sets it (tests check both).
+any neighbours, and in a prompt chunk of any length. On the CPU the products have shapes that a self-test found to agree bit for
+bit (attention_tiles).
 """
 
 import math
@@ -16,16 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from erollout.engine.attention_tiles import UNTESTED, AttentionTiles, attention_tiles
 from erollout.engine.kv_cache import KVCache
+from erollout.engine.row_tiles import in_grains
 
-MIN_ROWS = 4
-"""Fewest rows of a float32 matrix product on the CPU: with fewer, MKL takes kernels that add up in another order."""
 TARGET_CHUNK = 128
 """Keys of one item, rounded to whole blocks and vectors."""
 _VECTOR = 32
 """Chunks are multiples of this: exp2 computes what does not fill two AVX-512 vectors with other last bits."""
-PROMPT_TILE = 32
-"""Query tokens of one item where a sequence computes several."""
 _MASKED = -1e30
 """Score of a key that a query must not see: finite, so that a chunk without any visible key gets weight 0 and not NaN."""
 
@@ -62,9 +59,6 @@ class TileGroup:
 class AttentionPlan:
     """What every layer of a pass needs to know, prepared once; each kind of attention has its own form."""
 
-    padding_rows: int
-    """Rows at the end of the pass that belong to no sequence; their output is zero."""
-
 
 @dataclass(frozen=True, slots=True)
 class TiledPlan(AttentionPlan):
@@ -72,11 +66,8 @@ class TiledPlan(AttentionPlan):
 
 
 class Attention(Protocol):
-    min_rows: int
-    """Fewest tokens of a pass, padding included."""
-
-    def plan(self, spans: list[Span], padding_rows: int) -> AttentionPlan:
-        """Prepare a pass. `spans` is in token order, those of a single token first; the padding follows them."""
+    def plan(self, spans: list[Span]) -> AttentionPlan:
+        """Prepare a pass. `spans` is in token order, those of a single token first."""
 
     def __call__(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
         """Attention of every token over its sequence, itself included.
@@ -123,27 +114,29 @@ class PagedAttention(Attention):
         self.cache = cache
         self.blocks_per_chunk = _blocks_per_chunk(cache.block_size)
         self.chunk = self.blocks_per_chunk * cache.block_size
-        narrow = cache.device.type == "cpu" and cache.dtype == torch.float32
-        self.min_rows = MIN_ROWS if narrow else 1
+        self._tiles = self._make_tiles()
         self._offsets = torch.arange(self.chunk, device=cache.device)
 
-    def plan(self, spans: list[Span], padding_rows: int) -> TiledPlan:
+    def plan(self, spans: list[Span]) -> TiledPlan:
         """Cut a pass into items."""
         single = sum(span.end - span.start == 1 for span in spans)
         groups = []
         if single:
-            groups.append(self._group(spans[:single], 0, -(-self.min_rows // self.queries_per_kv)))
+            groups.append(self._group(spans[:single], 0, self._tiles.single))
         if len(spans) > single:
-            groups.append(self._group(spans[single:], single, PROMPT_TILE))
-        return TiledPlan(padding_rows, tuple(groups))
+            groups.append(self._group(spans[single:], single, self._tiles.several))
+        return TiledPlan(tuple(groups))
 
     def __call__(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
         """See Attention."""
         assert isinstance(plan, TiledPlan)
         outputs = [self._attend(query, layer_cache, group) for group in plan.groups]
-        if plan.padding_rows:
-            outputs.append(query.new_zeros(plan.padding_rows, self.num_heads * self.head_size))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _make_tiles(self) -> AttentionTiles:
+        if self.cache.device.type != "cpu":
+            return UNTESTED
+        return attention_tiles(self.queries_per_kv, self.head_size, self.chunk, self.cache.dtype, torch.get_num_threads())
 
     def _group(self, spans: list[Span], first_row: int, tile: int) -> TileGroup:
         cut = _Cut(tile)
@@ -192,13 +185,15 @@ class PagedAttention(Attention):
         item_query = tile_query.reshape(heads * items, group.tile * per_kv, size)
         keys, values = layer_cache.index_select(1, group.blocks).view(2, heads * items, self.chunk, size).unbind(0)
 
-        scores = torch.bmm(item_query, keys.transpose(1, 2)).view(heads, items, group.tile, per_kv, self.chunk)
+        scores = self._tiles.batched(group.tile, item_query, keys.transpose(1, 2)).view(
+            heads, items, group.tile, per_kv, self.chunk
+        )
         scores = torch.add(group.mask, scores, alpha=self.scale)  # float32, in units of log 2
         maximum = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(maximum).exp2_()
+        weights = _exp2(scores.sub_(maximum))
         total = weights.sum(-1, keepdim=True)
         weights = weights.to(query.dtype).view(heads * items, group.tile * per_kv, self.chunk)
-        output = torch.bmm(weights, values).view(heads * items, group.tile, per_kv, size)
+        output = self._tiles.batched(group.tile, weights, values).view(heads * items, group.tile, per_kv, size)
         maximum, total = (x.view(heads * items, group.tile, per_kv, 1) for x in (maximum, total))
         if group.segments is not None:
             output, total = _combine(output, maximum, total, group.segments)
@@ -215,10 +210,17 @@ def _blocks_per_chunk(block_size: int) -> int:
 def _combine(output: Tensor, maximum: Tensor, total: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
     """Sum each segment's items, brought to the segment's maximum, in their order. A segment of one item is left as it is."""
     highest = torch.segment_reduce(maximum, "max", lengths=segments, axis=0, unsafe=True)
-    weight = (maximum - highest.repeat_interleave(segments, 0)).mul_(math.log(2)).exp_()  # not exp2: see _VECTOR
+    difference = maximum - highest.repeat_interleave(segments, 0)
+    weight = _exp2(difference.expand(*difference.shape[:-1], _VECTOR).contiguous())[..., :1]  # in whole vectors
     both = torch.cat((output * weight, total * weight), -1)
     both = torch.segment_reduce(both, "sum", lengths=segments, axis=0, unsafe=True)
     return both[..., :-1], both[..., -1:]
+
+
+def _exp2(x: Tensor) -> Tensor:
+    """In place, of x [..., a multiple of _VECTOR]."""
+    in_grains(Tensor.exp2_, x.view(-1, _VECTOR))
+    return x
 
 
 def reference_attention(query: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:

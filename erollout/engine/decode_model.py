@@ -14,6 +14,7 @@ from erollout.engine.attention import Attention, AttentionPlan, PagedAttention, 
 from erollout.engine.kv_cache import KVCache
 from erollout.engine.linear import LINEAR_KERNELS, Linear, LinearFactory
 from erollout.engine.placement import decode_placement, vocabulary_rows_per_rank
+from erollout.engine.row_tiles import in_grains
 from erollout.parallel.placement import Placement
 from erollout.policy.architecture import Architecture
 from erollout.policy.rotary import inverse_frequencies
@@ -42,7 +43,8 @@ class DecodeLayer:
     def feed_forward(self, hidden: Tensor) -> Tensor:
         """down(silu(gate) * up) of the normalised hidden states: this rank's part of the sum."""
         gate, up = self.gate_up_proj(rms_norm(hidden, self.post_attention_norm, self.epsilon)).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate).mul_(up))
+        in_grains(lambda rows: F.silu(rows, inplace=True), gate)
+        return self.down_proj(gate * up)
 
 
 class DecodeModel:
@@ -82,15 +84,9 @@ class DecodeModel:
         self.vocab_start = rank * vocabulary_rows_per_rank(architecture, size)
         self.cosine, self.sine = _rotation(architecture, max_model_len, dtype, device)
 
-    @property
-    def min_rows(self) -> int:
-        """Fewest tokens of a pass, and fewest rows of logits: what is missing is filled with padding."""
-        return self.attention.min_rows
-
-    def plan(self, spans: list[Span], padding_rows: int) -> AttentionPlan:
-        """What a pass of these spans needs, prepared once. `spans` is in token order, those of a single token first; the
-        padding follows them."""
-        return self.attention.plan(spans, padding_rows)
+    def plan(self, spans: list[Span]) -> AttentionPlan:
+        """What a pass of these spans needs, prepared once. `spans` is in token order, those of a single token first."""
+        return self.attention.plan(spans)
 
     def prepare(self) -> None:
         """Derive the kernels' own forms of the current weights."""

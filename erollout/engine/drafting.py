@@ -27,8 +27,6 @@ class _Pass:
     """What computes the drafts of one position, of the leading sequences that want so many."""
 
     num_sequences: int
-    padding: int
-    """Rows behind those of the sequences."""
     positions: Tensor
     slots: Tensor
     plan: AttentionPlan
@@ -73,13 +71,12 @@ class ModelProposer:
         token_ids: list[Tensor] = []
         processed: list[ShardLogits] = []
         for step in passes:
-            ids = F.pad(token[: step.num_sequences], (0, step.padding))
-            logits = self.model.forward(ids, step.positions, step.slots, step.plan, step.logit_rows)
+            logits = self.model.forward(token[: step.num_sequences], step.positions, step.slots, step.plan, step.logit_rows)
             rows = rows.first(step.num_sequences)
             if self.verification == "coupled":
-                token = self._sampler.draw_ids_on_device(logits[: step.num_sequences], rows)
+                token = self._sampler.draw_ids_on_device(logits, rows)
             else:
-                token, drawn_from = self._sampler.draw_on_device(logits[: step.num_sequences], rows)
+                token, drawn_from = self._sampler.draw_on_device(logits, rows)
                 processed.append(drawn_from)
             rows = rows.advance(token)
             token_ids.append(F.pad(token, (0, len(request.sequences) - step.num_sequences)))
@@ -88,17 +85,15 @@ class ModelProposer:
     def _plan(self, request: DraftRequest, step: int) -> _Pass:
         """The pass that computes the token before draft `step`."""
         sequences = [s for s, wanted in zip(request.sequences, request.num_drafts, strict=True) if wanted > step]
-        padding = max(0, self.model.min_rows - len(sequences))
         spans = [Span(s.num_computed_tokens + step, s.num_computed_tokens + step + 1, s.block_table) for s in sequences]
         size = self.cache.block_size
         slots = [slot for span in spans for slot in slots_of(span.block_table, size, span.start, span.end)]
         return _Pass(
             num_sequences=len(sequences),
-            padding=padding,
-            positions=self._tensor([span.start for span in spans] + [0] * padding),
-            slots=self._tensor(slots + [self.cache.scratch_block * size] * padding),
-            plan=self.model.plan(spans, padding),
-            logit_rows=torch.arange(len(spans) + padding, device=self.cache.device),
+            positions=self._tensor([span.start for span in spans]),
+            slots=self._tensor(slots),
+            plan=self.model.plan(spans),
+            logit_rows=torch.arange(len(spans), device=self.cache.device),
         )
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:

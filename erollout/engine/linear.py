@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from erollout.engine.row_tiles import Product, linear_tiles
 from erollout.errors import UserError
 from erollout.kernels import native
 
@@ -34,14 +35,16 @@ LinearFactory = Callable[[str, Tensor, Tensor | None], Linear]
 
 
 class TorchLinear:
-    """F.linear on the weights themselves: any device, any dtype."""
+    """F.linear on the weights themselves: any device, any dtype. On the CPU rows have the same bits for any number of rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight
         self.bias = bias
+        self._tiles = linear_tiles(_torch_product, weight, bias) if weight.device.type == "cpu" else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        product = _torch_product(self.weight, self.bias)
+        return product(x) if self._tiles is None else self._tiles.run(product, x)
 
     def prepare(self) -> None:
         pass
@@ -51,27 +54,27 @@ class TorchLinear:
 
 
 class PrepackedLinear:
-    """oneDNN on a copy of the weights in its own blocked layout: on the CPU.
+    """oneDNN on a copy of the weights in its own blocked layout: on the CPU, faster than F.linear in float32.
 
-    Faster than F.linear, and in float32 the only one whose rows have the same bits for any number of rows and threads
-    (from attention.MIN_ROWS rows on).
+    Rows have the same bits for any number of rows.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight
         self.bias = bias
-        self._packed: Tensor | None = None
-        self._run = torch.ops.mkldnn._linear_pointwise.default
+        self._product: Product | None = None
+        self._tiles = linear_tiles(_prepacked_product, weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._run(x, self._packed, self.bias, "none", [], "")
+        assert self._product is not None, "prepare must run before the first call, and after release"
+        return self._tiles.run(self._product, x)
 
     def prepare(self) -> None:
-        self._packed = None  # before the new copy is made: never two of them
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+        self._product = None  # before the new copy is made: never two of them
+        self._product = _prepacked_product(self.weight, self.bias)
 
     def release(self) -> None:
-        self._packed = None
+        self._product = None
 
 
 class PackedLinear:
@@ -109,7 +112,7 @@ LINEAR_KERNELS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
 
 def resolve_linear_kernel(name: str, dtype: torch.dtype, device: torch.device) -> str:
     """The kernel behind rollout.kernels; `auto` is the fastest that dtype, device and processor allow. Raises UserError."""
-    lacks = {"native": _lacks_native(dtype, device), "prepacked": _lacks_prepacked(device), "torch": None}
+    lacks = {"native": _lacks_native(dtype, device), "prepacked": _lacks_prepacked(dtype, device), "torch": None}
     if name == "auto":
         resolved = next(kernel for kernel, reason in lacks.items() if reason is None)
     elif name in lacks:
@@ -131,7 +134,18 @@ def _lacks_native(dtype: torch.dtype, device: torch.device) -> str | None:
     return native.why_unavailable()
 
 
-def _lacks_prepacked(device: torch.device) -> str | None:
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return None
-    return f"prepacked weights need a CPU and torch with oneDNN, and the device is {device.type}"
+def _lacks_prepacked(dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return f"prepacked weights need a CPU and torch with oneDNN, and the device is {device.type}"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "prepacked bfloat16 weights need avx512bw, avx512vl and avx512dq, which this processor lacks"
+    return None
+
+
+def _torch_product(weight: Tensor, bias: Tensor | None) -> Product:
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _prepacked_product(weight: Tensor, bias: Tensor | None) -> Product:
+    packed, run = torch.ops.mkldnn._reorder_linear_weight(weight, None), torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: run(x, packed, bias, "none", [], "")

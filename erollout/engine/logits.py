@@ -35,7 +35,9 @@ class ShardLogits:
     def local_normalizer(self) -> Tensor:
         """log of the sum of exponentials over this rank's columns, float64 [n]: -inf without any, NaN if a logit is NaN."""
         largest = self.values.amax(-1, keepdim=True)
-        total = (self.values - largest).exp_().sum(-1, dtype=torch.float64)  # float32 sums lose 5e-6 at 49k tokens
+        exponentials = (self.values - largest).exp_().unflatten(-1, (-1, TILE))
+        # float32 sums lose 5e-6 at 49k tokens; by tiles, since torch cuts the sum of one long row at its number of threads
+        total = exponentials.sum(-1, dtype=torch.float64).sum(-1)
         largest = largest.squeeze(-1).double()
         return torch.where(largest == -math.inf, largest, largest + total.log())
 

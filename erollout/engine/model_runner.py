@@ -12,7 +12,6 @@ class ModelRunner:
     def __init__(self, model: DecodeModel) -> None:
         self.model = model
         self.cache = model.cache
-        self.min_rows = model.min_rows
 
     @torch.inference_mode()
     def run(self, batch: Batch, draft_ids: Tensor | None = None) -> Tensor:
@@ -38,18 +37,14 @@ class ModelRunner:
             token_ids += [0] * item.num_drafts
             positions += range(item.start, end)
             slots += slots_of(item.sequence.block_table, self.cache.block_size, item.start, end)
-        padding = max(0, self.min_rows - len(token_ids))
-        token_ids += [0] * padding
-        positions += [0] * padding
-        slots += [self.cache.scratch_block * self.cache.block_size] * padding
         wanted = _wanted_rows(batch, last_rows)
-        rows = wanted + [len(token_ids) - 1] * max(0, self.min_rows - len(wanted))  # min_rows >= 1: never empty
+        rows = wanted or [len(token_ids) - 1]  # never empty
         spans = [Span(item.start, item.end + item.num_drafts, item.sequence.block_table) for item in items]
         ids = self._tensor(token_ids)
         if draft_ids is not None:
             ids.index_copy_(0, self._tensor(_draft_rows(batch, last_rows)), draft_ids)
         logits = self.model.forward(
-            ids, self._tensor(positions), self._tensor(slots), self.model.plan(spans, padding), self._tensor(rows)
+            ids, self._tensor(positions), self._tensor(slots), self.model.plan(spans), self._tensor(rows)
         )
         return logits[: len(wanted)]
 

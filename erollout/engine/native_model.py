@@ -94,20 +94,18 @@ class SpanPlan(AttentionPlan):
 class NativeAttention(Attention):
     """Attention over the paged cache where it lies; a token's bits depend on its own sequence alone (see attention.h)."""
 
-    min_rows = 1
-
     def __init__(self, num_heads: int, cache: KVCache, num_kv_heads: int, head_size: int) -> None:
         self.shape = ShapeStruct(num_heads, num_kv_heads, head_size, cache.block_size, cache.num_blocks + 2)
         self._threads = native.threads(torch.get_num_threads())
 
-    def plan(self, spans: list[Span], padding_rows: int) -> SpanPlan:
+    def plan(self, spans: list[Span]) -> SpanPlan:
         """`spans` is in token order."""
         flat, tables, row = array("q"), array("i"), 0
         for span in spans:
             flat.extend((row, span.start, span.end - span.start, len(tables)))
             tables.extend(span.block_table)
             row += span.end - span.start
-        return SpanPlan(padding_rows, flat, tables)
+        return SpanPlan(flat, tables)
 
     def __call__(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
         """See Attention."""

@@ -1,6 +1,7 @@
 """The compiled CPU kernels (erollout/kernels/cpp), called through their C interface: no torch headers, any Python.
 
-The extension is optional: it is built where a compiler is, and loaded where the processor has what it was compiled for.
+They are compiled twice from the same sources, for AVX-512 and for AVX2, and the better one that the processor has is loaded.
+The extensions are optional: they are built where a compiler is. Both make the same promises; their bits differ.
 """
 
 import ctypes
@@ -8,17 +9,37 @@ import functools
 import hashlib
 import platform
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from erollout.environment import max_cpu_isa
 from erollout.errors import UserError
 from erollout.kernels.weights import QuantizedWeight
 
-INSTRUCTION_SETS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "gfni", "fma")
-"""What setup.py compiles for, as /proc/cpuinfo calls it; a test compares the two."""
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """An extension and the instructions that setup.py compiles it for, as /proc/cpuinfo calls them; a test compares the two."""
+
+    name: str
+    """As EROLLOUT_MAX_CPU_ISA has it."""
+    extension: str
+    instructions: tuple[str, ...]
+
+
+LEVELS = (
+    Level(
+        "avx512",
+        "_native",
+        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "gfni", "fma"),
+    ),
+    Level("avx2", "_native_avx2", ("avx2", "fma")),
+)
+"""Best first."""
 
 NativeFormat = Literal["bf16", "int4", "int4_a8", "int8"]
 """int4 is exact weight-only; int4_a8 and int8 quantise the activations to int8, per token and group, and per token."""
@@ -48,8 +69,11 @@ def why_unavailable() -> str | None:
     """None where the native kernels run; otherwise one line that says what is missing."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"native kernels are for x86-64 Linux, and this is {platform.machine()} {platform.system()}"
-    missing = [name for name in INSTRUCTION_SETS if name not in _processor_flags()]
-    if missing:
+    allowed = _allowed_levels()
+    if not allowed:
+        return "EROLLOUT_MAX_CPU_ISA = none switches the native kernels off"
+    if level() is None:
+        missing = [name for name in allowed[-1].instructions if name not in processor_flags()]
         return f"native kernels need {', '.join(missing)}, which this processor lacks"
     if not _library_path().exists():
         return "the native extension was not built: install a C++ compiler and reinstall erollout"
@@ -60,6 +84,16 @@ def why_unavailable() -> str | None:
     if (sources := _fingerprint()) and sources != loaded.erollout_sources().decode():
         return "the native extension was built from other sources: reinstall erollout (make install, or pip install -e .)"
     return None
+
+
+def level() -> Level | None:
+    """Of the extension that is loaded here: the best that the processor has, that was built and that is allowed.
+
+    None where the processor has none; where none was built, the best of the others. Raises UserError for an unknown level.
+    """
+    flags = processor_flags()
+    possible = [level for level in _allowed_levels() if flags.issuperset(level.instructions)]
+    return next((level for level in possible if _path(level).exists()), possible[0] if possible else None)
 
 
 @functools.cache
@@ -214,7 +248,7 @@ def _aligned_bytes(count: int) -> Tensor:
     return buffer[offset : offset + count]
 
 
-def _processor_flags() -> set[str]:
+def processor_flags() -> set[str]:
     """Empty where the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -223,8 +257,22 @@ def _processor_flags() -> set[str]:
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
+def _allowed_levels() -> tuple[Level, ...]:
+    limit = max_cpu_isa()
+    if limit is None:
+        return LEVELS
+    names = [level.name for level in LEVELS]
+    if limit not in (*names, "none"):
+        raise UserError(f"EROLLOUT_MAX_CPU_ISA = {limit} is unknown; known are {', '.join(names)}, none")
+    return LEVELS[names.index(limit) :] if limit in names else ()
+
+
+def _path(level: Level) -> Path:
+    return Path(__file__).with_name(f"{level.extension}{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
 def _library_path() -> Path:
-    return Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    return _path(level() or LEVELS[0])
 
 
 @functools.cache

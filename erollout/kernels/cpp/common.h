@@ -1,4 +1,4 @@
-// What every kernel needs: bf16 <-> fp32, in scalars and in AVX-512 registers.
+// What every kernel needs: bf16 <-> fp32, in scalars and in AVX-512 registers, or in their likeness where there are none.
 #pragma once
 #include <immintrin.h>
 
@@ -6,6 +6,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+
+#ifndef __AVX512F__
+#include "avx2.h"
+#endif
 
 namespace erollout {
 
@@ -65,7 +69,11 @@ inline void add_pairs(__m512& sum, __m512i weights, __m512i values) {
 // sum += products of fours of unsigned and signed bytes. Not the intrinsic: GCC 12 copies every sum to another register and back
 // around it, which halves the speed.
 inline void add_fours(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+#ifdef __AVX512F__
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+#else
+  sum = {add_fours(sum.low, unsigned_bytes.low, signed_bytes.low), add_fours(sum.high, unsigned_bytes.high, signed_bytes.high)};
+#endif
 }
 
 // A 64-byte aligned buffer that only grows; its contents don't outlive the next call of `at_least`. Keep one per thread.

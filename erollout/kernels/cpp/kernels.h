@@ -39,7 +39,11 @@ inline __m512i broadcast32(const void* source) {
 }
 
 constexpr int64_t kAhead = 3072;  // bytes ahead in the weight stream
-constexpr int kMaxBlock = 12;     // rows of one pass over a panel: 2 x 12 sums fill the registers
+#ifdef __AVX512F__
+constexpr int kMaxBlock = 12;  // rows of one pass over a panel: 2 x 12 sums fill the registers
+#else
+constexpr int kMaxBlock = 3;  // of half the size and half as many
+#endif
 
 // Fetches weights while others are computed with. A single pass over a panel fetches its own stream, kAhead bytes ahead; of
 // several passes, each fetches its share of the next panel: the first would wait for memory, and the others leave it idle.

@@ -143,7 +143,7 @@ void unpack(const uint8_t* line, int64_t lines, __m512i integers, uint8_t* out, 
         _mm512_store_si512(target + (2 * i + 1) * kLine, high_nibbles(bytes));
       } else {
         UNROLLED for (int pair = 0; pair < 4; ++pair) {
-          const __m512i unpacked = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4 * pair), integers);
+          const __m512i unpacked = to_integers(_mm512_srli_epi16(bytes, 4 * pair), integers);
           _mm512_store_si512(target + (4 * i + pair) * kLine, unpacked);
         }
       }

@@ -29,8 +29,8 @@ struct Exact {
         prefetch.line();
         const __m512i low = _mm512_load_si512(line), high = _mm512_load_si512(line + 64);
         UNROLLED for (int pair = 0; pair < 4; ++pair) {
-          const __m512i weight_low = _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 4 * pair), integers);
-          const __m512i weight_high = _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 4 * pair), integers);
+          const __m512i weight_low = to_integers(_mm512_srli_epi16(low, 4 * pair), integers);
+          const __m512i weight_high = to_integers(_mm512_srli_epi16(high, 4 * pair), integers);
           UNROLLED for (int r = 0; r < R; ++r) {
             const __m512i values = broadcast32(source + r * inputs + 2 * pair);
             add_pairs(part[r][0], weight_low, values);

@@ -83,6 +83,9 @@ void add_fours() {
 
 // The processor has bf16 and int8 tiles, and the kernel lets this process use them; asked once.
 inline bool available() {
+#ifndef __AVX512F__
+  return false;
+#endif
   static const bool answer = [] {
     unsigned eax, ebx, ecx, edx;
     constexpr unsigned bits = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8

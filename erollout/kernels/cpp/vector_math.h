@@ -34,4 +34,6 @@ inline __m512 exp2(__m512 x) {
   return _mm512_scalef_ps(p, whole);
 }
 
+inline void exp2(const float* x, float* y) { _mm512_storeu_ps(y, exp2(_mm512_loadu_ps(x))); }
+
 }  // namespace erollout

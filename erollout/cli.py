@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from erollout.calibration.commands import add_commands
 from erollout.config import Config, load_config, require_groups
@@ -21,6 +21,9 @@ from erollout.launch.commands import add_commands as add_launch_commands
 from erollout.launch.parent import end_with_parent
 from erollout.simulation.commands import add_command
 from erollout.tracking.redaction import redact
+
+if TYPE_CHECKING:
+    from erollout.checkpoint.resume import RunKind
 
 _SPEAK_AFTER_SECONDS = 5.0
 """An error of all ranks is printed by rank 0 alone: the others wait this long, and are usually ended before."""
@@ -85,14 +88,14 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     from erollout.preflight import describe, preflight
 
     if options.dry_run:
-        print(describe(config, preflight(config)))
+        print(describe(config, preflight(config, "reinforcement learning")))
         return 0
-    return _on_ranks(config, arguments, lambda session: session.train(config))
+    return _on_ranks(config, arguments, lambda session: session.train(config), "reinforcement learning")
 
 
 def _sft(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(options.config, options.overrides)
-    return _on_ranks(config, arguments, lambda session: session.supervised(config), rolls_out=False)
+    return _on_ranks(config, arguments, lambda session: session.supervised(config), "supervised")
 
 
 def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -136,7 +139,7 @@ def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def _on_ranks(config: Config, arguments: list[str], work: Callable[[ModuleType], None], rolls_out: bool = True) -> int:
+def _on_ranks(config: Config, arguments: list[str], work: Callable[[ModuleType], None], kind: "RunKind | None" = None) -> int:
     """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine."""
     if launcher_environment() is not None:
         work(_session())
@@ -145,7 +148,7 @@ def _on_ranks(config: Config, arguments: list[str], work: Callable[[ModuleType],
     from erollout.parallel.groups import expected_world_size
     from erollout.preflight import preflight
 
-    preflight(config, rolls_out)
+    preflight(config, kind)
     world_size = expected_world_size(config)
     if world_size == 1:
         work(_session())

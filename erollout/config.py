@@ -22,6 +22,18 @@ def _mode(value: Any) -> Any:
     return "off" if value is False else value  # YAML's off
 
 
+LOCATIONS = (
+    "model.path",
+    "model.tokenizer",
+    "speculation.calibration",
+    "data.train_files",
+    "data.test_files",
+    "train.output_dir",
+    "checkpoint.directory",
+    "checkpoint.export_path",
+)
+"""Keys whose values are places in the filesystem."""
+
 _section = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from erollout.calibration.file import Identity, load_calibration
 from erollout.calibration.model_size import describe_shape
 from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.checkpoint.resume import RunKind, check_newest
 from erollout.config import Config
 from erollout.data.build import build_datasets
 from erollout.data.prompts import PromptDataset, PromptLimits
@@ -60,13 +61,14 @@ class Resolved:
     """Decode weights and KV cache of one rank."""
 
 
-def preflight(config: Config, rolls_out: bool = True, scores: bool = True) -> Resolved:
+def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) -> Resolved:
     """Check model, tokenizer, layouts, data, scorer and tracking store. Raises UserError for the first thing that is wrong.
 
     Args:
-        rolls_out: whether the command samples; a supervised run needs no room for responses, and no scorer.
+        kind: of a run that saves and goes on; a supervised one needs no room for responses, and no scorer. None: it does neither.
         scores: whether rank 0 tries the scorer; false where another process has done it.
     """
+    rolls_out = kind != "supervised"
     architecture = policy_architecture(config.model)
     train, decode = resolve_layouts(config, expected_world_size(config))
     if rolls_out:
@@ -87,6 +89,8 @@ def preflight(config: Config, rolls_out: bool = True, scores: bool = True) -> Re
         check_weights(config.model.path, architecture)
     _check_export(config)
     _check_outputs(config)
+    if kind is not None:
+        check_newest(architecture, config, kind)
     scorer = build_scorer(config.rewards, config.data)
     with _probe(config, scorer, rolls_out and scores) as probe:
         train_data, test_data = build_datasets(config.data, prompt_limits(config, architecture), tokenizer)

@@ -15,7 +15,8 @@ from erollout.algorithm import build_algorithm
 from erollout.calibration.sweep import Grid
 from erollout.calibration.sweep import sweep as measure_steps
 from erollout.calibration.sweep_log import append_row, resume_rows
-from erollout.checkpoint.checkpointer import Checkpointer, RunKind, RunState
+from erollout.checkpoint.checkpointer import Checkpointer, RunState
+from erollout.checkpoint.resume import RunKind
 from erollout.comparison import WHERE, compare_held_out
 from erollout.config import Config
 from erollout.environment import launcher_environment
@@ -51,12 +52,13 @@ Value = TypeVar("Value")
 
 def train(config: Config) -> None:
     """The RL run of a configuration, from its newest checkpoint if it has one, to the last step or until asked to stop."""
-    with _stoppable(config) as stop, _world(config) as (resolved, context), _watched(config, context) as watchdog:
+    with _run(config, "reinforcement learning") as (stop, resolved, context, watchdog):
         algorithm = build_algorithm(config.algorithm)
         updates = config.train.steps * (config.samples_per_step // (config.train.global_batch_size or config.samples_per_step))
         actor = Actor(config, resolved.architecture, context, updates, with_reference=algorithm.uses_reference)
         checkpointer, state = _restore(config, actor, "reinforcement learning")
         _fix_date(config, resolved, state.date)
+        stop.begin()
         with (
             _rewards(config, resolved) as rewards,
             _tracked(config, resolved, context, state, config.train.steps, stop) as tracked,
@@ -94,10 +96,11 @@ def train(config: Config) -> None:
 
 def supervised(config: Config) -> None:
     """Supervised fine-tuning on the training data's written solutions."""
-    with _stoppable(config) as stop, _world(config, False) as (resolved, context), _watched(config, context) as watchdog:
+    with _run(config, "supervised") as (stop, resolved, context, watchdog):
         actor = Actor(config, resolved.architecture, context, config.supervised.steps)
         checkpointer, state = _restore(config, actor, "supervised")
         _fix_date(config, resolved, state.date)
+        stop.begin()
         with _tracked(config, resolved, context, state, config.supervised.steps, stop) as (tracker, run_id, report):
             trainer = SupervisedTrainer(
                 config,
@@ -217,10 +220,17 @@ def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes
 
 
 @contextmanager
-def _world(config: Config, rolls_out: bool = True) -> Iterator[tuple[Resolved, ParallelContext]]:
+def _run(config: Config, kind: RunKind) -> Iterator[tuple[Stop, Resolved, ParallelContext, Watchdog]]:
+    """A run that writes to its directory: checked, joined to its world, watched for hangs, and ended by signals."""
+    with _stoppable(config) as stop, _world(config, kind) as (resolved, context), _watched(config, context) as watchdog:
+        yield stop, resolved, context, watchdog
+
+
+@contextmanager
+def _world(config: Config, kind: RunKind | None = None) -> Iterator[tuple[Resolved, ParallelContext]]:
     """Check everything, join the world, leave it at the end."""
     configure_logging(current_rank())
-    resolved = preflight(config, rolls_out, scores=launcher_environment() is not None)  # else the command has done it
+    resolved = preflight(config, kind, scores=launcher_environment() is not None)  # else the command has done it
     context = initialize(config)
     try:
         yield resolved, context
@@ -314,10 +324,6 @@ def _silent(step: int, values: Mapping[str, float]) -> None:
 def _restore(config: Config, actor: Actor, kind: RunKind) -> tuple[Checkpointer, RunState]:
     options = config.checkpoint
     checkpointer = Checkpointer(config.checkpoint_directory, options.keep_last, actor, kind, options.asynchronous)
-    if not options.resume and (newest := checkpointer.newest()) is not None:
-        raise UserError(
-            f"checkpoint.resume = false but {newest} is there; set it to true, or checkpoint.directory to a new place"
-        )
     return checkpointer, checkpointer.restore() or RunState(0, None)
 
 

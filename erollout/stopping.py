@@ -35,12 +35,22 @@ _URGENCY = {signal.SIGUSR1: 1, signal.SIGTERM: 2}
 class Stop:
     """What this rank was asked for, and what all ranks have agreed on."""
 
-    def __init__(self, saves: bool) -> None:
-        """`saves`: whether the run has checkpoints at all."""
+    def __init__(self, saves: bool, file: Path) -> None:
+        """
+        Args:
+            saves: whether the run has checkpoints at all.
+            file: for the verdict.
+        """
         self.saves = saves
+        self.file = file
         self.agreed: signal.Signals | None = None
         self._asked = 0
         self._terminated_at: float | None = None
+
+    def begin(self) -> None:
+        """All checks are passed: from here on the verdict of the attempt before is out of date."""
+        if current_rank() == 0:
+            self.file.unlink(missing_ok=True)
 
     def is_asked(self) -> bool:
         """Whether this process was asked to stop."""
@@ -86,7 +96,7 @@ class Stop:
 
 @contextmanager
 def stoppable(output_dir: str, saves: bool) -> Iterator[Stop]:
-    """The signals are heard in the block; at its end the verdict is written. A failed block leaves none.
+    """The signals are heard in the block; at its end the verdict is written. A block that fails after `begin` leaves none.
 
     A rank that is through ignores them from then on: others may still be at it, and one that a late signal ended would be taken
     for a crash.
@@ -94,17 +104,13 @@ def stoppable(output_dir: str, saves: bool) -> Iterator[Stop]:
     Raises SystemExit(143) after a SIGTERM where no launcher started this process: a launcher would take it for a crash.
     Raises UserError when the verdict can't be written.
     """
-    path = Path(output_dir) / VERDICT
-    leads = current_rank() == 0
-    if leads:
-        path.unlink(missing_ok=True)
-    stop = Stop(saves)
+    stop = Stop(saves, Path(output_dir) / VERDICT)
     after = {number: signal.signal(number, stop.note) or signal.SIG_DFL for number in _URGENCY}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _URGENCY)  # our launcher starts the ranks with SIGUSR1 blocked
     try:
         yield stop
-        if leads:
-            _write(path, stop.verdict)
+        if current_rank() == 0:
+            _write(stop.file, stop.verdict)
         if launcher_environment() is not None:
             after = dict.fromkeys(_URGENCY, signal.SIG_IGN)
     finally:

@@ -13,23 +13,11 @@ from typing import Any
 import yaml
 
 from erollout.checkpoint.manifest import complete_checkpoints
-from erollout.config import Config, build_config, load_config
+from erollout.config import LOCATIONS, Config, build_config, load_config
 from erollout.errors import UserError
 from erollout.watchdog import Heartbeat, read_heartbeats
 
-PATHS = (
-    "model.path",
-    "model.tokenizer",
-    "speculation.calibration",
-    "data.train_files",
-    "data.test_files",
-    "train.output_dir",
-    "checkpoint.directory",
-    "checkpoint.export_path",
-    "rewards.import_path",
-)
-"""Keys whose values are places in the filesystem."""
-_READ = PATHS[:5]
+_READ = LOCATIONS[:5]
 VERDICT = "verdict"
 _RELATIVE_STORE = re.compile(r"(?P<scheme>sqlite:///|file:)?(?P<path>(?!/|databricks)[^:]+)")
 
@@ -153,7 +141,7 @@ def find_run(directory: str) -> RunDirectory:
 def with_absolute_paths(config: Config) -> Config:
     """The same, from wherever it is read."""
     tree = config.to_dict()
-    for key in PATHS:
+    for key in LOCATIONS:
         section, name = key.split(".")
         tree[section][name] = _absolute(tree[section][name])
     tree["train"]["output_dir"] = str(Path(tree["train"]["output_dir"]).resolve())  # as the batch script and containers see it

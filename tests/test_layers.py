@@ -76,6 +76,7 @@ PURE = (
     "calibration.sweep_file",
     "calibration.sweep_log",
     "checkpoint.manifest",
+    "checkpoint.resume",
     "config",
     "config_file",
     "coordinator.hand_out",

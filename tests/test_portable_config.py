@@ -8,9 +8,9 @@ import yaml
 from tiny_runs import ARCHITECTURE, tiny_tree
 
 from erollout.bounds import Location
-from erollout.config import Config, load_config
+from erollout.config import LOCATIONS, Config, load_config
 from erollout.errors import UserError
-from erollout.launch.run_directory import PATHS, dump_config, with_absolute_paths
+from erollout.launch.run_directory import dump_config, with_absolute_paths
 from erollout.launch.sites import load_site
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def test_all_locations_are_known() -> None:
         for key, hint in get_type_hints(kind, include_extras=True).items():
             if Location in (hint, *get_args(hint)):
                 found.add(f"{section}.{key}")
-    assert found and found <= set(PATHS)
+    assert found and found <= set(LOCATIONS)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

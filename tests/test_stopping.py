@@ -16,6 +16,7 @@ from ranks import RankPool
 from tiny_runs import history, sft_here, steps_recorded, tiny_tree, train_here, write_config
 
 from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.errors import UserError
 from erollout.stopping import Stop, stoppable
 
 FOREVER = 300
@@ -114,9 +115,17 @@ def stop_here(folder: str, asked: tuple[signal.Signals, ...], saves: bool) -> st
 
 def test_a_run_that_fails_leaves_no_verdict_not_even_an_old_one(tmp_path: Path) -> None:
     (tmp_path / "verdict").write_text("done\n")
-    with pytest.raises(ZeroDivisionError), stoppable(str(tmp_path), saves=True):
+    with pytest.raises(ZeroDivisionError), stoppable(str(tmp_path), saves=True) as stop:
+        stop.begin()
         raise ZeroDivisionError
     assert not (tmp_path / "verdict").exists()
+
+
+def test_a_run_that_is_refused_leaves_the_verdict_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "verdict").write_text("done\n")
+    with pytest.raises(UserError), stoppable(str(tmp_path), saves=True):
+        raise UserError("something is wrong")
+    assert (tmp_path / "verdict").read_text() == "done\n"
 
 
 def test_a_request_counts_though_nobody_reads_what_is_said_of_it(tmp_path: Path) -> None:
@@ -127,7 +136,7 @@ def test_a_request_counts_though_nobody_reads_what_is_said_of_it(tmp_path: Path)
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 2)
-        stop = Stop(saves=True)
+        stop = Stop(saves=True, file=tmp_path / "verdict")
         stop.note(signal.SIGUSR1, None)
         os._exit(0 if stop.is_asked() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
@@ -146,10 +155,10 @@ def test_a_rank_that_is_through_is_not_ended_by_a_late_signal(tmp_path: Path) ->
     assert (tmp_path / "verdict").read_text() == "done\n"
 
 
-def test_a_later_second_sigterm_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_second_sigterm_ends_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     process = os.fork()
     if not process:
-        stop = Stop(saves=True)
+        stop = Stop(saves=True, file=tmp_path / "verdict")
         stop.note(signal.SIGTERM, None)
         monkeypatch.setattr("erollout.stopping._REPEAT_SECONDS", -1.0)
         stop.note(signal.SIGTERM, None)

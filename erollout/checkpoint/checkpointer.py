@@ -18,7 +18,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,11 +36,13 @@ from erollout.checkpoint.manifest import (
     total_bytes,
     write_manifest,
 )
+from erollout.checkpoint.resume import RunKind, changes, configuration, identity, read_state, require_resumable
 from erollout.checkpoint.writing import Writing
 from erollout.errors import UserError
 from erollout.kept_rollouts import KeptRollouts
 from erollout.parallel.collectives import all_gather, from_rank_zero
 from erollout.policy.actor import Actor
+from erollout.policy.optimizer import restore_optimizer
 from erollout.unpickling import load_metadata
 
 logger = logging.getLogger(__name__)
@@ -61,9 +63,6 @@ _OPTIMIZER_METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
 }
-
-
-RunKind = Literal["reinforcement learning", "supervised"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +177,8 @@ class Checkpointer:
 
     def load(self, path: Path) -> RunState:
         """Restore model, optimizer and schedule in place. Collective. Raises UserError for a checkpoint that doesn't fit."""
-        document = self._read_state(path)
-        self._check_kind(path, document["kind"])
-        self._check_model(path, document)
+        document = read_state(path)
+        require_resumable(path, document, self.actor.architecture, self.actor.config, self.kind)
         self._on_rank_zero(lambda: _require_plain(path))
         updates = document["scheduler"]["num_steps"] - 1  # as Actor.num_updates
         expected = self._sharded_state(updates, is_loading=True)
@@ -191,12 +189,11 @@ class Checkpointer:
                 f"can't load checkpoint {path}: {_reason(error)}; move that directory away to use the one before"
             ) from error
         self.actor.module.load_state_dict(loaded["model"])
-        if updates:
-            self.actor.optimizer.load_state_dict(loaded["optimizer"])
-        else:
-            self.actor.optimizer.reload_model_params()
-        self.actor.scheduler.num_steps = 0  # load_state_dict adds the saved count to it
-        self.actor.scheduler.load_state_dict(document["scheduler"])
+        restore_optimizer(
+            self.actor.optimizer, self.actor.scheduler, loaded["optimizer"] if updates else None, document["scheduler"]
+        )
+        if changed := changes(document.get("configuration", {}), self.actor.config):
+            logger.info("the configuration has changed since %s: %s", path, "; ".join(map(str, changed)))
         history = tuple(document["history"])
         kept = self._read_kept(path)
         return RunState(document["step"], document["run_id"], history, document["rollout"], kept, document.get("date"))
@@ -228,25 +225,6 @@ class Checkpointer:
         optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
         return {"model": model, "optimizer": optimizer}
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same in the run that loads."""
-        return {
-            "architecture": json.loads(json.dumps(asdict(self.actor.architecture))),
-            "dtype": self.actor.config.model.dtype,
-            "use_distributed_optimizer": self.actor.config.optimizer.use_distributed_optimizer,
-        }
-
-    def _read_state(self, path: Path) -> dict[str, Any]:
-        try:
-            document: dict[str, Any] = json.loads((path / STATE).read_text())
-            if missing := {"step", "run_id", "history", "kind", "identity", "scheduler", "rollout"} - document.keys():
-                raise ValueError(f"no {min(missing)}")
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"checkpoint {path} is damaged: can't read {STATE} ({error}); remove the directory to use the one before"
-            ) from error
-        return document
-
     def _read_kept(self, path: Path) -> KeptRollouts | None:
         if not (path / KEPT).exists():
             return None
@@ -254,25 +232,6 @@ class Checkpointer:
             return KeptRollouts.from_bytes((path / KEPT).read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"checkpoint {path} is damaged: can't read {KEPT} ({error}); remove the directory") from error
-
-    def _check_kind(self, path: Path, saved: RunKind) -> None:
-        if saved != self.kind:
-            raise UserError(
-                f"checkpoint {path} is of a {saved} run and this one is {self.kind}; set train.output_dir to another place "
-                "(a policy is handed on by checkpoint.export_path and model.path)"
-            )
-
-    def _check_model(self, path: Path, document: dict[str, Any]) -> None:
-        saved, mine = document["identity"], self._identity()
-        if saved["architecture"] != mine["architecture"]:
-            keys = [k for k in mine["architecture"] if saved["architecture"].get(k) != mine["architecture"][k]]
-            raise UserError(
-                f"checkpoint {path} is of another model: {keys[0]} = {saved['architecture'].get(keys[0])} there, "
-                f"{mine['architecture'][keys[0]]} here; set checkpoint.directory to another place or restore the model"
-            )
-        for key, section in (("dtype", "model"), ("use_distributed_optimizer", "optimizer")):
-            if saved[key] != mine[key]:
-                raise UserError(f"checkpoint {path} was saved with {section}.{key} = {saved[key]}; set it to that to resume")
 
     def _prepare(self, partial: Path) -> None:
         for left in self.directory.glob("step_*.partial"):  # by a crash or a full disk
@@ -298,7 +257,8 @@ class Checkpointer:
     def _document(self, state: RunState) -> str:
         document = asdict(replace(state, kept=None)) | {
             "kind": self.kind,
-            "identity": self._identity(),
+            "identity": identity(self.actor.architecture, self.actor.config),
+            "configuration": configuration(self.actor.config),
             "scheduler": self.actor.scheduler.state_dict(),
         }
         return json.dumps(document, indent=1)

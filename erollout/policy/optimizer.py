@@ -1,11 +1,17 @@
 """Megatron's Adam and its learning-rate schedule from our configuration."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import Module
 
 from erollout.config import Config
+
+_CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
+"""Of a parameter group; its rate and weight decay follow from the schedule."""
 
 
 def build_optimizer(config: Config, model: Module, total_steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
@@ -45,3 +51,23 @@ def build_optimizer(config: Config, model: Module, total_steps: int) -> tuple[Me
     )
     scheduler.step(1)  # the rate for step k is that of k - 1: without this, warm-up would begin with an update of rate 0
     return optimizer, scheduler
+
+
+def restore_optimizer(
+    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, state: Mapping[str, Any] | None, schedule: dict[str, Any]
+) -> None:
+    """Go on from a checkpoint, with the hyper-parameters of this configuration: Megatron would take the saved ones.
+
+    Args:
+        state: of the optimizer; None: no update has been made.
+        schedule: state of the scheduler, of which the number of updates counts.
+    """
+    ours = [{name: group[name] for name in _CONFIGURED if name in group} for group in optimizer.param_groups]
+    if state is None:
+        optimizer.reload_model_params()
+    else:
+        optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, ours, strict=True):
+        group.update(values)
+    scheduler.num_steps = 0  # load_state_dict adds the saved count to it
+    scheduler.load_state_dict(schedule)  # and sets the groups' rate and weight decay

@@ -1,0 +1,188 @@
+"""What may change in the configuration of a run that goes on from a checkpoint. Pure.
+
+Every key stands in one of three tables: it is obeyed from the next step on, refused with the fix, or of no effect any more.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from erollout.checkpoint.manifest import STATE, complete_checkpoints
+from erollout.config import LOCATIONS, Config
+from erollout.errors import UserError
+from erollout.policy.architecture import Architecture
+from erollout.tracking.redaction import redact
+
+RunKind = Literal["reinforcement learning", "supervised"]
+
+_LONGEST = 100
+"""Characters of a value in a message."""
+ELSEWHERE = "set train.output_dir to another place to begin another run"
+
+OBEYED: Mapping[str, str] = {
+    "model": "tokenizer max_position_embeddings",
+    "parallel": "world_size tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel timeout_seconds",
+    "rollout": "group_size tensor_model_parallel_size dtype temperature top_k top_p min_p repetition_penalty max_prompt_tokens "
+    "max_tokens stop stop_token_ids ignore_eos block_size num_kv_blocks kv_cache_gib max_num_seqs max_num_batched_tokens "
+    "kernels",
+    "speculation": "mode num_speculative_tokens verification calibration decision_interval trace_interval",
+    "speculation.toggle": "margin max_speculative_tokens acceptance_window probe_interval probe_steps bootstrap_seconds",
+    "speculation.toggle.ladder": "rungs raise_above lower_below persistence",
+    "speculation.drafter": "format group_size alternatives lm_head overrides statistics_tokens statistics_interval",
+    "coordinator": "policy hand_out lock_step window_seconds stall_seconds",
+    "algorithm": "name clip_ratio_low clip_ratio_high normalize_advantages kl_coefficient kl_estimator kl_placement "
+    "entropy_coefficient aggregation",
+    "rewards": "function pool num_workers timeout_seconds error_value threshold",
+    "data": "kind tasks train_files test_files prompt_column answer_column system_prompt instruction chat_template train_seed "
+    "train_size test_seed test_size args",
+    "evaluation": "interval num_prompts samples_per_prompt temperature",
+    "optimizer": "lr min_lr lr_decay_style lr_warmup_steps weight_decay adam_beta1 adam_beta2 adam_eps clip_grad",
+    "train": "steps global_batch_size max_tokens_per_micro_batch recompute_granularity output_dir",
+    "supervised": "steps",
+    "tracking": "enabled uri run_name num_sample_rollouts system_metrics",
+    "checkpoint": "directory interval keep_last asynchronous resume export_path",
+    "fault_tolerance": "heartbeat_seconds hang_seconds max_nonfinite_steps checksum_interval",
+}
+"""Keys by their section. The learning rate of a step is that of the new schedule, with the updates made so far."""
+
+REFUSED: Mapping[str, str] = {
+    "model.architecture": f"the checkpoint is of that model; set it to that, or {ELSEWHERE}",
+    "model.dtype": f"the optimizer's state is of that type; set it to that, or {ELSEWHERE}",
+    "optimizer.use_distributed_optimizer": f"the optimizer's state is laid out by it; set it to that, or {ELSEWHERE}",
+    "rollout.prompts_per_step": "prompts are counted by steps, so some would be skipped or taken twice; set it to that, or "
+    f"{ELSEWHERE} (from this policy: checkpoint.export_path, then model.path)",
+    "supervised.batch_size": "examples are counted by steps, so some would be skipped or taken twice; set it to that, or "
+    f"{ELSEWHERE} (from this policy: checkpoint.export_path, then model.path)",
+    "train.seed": f"all samples of a run are functions of it; set it to that, or {ELSEWHERE}",
+}
+"""Keys with the reason and the fix."""
+
+UNREAD: Mapping[str, str] = {
+    "model.path": "the policy's weights are the checkpoint's; a reference is read from the new place",
+    "tracking.experiment": "the run stays in its experiment",
+}
+"""Keys whose new value does nothing, or only what is said here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A key that is not as the checkpoint has it. Values as JSON has them."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        note = f" ({UNREAD[self.key]})" if self.key in UNREAD else ""
+        return f"{self.key} = {_text(self.before)} -> {_text(self.now)}{note}"
+
+
+def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a configuration with its value: `speculation.toggle.margin`; lists and mappings are one key."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from keys(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def configuration(config: Config) -> dict[str, Any]:
+    """Every key by its dotted name, as JSON has it: places from the root of the filesystem on, without credentials."""
+    found = {key: _absolute(value) if key in LOCATIONS else value for key, value in keys(config)}
+    found["tracking.uri"] = redact(config.tracking.uri) if config.tracking.uri else None
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=asdict))
+    return plain
+
+
+def changes(saved: Mapping[str, Any], config: Config) -> list[Change]:
+    """Keys that differ from what a checkpoint was saved with. Those that one of the two does not know are not compared."""
+    return [Change(key, saved[key], now) for key, now in configuration(config).items() if key in saved and saved[key] != now]
+
+
+def identity(architecture: Architecture, config: Config) -> dict[str, Any]:
+    """What of the model and its optimizer must be the same in the run that loads."""
+    return {
+        "architecture": json.loads(json.dumps(asdict(architecture))),
+        "dtype": config.model.dtype,
+        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
+    }
+
+
+def require_resumable(
+    path: Path, document: Mapping[str, Any], architecture: Architecture, config: Config, kind: RunKind
+) -> None:
+    """Raises UserError, with the key and the fix, where this configuration can't go on from the checkpoint at `path`.
+
+    `document`: what its STATE holds.
+    """
+    if document["kind"] != kind:
+        raise UserError(
+            f"checkpoint {path} is of a {document['kind']} run and this one is {kind}; set train.output_dir to another place "
+            "(a policy is handed on by checkpoint.export_path and model.path)"
+        )
+    _require_model(path, document["identity"], identity(architecture, config))
+    for change in changes(document.get("configuration", {}), config):
+        if change.key in REFUSED and change.key != "model.architecture":  # which the model's identity says all of
+            raise UserError(
+                f"{change.key} = {_text(change.now)}, but checkpoint {path} was saved with {_text(change.before)}: "
+                f"{REFUSED[change.key]}"
+            )
+
+
+def check_newest(architecture: Architecture, config: Config, kind: RunKind) -> None:
+    """Before anything is written: raises UserError where the newest checkpoint is there and can't be gone on from.
+
+    A damaged one is set aside only when it is loaded.
+    """
+    found = complete_checkpoints(config.checkpoint_directory)
+    if not found:
+        return
+    if not config.checkpoint.resume:
+        raise UserError(
+            f"checkpoint.resume = false but {found[-1]} is there; set it to true, or checkpoint.directory to a new place"
+        )
+    try:
+        document = read_state(found[-1])
+    except UserError:
+        return
+    require_resumable(found[-1], document, architecture, config, kind)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What STATE of the checkpoint at `path` holds. Raises UserError."""
+    try:
+        document: dict[str, Any] = json.loads((path / STATE).read_text())
+        if missing := {"step", "run_id", "history", "kind", "identity", "scheduler", "rollout"} - document.keys():
+            raise ValueError(f"no {min(missing)}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged: can't read {STATE} ({error}); remove the directory to use the one before"
+        ) from error
+    return document
+
+
+def _require_model(path: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    there, here = saved["architecture"], mine["architecture"]
+    for key in here:
+        if there.get(key) != here[key]:
+            raise UserError(
+                f"checkpoint {path} is of another model: {key} = {there.get(key)} there, {here[key]} here; set "
+                "checkpoint.directory to another place or restore the model"
+            )
+    for key, section in (("dtype", "model"), ("use_distributed_optimizer", "optimizer")):
+        if saved[key] != mine[key]:
+            raise UserError(f"checkpoint {path} was saved with {section}.{key} = {saved[key]}; set it to that to resume")
+
+
+def _absolute(value: str | Sequence[str] | None) -> Any:
+    if value is None or isinstance(value, str):
+        return value and str(Path(value).resolve())
+    return [_absolute(item) for item in value]
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -36,6 +36,8 @@ from erollout.policy.hf_io import check_weights
 from erollout.policy.placement import training_placement
 from erollout.rewards.probe import ScorerProbe
 from erollout.rewards.scorers import Scorer, build_scorer
+from erollout.tracking.address import has_own_store, store_uri, uri_source
+from erollout.tracking.redaction import redact
 from erollout.tracking.store import MlflowStore
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -226,8 +228,8 @@ def _check_pool(config: Config) -> None:
 def _check_store(config: Config) -> None:
     """A new run's tracking store must answer; a resumed one keeps its records until the store is back."""
     resumes = config.checkpoint.resume and complete_checkpoints(config.checkpoint_directory)
-    if current_rank() == 0 and config.tracking.enabled and config.tracking.uri and not resumes:
-        MlflowStore(config.tracking.uri).check()
+    if current_rank() == 0 and config.tracking.enabled and not has_own_store(config.tracking) and not resumes:
+        MlflowStore(store_uri(config.tracking, config.train.output_dir), uri_source(config.tracking)).check()
 
 
 def _check_export(config: Config) -> None:
@@ -274,7 +276,7 @@ def describe(config: Config, resolved: Resolved) -> str:
         f"(weights + KV cache), activations of {config.train.max_tokens_per_micro_batch} tokens",
         "speculation": _speculation(config),
         "output": config.train.output_dir,
-        "tracking": config.tracking.uri or f"SQLite in {config.train.output_dir}" if config.tracking.enabled else "off",
+        "tracking": _tracking(config),
         "checkpoints": f"{config.checkpoint_directory} every {config.checkpoint.interval} steps"
         if config.checkpoint.interval
         else "none",
@@ -284,6 +286,14 @@ def describe(config: Config, resolved: Resolved) -> str:
     for replica in range(decode.replicas):
         rows.append(f"{'decode replica ' + str(replica):<{width}}  ranks {', '.join(map(str, decode.ranks(replica)))}")
     return "\n".join(rows)
+
+
+def _tracking(config: Config) -> str:
+    if not config.tracking.enabled:
+        return "off"
+    if has_own_store(config.tracking):
+        return f"SQLite in {config.train.output_dir}"
+    return f"{redact(store_uri(config.tracking, config.train.output_dir))} ({uri_source(config.tracking)})"
 
 
 def _speculation(config: Config) -> str:

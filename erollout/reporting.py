@@ -8,8 +8,9 @@ from erollout.config import Config
 from erollout.drafter.drafter import RequantizeStats
 from erollout.rollout import RefitStats, RolloutResult
 from erollout.speculation.statistics import SpeculationStatistics
+from erollout.tracking.address import store_uri
 from erollout.tracking.metrics import summarize_lengths
-from erollout.tracking.store import redact
+from erollout.tracking.redaction import redact
 
 _FEW = 10
 """Steps that the first and the last reward are averaged over."""
@@ -110,9 +111,8 @@ def summary_rows(
             mean = sum(row[f"speculation/{name}"] for row in drafted) / len(drafted)
             rows.append((f"speculation: {name.replace('_', ' ')}, mean of steps", f"{mean:.3f}"))
     if config.tracking.enabled:
-        store = config.tracking.uri or f"sqlite:///{config.train.output_dir}/mlflow.db"
         rows.append(("MLflow run", run_id))
-        rows.append(("MLflow store", redact(store)))
+        rows.append(("MLflow store", redact(store_uri(config.tracking, config.train.output_dir))))
     return rows
 
 

@@ -60,6 +60,7 @@ class SupervisedTrainer:
         self.enter(self.step, "checkpoint")
         self._require_equal_replicas()
         self.checkpointer.save(RunState(self.step, self.run_id, date=self.data.renderer.date.isoformat()))
+        self.tracker.log_saved(self.step)
 
     def train_step(self) -> None:
         """One optimizer step on the next batch_size examples."""

@@ -97,6 +97,7 @@ class Trainer:
         day = self.train_data.renderer.date.isoformat()
         rollout = self.worker.state_dict()
         self.checkpointer.save(RunState(self.step, self.run_id, tuple(self.evaluations), rollout, self.kept, day))
+        self.tracker.log_saved(self.step)
         self._changed = False
 
     def train_step(self) -> None:

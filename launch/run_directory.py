@@ -15,6 +15,7 @@ import yaml
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.config import LOCATIONS, Config, build_config, load_config
 from erollout.errors import UserError
+from erollout.tracking.address import quote_path
 from erollout.watchdog import Heartbeat, read_heartbeats
 
 _READ = LOCATIONS[:5]
@@ -147,7 +148,8 @@ def with_absolute_paths(config: Config) -> Config:
     tree["train"]["output_dir"] = str(Path(tree["train"]["output_dir"]).resolve())  # as the batch script and containers see it
     store = _RELATIVE_STORE.fullmatch(config.tracking.uri or "")
     if store:
-        tree["tracking"]["uri"] = f"{store['scheme'] or ''}{_absolute(store['path'])}"
+        here = quote_path(str(Path.cwd())) if store["scheme"] else str(Path.cwd())  # what the user writes of a URI is quoted
+        tree["tracking"]["uri"] = f"{store['scheme'] or ''}{here}/{store['path']}"
     return build_config(tree)
 
 

@@ -11,11 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from rich.console import Console
 from erollout.config import Config, build_config, load_config
 from erollout.errors import UserError
 from erollout.launch.meeting import FIRST_PORT, NUM_PORTS
+from erollout.tracking.address import sqlite_uri
 from erollout.tracking.console import StepReporter, format_duration, print_summary, print_table
-from erollout.tracking.delivery import METRICS_PER_BATCH, group_entries
+from erollout.tracking.delivery import METRICS_PER_BATCH, Delivery, group_entries
 from erollout.tracking.journal import Entry, Journal, journal_path, read_history
 from erollout.tracking.log import configure_logging
 from erollout.tracking.metrics import PhaseTimer, memory_metrics, percentiles, summarize_lengths
@@ -171,7 +174,9 @@ def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None
     assert client(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()
 
 
-def test_sqlite_run_holds_params_metrics_tags_samples_files_and_lineage(output_dir: Path) -> None:
+def test_sqlite_run_holds_params_metrics_tags_samples_files_and_lineage(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlflow
     from matplotlib.figure import Figure
 
@@ -196,6 +201,7 @@ def test_sqlite_run_holds_params_metrics_tags_samples_files_and_lineage(output_d
     (lineage,) = run.inputs.dataset_inputs
     assert (lineage.dataset.name, lineage.dataset.digest) == ("chain_sum", "seed-20000000")
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which the next line sets
     mlflow.set_tracking_uri(f"sqlite:///{output_dir}/mlflow.db")  # load_table looks only there
     table = store.load_table(run.info.experiment_id, "samples.json", run_ids=[run_id])
     assert table.to_dict("records")[1] == {
@@ -288,7 +294,8 @@ def test_a_copy_of_the_package_says_of_which_commit_it_is(tmp_path: Path) -> Non
 
 def test_new_run_in_a_used_directory_moves_the_old_records_aside(output_dir: Path) -> None:
     tracker, old = begin(output_dir)
-    tracker.log_metrics(1, {"reward/mean": 0.5})  # no finish: as if the process had been killed
+    tracker.log_metrics(1, {"reward/mean": 0.5})
+    tracker.log_saved(1)  # no finish: as if the process had been killed, and the checkpoints were removed since
     tracker, new = begin(output_dir)
     tracker.log_metrics(1, {"reward/mean": 0.7})
     tracker.finish("FINISHED")
@@ -296,6 +303,115 @@ def test_new_run_in_a_used_directory_moves_the_old_records_aside(output_dir: Pat
     assert read_history(journal_path(output_dir)) == [{"step": 1, "reward/mean": 0.7}]
     assert read_history(output_dir / f"tracking-{old}" / "metrics.jsonl") == [{"step": 1, "reward/mean": 0.5}]
     assert client(f"sqlite:///{output_dir}/mlflow.db").get_run(old).info.status == "KILLED"
+
+
+def test_a_kill_before_the_first_checkpoint_begins_no_other_run(output_dir: Path) -> None:
+    uri = f"sqlite:///{output_dir}/mlflow.db"
+    tracker, run_id = begin(output_dir, step=0)
+    tracker.log_metrics(1, {"reward/mean": 0.5})  # and no more
+    tracker, again = begin(output_dir, step=0)
+    for step in (1, 2):
+        tracker.log_metrics(step, {"reward/mean": step / 2})
+    tracker.finish("FINISHED")
+    assert again == run_id and steps_of(uri, run_id) == [1, 2] and client(uri).get_run(run_id).info.status == "FINISHED"
+    assert read_history(journal_path(output_dir)) == [{"step": 1, "reward/mean": 0.5}, {"step": 2, "reward/mean": 1.0}]
+    assert [run.info.run_id for run in client(uri).search_runs(["1"])] == [run_id]
+    _, another = begin(output_dir, step=0)  # it is over: this is a new one
+    assert another != run_id
+
+
+def test_a_kill_before_the_runs_id_is_heard_begins_no_other_run(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        """Of the process."""
+
+    create = MlflowStore.create_run
+
+    def killed_after(self: MlflowStore, *args: Any) -> str:
+        create(self, *args)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MlflowStore, "create_run", killed_after)
+        begin(output_dir)
+    (made,) = client(f"sqlite:///{output_dir}/mlflow.db").search_runs(["1"])
+    tracker, run_id = begin(output_dir)
+    tracker.finish("FINISHED")
+    assert run_id == made.info.run_id
+
+
+@pytest.mark.parametrize("back", ["the same file", "another file"])
+def test_a_damaged_store_that_is_put_back_gets_what_it_has_not_confirmed(
+    output_dir: Path, back: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("erollout.tracking.tracker.Delivery", partial(Delivery, interval=0.05, longest_pause=0.2))
+    database = output_dir / "mlflow.db"
+    uri = f"sqlite:///{database}"
+    tracker, run_id = begin(output_dir)
+    tracker.log_metrics(1, {"reward/mean": 0.1})
+    wait_until(lambda: steps_of(uri, run_id) == [1])
+    contents = database.read_bytes()
+    database.write_bytes(b"no database at all " * 1000)
+    tracker.log_metrics(2, {"reward/mean": 0.2})
+    tracker.log_samples(2, [{"response": "of that step"}])
+    delivery = tracker._delivery  # type: ignore[attr-defined]
+    wait_until(lambda: delivery._away)
+    if back == "another file":
+        (output_dir / "kept").write_bytes(contents)
+        (output_dir / "kept").rename(database)
+    else:
+        database.write_bytes(contents)
+    tracker.log_metrics(3, {"reward/mean": 0.3})
+    tracker.finish("FINISHED")
+    assert steps_of(uri, run_id) == [1, 2, 3] and not delivery.rejected
+    assert "of that step" in Path(client(uri).download_artifacts(run_id, "samples.json", str(output_dir))).read_text()
+
+
+@pytest.mark.parametrize("name", ["run?x=1", "a%20b", "a%41b", "two\nlines", "lr=1e-3 #2; x&y ünï"])
+def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    tracker, run_id = begin(folder)
+    tracker.log_metrics(1, {"reward/mean": 0.5})
+    tracker.log_samples(1, [{"response": "two"}])
+    tracker.finish("FINISHED")
+    uri = sqlite_uri(folder / "mlflow.db")
+    assert (folder / "mlflow.db").is_file() and [path.name for path in tmp_path.iterdir()] == [name]
+    assert steps_of(uri, run_id) == [1] and client(uri).get_run(run_id).info.status == "FINISHED"
+    assert "two" in Path(client(uri).download_artifacts(run_id, "samples.json", str(tmp_path))).read_text()
+    assert (folder / "mlartifacts").is_dir()
+
+
+def test_the_environment_names_the_store_where_the_configuration_does_not(
+    tmp_path: Path, output_dir: Path, sqlite_template: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    central = tmp_path / "central.db"
+    shutil.copy(sqlite_template, central)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{central}")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+    tracker, run_id = begin(output_dir)
+    tracker.finish("FINISHED")
+    assert client(f"sqlite:///{central}").get_run(run_id).info.status == "FINISHED"
+    assert "MLFLOW_EXPERIMENT_NAME = theirs is not heeded; set tracking.experiment" in caplog.text
+    tracker, other = begin(tmp_path / "other", uri=f"sqlite:///{output_dir}/mlflow.db")
+    tracker.finish("FINISHED")
+    assert client(f"sqlite:///{output_dir}/mlflow.db").get_run(other).info.status == "FINISHED"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://here")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI = gopher://here can't be used"):
+        begin(tmp_path / "third")
+
+
+def test_what_killed_makers_of_a_database_have_left_is_removed(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mine = f"mlflow.db.{socket.gethostname()}"
+    names = (f"{mine}.{gone.pid}.partial", f"{mine}.{gone.pid}.partial-journal", "mlflow.db.elsewhere.1.partial")
+    for name in (*names, f"{mine}.{os.getppid()}.partial", "mlflow.db.of-now.1.partial"):
+        (tmp_path / name).write_text("")
+    os.utime(tmp_path / names[-1], (0, 0))
+    locks = len(list(Path(tempfile.gettempdir()).glob("db_init_lock-*")))
+    MlflowStore(f"sqlite:///{tmp_path}/mlflow.db").check()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"mlflow.db", f"{mine}.{os.getppid()}.partial", "mlflow.db.of-now.1.partial"}
+    assert len(list(Path(tempfile.gettempdir()).glob("db_init_lock-*"))) <= locks + 1
 
 
 def test_store_without_the_run_gets_the_whole_journal(output_dir: Path, sqlite_template: Path) -> None:

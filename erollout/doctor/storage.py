@@ -12,8 +12,10 @@ from pathlib import Path
 
 import psutil
 
+from erollout.config import Config
 from erollout.doctor.report import Finding
 from erollout.errors import UserError
+from erollout.tracking.address import has_own_store, store_uri, uri_source
 
 _CANARY_BYTES = 64 * 1024
 _ANSWER_SECONDS = 20.0
@@ -100,13 +102,13 @@ def within(seconds: float, topic: str, check: Callable[[], Finding]) -> Finding:
     )
 
 
-def check_store(uri: str | None) -> Finding:
-    """None is the default: a SQLite file in the run's directory."""
-    if uri is None:
+def check_store(config: Config) -> Finding:
+    """A file in the run's directory needs no server."""
+    if has_own_store(config.tracking):
         return Finding("tracking", "SQLite in train.output_dir")
     from erollout.tracking.store import MlflowStore
 
-    store = MlflowStore(uri)
+    store = MlflowStore(store_uri(config.tracking, config.train.output_dir), uri_source(config.tracking))
     try:
         store.check()
     except UserError as error:

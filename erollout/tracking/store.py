@@ -4,13 +4,20 @@ Every call may be made twice with the same effect: MLflow's stores keep one poin
 parameter and tag, one input per dataset digest, one file per artifact path.
 """
 
+import hashlib
 import json
 import os
 import re
 import socket
+import tempfile
+import time
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+import psutil
 
 from erollout.environment import set_default
 from erollout.errors import UserError
@@ -29,7 +36,11 @@ CONNECT_SECONDS = (3.0, 5.0)
 """Longest wait, when a run starts, for a connection to the server and for its answer."""
 PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
 """MLflow error codes of a call that fails however often it is made."""
+OF_STORAGE = re.compile(r"\((\w+\.)+(DatabaseError|OperationalError|InternalError|InterfaceError)\)")
+"""What a database says of itself, and not of the record, whatever code MLflow gives it: a damaged file may be put back."""
 FORBIDDEN_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-. :/]")
+_MAKING_SECONDS = 3600
+"""Longer than the making of a SQLite file takes."""
 LONGEST_VALUE = 5000
 """Characters of a parameter or tag; MLflow takes 6000 and 8000."""
 
@@ -37,11 +48,15 @@ LONGEST_VALUE = 5000
 class MlflowStore:
     """One tracking store, by URI."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, source: str = "tracking.uri") -> None:
+        """`source`: of the URI, for messages."""
         for name, value in MLFLOW_ENVIRONMENT.items():
             set_default(name, value)
+        if uri.startswith("sqlite"):
+            set_default("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # an open file would outlive its being put back
         self.uri = uri
         self.name = redact(uri)
+        self.source = source
 
     def check(self) -> None:
         """Raises UserError, within seconds, unless the store answers."""
@@ -50,6 +65,7 @@ class MlflowStore:
         try:
             _make_database(self.uri)
             self._client().search_experiments(max_results=1)
+            _remove_misnamed(self.uri)
         except Exception as error:  # drivers and network stacks raise what they like; each means the store can't be used
             raise self._unusable(error) from error
 
@@ -62,6 +78,18 @@ class MlflowStore:
             if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
                 return False
             raise self._unusable(error) from error
+
+    def find_run(self, experiment: str, tag: str, value: str) -> str | None:
+        """The id of a run with that tag; None where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            known = self._client().get_experiment_by_name(experiment)
+            query = f"tags.`{tag}` = '{value}'"
+            found = self._client().search_runs([known.experiment_id], query, max_results=1) if known else []
+        except MlflowException as error:
+            raise self._unusable(error) from error
+        return found[0].info.run_id if found else None
 
     def create_run(self, experiment: str, run_name: str | None, artifacts: Path, tags: dict[str, str]) -> str:
         """Returns the run id. `artifacts` is where files go when no server stores them and the experiment is new."""
@@ -94,6 +122,8 @@ class MlflowStore:
             else:
                 self._send_one(run_id, records[0], directory)
         except MlflowException as error:
+            if OF_STORAGE.search(str(error)):
+                raise
             if error.error_code in PERMANENT or self._fails_alone(run_id, records[0]):
                 raise RejectedError(str(error)) from error
             raise
@@ -175,7 +205,7 @@ class MlflowStore:
     def _unusable(self, error: Exception) -> UserError:
         reason = redact(" ".join(str(error).split()))[:200]
         return UserError(
-            f"tracking.uri = {self.name} can't be used ({type(error).__name__}: {reason}); start the server "
+            f"{self.source} = {self.name} can't be used ({type(error).__name__}: {reason}); start the server "
             "there, correct the URI, leave it out for a SQLite file in train.output_dir, or set tracking.enabled = false"
         )
 
@@ -189,15 +219,42 @@ def _make_database(uri: str) -> None:
 
     url = make_url(uri)
     path = Path(url.database or ":memory:")
-    if str(path) == ":memory:" or path.exists() or not path.parent.is_dir():
+    if str(path) == ":memory:" or not path.parent.is_dir():
+        return
+    _remove_half_made(path)
+    if path.exists():
         return
     partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
     made = url.set(database=str(partial)).render_as_string(hide_password=False)
     MlflowClient(tracking_uri=made).search_experiments(max_results=1)
     with suppress(FileExistsError):  # another process was faster
         os.link(partial, path)
+    _remove_misnamed(made)
     partial.unlink()
+    lock = hashlib.md5(made.encode(), usedforsecurity=False).hexdigest()  # of MLflow's own, for a database that is no more
+    Path(tempfile.gettempdir(), f"db_init_lock-{lock}").unlink(missing_ok=True)
+
+
+def _remove_misnamed(uri: str) -> None:
+    """MLflow makes the directory of a SQLite file by its quoted name, beside the one that has the file."""
+    if not uri.startswith("sqlite:///"):
+        return
+    quoted = Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent
+    for made in (quoted, *quoted.parents):
+        if unquote(str(made)) == str(made):
+            return
+        with suppress(OSError):  # it holds something: it is the user's
+            made.rmdir()
+
+
+def _remove_half_made(path: Path) -> None:
+    """What processes that were killed have left: of this host those that are gone, of others those that were long ago."""
+    for left in path.parent.glob(f"{escape(path.name)}.*.partial*"):
+        host, _, pid = left.name.removeprefix(f"{path.name}.").partition(".partial")[0].rpartition(".")
+        with suppress(OSError):  # another process is at it too
+            is_here = host == socket.gethostname() and pid.isdigit()
+            if not psutil.pid_exists(int(pid)) if is_here else time.time() - left.stat().st_mtime > _MAKING_SECONDS:
+                left.unlink()
 
 
 def _name(name: str) -> str:

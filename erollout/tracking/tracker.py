@@ -19,7 +19,9 @@ from typing import Any, Literal, Protocol
 import yaml
 
 from erollout.config import Config
+from erollout.environment import variable
 from erollout.errors import UserError
+from erollout.tracking.address import store_uri, uri_source
 from erollout.tracking.delivery import Delivery
 from erollout.tracking.journal import Journal, journal_path
 from erollout.tracking.parameters import run_parameters
@@ -30,6 +32,16 @@ from erollout.tracking.store import MlflowStore
 from erollout.tracking.system import SystemMonitor
 
 logger = logging.getLogger(__name__)
+
+UNHEEDED = {
+    "MLFLOW_EXPERIMENT_NAME": "tracking.experiment",
+    "MLFLOW_EXPERIMENT_ID": "tracking.experiment",
+    "MLFLOW_RUN_NAME": "tracking.run_name",
+    "MLFLOW_RUN_ID": "train.output_dir to that run's: it goes on there",
+}
+"""Variables of MLflow, and what to set instead."""
+MARK = "erollout.mark"
+"""Tag by which a new run is found whose id was never heard of."""
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 Resolved = Mapping[str, str | int | float]
@@ -60,6 +72,9 @@ class Tracker(Protocol):
 
     def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
         """Lineage: a dataset that the run reads. `source`: path, or what generates it. `digest`: at most 36 characters."""
+
+    def log_saved(self, step: int) -> None:
+        """A checkpoint is made. Without any, an attempt after a crash begins anew, as the same run."""
 
     def finish(self, status: RunStatus, timeout_seconds: float = 30.0) -> None:
         """End the run; waits at most that long for the store and says what it does not have yet."""
@@ -93,6 +108,9 @@ class NullTracker:
     def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
         pass
 
+    def log_saved(self, step: int) -> None:
+        pass
+
     def finish(self, status: RunStatus, timeout_seconds: float = 30.0) -> None:
         pass
 
@@ -117,14 +135,15 @@ class JournalTracker:
         if starts:
             run_id = starts[-1]["run_id"]  # another than the checkpoint's where the store was changed after it
         attempt = len(starts) + 1
-        uri = config.tracking.uri or f"sqlite:///{Path(output_dir).absolute()}/mlflow.db"
+        uri = store_uri(config.tracking, output_dir)
         checkpoint = f"{config.checkpoint_directory}/step_{step:08d}" if step else None
         tags = attempt_tags(attempt, checkpoint)
-        store = MlflowStore(uri) if config.tracking.enabled else None
+        store = MlflowStore(uri, uri_source(config.tracking)) if config.tracking.enabled else None
         known = bool(run_id) and any(start["uri"] == redact(uri) for start in starts)
         identity = (
             self._resolve_run(store, config, run_id, Path(output_dir), tags, known) if store else run_id or uuid.uuid4().hex
         )
+        self._say_unheeded()
         self._append("start", run_id=identity, uri=redact(uri) if store else "", attempt=attempt, step=step)
         if step is not None:
             self._forget_samples_after(step)
@@ -173,6 +192,9 @@ class JournalTracker:
     def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
         self._append("dataset", name=name, source=source, digest=digest, context=context)
 
+    def log_saved(self, step: int) -> None:
+        self._append("saved", step=step)
+
     def finish(self, status: RunStatus, timeout_seconds: float = 30.0) -> None:
         if self._monitor:
             self._monitor.finish()
@@ -203,7 +225,7 @@ class JournalTracker:
             self._journal = Journal(path)
             past = self._journal.records()
             names = [record["run_id"] for record in past if record["kind"] == "start"]
-            if past and run_id not in names:
+            if past and run_id not in names and not (run_id is None and _is_unsaved(past)):
                 owner = names[-1] if names else None
                 self._abandoned = owner if past[-1]["kind"] != "status" else None
                 self._journal.close()
@@ -237,8 +259,17 @@ class JournalTracker:
             tags = {**tags, "erollout.resumed_from": run_id}
             logger.warning("%s has no run %s: a new run there gets everything the journal holds", store.name, run_id)
             self._journal.mark_delivered(0)
+        return self._new_run(store, config, output_dir, tags)
+
+    def _new_run(self, store: MlflowStore, config: Config, output_dir: Path, tags: dict[str, str]) -> str:
+        """A kill before its id is in the journal leaves a run that the next attempt finds by its mark."""
+        marks = [record["mark"] for record in self._journal.records() if record["kind"] == "new"]
+        if marks and (found := store.find_run(config.tracking.experiment, MARK, marks[-1])) is not None:
+            return found
+        mark = uuid.uuid4().hex
+        self._append("new", mark=mark)
         artifacts = output_dir.absolute() / "mlartifacts"
-        return store.create_run(config.tracking.experiment, config.tracking.run_name, artifacts, tags)
+        return store.create_run(config.tracking.experiment, config.tracking.run_name, artifacts, {**tags, MARK: mark})
 
     def _record_setup(
         self, config: Config, resolved: Resolved, tags: dict[str, str], past: list[dict[str, Any]], attempt: int
@@ -252,11 +283,19 @@ class JournalTracker:
         changed = {name: value for name, value in params.items() if before.get(name, value) != value}
         fresh = {name: value for name, value in params.items() if name not in before}
         self._append("params", values=fresh, changed=changed)
+        if "tracking.run_name" in changed and config.tracking.run_name:
+            tags = {**tags, "mlflow.runName": config.tracking.run_name}
         if changed:
             tags = {**tags, f"erollout.changed_in_attempt_{attempt}": json.dumps(changed)}
         self._append("tags", values=tags)
         if attempt > 1:
             self._append("status", status="RUNNING")
+
+    def _say_unheeded(self) -> None:
+        """What MLflow's own functions would take from the environment."""
+        for name, key in UNHEEDED.items():
+            if value := variable(name):
+                logger.warning("%s = %s is not heeded; set %s", name, value, key)
 
     def _start_delivery(self, store: MlflowStore, run_id: str) -> None:
         directory = self._directory
@@ -304,6 +343,13 @@ class JournalTracker:
                 "tracking records can't be written to %s (%s): they are lost", self._directory, error.strerror or error
             )
         self._lost += 1
+
+
+def _is_unsaved(records: list[dict[str, Any]]) -> bool:
+    """Whether they are of a run that had no checkpoint yet and did not end well: without one, an attempt goes on with it."""
+    ended = [record["status"] for record in records if record["kind"] == "status"]
+    saved = any(record["kind"] == "saved" or (record["kind"] == "start" and record.get("step")) for record in records)
+    return not saved and "FINISHED" not in ended
 
 
 def _free_name(path: Path) -> Path:

@@ -18,7 +18,7 @@ from erollout.doctor.commands import add_command as add_doctor
 from erollout.environment import is_elastic, is_rank, launcher_environment
 from erollout.errors import UserError
 from erollout.launch.commands import add_commands as add_launch_commands
-from erollout.launch.parent import end_with_parent
+from erollout.launch.parent import end_with_parent, require_one_task
 from erollout.simulation.commands import add_command
 from erollout.tracking.redaction import redact
 
@@ -144,6 +144,7 @@ def _on_ranks(config: Config, arguments: list[str], work: Callable[[ModuleType],
     if launcher_environment() is not None:
         work(_session())
         return 0
+    require_one_task("FILE ...")
     from erollout.launch.local import launch_local
     from erollout.parallel.groups import expected_world_size
     from erollout.preflight import preflight

@@ -94,6 +94,14 @@ def max_cpu_isa() -> str | None:
     return variable("EROLLOUT_MAX_CPU_ISA")
 
 
+def tasks_beside() -> tuple[int, int]:
+    """How many tasks srun started of this command, on how many nodes; (1, 1) where it did not."""
+    if variable("SLURM_PROCID") is None:
+        return 1, 1
+    nodes = variable("SLURM_STEP_NUM_NODES") or variable("SLURM_NNODES") or "1"
+    return int(variable("SLURM_STEP_NUM_TASKS") or variable("SLURM_NTASKS") or "1"), int(nodes)
+
+
 def outside_of_jobs() -> dict[str, str]:
     """The environment without what Slurm has put into it, for a job that is submitted from within another one."""
     return {name: value for name, value in os.environ.items() if name in _OF_USERS or not name.startswith(_OF_JOBS)}

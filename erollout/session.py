@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import date
 from functools import partial
@@ -31,6 +31,7 @@ from erollout.preflight import Resolved, preflight, resolved_facts
 from erollout.reporting import summary_rows
 from erollout.rewards.pool import RewardPool
 from erollout.rollout import RolloutWorker
+from erollout.run_lock import RunLock
 from erollout.stopping import Stop, stoppable
 from erollout.supervised import SupervisedTrainer
 from erollout.tracking.console import StepReporter, print_summary, print_table
@@ -222,8 +223,24 @@ def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes
 @contextmanager
 def _run(config: Config, kind: RunKind) -> Iterator[tuple[Stop, Resolved, ParallelContext, Watchdog]]:
     """A run that writes to its directory: checked, joined to its world, watched for hangs, and ended by signals."""
-    with _stoppable(config) as stop, _world(config, kind) as (resolved, context), _watched(config, context) as watchdog:
+    with (
+        _stoppable(config) as stop,
+        _world(config, kind) as (resolved, context),
+        _held(config),
+        _watched(config, context) as watchdog,
+    ):
         yield stop, resolved, context, watchdog
+
+
+@contextmanager
+def _held(config: Config) -> Iterator[None]:
+    """No other run writes to the directories of this one."""
+    locks = [RunLock(Path(config.train.output_dir), "train.output_dir")]
+    if config.checkpoint.interval and config.checkpoint.directory:
+        locks.append(RunLock(config.checkpoint_directory, "checkpoint.directory"))
+    with ExitStack() as held:
+        _on_rank_zero(lambda: [held.enter_context(lock.held()) for lock in locks])
+        yield
 
 
 @contextmanager

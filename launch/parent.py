@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 
-from erollout.environment import set_variable, variable
+from erollout.environment import set_variable, tasks_beside, variable
+from erollout.errors import UserError
 
 _LAUNCHER = "EROLLOUT_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -27,3 +28,17 @@ def end_with_parent() -> None:
             os.write(2, f"erollout: the launcher of this rank, process {launcher}, is gone\n".encode())
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def require_one_task(config: str) -> None:
+    """Raises UserError where srun has started this command several times: each would be a run of its own in one directory."""
+    tasks, nodes = tasks_beside()
+    if tasks == 1:
+        return
+    ranks = max(1, tasks // nodes)
+    several = f"--nodes {nodes} --head $(scontrol show hostnames | head -n 1) " if nodes > 1 else ""
+    raise UserError(
+        f"SLURM_NTASKS = {tasks}: srun starts this command {tasks} times, and no launcher makes one run of them; give one task "
+        f"on each node: srun --nodes={nodes} --ntasks-per-node=1 erollout launch torchrun {several}--nproc-per-node {ranks} "
+        f"--config {config}, or submit it by `erollout launch slurm`"
+    )

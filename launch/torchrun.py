@@ -16,6 +16,7 @@ from erollout.environment import STORE, loopback_variables, set_variable, variab
 from erollout.errors import UserError
 from erollout.launch.meeting import Meeting, digest, joined, meeting, take_seat
 from erollout.launch.network import address_of, interface_variables
+from erollout.launch.parent import require_one_task
 from erollout.launch.secret import secret_of
 
 
@@ -57,6 +58,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         set_variable(name, value)
     if node is not None:
         return launch_node(train, node, secret_of(Path(config.train.output_dir)), options.log_dir)
+    require_one_task(options.config)
     from erollout.launch.local import launch_local
 
     return launch_local(train, options.nproc_per_node, options.log_dir, options.interface)

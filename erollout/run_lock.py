@@ -1,0 +1,210 @@
+"""One run at a time in a directory: a file there names the owner, who keeps its date fresh.
+
+Another run takes it over only when the owner is dead: its process is gone from this machine, Slurm has ended its job, or the
+file has not been touched for long. Made by O_EXCL and replaced by rename, it works on network filesystems too; ages are told by
+the filesystem's own clock.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from erollout.environment import variable
+from erollout.errors import UserError
+from erollout.launch import scheduler
+
+logger = logging.getLogger(__name__)
+
+LOCK = "lock"
+LOST = 71
+"""Exit status of a process whose lock another one has."""
+_BEAT_SECONDS = 5.0
+_DEAD_SECONDS = 120.0
+"""After so long without a sign, an owner on another machine that is no job of this cluster's is taken for dead."""
+_JOB_SECONDS = 3600.0
+"""The same of a job whose ranks have not begun: its batch script gives no signs."""
+_ENDING_SECONDS = 10.0
+"""How long an owner is waited for: it may be about to end."""
+_SETTLE_SECONDS = 1.0
+"""Between taking over and being sure of it: two may do so at once, and the last one has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who holds a directory."""
+
+    host: str
+    pid: int
+    """0: a job as a whole, before its ranks begin."""
+    started: float
+    """Of the process: when it began, so that a later one of the same id is not taken for it."""
+    machine: str
+    """Where process ids mean the same: this start of this machine, and its namespace."""
+    job: str
+    """Of Slurm; empty in none."""
+    attempt: int
+    """How often the job was queued again."""
+    token: str
+
+    def __str__(self) -> str:
+        process = f"process {self.pid} on {self.host}" if self.pid else f"a job on {self.host}"
+        return f"{process} (Slurm job {self.job})" if self.job else process
+
+
+def this_process() -> Owner:
+    attempt = variable("SLURM_RESTART_COUNT") or "0"
+    started = _started(os.getpid()) or 0.0
+    job = variable("SLURM_JOB_ID") or ""
+    return Owner(socket.gethostname(), os.getpid(), started, _machine(), job, int(attempt), uuid.uuid4().hex)
+
+
+class RunLock:
+    """Of one directory."""
+
+    def __init__(self, directory: Path, key: str) -> None:
+        """`key`: of the configuration, that names the directory."""
+        self.path = directory / LOCK
+        self.key = key
+        self.owner = this_process()
+        self._released = threading.Event()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In the block the directory is this process's. Raises UserError, with its owner, where another run has it."""
+        self.take()
+        thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._released.set()
+            thread.join(_BEAT_SECONDS)  # a filesystem that hangs doesn't keep the run from ending
+            self._release()
+
+    def take(self) -> None:
+        deadline = time.monotonic() + _ENDING_SECONDS
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                other = read_owner(self.path)
+                if other is not None and self._is_alive(other):
+                    if time.monotonic() > deadline:
+                        raise self._refusal(other)
+                    time.sleep(0.5)
+                elif self._take_over(other):
+                    return
+        except OSError as error:
+            raise UserError(
+                f"{self.key} = {self.path.parent} can't be written: {error.strerror}; choose another place"
+            ) from error
+
+    def _create(self) -> bool:
+        try:
+            with open(self.path, "x") as file:
+                file.write(json.dumps(asdict(self.owner)))
+        except FileExistsError:
+            return False
+        return True
+
+    def _take_over(self, dead: Owner | None) -> bool:
+        """None: of an owner that can't be read, for it has just gone, or was killed as it wrote."""
+        if dead is None and self._age() < _ENDING_SECONDS:
+            time.sleep(0.2)
+            return False
+        mine = self.path.with_name(f"{LOCK}.{self.owner.token}")
+        mine.write_text(json.dumps(asdict(self.owner)))
+        if read_owner(self.path) != dead:
+            mine.unlink()
+            return False
+        mine.replace(self.path)
+        if dead is None or dead.job != self.owner.job or not dead.job:
+            time.sleep(_SETTLE_SECONDS)
+        if read_owner(self.path) != self.owner:
+            return False
+        if dead is not None:
+            logger.info("%s was left by %s, which is gone: it is this run's now", self.path.parent, dead)
+        return True
+
+    def _is_alive(self, other: Owner) -> bool:
+        mine = self.owner
+        if other.job and other.job == mine.job and (other.attempt != mine.attempt or not other.pid):
+            return False  # this very job, as it was before
+        if other.pid and other.machine and other.machine == mine.machine:
+            return other.pid != mine.pid and _started(other.pid) == other.started
+        if other.job and other.job != mine.job:
+            with suppress(UserError, ValueError):  # there is no Slurm here, or it does not answer
+                known = scheduler.jobs([int(other.job)], self.path.parent)
+                return any(job.id == int(other.job) and job.is_alive for job in known)
+        return self._age() < (_DEAD_SECONDS if other.pid else _JOB_SECONDS)
+
+    def _age(self) -> float:
+        """Seconds since the owner's last sign; both dates are the filesystem's. Infinite where there is no file."""
+        probe = self.path.with_name(f"{LOCK}.{self.owner.token}.now")
+        probe.touch()
+        try:
+            return probe.stat().st_mtime - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+        finally:
+            probe.unlink()
+
+    def _refusal(self, other: Owner) -> UserError:
+        is_seen = not other.pid or other.machine == self.owner.machine
+        gone = "" if is_seen else f", or remove {self.path} if it is gone for sure"
+        return UserError(
+            f"{self.key} = {self.path.parent} is in use by {other}: two runs would write to one place; end that one "
+            f"(`erollout launch stop {self.path.parent}`) or choose another place{gone}"
+        )
+
+    def _keep(self) -> None:
+        """Give signs; end this process where another one has taken the lock: this one was suspended for long, or cut off."""
+        while not self._released.wait(_BEAT_SECONDS):
+            with suppress(OSError):  # a filesystem may be away for a while
+                holder = read_owner(self.path)
+                if holder is not None and holder != self.owner:
+                    os.write(2, f"erollout: error: {self.path.parent} is now held by {holder}: this process ends\n".encode())
+                    os._exit(LOST)
+                if holder is None and not self.path.exists():
+                    self._create()
+                os.utime(self.path)
+
+    def _release(self) -> None:
+        with suppress(OSError):
+            if read_owner(self.path) == self.owner:
+                self.path.unlink()
+
+
+def read_owner(path: Path) -> Owner | None:
+    """None where the file is not there, or half written."""
+    try:
+        return Owner(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _started(pid: int) -> float | None:
+    """None where no such process runs."""
+    with suppress(OSError):  # not Linux, or it is gone
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else float(fields[18])  # ticks since the boot, which no clock changes
+    with suppress(psutil.Error):
+        return psutil.Process(pid).create_time()
+    return None
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return f"{socket.gethostname()} {psutil.boot_time():.0f}"

@@ -1,0 +1,181 @@
+"""One run at a time in a directory: who is alive is named, who is dead is succeeded, and only one of many gets it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from commands import ENVIRONMENT, invoke
+from fake_slurm import FakeSlurm, fake  # noqa: F401
+from ranks import RankPool
+from test_resume_changes import refused_train
+from tiny_runs import tiny_tree, write_config
+
+from erollout import run_lock
+from erollout.errors import UserError
+from erollout.run_lock import LOCK, LOST, Owner, RunLock, read_owner, this_process
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from erollout.run_lock import RunLock
+with RunLock(Path(sys.argv[1]), "train.output_dir").held():
+    print("has it", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_ENDING_SECONDS", 1.0)
+    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.05)
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the directory."""
+    program = [sys.executable, "-c", HOLDS, str(tmp_path), "200"]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None and process.stdout.readline() == "has it\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def _lock(folder: Path) -> RunLock:
+    return RunLock(folder, "train.output_dir")
+
+
+def _leave(folder: Path, owner: Owner, age: float = 0.0) -> None:
+    (folder / LOCK).write_text(json.dumps(asdict(owner)))
+    at = time.time() - age
+    os.utime(folder / LOCK, (at, at))
+
+
+def _refused(folder: Path) -> str:
+    with pytest.raises(UserError) as refusal:
+        _lock(folder).take()
+    return str(refusal.value)
+
+
+def test_a_live_owner_is_named_and_a_dead_one_is_succeeded(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    message = _refused(tmp_path)
+    assert f"train.output_dir = {tmp_path} is in use by process {holder.pid} on {socket.gethostname()}" in message
+    assert "erollout launch stop" in message and [path.name for path in tmp_path.iterdir()] == [LOCK]
+    holder.kill()
+    holder.wait()
+    with _lock(tmp_path).held():
+        assert read_owner(tmp_path / LOCK) is not None and read_owner(tmp_path / LOCK).pid == os.getpid()  # type: ignore[union-attr]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_later_process_of_the_same_id_is_another_one(tmp_path: Path) -> None:
+    other = this_process()
+    _leave(tmp_path, replace(other, pid=os.getppid(), started=-1.0))
+    _lock(tmp_path).take()
+
+
+def test_an_owner_elsewhere_lives_as_long_as_it_gives_signs(tmp_path: Path) -> None:
+    elsewhere = replace(this_process(), host="far", machine="another", pid=1)
+    _leave(tmp_path, elsewhere, age=60)
+    message = _refused(tmp_path)
+    assert "process 1 on far" in message and f"remove {tmp_path}/{LOCK} if it is gone for sure" in message
+    _leave(tmp_path, elsewhere, age=200)
+    _lock(tmp_path).take()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_container_of_the_same_name_is_another_machine(tmp_path: Path) -> None:
+    _leave(tmp_path, replace(this_process(), machine="same host, other process ids", pid=2**22 + 1))
+    assert "is in use" in _refused(tmp_path)
+
+
+@pytest.mark.parametrize(("state", "free"), [("RUNNING", False), ("PENDING", False), ("FAILED", True), ("", True)])
+def test_slurm_says_whether_a_job_lives(
+    state: str,
+    free: bool,
+    tmp_path: Path,
+    fake: FakeSlurm,  # noqa: F811
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    fake.holds(*[(7, state, folder)] if state else [])
+    _leave(folder, replace(this_process(), host="n1", machine="another", pid=1, job="7"), age=0 if free else 9000)
+    if free:
+        _lock(folder).take()
+    else:
+        assert "(Slurm job 7)" in _refused(folder)
+
+
+def test_the_next_start_of_a_job_takes_over_at_once_and_a_second_step_of_it_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    there = replace(this_process(), host="n2", machine="another", pid=1)
+    _leave(tmp_path, there)
+    assert "process 1 on n2 (Slurm job 7)" in _refused(tmp_path)
+    _leave(tmp_path, replace(there, pid=0))  # its batch script
+    _lock(tmp_path).take()
+    _leave(tmp_path, there)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    _lock(tmp_path).take()
+
+
+def test_a_half_written_file_is_waited_for_and_then_replaced(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text('{"host": ')
+    os.utime(tmp_path / LOCK, (time.time() - 100,) * 2)
+    _lock(tmp_path).take()
+    assert read_owner(tmp_path / LOCK) is not None
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["free", "left by a dead one"])
+def test_of_many_at_once_one_gets_it(left: bool, tmp_path: Path) -> None:
+    if left:
+        _leave(tmp_path, replace(this_process(), pid=os.getppid(), started=-1.0))
+    program = [sys.executable, "-c", f"import erollout.run_lock as r; r._ENDING_SECONDS = 1\n{HOLDS}", str(tmp_path), "8"]
+    all_ = [
+        subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for _ in range(4)
+    ]
+    outputs = [process.communicate(timeout=100) for process in all_]
+    assert sorted(out for out, _ in outputs) == ["", "", "", "has it\n"]
+    assert sum("is in use by" in error for _, error in outputs) == 3
+
+
+def test_who_was_succeeded_ends(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", f"import erollout.run_lock as r; r._BEAT_SECONDS = 0.1\n{HOLDS}", str(tmp_path), "100"]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None and process.stdout.readline() == "has it\n"
+    _leave(tmp_path, replace(this_process(), host="far"))
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == LOST and f"{tmp_path} is now held by process {os.getpid()} on far" in error
+
+
+@pytest.mark.distributed
+def test_a_second_run_is_refused_on_all_ranks_and_writes_nothing(
+    rank_pool: RankPool, tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    tree = tiny_tree(tmp_path, checkpoint={"interval": 1}, rollout={"dtype": "float32"})
+    tree["train"]["output_dir"] = str(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    messages = rank_pool.run(2, refused_train, tree)
+    assert messages[0] == messages[1] and f"is in use by process {holder.pid}" in messages[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", [["train"], ["sft"], ["launch", "torchrun", "--nproc-per-node", "2"]], ids=" ".join)
+def test_several_tasks_without_a_launcher_are_refused(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_PROCID": 1, "SLURM_NTASKS": 8, "SLURM_NNODES": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    line = invoke(*command, "--config", str(write_config(tmp_path))).error()
+    assert "SLURM_NTASKS = 8" in line and not (tmp_path / "run").exists()
+    assert "srun --nodes=2 --ntasks-per-node=1 erollout launch torchrun --nodes 2" in line and "--nproc-per-node 4" in line

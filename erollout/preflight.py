@@ -36,6 +36,8 @@ from erollout.policy.hf_io import check_weights
 from erollout.policy.placement import training_placement
 from erollout.rewards.probe import ScorerProbe
 from erollout.rewards.scorers import Scorer, build_scorer
+from erollout.run_lock import LOCK
+from erollout.stopping import VERDICT
 from erollout.tracking.address import has_own_store, store_uri, uri_source
 from erollout.tracking.redaction import redact
 from erollout.tracking.store import MlflowStore
@@ -246,6 +248,9 @@ def _check_export(config: Config) -> None:
 def _check_outputs(config: Config) -> None:
     """Whatever the run writes can be written: better known now than at the first checkpoint."""
     require_writable("train.output_dir", Path(config.train.output_dir))
+    for name in (VERDICT, LOCK):
+        if (file := Path(config.train.output_dir) / name).is_dir():
+            raise UserError(f"train.output_dir: {file} is a directory, where a run leaves a file; move it away")
     if config.checkpoint.interval:
         require_writable("checkpoint.directory", config.checkpoint_directory)
     if config.checkpoint.export_path:

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 logger = logging.getLogger(__name__)
 
 HUNG = 70
@@ -27,6 +29,8 @@ _LAST_WORDS_SECONDS = 15.0
 """For the end of a rank whose filesystem does not answer."""
 _SILENT_BEATS = 3.0
 """A rank is silent when its file is older than so many heartbeats."""
+_LATEST = 1e11
+"""Seconds since the epoch that calendars know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,9 @@ class Heartbeat:
     """When this was written."""
     collectives: dict[str, int] = field(default_factory=dict)
     """Sequence number of the last collective of each process group, by its name, as far as the backend counts them."""
+
+
+_HEARTBEAT = TypeAdapter(Heartbeat)
 
 
 class Watchdog:
@@ -156,8 +163,10 @@ def read_heartbeats(directory: Path, world_size: int) -> list[Heartbeat]:
     """The last sign of every rank, in rank order; a file that can't be read is left out."""
     beats = []
     for rank in range(world_size):
-        with suppress(OSError, ValueError, TypeError):
-            beats.append(Heartbeat(**json.loads(_file(directory, rank).read_text())))
+        with suppress(OSError, ValueError):
+            beat = _HEARTBEAT.validate_json(_file(directory, rank).read_bytes())
+            if min(beat.since, beat.beat) >= 0 and max(beat.since, beat.beat) < _LATEST:
+                beats.append(beat)
     return beats
 
 

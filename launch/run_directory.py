@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.config import LOCATIONS, Config, build_config, load_config
@@ -38,6 +39,9 @@ class Submission:
     """The snapshot that it runs."""
     source: dict[str, Any] = field(default_factory=dict)
     """commit, dirty: what the snapshot is of."""
+
+
+_SUBMISSION = TypeAdapter(Submission)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +84,33 @@ class RunDirectory:
 
     def verdict(self) -> str | None:
         """How the last attempt ended; None while it runs, and after a crash."""
-        file = self.path / VERDICT
-        return file.read_text().strip() if file.is_file() else None
+        text = self._text(VERDICT)
+        return text.strip() if text is not None else None
 
     def bad_nodes(self) -> list[str]:
-        file = self.path / "bad_nodes"
-        return sorted(set(file.read_text().split())) if file.is_file() else []
+        return sorted(set((self._text("bad_nodes") or "").split()))
 
     def submissions(self) -> list[Submission]:
-        """Oldest first."""
-        file = self.path / "jobs.jsonl"
-        lines = file.read_text().splitlines() if file.is_file() else []
-        return [Submission(**json.loads(line)) for line in lines]
+        """Oldest first. Raises UserError for a line that is none."""
+        found = []
+        for number, line in enumerate((self._text("jobs.jsonl") or "").splitlines(), start=1):
+            try:
+                found.append(_SUBMISSION.validate_json(line))
+            except ValidationError as error:
+                problem = error.errors()[0]
+                words = ": ".join([*map(str, problem["loc"]), problem["msg"]])
+                raise UserError(f"{self.path}/jobs.jsonl:{number} is damaged: {words}; remove that line") from None
+        return found
+
+    def _text(self, name: str) -> str | None:
+        """Of a file that may not be there. Raises UserError for one that can't be read."""
+        file = self.path / name
+        try:
+            return file.read_text() if file.exists() else None
+        except OSError as error:
+            raise UserError(f"{file} can't be read: {error.strerror}; a run leaves a file there: move it away") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is damaged: it is no text ({error.reason} at byte {error.start}); remove it") from error
 
     def add(self, submission: Submission) -> None:
         with open(self.path / "jobs.jsonl", "a") as file:

@@ -121,6 +121,18 @@ def test_a_dry_run_refuses_too(folder: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_what_is_named_like_a_half_written_checkpoint_goes_with_it(folder: Path, rank_pool: RankPool) -> None:
+    checkpoints = folder / "run" / "checkpoints"
+    (folder / "kept").mkdir()
+    (folder / "kept" / "file").write_text("of the user")
+    (checkpoints / "step_00000003.partial").symlink_to(folder / "kept")
+    (checkpoints / "step_00000004.partial").write_text("a file")
+    (checkpoints / "step_00000005.partial").symlink_to(folder / "nowhere")
+    rank_pool.run(1, train_here, _tree(folder, train={"steps": STEPS}))
+    assert not list(checkpoints.glob("*.partial")) and (folder / "kept" / "file").read_text() == "of the user"
+
+
+@pytest.mark.distributed
 def test_what_is_obeyed_counts_from_the_next_step_on(folder: Path, rank_pool: RankPool) -> None:
     """The rate is that of the new schedule at that step, as if it had always been so."""
     optimizer = {"lr": 1e-2, "min_lr": 1e-3, "lr_decay_style": "cosine", "lr_warmup_steps": 1}

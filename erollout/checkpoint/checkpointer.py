@@ -235,7 +235,10 @@ class Checkpointer:
 
     def _prepare(self, partial: Path) -> None:
         for left in self.directory.glob("step_*.partial"):  # by a crash or a full disk
-            shutil.rmtree(left)
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:  # somebody has put it there
+                left.unlink()
         partial.mkdir(parents=True)
         self._require_space(partial)
 

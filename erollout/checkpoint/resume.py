@@ -157,7 +157,13 @@ def read_state(path: Path) -> dict[str, Any]:
         document: dict[str, Any] = json.loads((path / STATE).read_text())
         if missing := {"step", "run_id", "history", "kind", "identity", "scheduler", "rollout"} - document.keys():
             raise ValueError(f"no {min(missing)}")
-    except (OSError, ValueError, AttributeError) as error:
+        if not isinstance(document["identity"]["architecture"], dict) or not isinstance(
+            document.get("configuration", {}), dict
+        ):
+            raise ValueError("its identity or configuration is none")
+        if missing := {"dtype", "use_distributed_optimizer"} - document["identity"].keys():
+            raise ValueError(f"no identity.{min(missing)}")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"checkpoint {path} is damaged: can't read {STATE} ({error}); remove the directory to use the one before"
         ) from error

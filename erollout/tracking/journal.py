@@ -5,6 +5,7 @@ crash of the machine loses what the kernel had not flushed. A torn line is skipp
 """
 
 import json
+import logging
 import math
 import os
 import threading
@@ -13,6 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from erollout.tracking.records import decode
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 
@@ -68,7 +73,7 @@ class Journal:
                 if not line.endswith(b"\n") or len(entries) == limit:
                     break
                 offset += len(line)
-                entries.append(Entry(_decode(line), offset))
+                entries.append(Entry(decode(line), offset))
         return entries
 
     def records(self) -> list[dict[str, Any]]:
@@ -119,25 +124,23 @@ def read_history(path: str | Path) -> list[dict[str, float]]:
     Raises OSError when there is no journal.
     """
     history: dict[int, dict[str, float]] = {}
+    damaged = 0
     with open(path, "rb") as file:
-        for record in filter(None, map(_decode, file)):
+        for line in file:
+            if (record := decode(line)) is None:
+                damaged += bool(line.strip())
+                continue
             if record["kind"] == "start" and record.get("step") is not None:
                 history = {step: row for step, row in history.items() if step <= record["step"]}
             if record["kind"] == "metrics":
                 row = history.setdefault(record["step"], {"step": record["step"]})
                 row.update({name: float(value) for name, value in (record["values"] | record.get("repeated", {})).items()})
+    if damaged:
+        logger.warning("%s: %d lines can't be read, and are left out", path, damaged)
     rows = [
         {name: value for name, value in history[step].items() if not name.startswith("system/")} for step in sorted(history)
     ]
     return [row for row in rows if len(row) > 1]
-
-
-def _decode(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "kind" in record else None
 
 
 def _encode(value: Any) -> Any:

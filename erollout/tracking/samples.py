@@ -13,9 +13,10 @@ Row = Mapping[str, Any]
 
 def read_samples(path: Path) -> list[Row]:
     """The rows of a table file; none where there is none, or a damaged one."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         table = json.loads(path.read_text())
-        return [dict(zip(table["columns"], row, strict=False)) for row in table["data"]]
+        rows = [dict(zip(table["columns"], row, strict=False)) for row in table["data"]]
+        return [row for row in rows if isinstance(row["step"], int)]
     return []
 
 

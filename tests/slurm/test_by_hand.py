@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from slurm_runs import ENDED, INTERVAL, SBATCH, Cluster, Run, wait_for
+from slurm_runs import ENDED, INTERVAL, SBATCH, STEPS, Cluster, Run, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -132,3 +132,31 @@ def _wait_for_array(cluster: Cluster, job: int) -> dict[int, str]:
 
     wait_for(lambda: set(read().values()) <= ENDED, f"array {job} does not end")
     return read()
+
+
+def test_a_run_directory_is_one_jobs(cluster: Cluster, tmp_path: Path) -> None:
+    """A second job and an array are refused, and leave what is there as it is."""
+    run = Run(tmp_path / "it", STEPS, INTERVAL, rewards={"function": "unhurried_scorer:a_second"})
+    command = [f"--output={run.folder}/%j.out", SBATCH / "train.sbatch", run.directory, "--config", run.config]
+    job = cluster.submit("--nodes=1", *command, EROLLOUT_PREFLIGHT="0")
+    cluster.reach(job, run, 1)
+    others = [cluster.submit("--nodes=1", *command, EROLLOUT_PREFLIGHT="0") for _ in range(2)]
+    for other in others:
+        assert cluster.wait(other).state == "FAILED", cluster.logs(other)()
+        assert f"is in use by job {job} (RUNNING)" in (run.folder / f"{other}.out").read_text()
+    assert [path.name for path in run.directory.glob("logs/*.*")] == [f"{job}.0"]
+    cluster.output("scancel", "--batch", "--signal=TERM", str(job))
+    cluster.wait(job)
+    assert run.verdict == "stopped" and not (run.directory / "lock").exists()
+
+
+def test_of_an_array_one_element_runs(cluster: Cluster, tmp_path: Path) -> None:
+    run = Run(tmp_path / "it", 6, 2, rewards={"function": "unhurried_scorer:a_second"})
+    options = ["--array=0-2", "--nodes=1", f"--output={run.folder}/%a.out"]
+    words = [SBATCH / "train.sbatch", run.directory, "--config", run.config]
+    cluster.submit(*options, *words, EROLLOUT_PREFLIGHT="0")
+    outputs = [run.folder / f"{number}.out" for number in range(3)]
+    ended = ("ended: verdict done", "is in use by job")
+    wait_for(lambda: all(out.exists() and any(w in out.read_text() for w in ended) for out in outputs), "they don't end")
+    assert sorted(next(w for w in ended if w in out.read_text()) for out in outputs) == [ended[0], ended[1], ended[1]]
+    assert run.lost() == 0 and sorted(run.steps) == list(range(1, 7))

@@ -133,3 +133,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(cluster: Cluster, tmp_
     assert cluster.wait(again).state == "COMPLETED" and run.verdict == "done", cluster.logs(again)()
     assert run.lost() == newest - before
     run.assert_equal(unbroken)
+
+
+def test_a_node_that_is_lost_and_back_before_the_controller_sees_it(nodes: Cluster, run: Run, unbroken: Run) -> None:
+    """Nobody is left to end srun, and no rank to hear SIGUSR1."""
+    job = nodes.launch(run, UNCHECKED)
+    nodes.reach(job, run, INTERVAL + 2)
+    lost = nodes.job(job).nodes[1]
+    nodes.change("crash", lost)
+    nodes.change("heal", lost)
+    wait_for(lambda: not nodes.ranks(job), "ranks go on without the others", why=nodes.logs(job))
+    assert nodes.job(job).state == "RUNNING", nodes.logs(job)()
+    nodes.output("scancel", "--batch", "--signal=USR1", str(job))
+    assert_went_on(nodes, job, run, unbroken)
+    assert "no rank has given a sign" in nodes.logs(job)()

@@ -1,0 +1,49 @@
+"""What a line of the journal holds, by its kind. What a disk has made of a line must end no command."""
+
+import json
+from typing import Any
+
+_FIELDS: dict[str, dict[str, type]] = {
+    "start": {"run_id": str, "uri": str},
+    "new": {"mark": str},
+    "saved": {"step": int},
+    "metrics": {"step": int, "values": dict},
+    "params": {"values": dict, "changed": dict},
+    "tags": {"values": dict},
+    "artifact": {"file": str, "folder": str},
+    "dataset": {"name": str, "source": str, "digest": str, "context": str},
+    "status": {"status": str},
+}
+_MOST = 2**62
+"""Beyond any step and any time in milliseconds."""
+
+
+def decode(line: bytes) -> dict[str, Any] | None:
+    """None for a line that is no record: torn, damaged, or of a kind or type that none is of."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and _is_whole(record) else None
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    fields = _FIELDS.get(str(record.get("kind")))
+    if fields is None or not all(isinstance(record.get(name), kind) for name, kind in fields.items()):
+        return False
+    numbers = [record["time"], record.get("step") or 0] if "time" in record else []
+    if not numbers or not all(isinstance(number, int) and abs(number) < _MOST for number in numbers):
+        return False
+    if record["kind"] != "metrics":
+        return True
+    repeated = record.get("repeated", {})
+    return isinstance(repeated, dict) and all(map(_is_number, [*record["values"].values(), *repeated.values()]))
+
+
+def _is_number(value: Any) -> bool:
+    """Also `nan` and `inf`, which JSON has no numbers for."""
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True

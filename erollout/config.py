@@ -174,7 +174,8 @@ class SpeculationConfig:
     decision_interval: bounds.Few = 1
     """Steps between two decisions; above 1 where a replica has several ranks, which must agree on each."""
     trace_interval: bounds.Interval = 1
-    """Rollouts between two whose decisions are written to <train.output_dir>/decisions; 0: none."""
+    """Rollouts between two whose decisions are written to <train.output_dir>/decisions; 0: none. The newest
+    hundred of each replica are kept."""
     toggle: ToggleConfig = field(default_factory=ToggleConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
 

@@ -94,6 +94,14 @@ def max_cpu_isa() -> str | None:
     return variable("EROLLOUT_MAX_CPU_ISA")
 
 
+def job_and_attempt() -> tuple[str, int]:
+    """Of which job this process is, by Slurm's number or `launch ray`'s name, and in which of its starts; ("", 0) in none."""
+    name, _, attempt = (variable("TORCHELASTIC_RUN_ID") or "").rpartition(".")
+    if name.startswith("ray-") and attempt.isdigit():  # of which Slurm's job may have several
+        return name, int(attempt)
+    return variable("SLURM_JOB_ID") or "", int(variable("SLURM_RESTART_COUNT") or "0")
+
+
 def tasks_beside() -> tuple[int, int]:
     """How many tasks srun started of this command, on how many nodes; (1, 1) where it did not."""
     if variable("SLURM_PROCID") is None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from erollout.environment import variable
+from erollout.environment import job_and_attempt
 from erollout.errors import UserError
 from erollout.launch import scheduler
 
@@ -51,21 +51,21 @@ class Owner:
     machine: str
     """Where process ids mean the same: this start of this machine, and its namespace."""
     job: str
-    """Of Slurm; empty in none."""
+    """Of Slurm, by its number, or of `launch ray`; empty in none."""
     attempt: int
     """How often the job was queued again."""
     token: str
 
     def __str__(self) -> str:
         process = f"process {self.pid} on {self.host}" if self.pid else f"a job on {self.host}"
-        return f"{process} (Slurm job {self.job})" if self.job else process
+        if not self.job:
+            return process
+        return f"{process} ({'Slurm ' * self.job.isdigit()}job {self.job})"
 
 
 def this_process() -> Owner:
-    attempt = variable("SLURM_RESTART_COUNT") or "0"
     started = _started(os.getpid()) or 0.0
-    job = variable("SLURM_JOB_ID") or ""
-    return Owner(socket.gethostname(), os.getpid(), started, _machine(), job, int(attempt), uuid.uuid4().hex)
+    return Owner(socket.gethostname(), os.getpid(), started, _machine(), *job_and_attempt(), uuid.uuid4().hex)
 
 
 class RunLock:
@@ -141,8 +141,8 @@ class RunLock:
             return False  # this very job, as it was before
         if other.pid and other.machine and other.machine == mine.machine:
             return other.pid != mine.pid and _started(other.pid) == other.started
-        if other.job and other.job != mine.job:
-            with suppress(UserError, ValueError):  # there is no Slurm here, or it does not answer
+        if other.job.isdigit() and other.job != mine.job:
+            with suppress(UserError):  # there is no Slurm here, or it does not answer
                 known = scheduler.jobs([int(other.job)], self.path.parent)
                 return any(job.id == int(other.job) and job.is_alive for job in known)
         return self._age() < (_DEAD_SECONDS if other.pid else _JOB_SECONDS)

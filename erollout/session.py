@@ -9,13 +9,15 @@ from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
+from signal import Signals
 from typing import TypeVar
 
 from erollout.algorithm import build_algorithm
 from erollout.calibration.sweep import Grid
 from erollout.calibration.sweep import sweep as measure_steps
 from erollout.calibration.sweep_log import append_row, resume_rows
-from erollout.checkpoint.checkpointer import Checkpointer, RunState
+from erollout.checkpoint.checkpointer import KEPT, Checkpointer, RunState
+from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.checkpoint.resume import RunKind
 from erollout.comparison import WHERE, compare_held_out
 from erollout.config import Config
@@ -32,7 +34,7 @@ from erollout.reporting import summary_rows
 from erollout.rewards.pool import RewardPool
 from erollout.rollout import RolloutWorker
 from erollout.run_lock import RunLock
-from erollout.stopping import Stop, stoppable
+from erollout.stopping import Stop, say, stoppable
 from erollout.supervised import SupervisedTrainer
 from erollout.tracking.console import StepReporter, print_summary, print_table
 from erollout.tracking.journal import journal_path, read_history
@@ -230,6 +232,19 @@ def _run(config: Config, kind: RunKind) -> Iterator[tuple[Stop, Resolved, Parall
         _watched(config, context) as watchdog,
     ):
         yield stop, resolved, context, watchdog
+        if context.rank == 0 and stop.agreed is not None:
+            say(f"{stop.agreed.name}: {_what_is_saved(config, stop.agreed)}")
+
+
+def _what_is_saved(config: Config, asked: Signals) -> str:
+    """The last line of a run that was asked to stop."""
+    found = complete_checkpoints(config.checkpoint_directory) if config.checkpoint.interval else []
+    if not found:
+        none = "no step was done" if config.checkpoint.interval else "checkpoint.interval = 0"
+        return f"stopped, nothing is saved ({none}); the same command begins anew"
+    begun = " with the begun rollout of the next step" if (found[-1] / KEPT).exists() else ""
+    requeued = ", as a scheduler does that queues it again" if asked is Signals.SIGUSR1 else ""
+    return f"stopped, saved in {found[-1]}{begun}; the same command goes on from there{requeued}"
 
 
 @contextmanager

@@ -4,8 +4,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
-"""A scheduler sends them to all processes of a job, whichever of them it means."""
+STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
+"""A scheduler, and a terminal, send them to all processes of a job, whichever of them is meant."""
+
+ENDED_AT_ONCE = "SIGINT again: ended at once; the same command goes on from the newest checkpoint, if there is one"
+"""The last line of a run that Ctrl-C was pressed twice in."""
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from erollout.parallel.groups import ParallelContext
 from erollout.speculation.cost_model import CalibratedCost
 from erollout.speculation.step import Load
 from erollout.speculation.toggle import Toggle
-from erollout.speculation.trace import Bin, Trace
+from erollout.speculation.trace import Bin, Trace, forget_others
 from erollout.types import RolloutRequest
 
 logger = logging.getLogger(__name__)
@@ -148,8 +148,8 @@ class Steering:
             return Course()
         self.last = toggle = control.toggle
         toggle.end_rollout(accepted / drafted if drafted else None)
-        if decisions is not None:
-            toggle.trace.write(decisions)
+        if decisions is not None and toggle.trace.write(decisions):
+            forget_others(decisions)
         metrics = {f"toggle/{name}": value for name, value in toggle.metrics().items()}
         metrics |= {f"coordinator/{name}": value for name, value in control.report().items()}
         seconds = max(self.engine.stats.seconds, toggle.trace.seconds)

@@ -1,11 +1,13 @@
 """Ends a run on request: a signal sets a flag, which interrupts a rollout; all ranks agree, and a file says how the run ended.
 
-SIGUSR1 asks for a checkpoint and a later start (a time limit is near), SIGTERM for a checkpoint and the end.
+SIGUSR1 asks for a checkpoint and a later start (a time limit is near), SIGTERM and SIGINT (Ctrl-C) for a checkpoint and the
+end. A second SIGINT ends the process at once, whatever it is waiting in.
 """
 
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +19,7 @@ from erollout.environment import launcher_environment
 from erollout.errors import UserError
 from erollout.parallel.collectives import all_max
 from erollout.parallel.groups import current_rank
+from erollout.signals import ENDED_AT_ONCE
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +31,9 @@ VERDICT = "verdict"
 
 _REPEAT_SECONDS = 5.0
 """A second SIGTERM after so long ends the process at once. Sooner, it is the first one, passed on by a launcher too."""
-_URGENCY = {signal.SIGUSR1: 1, signal.SIGTERM: 2}
+AGAIN_SECONDS = 0.3
+"""A second SIGINT sooner is the first one, which a terminal and a launcher have both sent."""
+_URGENCY = {signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}
 """Where ranks were asked for different things, SIGTERM wins: who cancels a run doesn't want it back."""
 
 
@@ -72,7 +77,7 @@ class Stop:
         """A run that saves nothing is not to be requeued: it would begin again each time."""
         if self.agreed is None:
             return "done"
-        return "requeue" if self._asked < _URGENCY[signal.SIGTERM] and self._requeues else "stopped"
+        return "requeue" if self._asked < _URGENCY[signal.SIGINT] and self._requeues else "stopped"
 
     @property
     def _requeues(self) -> bool:
@@ -87,11 +92,42 @@ class Stop:
                 os.kill(os.getpid(), number)
             self._terminated_at = self._terminated_at or now
         is_first, self._asked = not self._asked, max(self._asked, _URGENCY[asked])
-        if is_first and current_rank() == 0:  # a signal may come in the middle of a print, and after the end of who reads it
-            with suppress(OSError):
-                os.write(
-                    2, f"erollout: {asked.name}: stops a rollout at once, anything else at the end of this step\n".encode()
-                )
+        if is_first and current_rank() == 0:
+            again = "; once more ends it at once, unsaved" if asked is signal.SIGINT else ""
+            say(f"{asked.name}: stops a rollout at once, anything else at the end of this step{again}")
+
+
+def say(text: str) -> None:
+    """A line on stderr: a signal may come in the middle of a print, and after the end of who reads it."""
+    with suppress(OSError):
+        os.write(2, f"erollout: {text}\n".encode())
+
+
+@contextmanager
+def _ended_by_a_second_interrupt() -> Iterator[None]:
+    """A thread is told of each signal when it comes. The main thread hears of it only between two instructions of Python, and
+    may be waiting for other ranks for ever."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        first: float | None = None
+        while number := os.read(reader, 1):
+            now = time.monotonic()
+            if number[0] == signal.SIGINT and first is not None and now - first > AGAIN_SECONDS:
+                if current_rank() == 0:
+                    say(ENDED_AT_ONCE)
+                os._exit(128 + signal.SIGINT)
+            first = first or (now if number[0] == signal.SIGINT else None)
+        os.close(reader)
+
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="interrupts", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 @contextmanager
@@ -101,14 +137,16 @@ def stoppable(output_dir: str, saves: bool) -> Iterator[Stop]:
     A rank that is through ignores them from then on: others may still be at it, and one that a late signal ended would be taken
     for a crash.
 
-    Raises SystemExit(143) after a SIGTERM where no launcher started this process: a launcher would take it for a crash.
+    Raises SystemExit(143) after a SIGTERM, 130 after a SIGINT, where no launcher started this process: a launcher would take it
+    for a crash.
     Raises UserError when the verdict can't be written.
     """
     stop = Stop(saves, Path(output_dir) / VERDICT)
     after = {number: signal.signal(number, stop.note) or signal.SIG_DFL for number in _URGENCY}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _URGENCY)  # our launcher starts the ranks with SIGUSR1 blocked
     try:
-        yield stop
+        with _ended_by_a_second_interrupt():
+            yield stop
         if current_rank() == 0:
             _write(stop.file, stop.verdict)
         if launcher_environment() is not None:
@@ -116,8 +154,8 @@ def stoppable(output_dir: str, saves: bool) -> Iterator[Stop]:
     finally:
         for number, handler in after.items():
             signal.signal(number, handler)
-    if stop.agreed is signal.SIGTERM and launcher_environment() is None:
-        raise SystemExit(128 + signal.SIGTERM)
+    if stop.agreed in (signal.SIGTERM, signal.SIGINT) and launcher_environment() is None:
+        raise SystemExit(128 + stop.agreed)
 
 
 def _write(path: Path, verdict: str) -> None:

@@ -21,7 +21,7 @@ from erollout.errors import UserError
 from erollout.launch.parent import name_launcher
 from erollout.launch.rank_logs import RankLogs
 from erollout.launch.rendezvous import BACKEND, FixedRendezvous, on_one_node
-from erollout.signals import STOPS, stops_wait
+from erollout.signals import ENDED_AT_ONCE, STOPS, stops_wait
 
 _POLL_SECONDS = 0.2
 _AGENT_KILLS_SECONDS = 30
@@ -49,7 +49,8 @@ def run_ranks(
 ) -> int:
     """Run `erollout <arguments>` on this node's ranks and wait for them.
 
-    When a rank fails, the others are ended. SIGTERM and SIGUSR1 are passed on to the ranks, which save and stop.
+    When a rank fails, the others are ended. SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks, which save and stop; a
+    second SIGINT ends them at once.
 
     Args:
         ranks: on this node.
@@ -72,7 +73,7 @@ def run_ranks(
         local_addr=address,
         max_restarts=0,
         monitor_interval=0.1,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        signals_to_handle="SIGHUP,SIGQUIT" if sys.platform == "linux" else "SIGINT,SIGHUP,SIGQUIT",
         logs_specs=RankLogs() if log_dir is None else _rank_logs(log_dir),
         log_line_prefix_template="rank ${rank}: ",
     )
@@ -81,6 +82,9 @@ def run_ranks(
         with _passing_on() as passed:
             elastic_launch(config, sys.executable)("-m", "erollout.cli", *arguments)
     except ChildFailedError as error:
+        if signal.SIGKILL in passed:
+            print(f"erollout: {ENDED_AT_ONCE}", file=sys.stderr, flush=True)
+            return 128 + signal.SIGINT
         rank, first = first_failure(error.failures)
         if first.exitcode > 0:  # it has said why
             return first.exitcode
@@ -88,7 +92,7 @@ def run_ranks(
         return 128 - first.exitcode
     except SignalException as error:
         return 128 + error.sigval
-    return 128 + signal.SIGTERM if signal.SIGTERM in passed else 0
+    return next((128 + number for number in (signal.SIGTERM, signal.SIGINT) if number in passed), 0)
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
@@ -128,9 +132,9 @@ def _rank_logs(log_dir: Path) -> RankLogs:
 
 @contextmanager
 def _passing_on() -> Iterator[set[int]]:
-    """In the block, SIGTERM and SIGUSR1 go to the ranks; yields those that came.
+    """In the block, STOPS go to the ranks; yields those that came, and SIGKILL where a second SIGINT has ended the ranks.
 
-    Torch's agent would die of SIGUSR1, and kill the ranks some time after SIGTERM. The ranks start with both signals blocked,
+    Torch's agent would die of SIGUSR1, and kill the ranks some time after SIGTERM. The ranks start with the signals blocked,
     as this process has them: one that comes before a rank listens waits for it. Linux only; elsewhere the agent decides.
     """
     passed: set[int] = set()
@@ -156,11 +160,16 @@ def _passing_on() -> Iterator[set[int]]:
 def _pass_on(waiting: list[int], passed: set[int], ended: threading.Event) -> None:
     """This thread alone is sure to take the signals in; Python runs their handlers in the main thread all the same."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    interrupts = 0
     while not ended.wait(_POLL_SECONDS):
         passed.update(waiting)
         ranks = _children() if waiting else []
         while ranks and waiting:
             number = waiting.pop(0)
+            interrupts += number == signal.SIGINT
+            if number == signal.SIGINT and interrupts > 1:
+                number = signal.SIGKILL
+                passed.add(number)
             for rank in ranks:
                 with suppress(ProcessLookupError):
                     os.kill(rank, number)

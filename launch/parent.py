@@ -27,7 +27,7 @@ def end_with_parent() -> None:
         if launcher is not None and launcher != str(os.getppid()):  # it died before the call above
             os.write(2, f"erollout: the launcher of this rank, process {launcher}, is gone\n".encode())
             os._exit(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def require_one_task(config: str) -> None:

@@ -35,7 +35,7 @@ with RunLock(Path(sys.argv[1]), "train.output_dir").held():
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "_ENDING_SECONDS", 1.0)
     monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.05)
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -126,6 +126,15 @@ def test_the_next_start_of_a_job_takes_over_at_once_and_a_second_step_of_it_does
     _lock(tmp_path).take()
     _leave(tmp_path, there)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    _lock(tmp_path).take()
+
+
+def test_the_next_start_of_a_job_on_ray_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ray-1130-1200.1")
+    there = replace(this_process(), host="far", machine="another", pid=1)
+    _leave(tmp_path, there)
+    assert "process 1 on far (job ray-1130-1200)" in _refused(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "ray-1130-1200.2")
     _lock(tmp_path).take()
 
 

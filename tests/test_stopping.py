@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from commands import ENVIRONMENT, command
+from launched import Launched
 from ranks import RankPool
 from tiny_runs import history, sft_here, steps_recorded, tiny_tree, train_here, write_config
 
@@ -90,6 +91,9 @@ def test_sigterm_stops_a_supervised_run_for_good(rank_pool: RankPool, tmp_path: 
         ((signal.SIGUSR1,), False, "stopped"),
         ((signal.SIGUSR1, signal.SIGTERM), True, "stopped"),
         ((signal.SIGTERM, signal.SIGTERM), True, "stopped"),  # the second by a launcher, at once
+        ((signal.SIGINT,), True, "stopped"),
+        ((signal.SIGINT, signal.SIGINT), True, "stopped"),
+        ((signal.SIGUSR1, signal.SIGINT), True, "stopped"),
     ],
 )
 def test_verdict(asked: tuple[signal.Signals, ...], saves: bool, verdict: str, rank_pool: RankPool, tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def stop_here(folder: str, asked: tuple[signal.Signals, ...], saves: bool) -> st
             assert stop.agree(3, torch.device("cpu")) == bool(asked)
             verdict = stop.verdict
     except SystemExit as ended:
-        assert ended.code == 143 and signal.SIGTERM in asked
+        assert ended.code == 128 + max(asked, key=[signal.SIGUSR1, signal.SIGINT, signal.SIGTERM].index)
     assert signal.getsignal(signal.SIGUSR1) == before
     return verdict
 
@@ -164,6 +168,62 @@ def test_a_later_second_sigterm_ends_the_process(monkeypatch: pytest.MonkeyPatch
         stop.note(signal.SIGTERM, None)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
+
+
+HANGS = """
+import ctypes, os, signal, sys, threading, time
+from pathlib import Path
+from erollout.stopping import stoppable
+def interrupt():
+    for pause in (0.2, 1.0):
+        time.sleep(pause)
+        os.kill(os.getpid(), signal.SIGINT)
+with stoppable(sys.argv[1], saves=True):
+    threading.Thread(target=interrupt, daemon=True).start()
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    lock(mutex)  # as a collective does, it waits on after a signal and gives Python no time
+"""
+
+
+def test_a_second_interrupt_ends_a_rank_that_waits_for_ever(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith("erollout: SIGINT again: ended at once")
+    assert not (tmp_path / "verdict").exists()
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_one_ends_at_once(ranks: int, tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path)
+    config = write_config(
+        tmp_path,
+        train=tree["train"] | {"steps": FOREVER},
+        checkpoint={"interval": FOREVER},
+        parallel={"world_size": ranks},
+        rewards={"function": "unhurried_scorer:a_second"},
+    )
+    for again in (False, True):
+        with Launched("train", "--config", str(config), output=tmp_path / f"output.{again}") as run:
+            before = steps_recorded(tmp_path)
+            run.wait_until(lambda: steps_recorded(tmp_path) > before)  # noqa: B023
+            run.process.send_signal(signal.SIGINT)
+            run.wait_until(lambda: "once more ends it at once" in run.text())
+            if again:
+                time.sleep(0.5)
+                run.process.send_signal(signal.SIGINT)
+            assert run.process.wait(60) == 130, run.text()
+            run.wait_until_gone(20)
+            last = run.text().splitlines()[-1]
+            (saved, *_) = complete_checkpoints(tmp_path / "run" / "checkpoints")
+            if not again:
+                assert last.startswith(f"erollout: SIGINT: stopped, saved in {saved}") and "the same command goes on" in last
+                assert _verdict(tmp_path) == "stopped"
+            elif "SIGINT: stopped" not in last:  # it was not as fast as the first one
+                assert last.startswith("erollout: SIGINT again: ended at once")
+            assert "Traceback" not in run.text()
 
 
 @pytest.mark.end_to_end

@@ -10,7 +10,7 @@ import pytest
 
 from erollout.errors import UserError
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
-from erollout.speculation.trace import COLUMNS, Decision, Reason, Trace
+from erollout.speculation.trace import COLUMNS, Decision, Reason, Trace, forget_others
 
 N3 = Arm("w4 odd, name", 3)
 ARMS = (OFF, N3)
@@ -129,3 +129,14 @@ def test_bins_are_means_over_time(trace: Trace) -> None:
 def test_predicted_over_measured_leaves_prompts_out(trace: Trace) -> None:
     assert trace.predicted_over_measured == pytest.approx((1.4 + 3 * 0.7 + 0.7) / (1.4 + 2.0 + 99.0))
     assert Trace().predicted_over_measured == 1.0
+
+
+def test_the_newest_of_a_replica_are_kept(tmp_path: Path) -> None:
+    """Those of later steps are of an attempt that is forgotten."""
+    for step in range(12):
+        for replica in (0, 1):
+            (tmp_path / f"step_{step:08d}.replica_{replica:05d}.csv.gz").write_text("")
+    forget_others(tmp_path / "step_00000009.replica_00001.csv.gz", kept=3)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert [name[:13] for name in left if "replica_00001" in name] == [f"step_0000000{step}" for step in (7, 8, 9)]
+    assert len([name for name in left if "replica_00000" in name]) == 12

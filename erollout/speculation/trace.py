@@ -8,6 +8,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from math import nan
@@ -18,6 +19,8 @@ from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 
 logger = logging.getLogger(__name__)
 
+KEPT_TRACES = 100
+"""Of a replica."""
 OUTLIER = 3.0
 """Times its prediction: more of a step's seconds is not laid to its arm."""
 
@@ -306,6 +309,21 @@ def binned(spans: Iterable[tuple[float, float, float, float, int]], bins: int, s
             share = max(0.0, min(end, (index + 1) * width) - max(start, index * width)) / width
             sums[index] = [total + share * value for total, value in zip(sums[index], values, strict=True)]
     return [Bin(*total) for total in sums]
+
+
+def forget_others(written: Path, kept: int = KEPT_TRACES) -> None:
+    """Remove a replica's old traces, and those of steps that are to be made again. Files are `step_00000000.replica_00000...`.
+
+    Args:
+        written: the newest one.
+        kept: so many with it.
+    """
+    _, _, replica = written.name.partition(".")
+    found = sorted(path.name for path in written.parent.glob(f"step_*.{replica}"))
+    at = found.index(written.name) + 1
+    for name in [*found[: max(0, at - kept)], *found[at:]]:
+        with suppress(OSError):
+            (written.parent / name).unlink()
 
 
 def _arm(text: str) -> Arm:

@@ -127,12 +127,13 @@ class RunLock:
             mine.unlink()
             return False
         mine.replace(self.path)
-        if dead is None or dead.job != self.owner.job or not dead.job:
+        is_of_this_job = dead is not None and dead.job != "" and dead.job == self.owner.job
+        if not is_of_this_job:
             time.sleep(_SETTLE_SECONDS)
         if read_owner(self.path) != self.owner:
             return False
-        if dead is not None:
-            logger.info("%s was left by %s, which is gone: it is this run's now", self.path.parent, dead)
+        if not is_of_this_job:
+            logger.info("%s was left by %s: it is this run's now", self.path.parent, dead or "nobody knows whom")
         return True
 
     def _is_alive(self, other: Owner) -> bool:

@@ -31,6 +31,7 @@ LOCATIONS = (
     "train.output_dir",
     "checkpoint.directory",
     "checkpoint.export_path",
+    "rewards.import_path",
 )
 """Keys whose values are places in the filesystem."""
 

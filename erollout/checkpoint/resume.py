@@ -26,7 +26,7 @@ OBEYED: Mapping[str, str] = {
     "parallel": "world_size tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel timeout_seconds",
     "rollout": "group_size tensor_model_parallel_size dtype temperature top_k top_p min_p repetition_penalty max_prompt_tokens "
     "max_tokens stop stop_token_ids ignore_eos block_size num_kv_blocks kv_cache_gib max_num_seqs max_num_batched_tokens "
-    "kernels",
+    "kernels special_tokens",
     "speculation": "mode num_speculative_tokens verification calibration decision_interval trace_interval",
     "speculation.toggle": "margin max_speculative_tokens acceptance_window probe_interval probe_steps bootstrap_seconds",
     "speculation.toggle.ladder": "rungs raise_above lower_below persistence",
@@ -34,9 +34,9 @@ OBEYED: Mapping[str, str] = {
     "coordinator": "policy hand_out lock_step window_seconds stall_seconds",
     "algorithm": "name clip_ratio_low clip_ratio_high normalize_advantages kl_coefficient kl_estimator kl_placement "
     "entropy_coefficient aggregation",
-    "rewards": "function pool num_workers timeout_seconds error_value threshold",
+    "rewards": "function import_path stop_when_all_fail pool num_workers timeout_seconds error_value threshold",
     "data": "kind tasks train_files test_files prompt_column answer_column system_prompt instruction chat_template train_seed "
-    "train_size test_seed test_size args",
+    "train_size test_seed test_size args date",
     "evaluation": "interval num_prompts samples_per_prompt temperature",
     "optimizer": "lr min_lr lr_decay_style lr_warmup_steps weight_decay adam_beta1 adam_beta2 adam_eps clip_grad",
     "train": "steps global_batch_size max_tokens_per_micro_batch recompute_granularity output_dir",

@@ -69,7 +69,7 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
     """Check model, tokenizer, layouts, data, scorer and tracking store. Raises UserError for the first thing that is wrong.
 
     Args:
-        kind: of a run that saves and goes on; a supervised one needs no room for responses, and no scorer. None: it does neither.
+        kind: of a run that saves and goes on; a supervised one needs no scorer, and no room for responses. None: no such run.
         scores: whether rank 0 tries the scorer; false where another process has done it.
     """
     rolls_out = kind != "supervised"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from erollout.checkpoint.resume import check_newest
 from erollout.config import Config, load_config, require_groups
 from erollout.errors import UserError
 from erollout.launch import scheduler
@@ -19,6 +20,7 @@ from erollout.launch.run_directory import VERDICT, RunDirectory, Submission, req
 from erollout.launch.scorer_files import function_in_copy
 from erollout.launch.sites import Site, load_site
 from erollout.launch.snapshot import take_snapshot
+from erollout.policy.families import policy_architecture
 
 _GRACE_SECONDS = 300
 _SLURM_EARLY_SECONDS = 60
@@ -77,6 +79,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
     run.require_writable()
     if site.container is None:  # what is in it can't be seen from here
         require_inputs(config)
+        # The job would refuse it too, hours later.
+        check_newest(policy_architecture(config.model), config, "reinforcement learning")
     snapshot = take_snapshot(config.rewards.function, config.rewards.import_path)
     return Plan(
         run,

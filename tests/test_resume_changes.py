@@ -121,6 +121,15 @@ def test_a_dry_run_refuses_too(folder: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_a_job_that_would_be_refused_is_not_submitted(folder: Path) -> None:
+    config = write_config(folder, **{name: values for name, values in _tree(folder).items() if name != "data"})
+    before = _contents(folder)
+    where = ["--nodes", "1", "--ranks-per-node", "1", "--config", str(config)]
+    assert "train.seed = 7, but checkpoint" in invoke("launch", "slurm", *where, "--", "train.seed=7").error()
+    assert _contents(folder) == before
+
+
+@pytest.mark.distributed
 def test_what_is_named_like_a_half_written_checkpoint_goes_with_it(folder: Path, rank_pool: RankPool) -> None:
     checkpoints = folder / "run" / "checkpoints"
     (folder / "kept").mkdir()

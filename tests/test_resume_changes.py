@@ -34,11 +34,6 @@ def test_places_are_the_same_however_they_are_written(tmp_path: Path, monkeypatc
     assert changes(configuration(relative), absolute) == []
 
 
-def test_credentials_are_not_kept(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, tracking={"uri": "http://me:secret@server:5000"})
-    assert "secret" not in json.dumps(configuration(config)) and changes(configuration(config), config) == []
-
-
 def test_a_key_that_only_one_side_knows_is_not_compared(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     saved = configuration(config) | {"optimizer.of_old": 1}

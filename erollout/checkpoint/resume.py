@@ -13,7 +13,6 @@ from erollout.checkpoint.manifest import STATE, complete_checkpoints
 from erollout.config import LOCATIONS, Config
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
-from erollout.tracking.redaction import redact
 
 RunKind = Literal["reinforcement learning", "supervised"]
 
@@ -90,9 +89,8 @@ def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def configuration(config: Config) -> dict[str, Any]:
-    """Every key by its dotted name, as JSON has it: places from the root of the filesystem on, without credentials."""
+    """Every key by its dotted name, as JSON has it: places from the root of the filesystem on."""
     found = {key: _absolute(value) if key in LOCATIONS else value for key, value in keys(config)}
-    found["tracking.uri"] = redact(config.tracking.uri) if config.tracking.uri else None
     plain: dict[str, Any] = json.loads(json.dumps(found, default=asdict))
     return plain
 

@@ -14,6 +14,8 @@ import pytest
 from launched import Launched
 from tiny_runs import steps_recorded, write_config
 
+from erollout.launch.meeting import FIRST_PORT, NUM_PORTS
+
 TRY = """
 import socket, sys
 for port in map(int, sys.argv[2:]):
@@ -83,3 +85,40 @@ def test_a_run_on_one_machine_can_be_reached_from_no_other(
     assert tried == [f"open {ports[0]}", *(f"refused {port}" for port in ports[1:])]
     assert len(places) >= ranks, "the ranks' own listeners were not seen"
     assert {place for place, _ in places} <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.end_to_end
+def test_nodes_are_reached_on_their_interface_alone(tmp_path: Path, neighbour: tuple[str, list[str]]) -> None:
+    address, there = neighbour
+    config = write_config(tmp_path, rollout={"dtype": "float32"}, train={"steps": 1000})
+    arguments = ("launch", "torchrun", "--nodes=2", "--nproc-per-node=1", f"--head={address}", f"--config={config}")
+    places: set[tuple[str, int]] = set()
+    with (
+        Launched(*arguments, output=tmp_path / "one") as one,
+        Launched(*arguments, output=tmp_path / "two") as two,
+    ):
+
+        def have_trained() -> bool:
+            places.update(listening([*one.alive(), *two.alive()]))
+            return steps_recorded(tmp_path) > 0
+
+        one.wait_until(have_trained)
+        outer = sorted(port for place, port in places if place == address)
+        assert {place for place, _ in places} == {"127.0.0.1", address} and len(outer) >= 3, "the gate, and gloo of each rank"
+        (gate,) = [port for port in outer if FIRST_PORT <= port < FIRST_PORT + NUM_PORTS]
+        program = (
+            f"import socket; c = socket.create_connection(({address!r}, {gate}), 10); print(c.recv(99)); c.send(b'store\\n')"
+        )
+        heard = subprocess.run(
+            [*there, sys.executable, "-c", f"{program}; print(c.recv(99))"],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
+        ).stdout.splitlines()
+        assert heard[0].startswith("b'erollout ") and heard[1] == "b''", "a greeting, and no more"
+        inner = sorted({port for place, port in places if place == "127.0.0.1"} - set(outer))
+        command = [*there, sys.executable, "-c", TRY, address, *map(str, inner)]
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout.splitlines()
+        assert tried == [f"refused {port}" for port in inner]
+    assert (tmp_path / "run" / "meeting.secret").stat().st_mode & 0o777 == 0o600

@@ -40,6 +40,7 @@ from erollout.coordinator.exchange import Exchange, Stream
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.state_machine import Decision, StateMachine
 from erollout.engine.control import Orders
+from erollout.environment import stay_on_loopback
 from erollout.speculation.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.roofline import ModelSize, PassCost, Roofline
 from erollout.speculation.step import Arm, Load, StepOutcome
@@ -205,6 +206,7 @@ def in_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 def _rank(store: str, rank: int, size: int, answers: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    stay_on_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     answer = function(*args)
     dist.barrier()

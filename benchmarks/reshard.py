@@ -29,7 +29,7 @@ from torch import Tensor
 
 from erollout.doctor.cpu import processor
 from erollout.engine.placement import decode_placement
-from erollout.environment import set_default
+from erollout.environment import set_default, stay_on_loopback
 from erollout.megatron_patches import apply_all
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 from erollout.parallel.placement import Placement
@@ -127,6 +127,7 @@ def _architecture(hidden: int, layers: int) -> Architecture:
 def _rank_main(rank: int, case: Case, architecture: Architecture, repetitions: int, bucket_bytes: int, folder: str) -> None:
     torch.set_num_threads(1)
     world = case.train.world_size
+    stay_on_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder) / "store"), world), rank=rank, world_size=world)
     apply_all()
     arms, compare = _build(rank, case, architecture, bucket_bytes)

@@ -42,7 +42,7 @@ from erollout.config import Config, load_config
 from erollout.data.chain_sum import TASK_NAME, question, solution
 from erollout.data.items import TaskItem
 from erollout.data.prompts import PromptDataset, PromptRenderer
-from erollout.environment import set_default
+from erollout.environment import set_default, stay_on_loopback
 from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import ParallelContext, initialize, shut_down
 from erollout.policy.actor import Actor
@@ -469,6 +469,7 @@ def run(options: argparse.Namespace) -> list[str]:
 
 
 def _rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
+    stay_on_loopback()
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", REPLICAS), rank=rank, world_size=REPLICAS)
     lines = run(options)
     dist.destroy_process_group()

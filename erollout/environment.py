@@ -84,6 +84,11 @@ def variable(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
+def stay_on_loopback() -> None:
+    """Let nothing that gloo and NCCL open in this process and its children be reached from another machine."""
+    os.environ.update(loopback_variables())
+
+
 def loopback_variables() -> dict[str, str]:
     """By which gloo and NCCL listen on this machine's loopback alone."""
     return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")

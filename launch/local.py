@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from erollout.environment import STORE, loopback_variables, set_default, set_variable
+from erollout.environment import STORE, set_default, set_variable, stay_on_loopback
 from erollout.errors import UserError
 from erollout.launch.parent import name_launcher
 from erollout.launch.rank_logs import RankLogs
@@ -37,8 +37,7 @@ def launch_local(arguments: Sequence[str], world_size: int, log_dir: Path | None
     set_default("OMP_NUM_THREADS", "1")
     set_default("PYTHONHASHSEED", "0")  # some tasks draw from sets: their items must be the same on every rank
     if interface is None:
-        for name, value in loopback_variables().items():
-            set_variable(name, value)
+        stay_on_loopback()
     with _store_file() as path:
         set_variable(STORE, path)
         return run_ranks(arguments, FixedRendezvous("erollout", on_one_node), world_size, log_dir)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from erollout.config import Config
-from erollout.environment import STORE, LauncherEnvironment, launcher_environment, loopback_variables, set_variable, variable
+from erollout.environment import STORE, LauncherEnvironment, launcher_environment, stay_on_loopback, variable
 from erollout.errors import UserError
 from erollout.megatron_patches import apply_all
 from erollout.parallel.layout import DecodeLayout, TrainLayout
@@ -88,8 +88,7 @@ def initialize(config: Config) -> ParallelContext:
     if owns_world and launcher:
         _join(backend, launcher, timeout)
     elif owns_world:
-        for name, value in loopback_variables().items():
-            set_variable(name, value)
+        stay_on_loopback()
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(train.tensor, train.pipeline, distributed_timeout_minutes=_minutes(timeout))
     decode_group = _decode_group(decode, timeout)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from commands import invoke
 from fake_slurm import FakeSlurm, fake, folder, submit_tiny
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config, write_config
 
 from erollout.config import build_config
 from erollout.errors import UserError
@@ -141,3 +141,14 @@ def test_a_site_with_a_password(folder: Path, fake: FakeSlurm) -> None:
     line = submit_tiny(folder, f"--site={site}").error()
     assert "env.MLFLOW_TRACKING_URI has a password in it" in line and SECRET not in line
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "place", ["user:hunter2@127.0.0.1:1", "user:a/hunter2@127.0.0.1:1", "127.0.0.1:1/x?access_token=hunter2"]
+)
+def test_an_address_of_the_environment(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{place}")
+    config = write_config(tmp_path, rollout={"dtype": "float32"}, tracking={"enabled": True})
+    outcome = invoke("train", f"--config={config}", "--dry-run")
+    assert "MLFLOW_TRACKING_URI = http://127.0.0.1:1" in outcome.error()
+    assert SECRET not in outcome.stdout + outcome.stderr

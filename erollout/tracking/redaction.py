@@ -12,6 +12,8 @@ from urllib.parse import unquote
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>\S+)")
 _BEGINS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _NAMED = re.compile(r"[?&;](?P<name>[^=&;?]+)=")
+_PARAMETER = re.compile(r"(?P<before>[?&;](?P<name>[^=&;?\s]+)=)\S+")
+"""Also where a library names the path alone."""
 _NAMES = re.compile(
     r"(pass(word|wd|phrase)?|pwd|token|secret|credentials?|signature|sig|(api|access|secret|private)_?key)$", re.I
 )
@@ -23,7 +25,8 @@ def redact(text: str) -> str:
     """A URI, or a text with URIs in it, without their user names and passwords."""
     if begins := _BEGINS.match(text):  # a password may have a blank in it
         text = begins[0] + _public(text[begins.end() :])
-    return _URI.sub(lambda found: f"{found['scheme']}://{_public(found['rest'])}", text)
+    text = _URI.sub(lambda found: f"{found['scheme']}://{_public(found['rest'])}", text)
+    return _PARAMETER.sub(lambda found: found["before"] + HIDDEN if _NAMES.search(found["name"]) else found[0], text)
 
 
 def has_credentials(uri: str) -> bool:

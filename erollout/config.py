@@ -1,8 +1,9 @@
 """The configuration: every key, its default (written here and nowhere else) and its bounds.
 
-One YAML file plus dotted overrides (`optimizer.lr=1e-4`) become one frozen `Config`. Everything that can be checked without
-starting a process is checked here; the message names the key, the value and the fix. Where Megatron has an option of the
-same meaning, the key has Megatron's name.
+One YAML file plus dotted overrides (`optimizer.lr=1e-4`) become one frozen `Config`: config_file.py reads them as each key
+wants its value, bounds.py has the least and the largest of each number. What can be checked without starting a process is
+checked here; the message names the key, the value and the fix. Where Megatron has an option of the same meaning, the key has
+Megatron's name.
 """
 
 from dataclasses import asdict, field, replace
@@ -55,7 +56,8 @@ class ModelConfig:
 @_section
 class ParallelConfig:
     world_size: bounds.Ranks | None = None
-    """Number of ranks. Without a launcher, `erollout train` starts that many here; under one, it must agree."""
+    """Number of ranks; default: those of one model, or as many as a launcher starts. Without a launcher, `erollout train`
+    starts that many here; under one, it must agree."""
     tensor_model_parallel_size: bounds.Ranks = 1
     pipeline_model_parallel_size: bounds.Ranks = 1
     sequence_parallel: bool = False

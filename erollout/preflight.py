@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -39,23 +39,18 @@ from erollout.rewards.scorers import Scorer, build_scorer
 from erollout.run_lock import LOCK
 from erollout.stopping import VERDICT
 from erollout.tracking.address import has_own_store, store_uri, uri_source
-from erollout.tracking.redaction import redact
 from erollout.tracking.store import MlflowStore
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """What the configuration comes to on this world."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What follows from the architecture alone."""
 
     architecture: Architecture
     train: TrainLayout
     decode: DecodeLayout
-    tokenizer: PreTrainedTokenizerBase
-    train_data: PromptDataset
-    test_data: PromptDataset | None
-    scorer: Scorer
     trained_parameters: int
     """Of the rank that holds most."""
     decoded_parameters: int
@@ -63,6 +58,16 @@ class Resolved:
     """Weights, float32 gradients and Adam's state of the rank that holds most; activations come on top."""
     decoding_bytes: int
     """Decode weights and KV cache of one rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved(Sizes):
+    """What the configuration comes to on this world."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_data: PromptDataset
+    test_data: PromptDataset | None
+    scorer: Scorer
 
 
 def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) -> Resolved:
@@ -74,25 +79,14 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
     """
     rolls_out = kind != "supervised"
     architecture = policy_architecture(config.model)
-    train, decode = resolve_layouts(config, expected_world_size(config))
-    if rolls_out:
-        check_context(config, architecture)
-        _check_stop_ids(config, architecture)
-        _check_cache(config, architecture)
+    sizes = work_out(config, architecture, rolls_out)
     tokenizer = load_tokenizer(config.tokenizer_path, architecture.vocab_size)
-    with _named(f"parallel.tensor_model_parallel_size = {train.tensor}, pipeline_model_parallel_size = {train.pipeline}"):
-        trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
-    with _named(f"rollout.tensor_model_parallel_size = {decode.tensor}"):
-        decoded_placement = decode_placement(architecture, decode.tensor, 0)
-        decoded = _parameters(decoded_placement)
     if rolls_out:
         _check_pool(config)
-        check_drafter(config, decoded_placement)
-        check_calibration(config, architecture)
     if config.model.path is not None:
         check_weights(config.model.path, architecture)
     _check_export(config)
-    _check_outputs(config)
+    check_places(config)
     if kind is not None:
         check_newest(architecture, config, kind)
     scorer = build_scorer(config.rewards, config.data)
@@ -103,13 +97,33 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
             _check_scorer(config, probe, train_data, test_data)
     _check_store(config)
     return Resolved(
-        architecture,
-        train,
-        decode,
-        tokenizer,
-        train_data,
-        test_data,
-        scorer,
+        **{field.name: getattr(sizes, field.name) for field in fields(sizes)},
+        tokenizer=tokenizer,
+        train_data=train_data,
+        test_data=test_data,
+        scorer=scorer,
+    )
+
+
+def work_out(config: Config, architecture: Architecture, rolls_out: bool = True) -> Sizes:
+    """Layouts and sizes. Raises UserError where they don't fit the architecture or each other."""
+    train, decode = resolve_layouts(config, expected_world_size(config))
+    if rolls_out:
+        check_context(config, architecture)
+        _check_stop_ids(config, architecture)
+        _check_cache(config, architecture)
+    with _named(f"parallel.tensor_model_parallel_size = {train.tensor}, pipeline_model_parallel_size = {train.pipeline}"):
+        trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
+    with _named(f"rollout.tensor_model_parallel_size = {decode.tensor}"):
+        decoded_placement = decode_placement(architecture, decode.tensor, 0)
+        decoded = _parameters(decoded_placement)
+    if rolls_out:
+        check_drafter(config, decoded_placement)
+        check_calibration(config, architecture)
+    return Sizes(
+        architecture=architecture,
+        train=train,
+        decode=decode,
         trained_parameters=trained,
         decoded_parameters=decoded,
         training_bytes=trained * _training_bytes_per_parameter(config, train),
@@ -245,7 +259,7 @@ def _check_export(config: Config) -> None:
         check_destination(Path(export), Path(config.tokenizer_path))
 
 
-def _check_outputs(config: Config) -> None:
+def check_places(config: Config) -> None:
     """Whatever the run writes can be written: better known now than at the first checkpoint."""
     require_writable("train.output_dir", Path(config.train.output_dir))
     for name in (VERDICT, LOCK):
@@ -266,53 +280,6 @@ def require_writable(key: str, directory: Path) -> None:
         raise UserError(f"{key} = {directory} can't be written: no permission in {there}; choose another place")
 
 
-def describe(config: Config, resolved: Resolved) -> str:
-    """The page that `--dry-run` prints."""
-    train, decode, architecture = resolved.train, resolved.decode, resolved.architecture
-    batch = config.train.global_batch_size or config.samples_per_step
-    lines = {
-        "model": f"{architecture.family}, {architecture.num_parameters():,} parameters, {architecture.num_layers} layers",
-        "training": f"{train.world_size} ranks = tensor {train.tensor} x data {train.data} x pipeline {train.pipeline}",
-        "decoding": f"{decode.replicas} replicas of {decode.tensor} ranks",
-        "step": f"{config.rollout.prompts_per_step} prompts x {config.rollout.group_size} responses, "
-        f"{config.samples_per_step // batch} optimizer steps of {batch} samples",
-        "parameters per rank": f"{resolved.trained_parameters:,} trained, {resolved.decoded_parameters:,} decoded",
-        "memory per rank": f"{_gib(resolved.training_bytes)} training state, {_gib(resolved.decoding_bytes)} rollout "
-        f"(weights + KV cache), activations of {config.train.max_tokens_per_micro_batch} tokens",
-        "speculation": _speculation(config),
-        "output": config.train.output_dir,
-        "tracking": _tracking(config),
-        "checkpoints": f"{config.checkpoint_directory} every {config.checkpoint.interval} steps"
-        if config.checkpoint.interval
-        else "none",
-    }
-    width = max(map(len, lines))
-    rows = [f"{name:<{width}}  {value}" for name, value in lines.items()]
-    for replica in range(decode.replicas):
-        rows.append(f"{'decode replica ' + str(replica):<{width}}  ranks {', '.join(map(str, decode.ranks(replica)))}")
-    return "\n".join(rows)
-
-
-def _tracking(config: Config) -> str:
-    if not config.tracking.enabled:
-        return "off"
-    if has_own_store(config.tracking):
-        return f"SQLite in {config.train.output_dir}"
-    return f"{redact(store_uri(config.tracking, config.train.output_dir))} ({uri_source(config.tracking)})"
-
-
-def _speculation(config: Config) -> str:
-    options = config.speculation
-    if options.mode == "off":
-        return "off"
-    drafter = f"{', '.join((options.drafter.format, *options.drafter.alternatives))}, LM head {options.drafter.lm_head}"
-    longest = options.toggle.max_speculative_tokens
-    lengths = {"adaptive": f"up to {longest}", "ladder": f"one of {options.toggle.ladder.rungs}"}
-    tokens = lengths.get(options.mode, str(options.num_speculative_tokens))
-    costs = "" if options.mode == "always" else f", costs {options.calibration or 'measured at the start'}"
-    return f"{options.mode}, {tokens} tokens, {options.verification}, drafter {drafter}{costs}"
-
-
 def _distinct_ranks(layout: TrainLayout) -> tuple[int, ...]:
     """One rank for every different shard."""
     return layout.model_replica(0)
@@ -329,10 +296,6 @@ def _training_bytes_per_parameter(config: Config, train: TrainLayout) -> int:
     if config.optimizer.use_distributed_optimizer:
         optimizer = -(-optimizer // train.data)
     return weights + 4 + optimizer
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def resolved_facts(resolved: Resolved) -> dict[str, str | int | float]:

@@ -1,6 +1,8 @@
 """The signals that ask a run to stop, and how they wait for a process that does not listen yet. Light: scorers load it."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,3 +22,29 @@ def stops_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def starting(speaks: bool = True) -> Iterator[None]:
+    """In the block, which loads libraries, Ctrl-C ends the process at once: nothing is to be saved yet, and a library may make
+    another error of an interrupt. Not outside the main thread.
+
+    speaks: says so, which one process of a run does.
+    """
+
+    def end(number: int, frame: object) -> None:
+        if speaks:
+            os.write(2, b"erollout: interrupted\n")
+        os._exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not _PYTHONS:
+        yield  # whoever has set another handler, or ignores it, knows better
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _PYTHONS)
+
+
+_PYTHONS = signal.default_int_handler

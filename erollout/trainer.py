@@ -53,7 +53,7 @@ class Trainer:
     checkpointer: Checkpointer
     run_id: str
     report: Callable[[int, Mapping[str, float]], None]
-    """Shows a finished step on the console."""
+    """Shows a finished step, or an evaluation, on the console."""
     step: int = 0
     evaluations: list[dict[str, float]] = field(default_factory=list)
     kept: KeptRollouts | None = None
@@ -141,6 +141,7 @@ class Trainer:
         self._changed = True
         self.tracker.log_metrics(self.step, metrics)
         self.tracker.log_samples(self.step, self._sample_rows(result))
+        self.report(self.step, metrics)
 
     def _close_step(self) -> None:
         """Evaluate and save, where that is due and not done."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from erollout.arguments import add_run_arguments, overrides
 from erollout.config import load_config, require_groups
 from erollout.environment import variable
 from erollout.errors import UserError
@@ -25,7 +26,7 @@ _OPTION = "erollout launch ray"
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `ray` to the commands of `erollout launch`."""
     parser = commands.add_parser("ray", help="run on nodes of a Ray cluster that is there, and again when one of them dies")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of the run")
     parser.add_argument("--ranks-per-node", type=int, required=True, metavar="M", help="ranks on each node: its GPUs")
     parser.add_argument(
         "--address",
@@ -34,14 +35,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="default: RAY_ADDRESS, else the cluster this machine is a node of",
     )
     parser.add_argument("--gpus-per-rank", type=int, metavar="G", help="default: 1 where the cluster has GPUs, else 0")
-    parser.add_argument("--cpus-per-rank", type=int, default=1, metavar="C", help="CPUs that Ray reserves (default 1)")
-    parser.add_argument("--max-restarts", type=int, default=20, metavar="K", help="after which the run ends (default 20)")
-    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="for nodes to be free (default 600)")
+    parser.add_argument("--cpus-per-rank", type=int, default=1, metavar="C", help="CPUs that Ray reserves")
+    parser.add_argument("--max-restarts", type=int, default=20, metavar="K", help="after which the run ends")
+    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="for nodes to be free")
     parser.add_argument("--skip-checks", action="store_true", help="start on nodes without looking at them first")
     parser.add_argument("--interface", metavar="NAME", help="network interface of the ranks; default: the one towards the head")
-    parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print what would be asked of the cluster and started")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
+    add_run_arguments(parser)
     parser.set_defaults(run=_run)
 
 
@@ -65,7 +65,7 @@ def _job(options: argparse.Namespace) -> Job:
             raise UserError(f"--{name.replace('_', '-')} = {value}; it must be at least {minimum}")
     if options.cpus_per_rank == 0 and not options.gpus_per_rank:
         raise UserError("--cpus-per-rank = 0 needs --gpus-per-rank: ranks must take something of a node")
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, overrides(options))
     require_groups(config)
     wanted, ranks = config.parallel.world_size, options.nodes * options.ranks_per_node
     if wanted not in (None, ranks):
@@ -85,7 +85,7 @@ def _job(options: argparse.Namespace) -> Job:
         folder=str(Path.cwd()),
         checks=not options.skip_checks,
         interface=options.interface,
-        run=("--config", str(Path(options.config).absolute()), *options.overrides),
+        run=("--config", str(Path(options.config).absolute()), *overrides(options)),
         directory=RunDirectory(Path(config.train.output_dir).absolute()),
         checkpoints=config.checkpoint_directory,
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from erollout.arguments import add_run_arguments, overrides
 from erollout.checkpoint.resume import check_newest
 from erollout.config import Config, load_config, require_groups
 from erollout.errors import UserError
@@ -30,15 +31,18 @@ _SLURM_EARLY_SECONDS = 60
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `slurm` to the commands of `erollout launch`."""
     parser = commands.add_parser("slurm", help="submit a run to a Slurm cluster")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of the run")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--gpus-per-node", type=int, metavar="G", help="as many ranks")
     size.add_argument("--ranks-per-node", type=int, metavar="M", help="without GPUs")
-    parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--site", metavar="FILE", help="YAML file: partition, account, container and the like")
-    parser.add_argument("--run-dir", metavar="DIR", help="for train.output_dir")
     parser.add_argument("--time", metavar="HH:MM:SS", help="limit of a start; default: the partition's")
-    parser.add_argument("--grace", type=int, metavar="SECONDS", help="before the limit the run saves and ends (default 300)")
+    parser.add_argument(
+        "--grace",
+        type=int,
+        metavar="SECONDS",
+        help="before the limit the run saves and ends (default 300, or a quarter of --time)",
+    )
     parser.add_argument("--chain", type=int, metavar="K", help="submit K jobs, one after the other, in place of requeueing")
     parser.add_argument("--max-requeues", type=int, metavar="N", help="then the job fails")
     parser.add_argument(
@@ -47,7 +51,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--no-preflight", action="store_true", help="don't check the nodes before each start")
     parser.add_argument("--job-name", metavar="NAME", help="default: erollout- and the run directory's name")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
+    add_run_arguments(parser)
     parser.set_defaults(run=_run)
 
 
@@ -70,8 +74,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """Raises UserError for what can't work."""
     _check_numbers(options)
     site = load_site(options.site) if options.site else Site()
-    overrides = [*options.overrides, *([f"train.output_dir={_quoted(options.run_dir)}"] if options.run_dir else [])]
-    config = with_absolute_paths(load_config(options.config, overrides))
+    config = with_absolute_paths(load_config(options.config, overrides(options)))
     require_groups(config)
     run = RunDirectory(Path(config.train.output_dir))
     ranks = options.gpus_per_node or options.ranks_per_node
@@ -179,8 +182,3 @@ def _scheduler_says(plan: Plan) -> str:
         return f"not asked: {reason}"
     command = [str(batch_script()) if word == str(plan.run.script) else word for word in plan.command()]
     return scheduler.try_submission(command)
-
-
-def _quoted(text: str) -> str:
-    """As a YAML value."""
-    return "'" + text.replace("'", "''") + "'"

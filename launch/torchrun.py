@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from erollout.arguments import add_run_arguments, overrides
 from erollout.config import Config, load_config, require_groups
 from erollout.environment import STORE, loopback_variables, set_variable, variable
 from erollout.errors import UserError
@@ -33,22 +34,21 @@ class Node:
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `torchrun` to the commands of `erollout launch`."""
     parser = commands.add_parser("torchrun", help="start this node's ranks of a run; give the same command on each node")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="of the run")
     parser.add_argument("--nproc-per-node", type=int, required=True, metavar="M", help="ranks on each node: its GPUs")
     parser.add_argument("--head", metavar="HOST[:PORT]", help="node where all meet; default of PORT: derived from the run id")
     parser.add_argument("--interface", metavar="NAME", help="network interface of the ranks; default: the one towards the head")
     parser.add_argument("--run-id", help="equal on all nodes, and unlike that of other runs; default: derived from the command")
-    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="for the other nodes (default 600)")
+    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="for the other nodes")
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="also write what each rank prints to files there")
-    parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
+    add_run_arguments(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = _check(options)
-    train = ["train", "--config", options.config, *options.overrides]
+    train = ["train", "--config", options.config, *overrides(options)]
     node = None if options.nodes == 1 else _node(options, train)
     variables = _variables(options.interface, node)
     if options.dry_run:
@@ -105,7 +105,7 @@ def _check(options: argparse.Namespace) -> Config:
             raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}; it must be at least 1")
     if options.nodes > 1 and options.head is None:
         raise UserError(f"--nodes {options.nodes} needs --head HOST: the node where all meet, by a name or address all know")
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, overrides(options))
     require_groups(config)
     wanted, ranks = config.parallel.world_size, options.nodes * options.nproc_per_node
     if wanted not in (None, ranks):

@@ -11,7 +11,18 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("errors",),
-    ("erollout", "bounds", "config_file", "environment", "signals", "tracking.redaction", "unpickling"),
+    (
+        "erollout",
+        "arguments",
+        "bounds",
+        "config_file",
+        "environment",
+        "hub",
+        "signals",
+        "terminal",
+        "tracking.redaction",
+        "unpickling",
+    ),
     ("config", "types", "megatron_patches"),
     ("parallel", "tracking", "launch", "kernels", "speculation", "watchdog", "kept_rollouts"),
     ("policy", "rewards", "data", "pictures", "run_lock", "stopping"),
@@ -21,14 +32,16 @@ LAYERS = (
     ("checkpoint", "evaluation", "simulation", "steering"),
     ("rollout",),
     ("comparison", "figures", "preflight", "reporting"),
-    ("trainer", "supervised", "doctor"),
+    ("trainer", "supervised", "doctor", "dry_run"),
     ("session", "launch.scorer_files"),
     ("demo", "launch.run_directory", "launch.snapshot"),
     ("launch.plan", "launch.ray_job", "launch.status"),
     ("launch.ray_driver", "launch.slurm"),
     ("launch.ray",),
     ("launch.commands",),
+    ("command_line",),
     ("cli",),
+    ("__main__",),
 )
 """Packages and modules of erollout, lowest first (`erollout` is its __init__). Each may import only from rows below its own.
 A module with a row of its own is not of its package's."""
@@ -69,6 +82,7 @@ LIBRARIES = {
 """Who may import a library: a package, or a single module of it. Imports for type checkers alone are free."""
 
 PURE = (
+    "arguments",
     "bounds",
     "calibration.file",
     "calibration.hardware",
@@ -77,6 +91,8 @@ PURE = (
     "calibration.sweep_log",
     "checkpoint.manifest",
     "checkpoint.resume",
+    "cli",
+    "command_line",
     "config",
     "config_file",
     "coordinator.hand_out",
@@ -103,6 +119,7 @@ PURE = (
     "environment",
     "errors",
     "evaluation",
+    "hub",
     "kept_rollouts",
     "launch.commands",
     "launch.gate",
@@ -132,6 +149,7 @@ PURE = (
     "speculation.step",
     "speculation.toggle",
     "speculation.trace",
+    "terminal",
     "types",
     "unpickling",
     "watchdog",

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -687,13 +688,50 @@ def test_log_file_gets_one_line_a_step() -> None:
     assert second[20:].startswith("step=2/100 reward=0.750 eta=")
 
 
-def test_terminal_gets_a_progress_line_and_a_table() -> None:
+EVALUATION = {"evaluation/pass_at_1": 0.25, "evaluation/plus/pass_at_1": 0.5, "evaluation/response_length_mean": 12.5}
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 160])
+def test_a_terminal_of_any_width_keeps_step_and_remaining_time_below_a_line_a_step(width: int) -> None:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=160)
+    console = Console(file=out, force_terminal=True, width=width)
     with StepReporter(100, console=console) as reporter:
+        reporter.update(0, EVALUATION)
         reporter.update(42, STEP)
-    print_summary([("held-out accuracy", 0.5), ("MLflow run", "abc")], "Demo", console)
-    assert "42/100" in out.getvalue() and "reward 0.500" in out.getvalue() and "held-out accuracy" in out.getvalue()
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in re.split(r"[\r\n]+", out.getvalue())]
+    (step,) = (line for line in lines if " step=42/100 " in line)
+    assert "reward=0.500" in step and step.endswith("eta=3m52s")
+    (evaluation,) = (line for line in lines if "evaluation" in line)
+    assert evaluation[20:] == "evaluation step=0/100 accuracy=0.250 response_length_mean=12.5"
+    live = [line for line in lines if line.startswith("42/100 eta 3m52s")]
+    assert live and len(live[-1]) <= width and (width < 40 or "━━" in live[-1])
+
+
+def test_an_evaluation_is_no_part_of_the_time_of_a_step() -> None:
+    out = io.StringIO()
+    with StepReporter(10, console=Console(file=out)) as reporter:
+        reporter.update(1, STEP)
+        reporter.update(1, EVALUATION)
+        reporter.update(2, STEP)
+    assert [line.rpartition(" ")[2] for line in out.getvalue().splitlines()] == [
+        "eta=36s",
+        "response_length_mean=12.5",
+        "eta=32s",
+    ]
+
+
+def test_a_table_is_whole_in_a_file_and_on_a_narrow_terminal() -> None:
+    columns, row = [f"column {i}" for i in range(12)], [f"{i}.123456789" for i in range(12)]
+    out = io.StringIO()
+    print_table(columns, [row], "Title", Console(file=out))
+    assert any(all(number in line for number in row) for line in out.getvalue().splitlines())
+    out = io.StringIO()
+    print_summary([("checkpoint", "/a/long/path" * 20)], "", Console(file=out))
+    assert "/a/long/path" * 20 in out.getvalue()
+    out = io.StringIO()
+    print_table(columns[:4], [row[:4]], "", Console(file=out, force_terminal=True, width=30))
+    digits = "".join(re.findall(r"\d", out.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "")))
+    assert "…" not in out.getvalue() and digits.count("9") == 4, out.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (200, "3m20s"), (7500, "2h05m"), (273600, "3d04h")])

@@ -9,9 +9,9 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from erollout.arguments import add_run_arguments
 from erollout.calibration.explain import explanation
 from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity, load_calibration
 from erollout.calibration.hardware import find_hardware, nominal_roofline
@@ -22,6 +22,7 @@ from erollout.policy.architecture import Architecture
 from erollout.speculation.cost_model import PassTimes
 from erollout.speculation.selection import expected_length
 from erollout.speculation.step import Arm
+from erollout.terminal import print_whole
 
 if TYPE_CHECKING:
     from erollout.calibration.fit import Measured
@@ -75,13 +76,12 @@ def _add_sweep(commands: argparse._SubParsersAction, run: Run) -> None:
     parser = _command(
         commands, "sweep", run, "measure single steps on this device, with the model and drafters of a configuration"
     )
-    parser.add_argument("--config", required=True, help="YAML file")
+    add_run_arguments(parser)
     parser.add_argument("--out", required=True, help="CSV file to write; one that is there is continued")
     parser.add_argument("--batches", type=_integers, help="sequences, as 1,2,4,8")
     parser.add_argument("--contexts", type=_integers, help="tokens of each, as 64,512")
     parser.add_argument("--drafts", type=_integers, help="num_speculative_tokens, as 1,3,7")
     parser.add_argument("--minutes", type=float, default=5.0, help="to spend at most")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +188,7 @@ def _predict(options: argparse.Namespace, arguments: list[str]) -> int:
         draft, verify, length = passes.draft_seconds(arm.format, *at, n), passes.verify_seconds(*at, n), lengths(n)
         figures = [*(f"{1e3 * value:.3f}" for value in (draft, verify, step)), f"{length:.2f}"]
         table.add_row(str(arm), *figures, f"{1e3 * step / length:.3f}", f"{length * target / step:.3f}")
-    Console(highlight=False).print(table)
+    print_whole(table)
     return 0
 
 

@@ -1,6 +1,7 @@
 """What the passes of a model read and compute, from its architecture, the drafters' formats and the layout. Pure."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 
 from erollout.errors import UserError
@@ -97,6 +98,15 @@ def known_model(name: str) -> Architecture | None:
     return None
 
 
+def published_model(name: str) -> Architecture | None:
+    """As `known_model`, with what its tensors and context need beside the sizes."""
+    architecture = known_model(name)
+    if architecture is None:
+        return None
+    family, context, has_bias = next(found for start, found in _FAMILIES.items() if _plain(name).startswith(start))
+    return replace(architecture, family=family, max_position_embeddings=context, add_qkv_bias=has_bias)
+
+
 def _plain(name: str) -> str:
     return "".join(character for character in name.rpartition("/")[2].lower() if character.isalnum())
 
@@ -105,6 +115,12 @@ def _row(layers: int, hidden: int, ffn: int, heads: int, groups: int, head: int,
     return f"{layers=} {hidden=} {ffn=} {heads=} {groups=} {head=} {vocab=} {tied=}"
 
 
+_FAMILIES = {
+    "qwen25": ("qwen2", 32768, True),
+    "llama3": ("llama", 131072, False),
+    "smollm2": ("llama", 8192, False),
+}
+"""Family, context and whether queries, keys and values have a bias, by the beginning of a name."""
 _KNOWN = {
     "Qwen2.5-0.5B": _row(24, 896, 4864, 14, 2, 64, 151936, 1),
     "Qwen2.5-1.5B": _row(28, 1536, 8960, 12, 2, 128, 151936, 1),

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from erollout.calibration import regret
@@ -10,6 +9,7 @@ from erollout.calibration.file import Calibration
 from erollout.calibration.fit import Measured
 from erollout.calibration.validate import NEAR, Lengths, Predictor, Validation, measured_cycles, validate
 from erollout.speculation.roofline import Roofline
+from erollout.terminal import print_whole
 from erollout.tracking.console import print_summary
 
 
@@ -35,7 +35,7 @@ def print_accuracies(title: str, components: Mapping[str, Mapping[str, float]]) 
     for name, c in components.items():
         r2 = f"{c['r2']:.3f}" if "r2" in c else ""
         table.add_row(name, r2, f"{c['mape']:.2f}", f"{c['bias']:+.2f}", str(c["points"]))
-    Console(highlight=False).print(table)
+    print_whole(table)
 
 
 def print_signs(
@@ -57,7 +57,7 @@ def print_signs(
     if len({p.num_speculative_tokens for p in sevens}) == 2:
         scores = [validate(sevens, predictor, lambda n: 6.0).sign for predictor in predictors.values()]
         table.add_row("n = 7 at L = 6", *map(str, scores))
-    Console(highlight=False).print(table)
+    print_whole(table)
 
 
 def print_regrets(points: Sequence[Measured], predictors: Mapping[str, Predictor], lengths: Lengths) -> None:
@@ -73,7 +73,7 @@ def print_regrets(points: Sequence[Measured], predictors: Mapping[str, Predictor
         table.add_column(heading, justify="left" if heading == "choice" else "right")
     for name, lost in regret.regrets(places, choosers).items():
         table.add_row(name, f"{100 * lost.grid:.2f}", f"{100 * lost.rollout:.2f}")
-    Console(highlight=False).print(table)
+    print_whole(table)
 
 
 def print_roofline(roofline: Roofline) -> None:
@@ -86,4 +86,4 @@ def print_roofline(roofline: Roofline) -> None:
         micro = (f"{1e6 * value:.1f}" for value in (c.per_pass, c.per_sequence, c.per_token, 1000 * c.per_context))
         rates = (f"{c.bandwidth / 1e12:.3g}", f"{c.compute / 1e12:.4g}", f"{c.weight_factor:.2f}", f"{c.kv_factor:.2f}")
         table.add_row(name, *rates, *micro, str(max(c.tile, c.sequence_tile)))
-    Console(highlight=False).print(table)
+    print_whole(table)

@@ -8,6 +8,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from erollout.errors import UserError
+from erollout.hub import fetch_line
 
 CHARACTERS = "\n " + string.digits + string.ascii_lowercase + "+-*/=#().,:;?!<>'\"%^_[]"
 """With three special tokens, 64 in all."""
@@ -20,7 +21,8 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> PreTrainedTokenizerBase
     Raises UserError for a directory without a readable tokenizer and for a vocabulary that exceeds the model's.
     """
     if not Path(path).is_dir():
-        raise UserError(f"tokenizer {path} is not a directory; set model.tokenizer to one with tokenizer.json")
+        how = fetch_line("model.tokenizer", str(path)) or "set model.tokenizer to one with tokenizer.json"
+        raise UserError(f"tokenizer {path} is not a directory; {how}")
     if not any(
         (Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erollout.arguments import add_overrides
 from erollout.config import Config, load_config
 from erollout.doctor.report import Finding, as_json, could_start, meeting_lines, node_lines, page
 from erollout.environment import set_default, variable
@@ -31,10 +32,10 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     meeting.add_argument("--head", metavar="HOST[:PORT]", help="node where all meet; default of PORT: derived from the run id")
     meeting.add_argument("--run-id", help="equal on all nodes, and unlike that of other runs")
     meeting.add_argument("--interface", metavar="NAME", help="network interface; default: the one towards the head")
-    meeting.add_argument("--wait", type=int, default=120, metavar="SECONDS", help="for the other nodes (default 120)")
+    meeting.add_argument("--wait", type=int, default=120, metavar="SECONDS", help="for the other nodes")
     meeting.add_argument("--expect", default="", metavar="NAME,NAME", help="the nodes' names, to say who does not come")
     meeting.add_argument("--shared", type=Path, metavar="DIRECTORY", help="that all nodes must see")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
+    add_overrides(parser)
     parser.set_defaults(run=_run)
 
 

@@ -94,7 +94,7 @@ def initialize(config: Config) -> ParallelContext:
     decode_group = _decode_group(decode, timeout)
     control_group = _decode_group(decode, timeout, "gloo")
     coordination_group = _coordination_group(decode, 2 * timeout)  # longer than a replica is waited for in it
-    logger.info("%s", patches.describe())
+    logger.debug("%s", patches.describe())
     logger.info(
         "%s on %s: training tensor %d x data %d x pipeline %d, decoding %d replicas of %d",
         backend,

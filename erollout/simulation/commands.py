@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 STEPWISE_TOKENS = 1_000_000
 """So many tokens of a rollout, at most, are simulated step by step where --clock is auto."""
-TABLE_WIDTH = 136
-"""Characters, at least."""
 WINDOW_SECONDS, WINDOW_SECONDS_PER_REPLICA = 0.05, 1e-4
 """Of the default --window-seconds: what is configured by default, and more where many replicas take part."""
 
@@ -32,15 +30,15 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     source.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of a replica")
     cluster = parser.add_argument_group("cluster")
     size = cluster.add_mutually_exclusive_group()
-    size.add_argument("--gpus", type=int)
-    size.add_argument("--replicas", type=int)
+    size.add_argument("--gpus", type=int, help="of the cluster; default: those of one replica")
+    size.add_argument("--replicas", type=int, help="instead: how many replicas (default 1)")
     cluster.add_argument("--max-num-seqs", type=int, default=128, help="that a replica decodes at once")
-    cluster.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    cluster.add_argument("--max-num-batched-tokens", type=int, default=8192, help="that a replica computes at once")
     cluster.add_argument("--kv-tokens", type=int, help="that a replica's cache holds; default: enough")
     work = parser.add_argument_group("work")
     work.add_argument("--prompts", type=int, help="of the whole cluster; default: what fills all slots")
-    work.add_argument("--group-size", type=int, default=8)
-    work.add_argument("--max-tokens", type=int, default=8192)
+    work.add_argument("--group-size", type=int, default=8, help="responses of a prompt")
+    work.add_argument("--max-tokens", type=int, default=8192, help="longest response")
     work.add_argument("--lengths", default="lognormal:600,0.9", help="lognormal:median,sigma[,correlation] or a JSONL trace")
     work.add_argument("--prompt-tokens", type=int, default=128, help="with lognormal lengths")
     work.add_argument("--acceptance", default="0.9", help="of a draft, or shares by position: 0.95,0.9,0.84")
@@ -50,9 +48,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     arms.add_argument("--hand-outs", default="static", help="static,dynamic")
     arms.add_argument("--num-speculative-tokens", type=int, default=5, help="of always and toggle")
     arms.add_argument("--max-speculative-tokens", type=int, default=11, help="of adaptive")
-    arms.add_argument("--window-seconds", type=float, help="between two exchanges of occupancies")
+    arms.add_argument(
+        "--window-seconds", type=float, help="between two exchanges of occupancies; default: grows with the replicas"
+    )
     run = parser.add_argument_group("simulation")
-    run.add_argument("--seeds", type=int, default=3)
+    run.add_argument("--seeds", type=int, default=3, help="draws of lengths and acceptance to average over")
     run.add_argument("--rollouts", type=int, default=2, help="in a row: the next one knows what was learnt")
     run.add_argument("--warm-up", type=int, default=1, help="of these, the first that do not count")
     run.add_argument("--noise", type=float, default=0.0, help="standard deviation of the logarithm of a step's time")
@@ -69,22 +69,24 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
     from erollout.simulation.experiment import Outcome, compare
     from erollout.simulation.report import rest_of_step, summarize, table, write
+    from erollout.terminal import print_whole
 
     setting, strategies = build_setting(options), build_strategies(options)
     console = Console(highlight=False)
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(_describe(setting, options))
+    console.print(_describe(setting, options), soft_wrap=True)
 
     def tell(outcome: Outcome) -> None:
         console.print(
-            f"{outcome.strategy}: seed {outcome.seed}, {outcome.seconds:.1f} s, {outcome.windows} windows", style="dim"
+            f"{outcome.strategy}: seed {outcome.seed}, {outcome.seconds:.1f} s, {outcome.windows} windows",
+            style="dim",
+            soft_wrap=True,
         )
 
     with _errors_alone("erollout.speculation"):  # toggles tell about losses: here of every replica
         outcomes = compare(setting, strategies, options.seeds, tell)
     rest = options.rest_seconds if options.rest_seconds is not None else rest_of_step(outcomes, options.rollout_share)
     summaries = summarize(outcomes, rest)
-    console.print(table(summaries, f"{options.seeds} seeds, rest of a step {rest:.1f} s"))
+    print_whole(table(summaries, f"{options.seeds} seeds, rest of a step {rest:.1f} s"), console)
     if options.out:
         from erollout.simulation.pictures import draw  # matplotlib takes a second
 
@@ -179,6 +181,9 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not low <= value < inf:
             raise UserError(f"--{name.replace('_', '-')} {value} must be a number of at least {low}")
+    for name, most in {"num_speculative_tokens": 64, "max_speculative_tokens": 64, "replicas": 10**6, "gpus": 10**6}.items():
+        if (value := getattr(options, name)) is not None and value > most:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be a number of at most {most}")
     if options.warm_up >= options.rollouts:
         raise UserError(f"--warm-up {options.warm_up} leaves nothing of --rollouts {options.rollouts}; raise --rollouts")
     if not 0 < options.rollout_share <= 1:

@@ -22,6 +22,9 @@ from erollout.speculation.trace import Decision, Reason, Trace
 
 logger = logging.getLogger(__name__)
 
+_LOSS_TO_WARN_OF = 0.1
+"""Seconds of a rollout."""
+
 REFRESH = 8
 """Decisions for which predictions are kept while the load stays about the same."""
 CONTEXT_STEPS = 4
@@ -160,9 +163,11 @@ class Toggle:
         saved = trace.saved(self.cost.step_seconds, probes=False)
         held = self.hold.end_rollout(saved, trace.seconds)
         if held:
-            logger.warning(
-                "speculation lost %.2f s of this rollout's %.2f s; it is held back %s",
-                -sum(saved.values()),
+            lost = -sum(saved.values())
+            logger.log(
+                logging.WARNING if lost >= _LOSS_TO_WARN_OF else logging.INFO,
+                "speculation lost %.3g s of this rollout's %.3g s; it is held back %s",
+                lost,
                 trace.seconds,
                 ", ".join(f"at {2 ** (size - 1)}-{2**size - 1} sequences for {self.hold.left[size]} rollouts" for size in held),
             )

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, one `key=value` line a step in a log file, a table at the end."""
+"""What a person sees of a run: a `key=value` line a step, above a live line on a terminal, and a table at the end."""
 
 import logging
 import time
@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from erollout.terminal import print_whole
 from erollout.tracking import metrics as names
 
 logger = logging.getLogger(__name__)
@@ -25,12 +26,15 @@ FIGURES = (
     ("s_per_step", names.STEP_SECONDS, "{:.2f}"),
 )
 """Label, tracked name and format, in this order. A step without the figure leaves it out."""
+_BAR_FROM_WIDTH = 40
+"""Below it a terminal shows no bar, so that the figures have room."""
 SMOOTHING = 0.9
 """Of the seconds per step that the remaining time is estimated from."""
 
 
 class StepReporter:
-    """`with StepReporter(total) as reporter: reporter.update(step, metrics)`; the form follows from what stdout is."""
+    """`with StepReporter(total) as reporter: reporter.update(step, metrics)`: a line for each step and each evaluation, and
+    below them on a terminal a line that stays: step, remaining time, bar."""
 
     def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None) -> None:
         """`first_step`: steps already done before this process (a resumed run)."""
@@ -39,9 +43,7 @@ class StepReporter:
         self._seconds_per_step: float | None = None
         self._last_update = time.monotonic()
         self._progress = _progress_line(self._console) if self._console.is_terminal else None
-        self._task = (
-            self._progress.add_task("", total=total_steps, completed=first_step, figures="") if self._progress else None
-        )
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, eta="?") if self._progress else None
 
     def __enter__(self) -> "StepReporter":
         if self._progress:
@@ -57,16 +59,22 @@ class StepReporter:
                 self._progress.stop()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show a finished step. `step` counts from 1."""
+        """Show a finished step, or the evaluation after it. `step` counts from 1; 0 is an evaluation before the first."""
+        if names.ACCURACY in values and names.STEP_SECONDS not in values:
+            self._last_update = time.monotonic()  # it is no part of the next step's time
+            self._line(step, "evaluation ", evaluation_figures(values))
+            return
         self._observe(values)
-        figures = [*format_figures(values), ("eta", self._remaining(step))]
-        text = " ".join(f"{label}={figure}" for label, figure in figures)
+        remaining = self._remaining(step)
+        self._line(step, "", [*format_figures(values), ("eta", remaining)])
+        if self._progress and self._task is not None:
+            with _whoever_reads(self._console):
+                self._progress.update(self._task, completed=step, eta=remaining)
+
+    def _line(self, step: int, kind: str, figures: Sequence[tuple[str, str]]) -> None:
+        stamp, text = time.strftime("%Y-%m-%d %H:%M:%S"), " ".join(f"{label}={figure}" for label, figure in figures)
         with _whoever_reads(self._console):
-            if self._progress and self._task is not None:
-                self._progress.update(self._task, completed=step, figures=text.replace("=", " "))
-            else:
-                stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-                self._console.print(f"{stamp} step={step}/{self._total} {text}", markup=False, soft_wrap=True)
+            self._console.print(f"{stamp} {kind}step={step}/{self._total} {text}", markup=False, soft_wrap=True)
 
     def _observe(self, values: Mapping[str, float]) -> None:
         now = time.monotonic()
@@ -89,6 +97,15 @@ def format_figures(values: Mapping[str, float]) -> list[tuple[str, str]]:
         largest = sorted(phases.items(), key=lambda item: -item[1])[:4]
         figures.append(("phases", ",".join(f"{phase}:{100 * value / step:.0f}%" for phase, value in largest)))
     return figures
+
+
+def evaluation_figures(values: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Label and text of an evaluation's figures over all tasks, the accuracy first."""
+    own = {
+        name.split("/")[1]: value for name, value in values.items() if name.startswith("evaluation/") and name.count("/") == 1
+    }
+    accuracy = own.pop(names.ACCURACY.split("/")[1])
+    return [("accuracy", f"{accuracy:.3f}"), *((name, f"{value:.4g}") for name, value in own.items())]
 
 
 def format_duration(seconds: float) -> str:
@@ -126,7 +143,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
 def _print(table: Table, console: Console | None) -> None:
     console = console or Console(highlight=False)
     with _whoever_reads(console):
-        console.print(table)
+        print_whole(table, console)
 
 
 @contextmanager
@@ -140,4 +157,6 @@ def _whoever_reads(console: Console) -> Iterator[None]:
 
 
 def _progress_line(console: Console) -> Progress:
-    return Progress(BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), console=console)
+    step, remaining = TextColumn("{task.completed}/{task.total}"), TextColumn("eta {task.fields[eta]}")
+    bar = [BarColumn(bar_width=16)] if console.width >= _BAR_FROM_WIDTH else []
+    return Progress(step, remaining, *bar, console=console)

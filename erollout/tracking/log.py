@@ -11,6 +11,7 @@ QUIET = {
     "megatron": logging.WARNING,
     "mlflow": logging.WARNING,
     "matplotlib": logging.WARNING,
+    "torch.utils.cpp_extension": logging.ERROR,  # "No CUDA runtime is found", at import
     "urllib3": logging.ERROR,
 }
 """Libraries that log every migration and every retry: the delivery says once what matters."""
@@ -40,5 +41,10 @@ def configure_logging(rank: int) -> None:
     handler = _CurrentStderr()
     handler.setFormatter(_WithoutCredentials(f"%(asctime)s %(levelname)s {prefix}%(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Let libraries be heard from the levels of QUIET on, some of which speak when they are imported."""
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)

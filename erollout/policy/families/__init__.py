@@ -8,6 +8,7 @@ from typing import Any
 
 from erollout.config import ModelConfig
 from erollout.errors import UserError
+from erollout.hub import fetch_line
 from erollout.policy.architecture import Architecture
 from erollout.policy.families.family import Family, token_ids
 from erollout.policy.families.llama import LLAMA
@@ -41,6 +42,9 @@ def policy_architecture(model: ModelConfig) -> Architecture:
     if model.path is None:
         return _checked_length(read_architecture(model.architecture or {}, "model.architecture"), model)
     directory = Path(model.path)
+    if not directory.exists():
+        how = fetch_line("model.path", model.path) or "name a Hugging Face directory (config.json, safetensors, tokenizer)"
+        raise UserError(f"model.path = {model.path} is not there ({directory / 'config.json'}); {how}")
     architecture = read_architecture(_read_json(directory / "config.json"), str(directory / "config.json"))
     generation = directory / "generation_config.json"
     if generation.exists():

@@ -1,0 +1,77 @@
+"""The command line's parser: it says what each option is without being asked for, and which word was meant. Pure."""
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from erollout.errors import UserError
+
+Commands = argparse._SubParsersAction
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in its help, takes overrides anywhere, and what is wrong below a command with that command's usage."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": _Formatter, **options})
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        found, unknown = super().parse_known_args(args, namespace)
+        if hasattr(found, "overrides") and not any(word.startswith("-") for word in unknown):
+            found.overrides = [*found.overrides, *unknown]  # those behind an option
+            return found, []
+        if unknown:
+            self._refuse([word for word in unknown if word.startswith("-")] or unknown)
+        return found, []
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, Commands) and value not in action.choices:
+            known = ", ".join(action.choices)
+            raise argparse.ArgumentError(
+                None, f"unknown command {value!r}{_meant(value, action.choices)}; commands are {known}"
+            )
+        super()._check_value(action, value)
+
+    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
+        meant = _meant(unknown[0].partition("=")[0], self._option_string_actions)
+        self.error(f"unknown {'option' if unknown[0].startswith('-') else 'argument'} {' '.join(unknown)}{meant}")
+
+
+class _Formatter(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """With its default, where it has one and does not tell."""
+        text, default = action.help or "", action.default
+        if default in (None, argparse.SUPPRESS, "") or default is False or default == [] or "default" in text:
+            return text
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        return f"{text} (default {shown.replace('%', '%%')})"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command about a run takes: its configuration, its directory, and values that win over the file."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the sections of erollout/config.py")
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run writes; short for train.output_dir=DIR")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add values that win over the file."""
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
+
+
+def overrides(options: argparse.Namespace) -> list[str]:
+    """Those of a command line with `add_run_arguments`. Raises UserError where the run directory is named twice."""
+    if options.run_dir is None:
+        return list(options.overrides)
+    for override in options.overrides:
+        key, _, value = override.partition("=")
+        if key.strip() == "train.output_dir" and value.strip() != options.run_dir:
+            raise UserError(f"--run-dir = {options.run_dir}, but {override} is given too; give one of them")
+    quoted = options.run_dir.replace("'", "''")
+    return [*options.overrides, f"train.output_dir='{quoted}'"]
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,104 @@
+"""The page of `--dry-run`: layouts, sizes, memory and places of a run, also of a published model that is not fetched yet."""
+
+from pathlib import Path
+
+from erollout.calibration.model_size import published_model
+from erollout.checkpoint.resume import RunKind
+from erollout.config import Config
+from erollout.hub import fetch_line
+from erollout.preflight import Sizes, check_places, preflight, work_out
+from erollout.tracking.address import has_own_store, store_uri, uri_source
+from erollout.tracking.redaction import redact
+
+_SHOWN = 16
+"""Replicas, at most."""
+_WIDTH = 19
+
+
+def dry_run(config: Config, kind: RunKind | None = None) -> str:
+    """Check everything that is there and say what the run would be. Raises UserError.
+
+    kind: as in preflight.
+    """
+    rolls_out = kind != "supervised"
+    path = config.model.path
+    published = published_model(path) if path is not None and not Path(path).exists() else None
+    if path is None or published is None:
+        return "\n".join(_describe(config, preflight(config, kind), rolls_out))
+    sizes = work_out(config, published, rolls_out)
+    check_places(config)
+    note = f"weights, tokenizer, data and scorer: model.path = {path} is not there; {fetch_line('model.path', path)}"
+    missing = [file for file in (*config.data.train_files, *config.data.test_files) if not Path(file).exists()]
+    more = [f"{'':<{_WIDTH}}  {file} is not there either" for file in missing]
+    return "\n".join([*_describe(config, sizes, rolls_out), f"{'not checked':<{_WIDTH}}  {note}", *more])
+
+
+def _describe(config: Config, sizes: Sizes, rolls_out: bool) -> list[str]:
+    train, architecture = sizes.train, sizes.architecture
+    interval = config.checkpoint.interval
+    lines = {
+        "model": f"{architecture.family}, {architecture.num_parameters():,} parameters, {architecture.num_layers} layers",
+        "training": f"{train.world_size} ranks = tensor {train.tensor} x data {train.data} x pipeline {train.pipeline}",
+        **(_rollouts(config, sizes) if rolls_out else _supervised(config, sizes)),
+        "output": config.train.output_dir,
+        "tracking": _tracking(config),
+        "checkpoints": f"{config.checkpoint_directory} every {interval} steps" if interval else "none",
+        **(_replicas(sizes) if rolls_out else {}),
+    }
+    return [f"{name:<{_WIDTH}}  {value}" for name, value in lines.items()]
+
+
+def _rollouts(config: Config, sizes: Sizes) -> dict[str, str]:
+    rollout, decode = config.rollout, sizes.decode
+    batch = config.train.global_batch_size or config.samples_per_step
+    return {
+        "decoding": f"{decode.replicas} replicas of {decode.tensor} ranks",
+        "step": f"{rollout.prompts_per_step} prompts x {rollout.group_size} responses, "
+        f"{config.samples_per_step // batch} optimizer steps of {batch} samples",
+        "parameters per rank": f"{sizes.trained_parameters:,} trained, {sizes.decoded_parameters:,} decoded",
+        "memory per rank": f"{_gib(sizes.training_bytes)} training state, {_gib(sizes.decoding_bytes)} rollout "
+        f"(weights + KV cache), activations of {config.train.max_tokens_per_micro_batch} tokens",
+        "speculation": _speculation(config),
+    }
+
+
+def _supervised(config: Config, sizes: Sizes) -> dict[str, str]:
+    return {
+        "step": f"{config.supervised.batch_size} sequences, {config.supervised.steps} times",
+        "parameters per rank": f"{sizes.trained_parameters:,} trained",
+        "memory per rank": f"{_gib(sizes.training_bytes)} training state, activations of "
+        f"{config.train.max_tokens_per_micro_batch} tokens",
+    }
+
+
+def _replicas(sizes: Sizes) -> dict[str, str]:
+    decode = sizes.decode
+    shown = {
+        f"decode replica {i}": f"ranks {', '.join(map(str, decode.ranks(i)))}" for i in range(min(decode.replicas, _SHOWN))
+    }
+    more = decode.replicas - len(shown)
+    return shown | ({"": f"and {more} more replicas"} if more else {})
+
+
+def _tracking(config: Config) -> str:
+    if not config.tracking.enabled:
+        return "off"
+    if has_own_store(config.tracking):
+        return f"SQLite in {config.train.output_dir}"
+    return f"{redact(store_uri(config.tracking, config.train.output_dir))} ({uri_source(config.tracking)})"
+
+
+def _speculation(config: Config) -> str:
+    options = config.speculation
+    if options.mode == "off":
+        return "off"
+    drafter = f"{', '.join((options.drafter.format, *options.drafter.alternatives))}, LM head {options.drafter.lm_head}"
+    longest = options.toggle.max_speculative_tokens
+    lengths = {"adaptive": f"up to {longest}", "ladder": f"one of {options.toggle.ladder.rungs}"}
+    tokens = lengths.get(options.mode, str(options.num_speculative_tokens))
+    costs = "" if options.mode == "always" else f", costs {options.calibration or 'measured at the start'}"
+    return f"{options.mode}, {tokens} tokens, {options.verification}, drafter {drafter}{costs}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, command, invoke
+from commands import ENVIRONMENT, command, invoke, save_random_model
 from tiny_runs import write_config
 
 from erollout import __version__
@@ -163,7 +163,7 @@ def test_the_demos_configuration_runs_on_two_nodes_as_it_is(
     name: str, launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "demo" / "warm-start").mkdir(parents=True)
+    save_random_model(tmp_path / "runs" / "demo" / "warm-start")
     size = {"torchrun": ["--nproc-per-node", "4", "--head", "127.0.0.1"]}.get(launcher, ["--ranks-per-node", "4"])
     options = ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--run-dir", "runs/a", "--dry-run"]
     outcome = invoke("launch", launcher, "--nodes", "2", *size, *options)

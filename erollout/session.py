@@ -70,6 +70,7 @@ def train(config: Config) -> None:
             worker = RolloutWorker(
                 config, resolved.architecture, context, resolved.tokenizer, rewards, stop.is_asked, watchdog.alive
             )
+            tracker.log_config_artifacts(config, {**resolved_facts(resolved), "decode_kernels": str(worker.engine.promise)})
             worker.load_state_dict(state.rollout)
             trainer = Trainer(
                 config,

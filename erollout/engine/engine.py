@@ -28,6 +28,7 @@ from erollout.engine.proposer import DraftRequest, Drafts, Proposer
 from erollout.engine.random import sequence_seed
 from erollout.engine.sampler import Sampler, SamplerKernel
 from erollout.engine.scheduler import Batch, Scheduler
+from erollout.engine.self_test import promise_of
 from erollout.engine.sequence import Sequence
 from erollout.engine.verifier import Candidate, Verification, VerifiedRun, Verifier, sampling_row
 from erollout.errors import UserError
@@ -103,6 +104,8 @@ class Engine:
         self.cache = KVCache(architecture, size, num_blocks(rollout, architecture), rollout.block_size, dtype, device)
         self.kernel = resolve_linear_kernel(rollout.kernels, dtype, device)
         self.model = build_decode_model(self.kernel, architecture, group, self.cache, max_model_len, dtype, device)
+        self.promise = promise_of(self.kernel, self.model)
+        """What its bits depend on."""
         self.runner = ModelRunner(self.model)
         sampling: SamplerKernel = "native" if self.kernel == "native" else "torch"
         self.sampler = Sampler(architecture.vocab_size, self.model.vocab_start, group, sampling)

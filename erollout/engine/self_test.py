@@ -1,0 +1,120 @@
+"""What an engine promises about bits, tried out at its start on the shapes that it has.
+
+On a CPU a token's logits depend on its own sequence alone: not on neighbours, chunks or drafts. The kernels are made so; this
+makes sure, on sums that cancel (row_tiles), whose every bit shows the order of summation. It takes some milliseconds per shape.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from erollout.engine.attention import Attention, PagedAttention, Span
+from erollout.engine.decode_model import DecodeModel
+from erollout.engine.kv_cache import KVCache
+from erollout.engine.linear import LINEAR_KERNELS
+from erollout.engine.native_model import NativeAttention
+from erollout.engine.row_tiles import cancelling
+from erollout.kernels import native
+from erollout.policy.architecture import Architecture
+
+logger = logging.getLogger(__name__)
+
+_ELEMENTS = 1 << 19
+"""Of a weight that is tried: larger layers with fewer outputs."""
+_COMPANY = (2, 5, 17)
+"""Rows of the passes that a row is tried in."""
+_TOKENS = 140
+"""Of the sequence that attention is tried on: more than one chunk of keys."""
+_PIECES = ((0, 1), (5, 7), (63, 64), (60, 77), (127, 128), (128, 129), (100, 140))
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    kernel: str
+    """And its instructions."""
+    broken: tuple[str, ...]
+    """What gives a token other bits in other company; empty where the promise holds."""
+
+    def __str__(self) -> str:
+        if not self.broken:
+            return f"{self.kernel}: a token's bits depend on its own sequence alone"
+        return f"{self.kernel}: a token's bits depend on its company in {'; '.join(self.broken)}"
+
+
+def promise_of(kernel: str, model: DecodeModel) -> Promise:
+    """Of a model on this kernel; logged, as a warning where it can't be made."""
+    device = model.embedding.device
+    if device.type != "cpu":
+        promise = Promise(f"{kernel} on {device.type}", ("the products of a GPU's libraries",))
+        logger.info("%s: coupled verification draws from the target's distribution, not the same tokens", promise)
+        return promise
+    weights = [tensor for name, tensor in model.tensors.items() if name.endswith("proj.weight")]
+    shapes = {tuple(weight.shape) for weight in (*weights, model.tensors.get("lm_head.weight", model.embedding))}
+    promise = _try_out(
+        kernel, tuple(sorted(shapes)), _one_group(model), model.cache.block_size, model.dtype, torch.get_num_threads()
+    )
+    if promise.broken:
+        advice = "samples may change with batch, preemption and speculation; try another rollout.kernels"
+        logger.warning("%s (%s): %s", promise, _processor(), advice)
+    else:
+        logger.info("%s (tried on %d shapes of layers)", promise, len(shapes))
+    return promise
+
+
+@cache
+def _try_out(
+    kernel: str, shapes: tuple[tuple[int, int], ...], group: Architecture, block_size: int, dtype: torch.dtype, threads: int
+) -> Promise:
+    with torch.inference_mode():
+        broken = [
+            f"layers of {outputs} x {inputs}" for outputs, inputs in shapes if not _linear_holds(kernel, outputs, inputs, dtype)
+        ]
+        if not _attention_holds(kernel, group, block_size, dtype):
+            broken.append(f"attention of {group.num_attention_heads} queries per KV head, head size {group.kv_channels}")
+    level = native.level() if kernel == "native" else None
+    name = f"{kernel} kernels, {str(dtype).removeprefix('torch.')}, {threads} thread{'s' * (threads > 1)}"
+    return Promise(f"{name}, {level.name}" if level else name, tuple(broken))
+
+
+def _linear_holds(kernel: str, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+    x, weight = cancelling(max(_COMPANY), max(1, min(outputs, _ELEMENTS // inputs)), inputs, dtype)
+    linear = LINEAR_KERNELS[kernel](weight, None)
+    linear.prepare()
+    alone = torch.cat([linear(row[None]) for row in x])
+    return all(torch.equal(linear(x[:n]), alone[:n]) and torch.equal(linear(x[-n:]), alone[-n:]) for n in _COMPANY)
+
+
+def _attention_holds(kernel: str, group: Architecture, block_size: int, dtype: torch.dtype) -> bool:
+    heads, size = group.num_attention_heads, group.kv_channels
+    blocks = -(-_TOKENS // block_size)
+    cache = KVCache(group, 1, blocks, block_size, dtype, torch.device("cpu"))
+    cache.allocate()
+    generator = torch.Generator().manual_seed(0)
+    pool = cache.layer(0)[:, :blocks]
+    pool.copy_(torch.randn(pool.shape, generator=generator))
+    query = (2 * torch.randn(_TOKENS, heads, size, generator=generator)).to(dtype)
+    make = NativeAttention if kernel == "native" else PagedAttention
+    attention: Attention = make(heads, cache, 1, size)
+
+    def run(start: int, end: int) -> Tensor:
+        return attention(query[start:end], cache.layer(0), attention.plan([Span(start, end, list(range(blocks)))]))
+
+    whole = run(0, _TOKENS)
+    return all(torch.equal(run(start, end), whole[start:end]) for start, end in _PIECES)
+
+
+def _one_group(model: DecodeModel) -> Architecture:
+    """A layer with the queries of one KV head."""
+    return replace(
+        model.architecture, num_layers=1, num_query_groups=1, num_attention_heads=model.num_heads // model.num_kv_heads
+    )
+
+
+def _processor() -> str:
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return "processor with " + (
+        ", ".join(name for name in wanted if name in native.processor_flags()) or "none of " + ", ".join(wanted)
+    )

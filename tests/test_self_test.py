@@ -1,0 +1,60 @@
+"""What an engine says about its bits."""
+
+import logging
+
+import pytest
+import torch
+from tiny_decode import make_engine
+from torch import Tensor
+
+from erollout.engine import linear, self_test
+from erollout.engine.linear import TorchLinear
+from erollout.kernels import native
+
+
+class Careless(TorchLinear):
+    """Sums up in two halves where there are several rows."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        half = x.shape[1] // 2
+        if len(x) < 3:
+            return x @ self.weight.t()
+        return x[:, :half] @ self.weight[:, :half].t() + x[:, half:] @ self.weight[:, half:].t()
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    self_test._try_out.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [("torch", "float32"), ("prepacked", "float32"), ("torch", "bfloat16"), ("native", "bfloat16")]
+)
+def test_the_kernels_keep_the_promise(kernel: str, dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    if kernel == "native" and native.why_unavailable():
+        pytest.skip(str(native.why_unavailable()))
+    caplog.set_level(logging.INFO)
+    engine = make_engine("llama", kernels=kernel, dtype=dtype)
+    assert not engine.promise.broken
+    assert f"{kernel} kernels, {dtype}" in caplog.text and "depend on its own sequence alone" in caplog.text
+
+
+def test_a_kernel_that_breaks_it_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(linear.LINEAR_KERNELS, "torch", Careless)
+    engine = make_engine("llama", kernels="torch")
+    assert "layers of 128 x 64" in engine.promise.broken
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "torch kernels, float32" in warning and "processor with" in warning and "try another rollout.kernels" in warning
+
+
+def test_attention_that_breaks_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.bmm
+
+    def careless(left: Tensor, right: Tensor) -> Tensor:
+        return real(left, right) if left.shape[1] > 8 else real(left.double(), right.double()).to(left.dtype)
+
+    engine = make_engine("llama", kernels="torch")  # its tiles are found with the real product
+    monkeypatch.setattr(torch, "bmm", careless)
+    self_test._try_out.cache_clear()
+    promise = self_test.promise_of("torch", engine.model)
+    assert promise.broken == ("attention of 2 queries per KV head, head size 16",)

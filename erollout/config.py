@@ -99,7 +99,7 @@ class RolloutConfig:
     max_num_batched_tokens: bounds.Tokens = 2048
     """Most tokens in one forward pass: longer prompts are prefilled in chunks."""
     kernels: Literal["auto", "native", "prepacked", "torch"] = "auto"
-    """Of the decode model: `native` (bfloat16 on a CPU with AVX-512 BF16), `prepacked` (oneDNN, CPU), `torch` (any device);
+    """Of the decode model: `native` (bfloat16 on a CPU with AVX2 or AVX-512), `prepacked` (oneDNN, CPU), `torch` (any device);
     `auto` takes the first that runs here. Resolved once, logged."""
 
     @property

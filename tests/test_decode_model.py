@@ -220,7 +220,7 @@ def test_pool_size_follows_from_memory() -> None:
     assert num_blocks(RolloutConfig(kv_cache_gib=100.5 * per_block / 2**30), architecture) == 100
     assert num_blocks(RolloutConfig(num_kv_blocks=7), architecture) == 7
     with pytest.raises(UserError, match=r"rollout.kv_cache_gib"):
-        num_blocks(RolloutConfig(kv_cache_gib=1e-9), architecture)
+        num_blocks(RolloutConfig(kv_cache_gib=1e-6), architecture)
 
 
 def sums_of_one_row_and_of_many() -> tuple[torch.Tensor, torch.Tensor]:

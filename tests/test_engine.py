@@ -215,6 +215,7 @@ def test_two_ranks_sample_the_same_tokens_as_one(rank_pool, settings: dict[str, 
 
 
 @pytest.mark.distributed
-def test_bfloat16_ranks_stay_in_step(rank_pool) -> None:
+def test_bfloat16_ranks_stay_in_step_in_any_company(rank_pool) -> None:
     ranks = rank_pool.run(2, generate_on_this_rank, "bfloat16", SAMPLED, {"max_num_seqs": 4})
     assert ranks[0] == ranks[1]
+    assert rank_pool.run(2, generate_on_this_rank, "bfloat16", SAMPLED, {"max_num_batched_tokens": 40})[0] == ranks[0]

@@ -31,7 +31,7 @@ class AttentionTiles:
 
     def batched(self, tile: int, left: Tensor, right: Tensor) -> Tensor:
         """left @ right, [items, rows, n] @ [items, n, m] for items of this tile, in batches of these sizes."""
-        if not self.batches:
+        if not self.batches or left.shape[0] in self.batches[tile]:
             return torch.bmm(left, right)
         cuts = self._cuts(tile, left.shape[0])
         outputs = [torch.bmm(aligned(left[start:end]), right[start:end]) for start, end in cuts]

@@ -53,6 +53,8 @@ class RowTiles:
 
     def run(self, product: Product, x: Tensor) -> Tensor:
         """product(x), with x [rows, in_features] cut into pieces; rows > 0."""
+        if x.shape[0] in self.sizes:
+            return product(aligned(x))
         outputs = [product(_padded(x[start:end], size))[: end - start] for start, end, size in self.pieces(x.shape[0])]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -128,7 +130,7 @@ def _bits_of_rows(y: Tensor) -> bytes | None:
 
 def aligned(x: Tensor) -> Tensor:
     """A contiguous x that begins on a cache line: itself where it does."""
-    return x if x.data_ptr() % _LINE == 0 and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    return x if x.is_contiguous() and x.data_ptr() % _LINE == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -1,10 +1,14 @@
 """What an engine says about its bits."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from ranks import RankPool
 from tiny_decode import make_engine
+from tiny_runs import tiny_tree, train_here
 from torch import Tensor
 
 from erollout.engine import linear, self_test
@@ -58,3 +62,10 @@ def test_attention_that_breaks_it_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     self_test._try_out.cache_clear()
     promise = self_test.promise_of("torch", engine.model)
     assert promise.broken == ("attention of 2 queries per KV head, head size 16",)
+
+
+@pytest.mark.distributed
+def test_a_run_tracks_what_its_kernels_promise(rank_pool: RankPool, tmp_path: Path) -> None:
+    rank_pool.run(1, train_here, tiny_tree(tmp_path, train={"steps": 1}))
+    (resolved,) = tmp_path.rglob("resolved.yaml")
+    assert "depend on its own sequence alone" in yaml.safe_load(resolved.read_text())["decode_kernels"]

@@ -58,7 +58,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def parser() -> Parser:
-    """Of the whole command line."""
+    """Parser of the whole command line."""
     parser = Parser(prog="erollout", description="RL post-training on Megatron-core with fast rollouts.")
     parser.add_argument("--version", action="version", version=f"erollout {__version__}")
     commands: Commands = parser.add_subparsers(dest="command", required=True, metavar="command")

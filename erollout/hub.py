@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 _ORGANISATIONS = {"Qwen": "Qwen", "Llama-": "meta-llama", "Meta-Llama-": "meta-llama", "SmolLM": "HuggingFaceTB"}
-"""By the beginning of a model's name."""
+"""Organisations on the hub, by the beginning of a model's name."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDERS = ("models", "runs", "checkpoints", "data", "weights", "tmp")
 """First parts of a path that are no organisation's name."""

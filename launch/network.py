@@ -27,7 +27,7 @@ def interface_with(address: str) -> str | None:
 
 
 def interface_variables(interface: str | None, chosen: str | None) -> dict[str, str]:
-    """By which gloo and NCCL take the interface, unless the user has set them. `chosen`: on the command line.
+    """Variables by which gloo and NCCL take the interface, unless the user has set them. `chosen`: on the command line.
 
     Raises UserError when that contradicts what is set.
     """

@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class FixedRendezvous(RendezvousHandler):
-    """Of a number of nodes that does not change."""
+    """Rendezvous of a fixed number of nodes."""
 
     def __init__(self, run_id: str, arrive: Callable[[], RendezvousInfo]) -> None:
         """`arrive`: returns when all nodes have come."""

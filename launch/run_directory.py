@@ -103,7 +103,7 @@ class RunDirectory:
         return found
 
     def _text(self, name: str) -> str | None:
-        """Of a file that may not be there. Raises UserError for one that can't be read."""
+        """Text of a file; None where there is none. Raises UserError for one that can't be read."""
         file = self.path / name
         try:
             return file.read_text() if file.exists() else None

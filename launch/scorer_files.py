@@ -9,11 +9,11 @@ from erollout.errors import UserError
 from erollout.rewards.function import absolute_name, is_file, split_name
 
 _FOLDER = "scorer"
-"""Of a `path/file.py:name` and what it imports, in a copy of the code."""
+"""Folder of a `path/file.py:name` and of what it imports, in a copy of the code."""
 
 
 def scorer_files(function: str | None, import_path: str | None) -> dict[str, Path]:
-    """By their place in a copy of the code; none for a module of an installed package, whose version is the environment's.
+    """Files by their place in a copy of the code; none for a module of an installed package: its version is the environment's.
 
     Raises UserError where there is no such module or file.
     """

@@ -24,7 +24,7 @@ def new_secret() -> str:
 
 
 def secret_of(directory: Path) -> str:
-    """Of the run in that directory; the variable wins.
+    """Secret of the run in that directory; the variable wins.
 
     Raises UserError for a variable that is too short, and a file that others can read or that can't be made.
     """
@@ -32,7 +32,7 @@ def secret_of(directory: Path) -> str:
 
 
 def given_secret() -> str | None:
-    """By the variable, which is taken away from the processes that this one starts. Raises UserError for one too short."""
+    """Secret from the variable, which child processes do not inherit. Raises UserError for one that is too short."""
     given = variable(SECRET)
     set_variable(SECRET, "")
     if given is not None and len(given) < _LEAST_CHARACTERS:

@@ -54,7 +54,7 @@ class Snapshot:
 
 
 def take_snapshot(function: str | None = None, import_path: str | None = None) -> Snapshot:
-    """Of this package, compiled kernels included, and of a reward function (rewards.function) that is not installed.
+    """Files of this package, compiled kernels included, and of a reward function (rewards.function) that is not installed.
 
     Nothing is copied yet. Raises UserError where there is no such module.
     """

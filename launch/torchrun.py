@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _variables(chosen: str | None, node: Node | None) -> dict[str, str]:
-    """Of the ranks. What the user has set wins, but a run on one machine listens beyond it only with `chosen`."""
+    """Environment of the ranks. What the user has set wins, but a run on one machine listens beyond it only with `chosen`."""
     interface = chosen if node is None else node.meeting.interface
     own = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **interface_variables(interface, chosen)}
     found = {name: variable(name) or value for name, value in own.items()}

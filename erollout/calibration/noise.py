@@ -16,13 +16,13 @@ from erollout.speculation.measured_table import MOST_OF_ITS_OWN, MeasuredTable
 from erollout.speculation.roofline import Pass
 
 MOST_UNCERTAIN = 0.03
-"""Of a median, relative, above which a sweep is too noisy to tell where speculation pays."""
+"""Relative uncertainty of a median above which a sweep is too noisy to tell where speculation pays."""
 MOST_OFF = 0.1
-"""Of the roofline from a pass's points: median, relative. A real device's kernels are within a few per cent."""
+"""Median relative error of the roofline, over the points of a pass, that is worth a warning; real kernels: a few per cent."""
 MOST_OUTLIERS = 0.15
-"""Of all points."""
+"""Share of all points."""
 FEWEST_SAMPLES = 3
-"""Of a row, for its spread to mean anything."""
+"""Fewest samples of a row for its spread to mean anything."""
 NAMED = 8
 """Outliers that are printed."""
 DISTINCT = {"batch": "batch size", "seq": "context", "gamma": "draft length"}
@@ -86,7 +86,7 @@ class Noise:
 
 
 def noise(rows: Sequence[SweepRow], tables: Mapping[tuple[Pass, str], MeasuredTable]) -> Noise:
-    """Of a sweep. `tables`: of the calibration that was fitted to it, by pass and format."""
+    """Noise of a sweep. `tables`: those of the calibration that was fitted to it, by pass and format."""
     rows = [row for row in rows if row.mode in PASSES]
     repeated = [row for row in rows if row.n_samples >= FEWEST_SAMPLES]
     spreads = [row.std_ms / row.median_ms for row in repeated]

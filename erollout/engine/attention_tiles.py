@@ -27,7 +27,7 @@ class AttentionTiles:
     several: int
     """Query tokens of an item where a sequence computes more."""
     batches: dict[int, tuple[int, ...]]
-    """By tile: the batch sizes, descending, down to 1; none where no promise is made."""
+    """Batch sizes of each tile, descending, down to 1; empty where no promise is made."""
 
     def batched(self, tile: int, left: Tensor, right: Tensor) -> Tensor:
         """left @ right, [items, rows, n] @ [items, n, m] for items of this tile, in batches of these sizes."""

@@ -74,7 +74,7 @@ def num_blocks(rollout: RolloutConfig, architecture: Architecture) -> int:
 
 
 def num_bytes(rollout: RolloutConfig, architecture: Architecture) -> int:
-    """Of one rank's pool. Raises UserError for one that does not hold a block."""
+    """Number of blocks in one rank's pool. Raises UserError where the pool does not hold one."""
     return num_blocks(rollout, architecture) * _block_bytes(rollout, architecture)
 
 

@@ -87,7 +87,7 @@ def why_unavailable() -> str | None:
 
 
 def level() -> Level | None:
-    """Of the extension that is loaded here: the best that the processor has, that was built and that is allowed.
+    """Level of the extension that is loaded here: the best that the processor has, that was built and that is allowed.
 
     None where the processor has none; where none was built, the best of the others. Raises UserError for an unknown level.
     """

@@ -11,7 +11,7 @@ from torch.nn import Module
 from erollout.config import Config
 
 _CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
-"""Of a parameter group; its rate and weight decay follow from the schedule."""
+"""Options of a parameter group that a configuration sets; learning rate and weight decay follow from the schedule."""
 
 
 def build_optimizer(config: Config, model: Module, total_steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from erollout.errors import UserError
 
 KINDS = {"scorer took more than": "time_limit", "scorer ended its process": "process_ended"}
-"""By the beginning of the error; an exception's kind is its name."""
+"""Kinds of failure, by the beginning of the error's text; an exception's kind is its class name."""
 
 
 class AllScoringFailed(UserError):

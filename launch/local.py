@@ -20,7 +20,7 @@ from erollout.environment import STORE, set_default, set_variable, stay_on_loopb
 from erollout.errors import UserError
 from erollout.launch.parent import name_launcher
 from erollout.launch.rank_logs import RankLogs
-from erollout.launch.rendezvous import BACKEND, FixedRendezvous, on_one_node
+from erollout.launch.rendezvous import BACKEND, LOOPBACK, FixedRendezvous, on_one_node
 from erollout.signals import ENDED_AT_ONCE, STOPS, stops_wait
 
 _POLL_SECONDS = 0.2
@@ -38,6 +38,7 @@ def launch_local(arguments: Sequence[str], world_size: int, log_dir: Path | None
     set_default("PYTHONHASHSEED", "0")  # some tasks draw from sets: their items must be the same on every rank
     if interface is None:
         stay_on_loopback()
+        _require_port()
     with _store_file() as path:
         set_variable(STORE, path)
         return run_ranks(arguments, FixedRendezvous("erollout", on_one_node), world_size, log_dir)
@@ -182,6 +183,17 @@ def _children() -> list[int]:
             parent = file.read_text().rpartition(")")[2].split()[1]
             found += [int(file.parent.name)] if int(parent) == os.getpid() else []
     return found
+
+
+def _require_port() -> None:
+    """The ranks listen on ports of the loopback; gloo says in a traceback that there is none. Raises UserError."""
+    try:
+        socket.create_server((LOOPBACK, 0)).close()
+    except OSError as error:
+        raise UserError(
+            f"no free port on localhost for the ranks to meet ({error.strerror}); end processes that hold ports, "
+            "or widen net.ipv4.ip_local_port_range"
+        ) from error
 
 
 @contextmanager

@@ -311,6 +311,6 @@ def test_policy_architecture_reads_a_directory(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         policy_architecture(ModelConfig(path=str(tmp_path)))
-    with pytest.raises(UserError, match="can't read"):
+    with pytest.raises(UserError, match="none is not there"):
         policy_architecture(ModelConfig(path=str(tmp_path / "none")))
     assert policy_architecture(ModelConfig(architecture=LLAMA)) == read_architecture(LLAMA, "test")

@@ -576,7 +576,7 @@ def test_unusable_store_at_start_is_a_user_error(tmp_path: Path, kind: str) -> N
 
 def test_journal_reads_around_torn_lines_and_keeps_non_finite_numbers(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"kind": "metrics", "step": 1, "values": {"a": 1}}\n{"kind": "met')
+    path.write_bytes(b'{"kind": "metrics", "time": 1, "step": 1, "values": {"a": 1}}\n{"kind": "met')
     journal = Journal(path)
     journal.append("metrics", step=2, values={"a": math.nan, "b": -math.inf})
     assert [record["step"] for record in journal.records()] == [1, 2] and journal.undelivered() == 2

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from math import exp, inf, isfinite, log
 
 import pytest
@@ -68,15 +69,25 @@ def points(*entries: tuple[int, float, int, float]) -> list[Point]:
     return [Point(*entry) for entry in entries]
 
 
+def per_sequence(batch: int, num_speculative_tokens: int) -> int:
+    """Rows of a pass with one token of each sequence."""
+    return batch
+
+
+def per_token(batch: int, num_speculative_tokens: int) -> int:
+    """Rows of a verify pass."""
+    return batch * (num_speculative_tokens + 1)
+
+
 def test_a_table_has_what_was_measured_and_lies_between_neighbours() -> None:
-    table = MeasuredTable(points((4, 100, 0, 0.1), (16, 100, 0, 0.3)), verifies=False)
+    table = MeasuredTable(points((4, 100, 0, 0.1), (16, 100, 0, 0.3)), per_sequence)
     assert table.log_ratio(4, 100, 0) == pytest.approx(0.1)
     assert table.log_ratio(8, 100, 0) == pytest.approx(0.2)  # halfway in the logarithm
-    assert MeasuredTable((), verifies=True).log_ratio(8, 100, 3) == 0.0
+    assert MeasuredTable((), per_token).log_ratio(8, 100, 3) == 0.0
 
 
 def test_a_table_fades_outside() -> None:
-    table = MeasuredTable(points((4, 100, 0, 0.4), (16, 100, 0, 0.4)), verifies=False)
+    table = MeasuredTable(points((4, 100, 0, 0.4), (16, 100, 0, 0.4)), per_sequence)
     assert table.log_ratio(64, 100, 0) == pytest.approx(0.2)  # two octaves: half
     assert abs(table.log_ratio(16 * 2**20, 100, 0)) < 0.001
     assert table.log_ratio(1, 100, 0) == pytest.approx(0.2)
@@ -84,14 +95,21 @@ def test_a_table_fades_outside() -> None:
 
 def test_steps_of_a_verify_pass_stand_at_the_same_tokens_for_every_draft_length() -> None:
     measured = [(b, 100.0, n, 0.3 if b * (n + 1) > 64 else 0.0) for n in (3, 7) for b in (4, 8, 16, 32)]
-    without = MeasuredTable(points(*(p for p in measured if p[:3] != (16, 100.0, 7))), verifies=True)
+    without = MeasuredTable(points(*(p for p in measured if p[:3] != (16, 100.0, 7))), per_token)
     assert without.log_ratio(16, 100, 7) == pytest.approx(0.3, abs=0.02)  # 128 tokens, as 32 sequences of 4
+
+
+def test_rows_are_the_tokens_of_a_pass_and_what_a_draft_is_filled_up_to() -> None:
+    line = Roofline(SIZE, COST, COST, {"w4": replace(COST, padded=True), "w8": COST})
+    assert [line.rows("draft", "w4", 16, n) for n in (3, 7, 11)] == [16, 16, 24]
+    assert [line.rows("draft", "w8", 16, n) for n in (3, 7, 11)] == [16, 16, 16]
+    assert line.rows("verify", "", 16, 3) == 64 and line.rows("target", "", 16, 3) == 16
 
 
 def test_a_point_that_no_other_resembles_counts_little() -> None:
     regular = [(b, c, n, 0.0) for n in (3, 7) for b in (8, 16, 32) for c in (100.0, 200.0, 400.0)]
     odd = [p if p[:3] != (16, 400.0, 3) else (16, 400.0, 3, -0.7) for p in regular]
-    table = MeasuredTable(points(*odd), verifies=False)
+    table = MeasuredTable(points(*odd), per_sequence)
     assert table.log_ratio(16, 400, 3) == pytest.approx(-MOST_OF_ITS_OWN, abs=0.001)
     assert table.log_ratio(16, 200, 3) == table.log_ratio(16, 400, 7) == pytest.approx(0.0)
 
@@ -99,7 +117,7 @@ def test_a_point_that_no_other_resembles_counts_little() -> None:
 @given(st.lists(st.tuples(st.integers(1, 512), st.floats(1, 1e5), st.integers(0, 16), st.floats(-2, 2)), max_size=12))
 @settings(max_examples=50)
 def test_a_table_never_leaves_its_points_far(entries: list[tuple[int, float, int, float]]) -> None:
-    table = MeasuredTable(points(*entries), verifies=True)
+    table = MeasuredTable(points(*entries), per_token)
     most = 3 * max((abs(value) for *_, value in entries), default=0.0) + MOST_OF_ITS_OWN
     assert all(abs(table.log_ratio(b, c, n)) <= most for b in (1, 7, 64, 1000) for c in (1, 900) for n in (0, 3, 20))
 
@@ -119,7 +137,7 @@ def test_a_step_is_its_drafts_and_the_verify_pass() -> None:
 
 
 def test_a_measured_ratio_wins_over_the_roofline() -> None:
-    table = MeasuredTable(points((8, 100, 0, log(2))), verifies=False)
+    table = MeasuredTable(points((8, 100, 0, log(2))), per_sequence)
     passes = PassTimes(roofline(), {("target", ""): table})
     assert passes.target_seconds(8, 100) == pytest.approx(2 * roofline().seconds("target", "", 8, 100))
     assert passes.parts("target", "", 8, 100, 0).seconds == pytest.approx(passes.target_seconds(8, 100))

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Calibration:
 
     def passes(self) -> PassTimes:
         """Seconds of single passes."""
-        tables = {key: MeasuredTable(points, verifies=key[0] == "verify") for key, points in self.tables.items()}
+        tables = {key: MeasuredTable(points, partial(self.roofline.rows, *key)) for key, points in self.tables.items()}
         return PassTimes(self.roofline, tables)
 
     def cost_model(self) -> CalibratedCost:

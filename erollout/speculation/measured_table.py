@@ -1,15 +1,15 @@
 """What was measured, over what the roofline predicts: log ratios, interpolated between the points. Pure.
 
-The ratio of a point is a sum of four parts, each the median of what those before it leave. A curve over the tokens of a pass is
-common to all draft lengths and contexts: matmuls see nothing but the number of rows, and their steps, at whole tiles, stand at
-the same rows for any draft length. Each draft length has a curve over the batch, and each context has one. What then is left is
-the point's own, and counts up to MOST_OF_ITS_OWN: nothing makes a single point jump but other sequences running than were
-meant, as where the cache was too small for the batch. All parts are linear in the logarithms between neighbours, and fade
-outside the measured range.
+The ratio of a point is a sum of four parts, each the median of what those before it leave. A curve over the rows of the matmuls
+is common to all draft lengths and contexts: matmuls see nothing but the number of rows, and their steps, at whole tiles, stand
+at the same rows for any draft length. Each draft length has a curve over the rows too, and each context has one over the batch.
+What then is left is the point's own, and counts up to MOST_OF_ITS_OWN: nothing makes a single point jump but other sequences
+running than were meant, as where the cache was too small for the batch. All parts are linear in the logarithms between
+neighbours, and fade outside the measured range.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import log2
 from statistics import median_high, median_low
@@ -39,18 +39,18 @@ class Point:
 class MeasuredTable:
     """Ratios of one kind of pass. Without any point: 0 everywhere."""
 
-    def __init__(self, points: Iterable[Point], verifies: bool) -> None:
-        """`verifies`: a pass has num_speculative_tokens + 1 tokens of each sequence, not one."""
+    def __init__(self, points: Iterable[Point], rows: Callable[[int, int], int]) -> None:
+        """`rows`: of the matmuls of a pass, by batch and num_speculative_tokens; see Roofline.rows."""
         self.points = tuple(points)
-        self._verifies = verifies
+        self._rows = rows
         self._curve: _Row = ()
         self._by_length: _Plane = ()
         self._by_context: _Plane = ()
         self._own: Sequence[tuple[float, _Plane]] = ()
         self.alone: Sequence[tuple[Point, float]] = ()
         """Of each point what it shares with no other, without bound: noise, or other sequences running than were meant."""
-        self._curve = _row((self._tokens(p.batch, p.num_speculative_tokens), rest) for p, rest in self._left())
-        self._by_length = _plane((_length(p), log2(p.batch), rest) for p, rest in self._left())
+        self._curve = _row((self._position(p), rest) for p, rest in self._left())
+        self._by_length = _plane((_length(p), self._position(p), rest) for p, rest in self._left())
         self._by_context = _plane((_context(p.context), log2(p.batch), rest) for p, rest in self._left())
         own: dict[float, list[tuple[float, float, float]]] = {}
         self.alone = self._left()
@@ -61,14 +61,14 @@ class MeasuredTable:
 
     def log_ratio(self, batch: int, context: float, num_speculative_tokens: int) -> float:
         """0 batch is no pass."""
-        tokens, x = self._tokens(batch, num_speculative_tokens), log2(batch)
+        rows, x = log2(self._rows(batch, num_speculative_tokens)), log2(batch)
         y, z = log2(num_speculative_tokens + 1), _context(context)
         own = [(length, _in_plane(plane, z, x)) for length, plane in _near(self._own, y)]
-        common = _in_row(self._curve, tokens) + _in_plane(self._by_length, y, x) + _in_plane(self._by_context, z, x)
+        common = _in_row(self._curve, rows) + _in_plane(self._by_length, y, rows) + _in_plane(self._by_context, z, x)
         return common + _in_row(own, y)
 
-    def _tokens(self, batch: int, num_speculative_tokens: int) -> float:
-        return log2(batch * (num_speculative_tokens + 1 if self._verifies else 1))
+    def _position(self, point: Point) -> float:
+        return log2(self._rows(point.batch, point.num_speculative_tokens))
 
     def _left(self) -> list[tuple[Point, float]]:
         """Of each point, what the parts so far leave."""

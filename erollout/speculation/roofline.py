@@ -133,6 +133,12 @@ class Roofline:
         reduce = size.reduces * (links.latency + tokens * size.reduce_bytes / links.bandwidth) + links.per_sequence * batch
         return Parts(memory, compute, overhead, reduce)
 
+    def rows(self, kind: Pass, format: str, batch: int, num_speculative_tokens: int) -> int:
+        """Of the matmuls of one pass: its tokens, and where the drafter's batch is filled up, what it is filled up to."""
+        if kind == "draft":
+            return _tiled(batch, num_speculative_tokens + 1) if self.draft[format].padded else batch
+        return batch * (num_speculative_tokens + 1 if kind == "verify" else 1)
+
     def seconds(
         self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int = 0, prefill_tokens: int = 0
     ) -> float:

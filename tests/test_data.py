@@ -407,7 +407,7 @@ def test_columns_inside_columns_and_messages_in_other_forms(byte_tokenizer: PreT
     texts = [test.prompt(n).text for n in range(4)]
     assert texts == [f"<user>{text}\n<assistant>" for text in ("q", "q", "q!", "q")]
     assert [test.prompt(n).item["answer"] for n in range(4)] == ["7", "7", "7.0", "8"]
-    with pytest.raises(UserError, match=r"x\.jsonl:1: no column 'reward_model\.answer' \(columns: reward_model\.ground_truth\)"):
+    with pytest.raises(UserError, match=r"x\.jsonl:1: no column 'reward_model\.answer' \(columns: reward_model\.ground_truth"):
         build_datasets(file_data(path, answer_column="reward_model.answer"), LIMITS, byte_tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -68,8 +69,8 @@ def overrides(options: argparse.Namespace) -> list[str]:
         key, _, value = override.partition("=")
         if key.strip() == "train.output_dir" and value.strip() != options.run_dir:
             raise UserError(f"--run-dir = {options.run_dir}, but {override} is given too; give one of them")
-    quoted = options.run_dir.replace("'", "''")
-    return [*options.overrides, f"train.output_dir='{quoted}'"]
+    quoted = json.dumps(options.run_dir, ensure_ascii=False)  # as YAML quotes: it would fold a line's end in single quotes
+    return [*options.overrides, f"train.output_dir={quoted}"]
 
 
 def _meant(word: str, known: Iterable[str]) -> str:

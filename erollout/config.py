@@ -86,7 +86,7 @@ class RolloutConfig:
     """Beside the model's end-of-sequence ids."""
     special_tokens: Literal["content", "all", "none"] = "content"
     """Special tokens in the text that is scored and that `stop` looks at. `content` keeps all (`<answer>` may be one) but those
-    that begin, end or pad a sequence; `all` keeps those too; `none` leaves all out."""
+    that begin, end (those of `stop_token_ids` too) or pad a sequence; `all` keeps those too; `none` leaves all out."""
     ignore_eos: bool = False
     block_size: bounds.GroupSize = 16
     """Tokens per block of the paged KV cache."""

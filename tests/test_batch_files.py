@@ -62,3 +62,15 @@ def test_all_variables_are_documented_and_used() -> None:
 
 def test_what_the_launcher_sends_is_read() -> None:
     assert _variables(ROOT / "launch" / "plan.py") <= _variables(ROOT / "slurm" / "train.sbatch")
+
+
+def test_a_run_directory_of_two_lines_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "train.sbatch"), f"{tmp_path}/two\nlines", "--config", "x"],
+        env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stdout.count("\n") == 1 and "has the end of a line in it" in done.stdout
+    assert not list(tmp_path.iterdir())

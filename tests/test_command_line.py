@@ -17,6 +17,7 @@ from erollout import __version__
 from erollout.arguments import overrides
 from erollout.cli import main
 from erollout.command_line import parser
+from erollout.config import load_config
 from erollout.hub import fetch_line
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +114,13 @@ def test_every_launcher_takes_the_run_directory_by_one_name(launcher: list[str],
 
 def test_the_run_directory_is_kept_whole() -> None:
     options = parser().parse_args(["train", "--config", "c", "--run-dir", "it's #1", "train.output_dir = it's #1"])
-    assert overrides(options)[-1] == "train.output_dir='it''s #1'"
+    assert overrides(options)[-1] == 'train.output_dir="it\'s #1"'
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\n\nb", "it's #1", 'say "x"', "back\\slash", "tab\there", " ends ", "é😀"])
+def test_a_run_directory_of_any_name_is_the_one_that_was_named(name: str, config: str) -> None:
+    options = parser().parse_args(["train", "--config", config, "--run-dir", f"/runs/{name}"])
+    assert load_config(config, overrides(options)).train.output_dir == f"/runs/{name}"
 
 
 def test_a_supervised_run_has_a_dry_run_of_its_own(config: str, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from erollout.config import Config, build_config, load_config
+from erollout.engine.random import request_seed
 from erollout.errors import UserError
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 
@@ -160,6 +162,16 @@ def test_keys_that_do_not_go_together_are_refused(sections: dict, words: list[st
 )
 def test_keys_at_the_edge_of_what_goes_together_are_taken(sections: dict) -> None:
     _build(**sections)
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**63 - 1])
+def test_any_seed_that_the_noise_can_tell_apart_is_taken(seed: int) -> None:
+    torch.Generator().manual_seed(seed + 2**20)  # Megatron adds ranks and constants
+    others = {request_seed(2 * (seed - n) + stream, 0, 0) for n in range(1, 100) for stream in (0, 1)}
+    assert len(others) == 198 and request_seed(2 * seed, 0, 0) not in others
+    assert _build(train={"seed": seed}).train.seed == seed
+    assert _build(data={"kind": "chain_sum_cot", "train_seed": seed}).data.train_seed == seed
+    assert "train.seed" in _error(_build, train={"seed": 2**63})
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:

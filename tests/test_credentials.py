@@ -90,6 +90,29 @@ def test_other_keys(tmp_path: Path) -> None:
         build_config({"data": {"kind": "chain_sum_cot", "args": {"url": "https://me:hunter2@host/x"}}})
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Docs: http://localhost:8080/docs. Contact: help@lab.org",
+        "http://localhost:8080/docs is where they are; write to help@lab.org",
+        "see http://host:5000/@user/page",
+        "https://x/a?max_token=5",
+        "https://x/a?page_token=5&max-new-token=7",
+    ],
+)
+def test_what_is_no_password_in_a_text_is_taken(text: str) -> None:
+    tree = {"model": {"path": "m"}, "data": {"kind": "chain_sum_cot", "system_prompt": text}}
+    assert build_config(tree).data.system_prompt == text
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://user:hunter2@host:80/x", "https://hunter2@host", "http://host:80/api?hf_token=hunter2"]
+)
+def test_a_password_in_a_text_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match=r"data\.system_prompt = .* has a password or token"):
+        build_config({"data": {"kind": "chain_sum_cot", "system_prompt": f"Read {uri} and http://other/ first"}})
+
+
 @pytest.mark.parametrize("uri", URIS)
 def test_nothing_of_it_is_said(uri: str) -> None:
     assert has_credentials(uri)

@@ -83,6 +83,14 @@ def test_character_tokenizer_round_trip_is_exact(reloaded: PreTrainedTokenizerBa
     assert reloaded.decode(ids) == text
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_one_row_whose_prompt_is_messages(suffix: str, byte_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    byte_tokenizer.chat_template = TEMPLATE
+    path = write_jsonl(tmp_path / f"x{suffix}", {"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": 4})
+    train, _ = build_datasets(file_data(path), LIMITS, byte_tokenizer)
+    assert len(train) == 1 and "2 + 2?" in train.prompt(0).text
+
+
 def test_a_vocabulary_larger_than_the_models_is_refused(directory: Path) -> None:
     with pytest.raises(UserError, match=r"has 64 tokens but the model's vocab_size is 63"):
         load_tokenizer(directory, vocab_size=63)
@@ -185,6 +193,12 @@ def test_the_clock_of_a_template_stands_still(byte_tokenizer: PreTrainedTokenize
     assert DataConfig(date=date(2025, 1, 2)).date == "2025-01-02", "as YAML reads it"
     with pytest.raises(UserError, match=r"data\.date = 'monday': Input should be a day"):
         build_config({"data": {"date": "monday"}})
+
+
+def test_seeds_that_tasks_with_numpy_cannot_take_are_refused(byte_tokenizer: PreTrainedTokenizerBase) -> None:
+    data = DataConfig(tasks=(TaskConfig("chain_sum"),), train_seed=2**32 - 3, train_size=4)
+    with pytest.raises(UserError, match=r"seeds below 2\^32, not 4294967296; lower data\.train_seed"):
+        build_datasets(data, LIMITS, byte_tokenizer)
 
 
 def test_text_that_the_tokenizer_does_not_know_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

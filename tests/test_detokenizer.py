@@ -130,6 +130,14 @@ def test_the_text_of_a_response_keeps_the_special_tokens_asked_for(keep: Special
     assert ResponseText(tokenizer, keep, [tokenizer.convert_tokens_to_ids("<|end|>")])(ids) == text
 
 
+def test_a_special_token_that_stops_is_no_text() -> None:
+    tokenizer = tagged()
+    end, word = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.encode(".", add_special_tokens=False)[0]
+    ids = tokenizer.encode("18 .<|end|>", add_special_tokens=False)
+    assert ResponseText(tokenizer, "content", stop_ids=[end, word])(ids) == "18 ."
+    assert ResponseText(tokenizer, "all", stop_ids=[end, word])(ids) == "18 .<|end|>"
+
+
 def test_a_stop_string_that_is_a_special_token_is_found() -> None:
     tokenizer = tagged()
     detector = StopStringDetector(ResponseText(tokenizer, "content"), ["</answer>"])

@@ -279,6 +279,11 @@ def choosy(prompt, response): return float(response[response.index("####"):] != 
 def raises(prompt, response): return {}["no key"]
 def gives_dict(prompt, response): return {"score": 1.0}
 def gives_nothing(prompt, response): pass
+def thinks(prompt, response): return float(response.split("</think>")[1] == "7")
+def mixes(prompt, response): return {}["no key"] if "#" not in response else {"score": 1.0}
+def gives_several(prompt, response):
+    import numpy
+    return numpy.zeros(2)
 def gives_text(prompt, response): return "1.0"
 def gives_nan(prompt, response): return float("nan")
 async def waits(prompt, response): return 1.0
@@ -313,10 +318,11 @@ def test_a_function_beside_the_configuration(name: str, user_file: Path, monkeyp
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my_scores.py:raises", r"can't score the first item \(sums\): KeyError: 'no key'"),
         ("my_scores.py:gives_dict", r"returned a dict, .*; a reward is a number"),
         ("my_scores.py:gives_nothing", r"returned a NoneType"),
         ("my_scores.py:gives_text", r"returned a str, '1.0'; a reward is a number"),
+        ("my_scores.py:gives_several", r"returned a ndarray that is no number"),
+        ("my_scores.py:mixes", r"returned a dict"),
         ("my_scores.py:gives_nan", r"returned nan"),
         ("my_scores.py:waits", r"returned a coroutine"),
         ("my_scores.py:leaves", r"scorer ended its process"),
@@ -340,6 +346,19 @@ def test_a_function_that_cannot_score_is_refused_in_one_line(
     with pytest.raises(UserError, match=message) as error:
         probe(in_file(name, user_file, monkeypatch))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("raises", "score the first item (sums)"), ("raises", "KeyError: 'no key'"), ("thinks", "IndexError")],
+)
+def test_a_function_that_raises_is_warned_of(
+    name: str, said: str, user_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may insist on a form that is none of those tried."""
+    probe(in_file(f"my_scores.py:{name}", user_file, monkeypatch))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said in warning and "rewards.error_value" in warning
 
 
 def test_a_function_that_hangs_is_refused(user_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

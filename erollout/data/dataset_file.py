@@ -22,7 +22,7 @@ class FileSource:
         self._items = [
             _task_item(origin, row, prompt_column, answer_column, task or Path(path).stem)
             for path in paths
-            for origin, row in read_rows(Path(path))
+            for origin, row in read_rows(Path(path), prompt_column)
         ]
         if not self._items:
             raise UserError(f"{', '.join(paths)}: no rows; name a file that has some")

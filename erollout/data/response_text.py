@@ -16,11 +16,23 @@ class ResponseText:
     of some tokenizers and part of what is scored.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", keep: SpecialTokens, end_ids: Collection[int] = ()) -> None:
-        """`end_ids`: the model's end-of-sequence ids, beside the tokenizer's."""
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        keep: SpecialTokens,
+        end_ids: Collection[int] = (),
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        """
+        Args:
+            end_ids: the model's end-of-sequence ids, beside the tokenizer's.
+            stop_ids: those of `rollout.stop_token_ids`; special ones end a sequence as well, others are text.
+        """
         self._tokenizer = tokenizer
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *end_ids} - {None}
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *end_ids, *(added & {*stop_ids})} - {
+            None
+        }
         hidden = {"all": set(), "content": ends, "none": ends | added | set(tokenizer.all_special_ids)}
         self._hidden: set[int] = hidden[keep]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from erollout.data.columns import look_up
 from erollout.errors import UserError
 
 Row = tuple[str, dict[str, Any]]
@@ -18,15 +19,15 @@ Row = tuple[str, dict[str, Any]]
 _LINES, _WHOLE = (".jsonl", ".ndjson"), (".json",)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of one file. Raises UserError for a file or row that can't be read."""
+def read_rows(path: Path, prompt_column: str) -> Iterator[Row]:
+    """Rows of one file, each with a prompt in that column. Raises UserError for a file or row that can't be read."""
     packed = path.suffix == ".gz"
     kind = Path(path.stem).suffix if packed else path.suffix
     try:
         if kind in _LINES:
             yield from _lines(path, _contents(path, packed))
         elif kind in _WHOLE:
-            yield from _document(path, _contents(path, packed))
+            yield from _document(path, _contents(path, packed), prompt_column)
         elif kind == ".parquet" and not packed:
             table = pyarrow.parquet.read_table(path)
             yield from ((f"{path} row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))
@@ -53,7 +54,7 @@ def _lines(path: Path, data: bytes) -> Iterator[Row]:
             yield _row(f"{path}:{number}", _parsed(f"{path}:{number}", line))
 
 
-def _document(path: Path, data: bytes) -> Iterator[Row]:
+def _document(path: Path, data: bytes, prompt_column: str) -> Iterator[Row]:
     """A list of rows, bare or as the only list of an object; else a row per line, as some call JSONL."""
     try:
         whole = json.loads(data)
@@ -62,7 +63,9 @@ def _document(path: Path, data: bytes) -> Iterator[Row]:
             _parsed(str(path), data)
         yield from _lines(path, data)
         return
-    if isinstance(whole, dict):
+    if isinstance(whole, dict) and look_up(whole, prompt_column) is not None:  # whose prompt may be a list, of messages
+        whole = [whole]
+    elif isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         whole = lists[0] if len(lists) == 1 else [whole]
     if not isinstance(whole, list):

@@ -34,7 +34,11 @@ class ReasoningGymSource:
     """Item i is drawn from task weights and seed + i alone."""
 
     def __init__(self, tasks: tuple[TaskConfig, ...], seed: int, size: int) -> None:
-        """Raises UserError for an unknown task or arguments that the task refuses."""
+        """Raises UserError for an unknown task, arguments that the task refuses, or seeds that tasks with NumPy can't take."""
+        if seed + size > 2**32:
+            raise UserError(
+                f"data: reasoning-gym takes seeds below 2^32, not {seed + size - 1}; lower data.train_seed or test_seed"
+            )
         for position, task in enumerate(tasks):
             _check(position, task)
         self._tasks = tasks

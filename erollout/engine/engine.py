@@ -126,7 +126,8 @@ class Engine:
     def response_text(self) -> ResponseText:
         """How responses are decoded for scorers and stop strings."""
         assert self.tokenizer is not None
-        return ResponseText(self.tokenizer, self.rollout.special_tokens, self.architecture.eos_token_ids)
+        ends, stops = self.architecture.eos_token_ids, self.rollout.stop_token_ids
+        return ResponseText(self.tokenizer, self.rollout.special_tokens, ends, stops)
 
     def speculate(self, proposers: Mapping[str, Proposer], arm: Arm = OFF, verification: Verification = "coupled") -> None:
         """Let decoding sequences verify drafts of these proposers from now on, wherever an arm names one.

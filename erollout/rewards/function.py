@@ -71,13 +71,20 @@ def load_function(name: str, import_path: str | None = None) -> ScoreFunction:
     return function  # type: ignore[no-any-return]
 
 
+class NotANumber(ValueError):
+    """A function returned what is no reward."""
+
+
 def reward_value(name: str, value: object) -> float:
-    """What a function returned, as a number. Raises ValueError for anything that is none, and for one that is not finite."""
+    """What a function returned, as a number. Raises NotANumber for anything that is none, and for one that is not finite."""
     if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name} returned a {type(value).__name__}, {str(value)[:40]!r}; a reward is a number")
-    number = float(value)  # type: ignore[arg-type]
+        raise NotANumber(f"{name} returned a {type(value).__name__}, {str(value)[:40]!r}; a reward is a number")
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except Exception as error:  # foreign code: an array of several numbers, one too large
+        raise NotANumber(f"{name} returned a {type(value).__name__} that is no number ({error})") from error
     if not math.isfinite(number):
-        raise ValueError(f"{name} returned {number}")
+        raise NotANumber(f"{name} returned {number}")
     return number
 
 

@@ -1,5 +1,6 @@
 """One response scored before a run, in a scoring process as the run has them: a function that can't score shows at once."""
 
+import logging
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -9,6 +10,8 @@ from erollout.errors import UserError
 from erollout.rewards.scorers import Scorer
 from erollout.rewards.worker import Outcome, Worker, WorkerDied
 from erollout.types import Prompt
+
+logger = logging.getLogger(__name__)
 
 _FORMS = ("{}", "<answer>{}</answer>", "#### {}", "\\boxed{{{}}}")
 """Ways of writing the reference answer; a function may insist on one."""
@@ -35,7 +38,10 @@ class ScorerProbe:
         self._worker.close()
 
     def require_scores(self, prompt: Prompt, solution: str | None) -> None:
-        """Raises UserError for a function that does not load, or scores none of the forms of a right answer.
+        """Raises UserError for a function that does not load, hangs, or returns what is no number.
+
+        One that raises at every form of a right answer may insist on another form, and is warned of: a step whose responses
+        all fail ends the run.
 
         Args:
             solution: a right answer; None where there is none in writing.
@@ -44,16 +50,20 @@ class ScorerProbe:
             self._worker.wait_until_ready()
         except WorkerDied as error:
             raise UserError(str(error)) from error
-        first: Outcome | None = None
+        failed: list[Outcome] = []
         for response in dict.fromkeys([form.format(solution) for form in _FORMS if solution is not None] + [""]):
             outcome = self._score(prompt, response)
             if outcome.error is None:
                 return
-            first = first or outcome
+            failed.append(outcome)
             if outcome.worker_lost:  # each further try would take as long
                 break
-        assert first is not None
-        raise UserError(f"{self._key()} can't score the first item ({prompt.task}): {first.error}; mend it, or its limits")
+        what = f"{self._key()} can't score the first item ({prompt.task})"
+        if refused := next((outcome for outcome in failed if not outcome.raised), None):
+            raise UserError(f"{what}: {refused.error}; mend it, or its limits")
+        logger.warning(
+            "%s, however its answer is written: %s; responses that it raises at get rewards.error_value", what, failed[0].error
+        )
 
     def require_readable(self, prompts: Iterable[Prompt]) -> None:
         """Raises UserError for reference answers that the function can't read: how many, and the first, with its row."""

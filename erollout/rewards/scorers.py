@@ -29,7 +29,7 @@ class Scorer:
     """Directory whose modules it may import."""
 
     def __call__(self, prompt: Prompt, response: str) -> float:
-        """Raises ValueError for a score that is not a finite number, and whatever the function raises."""
+        """Raises NotANumber for a score that is not a finite number, and whatever the function raises."""
         value = reward_value(self.function, load_function(self.function, self.import_path)(prompt, response))
         return value if self.threshold is None else float(value >= self.threshold)
 

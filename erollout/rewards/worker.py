@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import psutil
 
 from erollout.errors import UserError
+from erollout.rewards.function import NotANumber
 from erollout.rewards.scorers import Scorer
 from erollout.signals import STOPS, stops_wait
 from erollout.types import Prompt
@@ -37,6 +38,8 @@ class Outcome:
 
     value: float | None = None
     error: str | None = None
+    raised: bool = False
+    """The function raised: another response it may score."""
     timed_out: bool = False
     worker_lost: bool = False
     """The process is dead or stuck and must be closed."""
@@ -201,8 +204,10 @@ def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> Outcome:
     """Broad on purpose: a scorer is foreign code, and whatever it raises costs one sample its reward, no more."""
     try:
         return Outcome(value=scorer(prompt, response))
+    except NotANumber as error:
+        return Outcome(error=f"ValueError: {_one_line(error)}")
     except Exception as error:
-        return Outcome(error=f"{type(error).__name__}: {_one_line(error)}")
+        return Outcome(error=f"{type(error).__name__}: {_one_line(error)}", raised=True)
 
 
 def _leave_stops_to_ranks() -> None:

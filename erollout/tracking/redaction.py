@@ -18,6 +18,13 @@ _NAMES = re.compile(
     r"(pass(word|wd|phrase)?|pwd|token|secret|credentials?|signature|sig|(api|access|secret|private)_?key)$", re.I
 )
 """How names of parameters end whose values are nobody's business."""
+_COUNTS = re.compile(
+    r"(max|min|num|new|next|page|continuation|start|stop|end|bos|eos|pad|unk|mask|sep)([-_]\w+)?[-_]?token", re.I
+)
+"""Names that end in the same way, of numbers and places in a text."""
+_WHOLE = re.compile(r"(^|[._])ur[il]$", re.I)
+"""Keys whose value is one URI; any other is a text that may have some in it."""
+_PORT = re.compile(r"[^\s:/@]+:\d{1,5}/")
 HIDDEN = "***"
 
 
@@ -26,7 +33,7 @@ def redact(text: str) -> str:
     if begins := _BEGINS.match(text):  # a password may have a blank in it
         text = begins[0] + _public(text[begins.end() :])
     text = _URI.sub(lambda found: f"{found['scheme']}://{_public(found['rest'])}", text)
-    return _PARAMETER.sub(lambda found: found["before"] + HIDDEN if _NAMES.search(found["name"]) else found[0], text)
+    return _PARAMETER.sub(lambda found: found["before"] + HIDDEN if _is_secret(found["name"]) else found[0], text)
 
 
 def has_credentials(uri: str) -> bool:
@@ -45,8 +52,21 @@ def keys_with_credentials(tree: Any, key: str = "") -> Iterator[tuple[str, str]]
     elif isinstance(tree, list | tuple):
         for value in tree:
             yield from keys_with_credentials(value, key)
-    elif isinstance(tree, str) and "://" in tree and has_credentials(tree):
+    elif isinstance(tree, str) and (has_credentials(tree) if _WHOLE.search(key) and "://" in tree else _in_text(tree)):
         yield key, tree
+
+
+def _in_text(text: str) -> bool:
+    """Whether a URI of a text has a password in it. An `@` behind a port and a slash is one of the path."""
+    for found in _URI.finditer(text):
+        rest = found["rest"].replace("@", "") if _PORT.match(found["rest"]) else found["rest"]
+        if has_credentials(f"{found['scheme']}://{rest}"):
+            return True
+    return False
+
+
+def _is_secret(name: str) -> bool:
+    return bool(_NAMES.search(name)) and not _COUNTS.fullmatch(name)
 
 
 def _public(rest: str) -> str:
@@ -60,7 +80,7 @@ def _public(rest: str) -> str:
 
 def _secret_part(rest: str) -> int | None:
     """Where the value of the first parameter begins that is nobody's business."""
-    return next((found.end() for found in _NAMED.finditer(rest) if _NAMES.search(found["name"])), None)
+    return next((found.end() for found in _NAMED.finditer(rest) if _is_secret(found["name"])), None)
 
 
 def _split(rest: str) -> tuple[str, str]:

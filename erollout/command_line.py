@@ -154,32 +154,39 @@ def _on_ranks(
     check: Callable[[Config], None] | None = None,
 ) -> int:
     """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine."""
-    config = load_config(options.config, overrides(options))  # before the imports, which take seconds
-    if check is not None:
-        check(config)
-    is_dry, out = getattr(options, "dry_run", False), getattr(options, "out", None)
-    if not is_rank():
-        print("Loading torch and transformers, checking the configuration ...", file=sys.stderr, flush=True)
-    with starting(speaks=not is_rank()):
-        from erollout.dry_run import dry_run
+    session: ModuleType | None = None
+    with starting(speaks=not is_rank()):  # as a whole: a library that is loading may swallow an interrupt
+        config = load_config(options.config, overrides(options))  # before the imports, which take seconds
+        if check is not None:
+            check(config)
+        if not is_rank():
+            print("Loading torch and transformers, checking the configuration ...", file=sys.stderr, flush=True)
         from erollout.parallel.groups import expected_world_size
         from erollout.preflight import preflight, require_writable
-    if out is not None:
-        require_writable("--out", Path(out).parent)
-    if is_dry:
-        print(dry_run(config, kind))
-        return 0
-    if not is_rank():
-        require_one_task("FILE ...")
-        preflight(config, kind)
-    if is_rank() or expected_world_size(config) == 1:
-        work(_session(), config)
-        return 0
-    with starting():
-        from erollout.launch.local import launch_local
-    world_size = _require_room(expected_world_size(config))
-    print(f"Starting {world_size} ranks on this machine; each loads megatron-core first ...", file=sys.stderr, flush=True)
-    return launch_local(arguments, world_size)
+
+        if (out := getattr(options, "out", None)) is not None:
+            require_writable("--out", Path(out).parent)
+        if getattr(options, "dry_run", False):
+            from erollout.dry_run import dry_run
+
+            print(dry_run(config, kind))
+            return 0
+        if not is_rank():
+            require_one_task("FILE ...")
+            preflight(config, kind)
+        if is_rank() or expected_world_size(config) == 1:
+            session = _session()
+        else:
+            from erollout.launch.local import launch_local
+
+            world_size = _require_room(expected_world_size(config))
+            print(
+                f"Starting {world_size} ranks on this machine; each loads megatron-core first ...", file=sys.stderr, flush=True
+            )
+    if session is None:
+        return launch_local(arguments, world_size)
+    work(session, config)
+    return 0
 
 
 def _require_room(world_size: int) -> int:
@@ -195,8 +202,8 @@ def _require_room(world_size: int) -> int:
 
 def _session() -> ModuleType:
     """Only ranks import it: with megatron-core it takes seconds."""
-    with starting(speaks=not is_rank()):
-        from erollout import session
+    from erollout import session
+
     return session
 
 

@@ -63,7 +63,10 @@ def load_message(data: bytes) -> Any:
 
 def _read(reader: "_Reader") -> Any:
     try:
-        return reader.load()
+        try:
+            return reader.load()
+        finally:
+            reader.require_unchanged()
     except (pickle.UnpicklingError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle does whatever its bytes say
@@ -74,12 +77,38 @@ class _Reader(pickle.Unpickler):
     def __init__(self, file: BinaryIO, allows: Callable[[str, str, Any], bool]) -> None:
         super().__init__(file)
         self._allows = allows
+        self._before: dict[Any, dict[str, Any]] = {}
+        """Attributes of the classes named so far, and of their members where they enumerate."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = _found(module, name)
         if found is None or not self._allows(module, name, found):
             raise ForbiddenClass(f"it names {module}.{name}, which is not allowed there")
+        members = found.__members__.values() if isinstance(found, type) and issubclass(found, Enum) else ()
+        for owner in (found, *members):
+            if hasattr(owner, "__dict__"):
+                self._before.setdefault(owner, dict(vars(owner)))
         return found
+
+    def require_unchanged(self) -> None:
+        """A pickle may set attributes of whatever it names: of a class, for all its instances. Raises ForbiddenClass, with all
+        as it was."""
+        changed = [owner for owner, before in self._before.items() if not _restore(owner, before)]
+        if changed:
+            raise ForbiddenClass(f"it sets attributes of {changed[0]}, which is not allowed there")
+
+
+def _restore(owner: Any, before: dict[str, Any]) -> bool:
+    """Whether there was nothing to do."""
+    now = dict(vars(owner))
+    if now.keys() == before.keys() and all(now[name] is value for name, value in before.items()):
+        return True
+    for name in now.keys() - before.keys():
+        delattr(owner, name)
+    for name, value in before.items():
+        if name not in now or now[name] is not value:
+            setattr(owner, name, value)
+    return False
 
 
 def _found(module: str, name: str) -> Any:

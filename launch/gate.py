@@ -27,6 +27,8 @@ from typing import Any
 
 HELLO_SECONDS = 10
 """For the other end to say what it must say first."""
+MOST_UNPROVEN = 1024
+"""Connections at once: whoever reaches the port can open more than this process may hold."""
 _LONGEST_LINE = 1024
 _CHUNK = 2**16
 BACKLOG = 4096
@@ -53,11 +55,20 @@ class Gate:
         self._seats: dict[asyncio.StreamWriter, str] = {}
         """Addresses of the nodes that wait, in the order in which they came."""
         self._is_full = False
+        self._unproven = 0
+        """Connections that have not shown yet that they know the secret."""
         self.close = _serve(listener, self._answer)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with asyncio.timeout(HELLO_SECONDS):
-            wish = await self._wish(reader, writer)
+        if self._unproven == MOST_UNPROVEN:  # of this run's nodes each tries again
+            return
+        self._unproven += 1
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                wish = await self._wish(reader, writer)
+        finally:
+            self._unproven -= 1
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a node may vanish in silence
         if wish == ["store"]:
             await _relay((reader, writer), await asyncio.open_connection("127.0.0.1", self._store_port))
         elif len(wish) == 2 and wish[0] == "seat":
@@ -108,10 +119,10 @@ def ask(place: tuple[str, int], run_id: str, secret: str, wish: str) -> socket.s
     """Connect to the gate and tell it the wish. Raises Stranger where another one is there, OSError where none is."""
     connection = socket.create_connection(place, timeout=HELLO_SECONDS)
     try:
-        try:
-            greeting = _GREETING.fullmatch(read_line(connection))
-        except OSError as error:  # it says nothing, or hangs up
-            raise Stranger("something else") from error
+        said = read_line(connection)
+        if not said:
+            raise ConnectionResetError("it hangs up without a greeting")
+        greeting = _GREETING.fullmatch(said)
         if greeting is None:
             raise Stranger("something else")
         if greeting[1] != run_id:

@@ -93,7 +93,8 @@ def joined(meeting: Meeting, secret: str, nodes: int) -> Iterator[Access]:
             if time.monotonic() > end:
                 raise UserError(
                     f"--head = {meeting.place} can't be reached within {meeting.wait_seconds} s "
-                    f"({error.strerror or error}); give the same command there, and let the port through"
+                    f"({error.strerror or error}); give the same command there and let the port through, "
+                    "or give --head HOST:PORT with a port that nothing else has"
                 ) from error
         if meeting.is_head and (opened := _open_gate(meeting, secret, nodes)) is not None:
             store, gate = opened

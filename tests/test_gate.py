@@ -4,6 +4,7 @@ import os
 import pickle
 import socket
 import stat
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ from torch.distributed import DistError, TCPStore
 
 from erollout.environment import SECRET as VARIABLE
 from erollout.errors import UserError
+from erollout.launch import gate
 from erollout.launch.gate import Stranger, ask
 from erollout.launch.meeting import Access, Meeting, joined, take_seat
 from erollout.launch.secret import secret_of
@@ -79,6 +81,41 @@ def test_a_node_that_left_before_all_had_come_keeps_no_seat(meeting: Meeting, he
     numbers.append(take_seat(meeting, SECRET, 2))
     other.join()
     assert sorted(numbers) == [0, 1]
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_a_greeting_that_does_not_come_is_asked_for_again(meeting: Meeting, how: str) -> None:
+    with socket.create_server(_place(meeting)) as server:
+        connection: list[socket.socket] = []
+        accepting = threading.Thread(target=lambda: connection.append(server.accept()[0]))
+        accepting.start()
+        found: list[bool] = []
+
+        def join() -> None:
+            with joined(meeting, SECRET, nodes=2) as access:
+                found.append(access.holds)
+
+        node = threading.Thread(target=join)
+        node.start()
+        accepting.join()
+        if how == "reset":
+            connection[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection[0].close()
+    node.join()
+    assert found == [True], "the head opens its own gate once nobody is there"
+
+
+def test_who_holds_connections_open_keeps_no_node_out_for_long(
+    meeting: Meeting, head: Access, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "MOST_UNPROVEN", 2)
+    held = [socket.create_connection(_place(meeting)) for _ in range(3)]
+    greetings = [connection.recv(100) for connection in held]
+    assert [bool(greeting) for greeting in greetings] == [True, True, False]
+    for connection in held:
+        connection.close()
+    with joined(meeting, SECRET, nodes=2) as access:
+        assert not access.holds
 
 
 def test_another_secret_is_refused_in_one_line(meeting: Meeting, head: Access) -> None:

@@ -131,6 +131,16 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: bytes) -> None:
     assert MANIFEST in _damage(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside"])
+def test_a_manifest_that_leads_out_of_the_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    checkpoint = _write_files(tmp_path / "c")
+    (tmp_path / "outside").write_text("x")
+    write_manifest(checkpoint)
+    entries = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({**entries, name: {"bytes": 1, "crc32": "0"}}))
+    assert damage(checkpoint) == f"manifest.json lists {name}, which is not in the checkpoint"
+
+
 def test_a_truncated_manifest_is_never_taken_for_a_shorter_one(tmp_path: Path) -> None:
     checkpoint = _saved(tmp_path)
     whole = (checkpoint / MANIFEST).read_bytes()

@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import RankPool
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
+from erollout.checkpoint.checkpointer import _require_plain
 from erollout.errors import UserError
 from erollout.megatron_patches import apply_all
 from erollout.rewards.scorers import Scorer
@@ -90,6 +92,43 @@ def test_what_ranks_tell_each_other_arrives() -> None:
     error = load_message(pickle.dumps(FileNotFoundError(2, "No such file", "x")))
     assert isinstance(error, FileNotFoundError) and error.filename == "x"
     assert isinstance(load_message(pickle.dumps(UserError("said"))), UserError)
+
+
+def changing(owner: Any) -> bytes:
+    """A pickle that sets the attribute `xyz` of a class, or of a member of an enumeration."""
+    state = b"N" + b"}X\x03\x00\x00\x00xyzK\x01s" + pickle.TUPLE2  # (None, {"xyz": 1}): the second is set, one by one
+    return pickle.dumps(owner, protocol=2)[:-1] + state + pickle.BUILD + pickle.STOP
+
+
+@pytest.mark.parametrize("owner", [Metadata, WriteItem, WriteItemType, WriteItemType.TENSOR], ids=str)
+def test_what_a_pickle_names_stays_as_it_is(owner: Any) -> None:
+    data = changing(owner)
+    for load in (load_message, lambda data: load_metadata(io.BytesIO(data))):
+        with pytest.raises(ForbiddenClass, match="it sets attributes of"):
+            load(data)
+        assert not hasattr(owner, "xyz")
+    pickle.loads(data)
+    assert owner.xyz == 1, "the test's own pickle is as hostile as it claims"
+    del owner.xyz
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "pipe", "missing"])
+def test_a_checkpoint_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step_1"
+    checkpoint.mkdir()
+    (tmp_path / "outside").write_text("x")
+    os.mkfifo(checkpoint / "pipe")
+    metadata = Metadata({}, storage_data={"a": _StorageInfo(name, 0, 1)})
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    torch.save({}, checkpoint / "common.pt")
+    with pytest.raises(UserError, match=rf"\.metadata: {name} is no file of the checkpoint"):
+        _require_plain(checkpoint)
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".metadata")
+    with pytest.raises(UserError, match=r"\.metadata is no file of the checkpoint"):
+        _require_plain(tmp_path)
 
 
 def test_the_metadata_of_a_checkpoint_arrives() -> None:

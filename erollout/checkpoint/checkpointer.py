@@ -18,7 +18,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from erollout.checkpoint.manifest import (
     complete_checkpoints,
     damage,
     finish_publishing,
+    leaves,
     publish,
     remove,
     total_bytes,
@@ -303,14 +304,28 @@ def _require_plain(path: Path) -> None:
 
     Both are read again later, by libraries that say less, and read as strictly.
     """
-    for name, read in ((_INDEX, load_metadata), (_COMMON, partial(torch.load, map_location="cpu", weights_only=True))):
+    for name, read in ((_INDEX, _read_index), (_COMMON, partial(torch.load, map_location="cpu", weights_only=True))):
         try:
+            _require_file(path, name)
             with open(path / name, "rb") as file:
                 read(file)
         except (UnpicklingError, RuntimeError, EOFError) as error:
             raise UserError(
                 f"checkpoint {path} is refused: {name}: {_reason(error)}; move that directory away to use the one before"
             ) from error
+
+
+def _read_index(file: BinaryIO) -> None:
+    """Raises UnpicklingError where it leads to what is no file of the checkpoint."""
+    stored = getattr(load_metadata(file), "storage_data", None) or {}
+    for name in {str(info.relative_path) for info in stored.values()}:
+        _require_file(Path(file.name).parent, name)
+
+
+def _require_file(checkpoint: Path, name: str) -> None:
+    """A pipe would be waited for, for ever."""
+    if leaves(name) or not (checkpoint / name).is_file():
+        raise UnpicklingError(f"{name} is no file of the checkpoint")
 
 
 def _space(directory: Path) -> str:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from erollout.errors import UserError
 
@@ -110,6 +110,12 @@ def remove(checkpoint: Path) -> None:
         logger.warning("can't remove %s: %s (%s)", checkpoint, error.strerror, error.filename)
 
 
+def leaves(name: str) -> bool:
+    """Whether a file's name leads out of the checkpoint that lists it."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
+
+
 def total_bytes(checkpoint: Path) -> int:
     return sum(entry.size for entry in _entries(checkpoint).values())
 
@@ -161,6 +167,8 @@ def _entries(checkpoint: Path) -> dict[str, _Entry]:
         entries = {name: _Entry(int(entry["bytes"]), str(entry["crc32"])) for name, entry in listed.items()}
     except (ValueError, AttributeError, KeyError, TypeError) as error:  # not JSON, or not even text, or of something else
         raise UserError(f"{MANIFEST} is not a valid manifest") from error
+    for name in filter(leaves, entries):
+        raise UserError(f"{MANIFEST} lists {name}, which is not in the checkpoint")
     if STATE not in entries:
         raise UserError(f"{MANIFEST} does not list {STATE}")
     return entries

@@ -3,7 +3,8 @@
 In which order a library adds up depends on the number of rows, on the processor and on the library's version: MKL's float32
 product gives a row other bits alone, beside one other and among four. So no product here has just as many rows as there are.
 It is cut into pieces of a few sizes, the last one padded with zeros, and only of sizes that gave the same bits at every row in
-a self-test of the very shape. One row at a time is always among the possible answers.
+a self-test of a layer with as many inputs and outputs; of more than 2^19 weights fewer outputs are tried, and the rest is taken
+to add up as these. One row at a time is always among the possible answers.
 
 The self-test's sums cancel: each product has its negative among the others, so that only the errors of rounding are left, which
 differ in every other order. What it finds is a fact about processor and libraries, the same in every process.

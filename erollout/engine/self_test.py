@@ -23,7 +23,7 @@ from erollout.policy.architecture import Architecture
 logger = logging.getLogger(__name__)
 
 _ELEMENTS = 1 << 19
-"""Of a weight that is tried: larger layers with fewer outputs."""
+"""Of a weight that is tried: larger layers with fewer outputs, the rest of which is taken to add up as these."""
 _COMPANY = (2, 5, 17)
 """Rows of the passes that a row is tried in."""
 _TOKENS = 140

@@ -35,7 +35,10 @@ class Parser(argparse.ArgumentParser):
         super()._check_value(action, value)
 
     def _refuse(self, unknown: Sequence[str]) -> NoReturn:
-        meant = _meant(unknown[0].partition("=")[0], self._option_string_actions)
+        name, separator, _ = unknown[0].partition("=")
+        meant = _meant(name, self._option_string_actions)
+        if separator and "." in name:
+            meant = f"; configuration keys have no dashes before them: {unknown[0].lstrip('-')}"
         self.error(f"unknown {'option' if unknown[0].startswith('-') else 'argument'} {' '.join(unknown)}{meant}")
 
 

@@ -44,6 +44,9 @@ def run_command(arguments: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without a character is no reason to end
+    if not arguments:
+        parser().print_help(sys.stderr)
+        return 2
     options = parser().parse_args(arguments)
     try:
         launcher_environment()  # raises for half of it, whatever the command

@@ -48,13 +48,17 @@ def _describe(config: Config, sizes: Sizes, rolls_out: bool) -> list[str]:
     return [f"{name:<{_WIDTH}}  {value}" for name, value in lines.items()]
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _rollouts(config: Config, sizes: Sizes) -> dict[str, str]:
     rollout, decode = config.rollout, sizes.decode
     batch = config.train.global_batch_size or config.samples_per_step
     return {
-        "decoding": f"{decode.replicas} replicas of {decode.tensor} ranks",
+        "decoding": f"{_count(decode.replicas, 'replica')} of {_count(decode.tensor, 'rank')}",
         "step": f"{rollout.prompts_per_step} prompts x {rollout.group_size} responses, "
-        f"{config.samples_per_step // batch} optimizer steps of {batch} samples",
+        f"{_count(config.samples_per_step // batch, 'optimizer step')} of {_count(batch, 'sample')}",
         "parameters per rank": f"{sizes.trained_parameters:,} trained, {sizes.decoded_parameters:,} decoded",
         "memory per rank": f"{_gib(sizes.training_bytes)} training state, {_gib(sizes.decoding_bytes)} rollout "
         f"(weights + KV cache), activations of {config.train.max_tokens_per_micro_batch} tokens",

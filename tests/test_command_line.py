@@ -69,6 +69,11 @@ def test_version_and_module() -> None:
         (["train", "--config", "c", "--dryrun"], "usage: erollout train [-h]", "option --dryrun; did you mean --dry-run?"),
         (["train", "--config", "c", "--xyz", "3"], "usage: erollout train [-h]", "unknown option --xyz"),
         (
+            ["train", "--config", "c", "--optimizer.lr=3"],
+            "usage: erollout train [-h]",
+            "configuration keys have no dashes before them: optimizer.lr=3",
+        ),
+        (
             ["launch", "ray", "--nodes", "1", "--ranks-per-node", "1", "--config", "c", "--gpu-per-rank", "3"],
             "usage: erollout launch ray",
             "did you mean --gpus-per-rank?",
@@ -84,6 +89,11 @@ def test_a_mistake_shows_the_usage_of_its_command_and_what_was_meant(arguments: 
     outcome = invoke(*arguments)
     assert outcome.status == 2 and outcome.stderr.startswith(usage), outcome.stderr
     assert words in outcome.stderr.splitlines()[-1] and "error: " in outcome.stderr.splitlines()[-1]
+
+
+def test_without_a_command_they_are_listed() -> None:
+    outcome = invoke()
+    assert outcome.status == 2 and "train a policy by reinforcement learning" in outcome.stderr
 
 
 def test_overrides_may_stand_behind_options() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -207,7 +208,13 @@ def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> Outcome:
     except NotANumber as error:
         return Outcome(error=f"ValueError: {_one_line(error)}")
     except Exception as error:
-        return Outcome(error=f"{type(error).__name__}: {_one_line(error)}", raised=True)
+        return Outcome(error=f"{type(error).__name__}: {_one_line(error)}{_place(error)}", raised=True)
+
+
+def _place(error: Exception) -> str:
+    """Where it was raised."""
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return f" ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 
 def _leave_stops_to_ranks() -> None:

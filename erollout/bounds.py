@@ -73,5 +73,6 @@ LearningRate = Annotated[float, Field(ge=1e-12, le=100), _Number]
 LeastLearningRate = Annotated[float, Field(ge=0, le=100), _Number]
 Epsilon = Annotated[float, Field(ge=1e-30, le=1), _Number]
 Norm = Annotated[float, Field(ge=0, le=1e9), _Number]
-Heartbeat = Annotated[float, Field(ge=1e-3, le=3600), _Number]
+Heartbeat = Annotated[float, Field(ge=1e-3, le=20), _Number]
+"""At most that: a batch script takes a run for lost whose ranks give no sign for 90 s."""
 SecondsOrNever = Annotated[float, Field(ge=0, le=1e7), _Number]

@@ -346,7 +346,7 @@ class CheckpointConfig:
 @_section
 class FaultToleranceConfig:
     heartbeat_seconds: bounds.Heartbeat = 5.0
-    """Between two writings of where each rank is (<train.output_dir>/heartbeats)."""
+    """Between two writings of where each rank is (<train.output_dir>/heartbeats). At most 20."""
     hang_seconds: bounds.SecondsOrNever = 3600.0
     """A rank that stays in one phase for so long is taken to hang: who waits for whom is said, and the run ends. In rollouts
     and evaluations it is the time of one step of the engine, and of scoring after the last one. 0: never."""

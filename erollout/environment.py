@@ -108,11 +108,11 @@ def job_and_attempt() -> tuple[str, int]:
 
 
 def tasks_beside() -> tuple[int, int]:
-    """How many tasks srun started of this command, on how many nodes; (1, 1) where it did not."""
-    if variable("SLURM_PROCID") is None:
-        return 1, 1
-    nodes = variable("SLURM_STEP_NUM_NODES") or variable("SLURM_NNODES") or "1"
-    return int(variable("SLURM_STEP_NUM_TASKS") or variable("SLURM_NTASKS") or "1"), int(nodes)
+    """How many tasks srun started of this command, on how many nodes; (1, 1) where it did not.
+
+    SLURM_NTASKS and SLURM_PROCID tell nothing: a batch script, of which there is one, has them too.
+    """
+    return _number("SLURM_STEP_NUM_TASKS", least=1) or 1, _number("SLURM_STEP_NUM_NODES", least=1) or 1
 
 
 def outside_of_jobs() -> dict[str, str]:

@@ -8,6 +8,7 @@ the filesystem's own clock.
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -15,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 
 import psutil
@@ -30,13 +32,15 @@ LOST = 71
 """Exit status of a process whose lock another one has."""
 _BEAT_SECONDS = 5.0
 _DEAD_SECONDS = 120.0
-"""After so long without a sign, an owner on another machine that is no job of this cluster's is taken for dead."""
+"""After so long without a sign, an owner on another machine that is no job that Slurm here knows is taken for dead."""
 _JOB_SECONDS = 3600.0
 """The same of a job whose ranks have not begun: its batch script gives no signs."""
 _ENDING_SECONDS = 10.0
-"""How long an owner is waited for: it may be about to end."""
+"""How long a live owner is waited for: it may be about to end."""
 _SETTLE_SECONDS = 1.0
 """Between taking over and being sure of it: two may do so at once, and the last one has it."""
+_LEFT = re.compile(r"lock\.([0-9a-f]{32}(\.now)?|\d+\.\d+)")
+"""Files that a process leaves beside the lock when it is killed at the wrong moment: this module's and train.sbatch's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class RunLock:
     def held(self) -> Iterator[None]:
         """In the block the directory is this process's. Raises UserError, with its owner, where another run has it."""
         self.take()
+        self._remove_left()
         thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
         thread.start()
         try:
@@ -92,17 +97,26 @@ class RunLock:
             self._release()
 
     def take(self) -> None:
+        """A live owner is waited for a little; one whose signs alone say so, until it gives one or is taken for dead."""
         deadline = time.monotonic() + _ENDING_SECONDS
+        first: tuple[str, float] | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._create():
                 other = read_owner(self.path)
-                if other is not None and self._is_alive(other):
-                    if time.monotonic() > deadline:
-                        raise self._refusal(other)
-                    time.sleep(0.5)
-                elif self._take_over(other):
-                    return
+                seconds = 0.0 if other is None else self._seconds_to_live(other)
+                if other is None or seconds <= 0:
+                    if self._take_over(other):
+                        return
+                    continue
+                sign = (other.token, self._date())
+                if first is None and seconds <= _DEAD_SECONDS:
+                    logger.info("%s is held by %s: waiting up to %.0f s for a sign of it", self.path.parent, other, seconds)
+                first = first or sign
+                is_late = time.monotonic() > deadline
+                if is_late and sign[1] < inf and (sign != first or seconds > _DEAD_SECONDS):
+                    raise self._refusal(other)
+                time.sleep(2.0 if is_late else 0.5)  # Slurm is asked each time
         except OSError as error:
             raise UserError(
                 f"{self.key} = {self.path.parent} can't be written: {error.strerror}; choose another place"
@@ -136,32 +150,46 @@ class RunLock:
             logger.info("%s was left by %s: it is this run's now", self.path.parent, dead or "nobody knows whom")
         return True
 
-    def _is_alive(self, other: Owner) -> bool:
+    def _seconds_to_live(self, other: Owner) -> float:
+        """After how many seconds without a sign an owner is taken for dead: 0 where it is for sure, infinite where it lives."""
         mine = self.owner
         if other.job and other.job == mine.job and (other.attempt != mine.attempt or not other.pid):
-            return False  # this very job, as it was before
+            return 0.0  # this very job, as it was before
         if other.pid and other.machine and other.machine == mine.machine:
-            return other.pid != mine.pid and _started(other.pid) == other.started
+            return inf if other.pid != mine.pid and _started(other.pid) == other.started else 0.0
         if other.job.isdigit() and other.job != mine.job:
             with suppress(UserError):  # there is no Slurm here, or it does not answer
                 known = scheduler.jobs([int(other.job)], self.path.parent)
-                return any(job.id == int(other.job) and job.is_alive for job in known)
-        return self._age() < (_DEAD_SECONDS if other.pid else _JOB_SECONDS)
+                if job := next((job for job in known if job.id == int(other.job)), None):
+                    return inf if job.is_alive else 0.0  # a job that it does not know may be another cluster's
+        return (_DEAD_SECONDS if other.pid else _JOB_SECONDS) - self._age()
 
     def _age(self) -> float:
-        """Seconds since the owner's last sign; both dates are the filesystem's. Infinite where there is no file."""
+        """Seconds since the owner's last sign, 0 where there is no file any more; both dates are the filesystem's."""
         probe = self.path.with_name(f"{LOCK}.{self.owner.token}.now")
         probe.touch()
         try:
-            return probe.stat().st_mtime - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
+            return max(0.0, probe.stat().st_mtime - self._date())
         finally:
-            probe.unlink()
+            probe.unlink(missing_ok=True)
+
+    def _date(self) -> float:
+        """Of the owner's last sign; infinite where there is no file."""
+        try:
+            return self.path.stat().st_mtime
+        except FileNotFoundError:
+            return inf
+
+    def _remove_left(self) -> None:
+        """What others, killed as they looked at the lock or took it over, have left beside it."""
+        with suppress(OSError):
+            now = self._date()
+            for path in self.path.parent.glob(f"{LOCK}.*"):
+                if _LEFT.fullmatch(path.name) and now - path.stat().st_mtime > _DEAD_SECONDS:
+                    path.unlink()
 
     def _refusal(self, other: Owner) -> UserError:
-        is_seen = not other.pid or other.machine == self.owner.machine
-        gone = "" if is_seen else f", or remove {self.path} if it is gone for sure"
+        gone = "" if other.machine == self.owner.machine else f", or remove {self.path} if it is gone for sure"
         return UserError(
             f"{self.key} = {self.path.parent} is in use by {other}: two runs would write to one place; end that one "
             f"(`erollout launch stop {self.path.parent}`) or choose another place{gone}"

@@ -18,7 +18,7 @@ from erollout.calibration.sweep import sweep as measure_steps
 from erollout.calibration.sweep_log import append_row, resume_rows
 from erollout.checkpoint.checkpointer import KEPT, Checkpointer, RunState
 from erollout.checkpoint.manifest import complete_checkpoints
-from erollout.checkpoint.resume import RunKind
+from erollout.checkpoint.resume import RunKind, check_newest
 from erollout.comparison import WHERE, compare_held_out
 from erollout.config import Config
 from erollout.environment import launcher_environment
@@ -225,16 +225,16 @@ def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes
 
 @contextmanager
 def _run(config: Config, kind: RunKind) -> Iterator[tuple[Stop, Resolved, ParallelContext, Watchdog]]:
-    """A run that writes to its directory: checked, joined to its world, watched for hangs, and ended by signals."""
-    with (
-        _stoppable(config) as stop,
-        _world(config, kind) as (resolved, context),
-        _held(config),
-        _watched(config, context) as watchdog,
-    ):
-        yield stop, resolved, context, watchdog
-        if context.rank == 0 and stop.agreed is not None:
-            say(f"{stop.agreed.name}: {_what_is_saved(config, stop.agreed)}")
+    """A run that writes to its directory: checked, joined to its world, watched for hangs, and ended by signals.
+
+    Its directories are released last: who waits for them must not begin before the verdict is written.
+    """
+    with ExitStack() as held, _stoppable(config) as stop, _world(config, kind) as (resolved, context):
+        _on_rank_zero(lambda: _hold(held, resolved, config, kind))
+        with _watched(config, context) as watchdog:
+            yield stop, resolved, context, watchdog
+            if context.rank == 0 and stop.agreed is not None:
+                say(f"{stop.agreed.name}: {_what_is_saved(config, stop.agreed)}")
 
 
 def _what_is_saved(config: Config, asked: Signals) -> str:
@@ -248,15 +248,14 @@ def _what_is_saved(config: Config, asked: Signals) -> str:
     return f"stopped, saved in {found[-1]}{begun}; the same command goes on from there{requeued}"
 
 
-@contextmanager
-def _held(config: Config) -> Iterator[None]:
-    """No other run writes to the directories of this one."""
-    locks = [RunLock(Path(config.train.output_dir), "train.output_dir")]
-    if config.checkpoint.interval and config.checkpoint.directory:
-        locks.append(RunLock(config.checkpoint_directory, "checkpoint.directory"))
-    with ExitStack() as held:
-        _on_rank_zero(lambda: [held.enter_context(lock.held()) for lock in locks])
-        yield
+def _hold(held: ExitStack, resolved: Resolved, config: Config, kind: RunKind) -> None:
+    """Until `held` is closed, no other run writes to the directories of this one. Raises UserError."""
+    places = {Path(config.train.output_dir).resolve(): "train.output_dir"}
+    if config.checkpoint.interval:
+        places.setdefault(config.checkpoint_directory.resolve(), "checkpoint.directory")
+    for directory, key in places.items():
+        held.enter_context(RunLock(directory, key).held())
+    check_newest(resolved.architecture, config, kind)  # the owner before may have saved since the preflight
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
 """A scheduler, and a terminal, send them to all processes of a job, whichever of them is meant."""
 
+AGAIN_SECONDS = 0.3
+"""A second SIGINT sooner is the first one: a terminal, a launcher and what wraps them have all sent it."""
 ENDED_AT_ONCE = "SIGINT again: ended at once; the same command goes on from the newest checkpoint, if there is one"
 """The last line of a run that Ctrl-C was pressed twice in."""
 

@@ -19,7 +19,7 @@ from erollout.environment import launcher_environment
 from erollout.errors import UserError
 from erollout.parallel.collectives import all_max
 from erollout.parallel.groups import current_rank
-from erollout.signals import ENDED_AT_ONCE
+from erollout.signals import AGAIN_SECONDS, ENDED_AT_ONCE
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +31,6 @@ VERDICT = "verdict"
 
 _REPEAT_SECONDS = 5.0
 """A second SIGTERM after so long ends the process at once. Sooner, it is the first one, passed on by a launcher too."""
-AGAIN_SECONDS = 0.3
-"""A second SIGINT sooner is the first one, which a terminal and a launcher have both sent."""
 _URGENCY = {signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}
 """Where ranks were asked for different things, SIGTERM wins: who cancels a run doesn't want it back."""
 

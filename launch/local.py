@@ -7,6 +7,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -21,7 +22,7 @@ from erollout.errors import UserError
 from erollout.launch.parent import name_launcher
 from erollout.launch.rank_logs import RankLogs
 from erollout.launch.rendezvous import BACKEND, LOOPBACK, FixedRendezvous, on_one_node
-from erollout.signals import ENDED_AT_ONCE, STOPS, stops_wait
+from erollout.signals import AGAIN_SECONDS, ENDED_AT_ONCE, STOPS, stops_wait
 
 _POLL_SECONDS = 0.2
 _AGENT_KILLS_SECONDS = 30
@@ -142,9 +143,9 @@ def _passing_on() -> Iterator[set[int]]:
     if sys.platform != "linux":  # no /proc to find the ranks by
         yield passed
         return
-    waiting: list[int] = []
+    waiting: list[tuple[int, float]] = []
     ended = threading.Event()
-    handlers = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in STOPS}
+    handlers = {number: signal.signal(number, lambda number, _: waiting.append((number, time.monotonic()))) for number in STOPS}
     thread = threading.Thread(target=_pass_on, args=(waiting, passed, ended), daemon=True)
     with stops_wait():
         thread.start()
@@ -157,19 +158,26 @@ def _passing_on() -> Iterator[set[int]]:
                 signal.signal(number, handler)
 
 
-def _pass_on(waiting: list[int], passed: set[int], ended: threading.Event) -> None:
-    """This thread alone is sure to take the signals in; Python runs their handlers in the main thread all the same."""
+def _pass_on(waiting: list[tuple[int, float]], passed: set[int], ended: threading.Event) -> None:
+    """This thread alone is sure to take the signals in; Python runs their handlers in the main thread all the same.
+
+    Args:
+        waiting: signals, each with the second in which it came.
+    """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    interrupts = 0
+    interrupted: float | None = None
     while not ended.wait(_POLL_SECONDS):
-        passed.update(waiting)
+        passed.update(number for number, _ in waiting)
         ranks = _children() if waiting else []
         while ranks and waiting:
-            number = waiting.pop(0)
-            interrupts += number == signal.SIGINT
-            if number == signal.SIGINT and interrupts > 1:
+            number, at = waiting.pop(0)
+            if number == signal.SIGINT and interrupted is not None:
+                if at - interrupted <= AGAIN_SECONDS:
+                    continue  # not passed on either: it may reach a rank later than that after the first
                 number = signal.SIGKILL
                 passed.add(number)
+            elif number == signal.SIGINT:
+                interrupted = at
             for rank in ranks:
                 with suppress(ProcessLookupError):
                     os.kill(rank, number)

@@ -38,7 +38,7 @@ def require_one_task(config: str) -> None:
     ranks = max(1, tasks // nodes)
     several = f"--nodes {nodes} --head $(scontrol show hostnames | head -n 1) " if nodes > 1 else ""
     raise UserError(
-        f"SLURM_NTASKS = {tasks}: srun starts this command {tasks} times, and no launcher makes one run of them; give one task "
-        f"on each node: srun --nodes={nodes} --ntasks-per-node=1 erollout launch torchrun {several}--nproc-per-node {ranks} "
-        f"--config {config}, or submit it by `erollout launch slurm`"
+        f"SLURM_STEP_NUM_TASKS = {tasks}: srun starts this command {tasks} times, and no launcher makes one run of them; give "
+        f"one task on each node: srun --nodes={nodes} --ntasks-per-node=1 erollout launch torchrun {several}--nproc-per-node "
+        f"{ranks} --config {config}, or submit it by `erollout launch slurm`"
     )

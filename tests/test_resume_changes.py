@@ -9,11 +9,22 @@ from typing import Any
 import pytest
 from commands import invoke
 from ranks import RankPool
-from tiny_runs import history, tiny_config, tiny_tree, train_here, write_config
+from tiny_runs import ARCHITECTURE, history, tiny_config, tiny_tree, train_here, write_config
 
-from erollout.checkpoint.resume import OBEYED, REFUSED, UNREAD, changes, configuration, keys
+from erollout.checkpoint.resume import (
+    OBEYED,
+    REFUSED,
+    UNREAD,
+    RunKind,
+    changes,
+    configuration,
+    identity,
+    keys,
+    require_resumable,
+)
 from erollout.config import Config, build_config
 from erollout.errors import UserError
+from erollout.policy.families import read_architecture
 from erollout.tracking.journal import journal_path
 
 STEPS = 4
@@ -39,6 +50,23 @@ def test_a_key_that_only_one_side_knows_is_not_compared(tmp_path: Path) -> None:
     saved = configuration(config) | {"optimizer.of_old": 1}
     del saved["optimizer.lr"]
     assert changes(saved, config) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "other"),
+    [
+        ("reinforcement learning", {"rollout": {"prompts_per_step": 2}}, {"supervised": {"batch_size": 4}}),
+        ("supervised", {"supervised": {"batch_size": 4}}, {"rollout": {"prompts_per_step": 2}}),
+    ],
+)
+def test_what_only_the_other_kind_of_run_reads_is_not_refused(
+    kind: RunKind, counts: dict[str, Any], other: dict[str, Any], tmp_path: Path
+) -> None:
+    before, architecture = tiny_config(tmp_path), read_architecture(ARCHITECTURE, "tests")
+    document = {"kind": kind, "identity": identity(architecture, before), "configuration": configuration(before)}
+    require_resumable(tmp_path, document, architecture, tiny_config(tmp_path, **other), kind)
+    with pytest.raises(UserError, match="are counted by steps"):
+        require_resumable(tmp_path, document, architecture, tiny_config(tmp_path, **counts), kind)
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,28 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import ENVIRONMENT, invoke
 from fake_slurm import FakeSlurm, fake  # noqa: F401
 from ranks import RankPool
 from test_resume_changes import refused_train
-from tiny_runs import tiny_tree, write_config
+from tiny_runs import tiny_tree, train_here, write_config
 
 from erollout import run_lock
+from erollout.config import build_config
 from erollout.errors import UserError
+from erollout.launch.parent import require_one_task
 from erollout.run_lock import LOCK, LOST, Owner, RunLock, read_owner, this_process
 
 HOLDS = """
@@ -60,9 +65,22 @@ def _leave(folder: Path, owner: Owner, age: float = 0.0) -> None:
     os.utime(folder / LOCK, (at, at))
 
 
-def _refused(folder: Path) -> str:
-    with pytest.raises(UserError) as refusal:
-        _lock(folder).take()
+def _refused(folder: Path, beats: bool = True) -> str:
+    """`beats`: the owner gives signs meanwhile."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while beats and not ended.wait(0.1):
+            os.utime(folder / LOCK)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(UserError) as refusal:
+            _lock(folder).take()
+    finally:
+        ended.set()
+        thread.join()
     return str(refusal.value)
 
 
@@ -93,12 +111,34 @@ def test_an_owner_elsewhere_lives_as_long_as_it_gives_signs(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
+def test_a_restart_on_another_machine_waits_until_the_owner_is_dead_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The machine is lost, and the run is started again at once elsewhere."""
+    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 4.0)
+    _leave(tmp_path, replace(this_process(), host="far", machine="another", pid=1))
+    with caplog.at_level("INFO"):
+        _lock(tmp_path).take()
+    assert [line for line in caplog.messages if f"{tmp_path} is held by process 1 on far: waiting up to 4 s" in line]
+
+
+def test_what_others_left_beside_the_lock_is_removed(tmp_path: Path) -> None:
+    left = [f"lock.{'a' * 32}", f"lock.{'b' * 32}.now", "lock.4711.0"]
+    kept = ["lock.txt", "lock.of.mine", f"lock.{'c' * 32}"]
+    for name in [*left, *kept]:
+        (tmp_path / name).touch()
+        at = time.time() - (0 if name == kept[2] else 1000)  # another one takes part just now
+        os.utime(tmp_path / name, (at, at))
+    with _lock(tmp_path).held():
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([LOCK, *kept])
+
+
 def test_a_container_of_the_same_name_is_another_machine(tmp_path: Path) -> None:
     _leave(tmp_path, replace(this_process(), machine="same host, other process ids", pid=2**22 + 1))
     assert "is in use" in _refused(tmp_path)
 
 
-@pytest.mark.parametrize(("state", "free"), [("RUNNING", False), ("PENDING", False), ("FAILED", True), ("", True)])
+@pytest.mark.parametrize(("state", "free"), [("RUNNING", False), ("PENDING", False), ("FAILED", True)])
 def test_slurm_says_whether_a_job_lives(
     state: str,
     free: bool,
@@ -107,12 +147,29 @@ def test_slurm_says_whether_a_job_lives(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    fake.holds(*[(7, state, folder)] if state else [])
+    fake.holds((7, state, folder))
     _leave(folder, replace(this_process(), host="n1", machine="another", pid=1, job="7"), age=0 if free else 9000)
     if free:
         _lock(folder).take()
     else:
         assert "(Slurm job 7)" in _refused(folder)
+
+
+@pytest.mark.parametrize("pid", [1, 0], ids=["ranks", "batch script"])
+def test_a_job_that_this_slurm_does_not_know_may_be_another_clusters(
+    pid: int,
+    tmp_path: Path,
+    fake: FakeSlurm,  # noqa: F811
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    theirs = replace(this_process(), host="n1", machine="another", pid=pid, job="7")
+    _leave(folder, theirs)
+    message = _refused(folder, beats=pid > 0)
+    assert "(Slurm job 7)" in message and f"remove {folder}/{LOCK} if it is gone for sure" in message
+    assert fake.calls("squeue")
+    _leave(folder, theirs, age=9000)
+    _lock(folder).take()
 
 
 def test_the_next_start_of_a_job_takes_over_at_once_and_a_second_step_of_it_does_not(
@@ -183,8 +240,89 @@ def test_a_second_run_is_refused_on_all_ranks_and_writes_nothing(
 def test_several_tasks_without_a_launcher_are_refused(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"SLURM_PROCID": 1, "SLURM_NTASKS": 8, "SLURM_NNODES": 2}.items():
+    for name, value in {"SLURM_PROCID": 1, "SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NUM_NODES": 2}.items():
         monkeypatch.setenv(name, str(value))
     line = invoke(*command, "--config", str(write_config(tmp_path))).error()
-    assert "SLURM_NTASKS = 8" in line and not (tmp_path / "run").exists()
+    assert "SLURM_STEP_NUM_TASKS = 8" in line and not (tmp_path / "run").exists()
     assert "srun --nodes=2 --ntasks-per-node=1 erollout launch torchrun --nodes 2" in line and "--nproc-per-node 4" in line
+
+
+def test_a_batch_script_is_one_process_whatever_its_job_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Slurm 22.05 tells the script of `#SBATCH --ntasks=8 --nodes=2`, which is no task of a step."""
+    for name, value in {"SLURM_PROCID": 0, "SLURM_NTASKS": 8, "SLURM_NPROCS": 8, "SLURM_NNODES": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    require_one_task("config.yaml")
+
+
+def locked_places(tree: dict[str, Any]) -> list[str]:
+    """The locks of a run that trains, and whether they are there when its verdict is written."""
+    from erollout import session, stopping
+    from erollout.trainer import Trainer
+
+    found: list[str] = []
+    output = Path(tree["train"]["output_dir"])
+
+    def look(*_: Any) -> None:
+        found.extend(str(path) for path in sorted(output.parent.rglob(LOCK)))
+
+    def write(path: Path, verdict: str) -> None:
+        look()
+        before(path, verdict)
+
+    before = stopping._write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_lock, "_BEAT_SECONDS", 0.01)
+        patch.setattr(stopping, "_write", write)
+        patch.setattr(Trainer, "run", lambda self: time.sleep(0.2))
+        session.train(build_config(tree))
+    look()
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("directory", "places"),
+    [(None, ["run", "run/checkpoints"]), ("run", ["run"]), ("run/../run/.", ["run"]), ("other", ["other", "run"])],
+    ids=str,
+)
+def test_each_directory_of_a_run_is_locked_once_until_its_verdict_is_written(
+    directory: str | None, places: list[str], rank_pool: RankPool, tmp_path: Path
+) -> None:
+    own = {"directory": str(tmp_path / directory)} if directory else {}
+    tree = tiny_tree(tmp_path, checkpoint={"interval": 1, **own}, rollout={"dtype": "float32"})
+    (found,) = rank_pool.run(1, locked_places, tree)
+    assert found == sorted(str(tmp_path / place / LOCK) for place in places)
+    assert (tmp_path / "run" / "verdict").read_text() == "done\n"
+
+
+def saved_meanwhile(tree: dict[str, Any], checkpoint: str) -> str:
+    """Refusal of a run whose directory's owner publishes a checkpoint while it is waited for."""
+    take = RunLock.take
+
+    def wait(self: RunLock) -> None:
+        destination = Path(tree["train"]["output_dir"]) / "checkpoints" / Path(checkpoint).name
+        if not destination.exists():
+            shutil.copytree(checkpoint, destination)
+        take(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLock, "take", wait)
+        return refused_train(tree)
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_that_the_owner_before_saves_at_its_end_is_not_gone_on_from_unasked(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    tree = tiny_tree(tmp_path, checkpoint={"interval": 1}, rollout={"dtype": "float32"})
+    tree["train"] |= {"steps": 1}
+    rank_pool.run(1, train_here, tree)
+    moved = shutil.move(tmp_path / "run" / "checkpoints" / "step_00000001", tmp_path / "kept")
+    step = Path(moved).rename(tmp_path / "step_00000001")
+    tree["checkpoint"]["resume"] = False
+    tree["train"]["output_dir"] = str(tmp_path / "another")
+    messages = rank_pool.run(2, saved_meanwhile, tree, str(step))
+    assert messages[0] == messages[1] and "checkpoint.resume = false but" in messages[0]
+    assert not list(tmp_path.glob(f"another/**/{LOCK}"))

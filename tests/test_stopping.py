@@ -194,6 +194,39 @@ def test_a_second_interrupt_ends_a_rank_that_waits_for_ever(tmp_path: Path) -> N
     assert not (tmp_path / "verdict").exists()
 
 
+PASSES_ON = """
+import os, signal, subprocess, sys, time
+from erollout.launch.local import _passing_on
+rank = "import signal, sys; print(1, flush=True); signal.signal(signal.SIGINT, lambda *_: print(2, flush=True)); \
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])\\nfor _ in range(600): signal.sigtimedwait([], 0.1)"
+def wait(seconds):  # as torch's agent, which leaves the main thread time for its handlers
+    for _ in range(round(seconds / 0.05)):
+        time.sleep(0.05)
+with _passing_on() as passed:
+    child = subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()
+    for pause in map(float, sys.argv[1:]):
+        wait(pause)
+        os.kill(os.getpid(), signal.SIGINT)
+    wait(1.5)
+    ended = child.poll()
+    child.kill()
+print(ended, child.stdout.read().split(), signal.SIGKILL in passed)
+"""
+
+
+@pytest.mark.parametrize(
+    ("pauses", "outcome"),
+    [(["1", "0.1"], "None ['2'] False"), (["1", "0.1", "1"], "-9 ['2'] True"), (["1", "1"], "-9 ['2'] True")],
+    ids=["at once", "at once and later", "later"],
+)
+def test_a_launcher_takes_a_second_interrupt_at_once_for_the_first(pauses: list[str], outcome: str) -> None:
+    """A wrapper passes on what the terminal has sent to all: the ranks have time to save all the same."""
+    program = [sys.executable, "-c", PASSES_ON, *pauses]
+    done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == outcome, done.stderr
+
+
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(("ranks", "again"), [(1, False), (2, False), (2, True)])
 def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_one_ends_at_once(ranks: int, again: bool, tmp_path: Path) -> None:

@@ -65,6 +65,10 @@ UNREAD: Mapping[str, str] = {
 """Keys whose new value does nothing, or only what is said here."""
 
 
+_OF_KIND: Mapping[str, RunKind] = {"rollout.prompts_per_step": "reinforcement learning", "supervised.batch_size": "supervised"}
+"""Refused keys that runs of one kind read alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """A key that is not as the checkpoint has it. Values as JSON has them."""
@@ -123,7 +127,9 @@ def require_resumable(
         )
     _require_model(path, document["identity"], identity(architecture, config))
     for change in changes(document.get("configuration", {}), config):
-        if change.key in REFUSED and change.key != "model.architecture":  # which the model's identity says all of
+        if change.key == "model.architecture":  # which the model's identity says all of
+            continue
+        if change.key in REFUSED and _OF_KIND.get(change.key, kind) == kind:
             raise UserError(
                 f"{change.key} = {_text(change.now)}, but checkpoint {path} was saved with {_text(change.before)}: "
                 f"{REFUSED[change.key]}"

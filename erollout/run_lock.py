@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
+from shlex import quote
 
 import psutil
 
@@ -192,7 +193,7 @@ class RunLock:
         gone = "" if other.machine == self.owner.machine else f", or remove {self.path} if it is gone for sure"
         return UserError(
             f"{self.key} = {self.path.parent} is in use by {other}: two runs would write to one place; end that one "
-            f"(`erollout launch stop {self.path.parent}`) or choose another place{gone}"
+            f"(`erollout launch stop {quote(str(self.path.parent))}`) or choose another place{gone}"
         )
 
     def _keep(self) -> None:

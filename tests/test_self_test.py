@@ -31,6 +31,15 @@ def forget() -> None:
     self_test._try_out.cache_clear()
 
 
+class CarelessWithBias(TorchLinear):
+    """Adds the bias first where there are several rows."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None or len(x) < 3:
+            return super().__call__(x)
+        return self.bias + x.flip(1) @ self.weight.flip(1).t()
+
+
 @pytest.mark.parametrize(
     ("kernel", "dtype"), [("torch", "float32"), ("prepacked", "float32"), ("torch", "bfloat16"), ("native", "bfloat16")]
 )
@@ -49,6 +58,12 @@ def test_a_kernel_that_breaks_it_is_named(monkeypatch: pytest.MonkeyPatch, caplo
     assert "layers of 128 x 64" in engine.promise.broken
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "torch kernels, float32" in warning and "processor with" in warning and "try another rollout.kernels" in warning
+
+
+def test_a_layer_with_a_bias_is_tried_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(linear.LINEAR_KERNELS, "torch", CarelessWithBias)
+    engine = make_engine("qwen2-tied", kernels="torch")
+    assert engine.promise.broken and all(what.endswith(" with a bias") for what in engine.promise.broken)
 
 
 def test_attention_that_breaks_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

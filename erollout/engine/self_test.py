@@ -23,18 +23,23 @@ from erollout.policy.architecture import Architecture
 logger = logging.getLogger(__name__)
 
 _ELEMENTS = 1 << 19
-"""Of a weight that is tried: larger layers with fewer outputs, the rest of which is taken to add up as these."""
+"""Most elements of a weight that is tried: larger layers with fewer outputs, the rest of which is taken to add up as these."""
 _COMPANY = (2, 5, 17)
 """Rows of the passes that a row is tried in."""
 _TOKENS = 140
-"""Of the sequence that attention is tried on: more than one chunk of keys."""
+"""Length of the sequence that attention is tried on: more than one chunk of keys."""
 _PIECES = ((0, 1), (5, 7), (63, 64), (60, 77), (127, 128), (128, 129), (100, 140))
+_NEIGHBOURS = tuple(range(3, _TOKENS, 8))
+"""Positions of single tokens that are computed side by side, as those of decoding sequences are."""
+
+Shape = tuple[int, int, bool]
+"""Outputs, inputs, and whether there is a bias."""
 
 
 @dataclass(frozen=True, slots=True)
 class Promise:
     kernel: str
-    """And its instructions."""
+    """Name of the kernel and its instructions."""
     broken: tuple[str, ...]
     """What gives a token other bits in other company; empty where the promise holds."""
 
@@ -45,14 +50,17 @@ class Promise:
 
 
 def promise_of(kernel: str, model: DecodeModel) -> Promise:
-    """Of a model on this kernel; logged, as a warning where it can't be made."""
+    """The promise of a model on this kernel; logged, as a warning where it can't be made."""
     device = model.embedding.device
     if device.type != "cpu":
         promise = Promise(f"{kernel} on {device.type}", ("the products of a GPU's libraries",))
         logger.info("%s: coupled verification draws from the target's distribution, not the same tokens", promise)
         return promise
-    weights = [tensor for name, tensor in model.tensors.items() if name.endswith("proj.weight")]
-    shapes = {tuple(weight.shape) for weight in (*weights, model.tensors.get("lm_head.weight", model.embedding))}
+    head = model.tensors.get("lm_head.weight", model.embedding)
+    shapes: set[Shape] = {(head.shape[0], head.shape[1], False)}
+    for name, tensor in model.tensors.items():
+        if name.endswith("proj.weight"):
+            shapes.add((tensor.shape[0], tensor.shape[1], name.replace(".weight", ".bias") in model.tensors))
     promise = _try_out(
         kernel, tuple(sorted(shapes)), _one_group(model), model.cache.block_size, model.dtype, torch.get_num_threads()
     )
@@ -66,11 +74,13 @@ def promise_of(kernel: str, model: DecodeModel) -> Promise:
 
 @cache
 def _try_out(
-    kernel: str, shapes: tuple[tuple[int, int], ...], group: Architecture, block_size: int, dtype: torch.dtype, threads: int
+    kernel: str, shapes: tuple[Shape, ...], group: Architecture, block_size: int, dtype: torch.dtype, threads: int
 ) -> Promise:
     with torch.inference_mode():
         broken = [
-            f"layers of {outputs} x {inputs}" for outputs, inputs in shapes if not _linear_holds(kernel, outputs, inputs, dtype)
+            f"layers of {outputs} x {inputs}{' with a bias' if has_bias else ''}"
+            for outputs, inputs, has_bias in shapes
+            if not _linear_holds(kernel, outputs, inputs, has_bias, dtype)
         ]
         if not _attention_holds(kernel, group, block_size, dtype):
             broken.append(f"attention of {group.num_attention_heads} queries per KV head, head size {group.kv_channels}")
@@ -79,9 +89,9 @@ def _try_out(
     return Promise(f"{name}, {level.name}" if level else name, tuple(broken))
 
 
-def _linear_holds(kernel: str, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+def _linear_holds(kernel: str, outputs: int, inputs: int, has_bias: bool, dtype: torch.dtype) -> bool:
     x, weight = cancelling(max(_COMPANY), max(1, min(outputs, _ELEMENTS // inputs)), inputs, dtype)
-    linear = LINEAR_KERNELS[kernel](weight, None)
+    linear = LINEAR_KERNELS[kernel](weight, torch.zeros(weight.shape[0], dtype=dtype) if has_bias else None)
     linear.prepare()
     alone = torch.cat([linear(row[None]) for row in x])
     return all(torch.equal(linear(x[:n]), alone[:n]) and torch.equal(linear(x[-n:]), alone[-n:]) for n in _COMPANY)
@@ -99,11 +109,14 @@ def _attention_holds(kernel: str, group: Architecture, block_size: int, dtype: t
     make = NativeAttention if kernel == "native" else PagedAttention
     attention: Attention = make(heads, cache, 1, size)
 
-    def run(start: int, end: int) -> Tensor:
-        return attention(query[start:end], cache.layer(0), attention.plan([Span(start, end, list(range(blocks)))]))
+    def run(*pieces: tuple[int, int]) -> Tensor:
+        rows = torch.cat([query[start:end] for start, end in pieces])
+        return attention(rows, cache.layer(0), attention.plan([Span(*piece, list(range(blocks))) for piece in pieces]))
 
-    whole = run(0, _TOKENS)
-    return all(torch.equal(run(start, end), whole[start:end]) for start, end in _PIECES)
+    whole = run((0, _TOKENS))
+    beside = run(*((position, position + 1) for position in _NEIGHBOURS))
+    pieces_hold = all(torch.equal(run((start, end)), whole[start:end]) for start, end in _PIECES)
+    return pieces_hold and torch.equal(beside, whole[list(_NEIGHBOURS)])
 
 
 def _one_group(model: DecodeModel) -> Architecture:

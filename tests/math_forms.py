@@ -163,6 +163,9 @@ RIGHT: list[tuple[str, list[str]]] = [
     ("Paris", ["The answer is Paris.", r"\boxed{\text{Paris}}", "#### paris", "<answer>Paris</answer>", "**Answer:** Paris"]),
     ("9 - 2 = 7\n#### 72", ["9 x 8 = 72\n#### 72", "#### 72 clips\nDone."]),
     ("0", ["#### 0", "#### 0 dollars", r"\boxed{0}", "The answer is 0."]),
+    ("$5", ["#### 5 dollars", "#### 5 dollar", "#### 5 USD", "#### $5.00 per day", "#### 5"]),
+    ("3 hours", ["#### 3 hrs", "#### 3 hour", "#### 3h", "#### 3 hours per day", "#### 3"]),
+    ("3 meters", ["#### 3 m", "#### 3 metres", "#### 3"]),
 ]
 
 WRONG: list[tuple[str, list[str]]] = [
@@ -229,4 +232,9 @@ WRONG: list[tuple[str, list[str]]] = [
     ("50%", ["#### 5%", "#### 51%"]),
     ("-5", ["#### 5", "#### --5"]),
     ("0.5", ["#### 0.51", "#### 5"]),
+    ("5 cents", ["#### 5 dollars", "#### $5", r"\boxed{5\text{ dollars}}", "The answer is 5 USD."]),
+    ("$5", ["#### 5 cents", "#### 5¢"]),
+    ("3 km", ["#### 3 m", "#### 3 miles", r"\boxed{3 \text{ cm}}"]),
+    ("3 hours", ["#### 3 minutes", "#### 3 days"]),
+    ("60 km/h", ["#### 60 m/s"]),
 ]

@@ -44,7 +44,9 @@ def _gold(reference: str) -> Answer:
 
 
 def _equal(gold: Answer, answer: Answer) -> bool:
-    """Words and letters of choices are compared as they are; the rest by value."""
+    """Words and letters of choices are compared as they are; the rest by value, in one unit where both name one."""
+    if gold.unit and answer.unit and gold.unit[0] == answer.unit[0] and gold.unit != answer.unit:
+        return False
     if _folded(gold) == _folded(answer):
         return bool(gold.text)
     if gold.choice is not None and gold.text.strip("()[]. ") == gold.choice:  # a small letter is a variable

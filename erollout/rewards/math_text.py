@@ -36,6 +36,33 @@ _CHANGES_VALUE = re.compile(
 )
 """Words that make a number another one, or one of several."""
 
+_UNITS = {
+    "money": ("dollar dollars usd $ us$", "cent cents ¢"),
+    "length": (
+        "km kilometer kilometers kilometre kilometres",
+        "m meter meters metre metres",
+        "cm centimeter centimeters centimetre centimetres",
+        "mm millimeter millimeters millimetre millimetres",
+        "mile miles mi",
+        "yard yards yd",
+        "foot feet ft",
+        "inch inches",
+    ),
+    "time": (
+        "second seconds sec secs s",
+        "minute minutes min mins",
+        "hour hours hr hrs h",
+        "day days",
+        "week weeks",
+        "month months",
+        "year years",
+    ),
+    "mass": ("kg kilogram kilograms", "g gram grams", "mg milligram milligrams", "pound pounds lb lbs", "ounce ounces oz"),
+    "volume": ("l liter liters litre litres", "ml milliliter milliliters millilitre millilitres", "gallon gallons"),
+}
+_UNIT_OF = {name: (kind, names) for kind, units in _UNITS.items() for names in units for name in names.split()}
+"""What is measured and in which unit, by each name of the unit."""
+
 _CHOICE = re.compile(r"(?:(?i:option|choice|answer)\s*)?[(\[]?([A-Z])(?:[)\].:](?:\s.*)?)?", re.DOTALL)
 _LOWER_CHOICE = re.compile(r"[(\[]?([a-e])[)\].]?")
 _SAID = (
@@ -78,6 +105,8 @@ class Answer:
     number: Fraction | None = None
     """When it is a number, perhaps with a unit; of a percentage what stands before the sign."""
     percent: bool = False
+    unit: tuple[str, str] | None = None
+    """What is measured and in which unit, of a number that names a common one."""
     choice: str | None = None
     """A to Z, when it can be read as the letter of a choice."""
     is_words: bool = False
@@ -99,13 +128,14 @@ def final_answers(response: str) -> list[str]:
 def read_answer(text: str) -> Answer:
     """An answer without its decoration, and what it can be read as."""
     plain = _undecorated(text)
-    number, percent = _number(plain)
+    number, percent, unit = _number(plain)
     choice = _CHOICE.fullmatch(plain) or _LOWER_CHOICE.fullmatch(plain)
     words = [word for word in _WORD.findall(re.sub(r"\\[A-Za-z]+", " ", plain)) if word.lower() not in _FUNCTIONS]
     return Answer(
         plain,
         number,
         percent,
+        unit,
         choice=choice.group(1).upper() if choice and number is None else None,
         is_words=bool(words) and number is None,
     )
@@ -142,24 +172,32 @@ def _undecorated(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-def _number(text: str) -> tuple[Fraction | None, bool]:
-    """The value, and whether it is a percentage. Exact; None for what is more than a number with a unit."""
+def _number(text: str) -> tuple[Fraction | None, bool, tuple[str, str] | None]:
+    """The value, whether it is a percentage, and the unit. Exact; None for what is more than a number with a unit."""
     found = _NUMBER.fullmatch(text) if len(text) < 300 else None
     if found is None:
-        return None, False
+        return None, False, None
     rest = found["rest"]
     if rest and (not _UNIT.fullmatch(rest) or _CHANGES_VALUE.search(rest)):
         percent = re.fullmatch(r"\s*(?:percent|percentage|pct)[\s.]*", rest, re.IGNORECASE)
         if percent is None or found["percent"]:
-            return None, False
+            return None, False, None
     else:
         percent = None
     try:
         value = _value(found)
     except ZeroDivisionError:
-        return None, False
+        return None, False, None
     negative = (found["sign"] == "-") != (found["minus"] == "-")
-    return -value if negative else value, bool(found["percent"] or percent)
+    return -value if negative else value, bool(found["percent"] or percent), _unit(text, rest)
+
+
+def _unit(text: str, rest: str) -> tuple[str, str] | None:
+    """The unit behind a number, else a dollar sign before it."""
+    word = re.match(r"\s*([^\W\d_]+|¢|\$)", rest)
+    if word is not None:
+        return _UNIT_OF.get(word[1].lower())
+    return _UNIT_OF["$"] if "$" in text else None
 
 
 def _value(found: "re.Match[str]") -> Fraction:

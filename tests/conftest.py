@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -6,6 +7,9 @@ from hypothesis import settings
 from ranks import RankPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads: several on few cores are ten times slower
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests in the background of a script: what they start must hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")

@@ -457,8 +457,9 @@ def _check_consistency(config: Config) -> None:
         raise UserError(f"data.instruction = {data.instruction!r} must contain {{prompt}}")
     if data.train_seed < data.test_seed + data.test_size and data.test_seed < data.train_seed + data.train_size:
         raise UserError(
-            f"data: train items [{data.train_seed}, {data.train_seed + data.train_size}) and test items "
-            f"[{data.test_seed}, {data.test_seed + data.test_size}) overlap; move data.test_seed"
+            f"train items [{data.train_seed}, {data.train_seed + data.train_size}) of data.train_seed and data.train_size "
+            f"overlap test items [{data.test_seed}, {data.test_seed + data.test_size}) of data.test_seed and data.test_size; "
+            "move one"
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         raise UserError(f"optimizer.min_lr = {config.optimizer.min_lr} is above optimizer.lr = {config.optimizer.lr}; lower it")

@@ -89,12 +89,19 @@ def test_replicas_are_compared(interval: int, saves: int, rank_pool, tmp_path: P
     assert not list((tmp_path / "run").glob("checkpoints/step_*/manifest.json"))
 
 
+UNBOUNDED: dict[str, Any] = {
+    "rewards": {"function": "toy_scorer:enormous", "timeout_seconds": 100.0},
+    "algorithm": {"normalize_advantages": False},
+}
+"""A run whose gradient's norm is not finite; the loss is."""
+
+
 @pytest.mark.parametrize("is_distributed", [False, True])
 def test_a_checkpoint_from_before_the_first_update_that_counts(is_distributed: bool, rank_pool, tmp_path: Path) -> None:
     """The optimizer has no state yet, though steps were done."""
     tree = tiny_tree(
         tmp_path,
-        algorithm={"entropy_coefficient": 1e37},
+        **UNBOUNDED,
         train={"steps": 1},
         checkpoint={"interval": 1},
         optimizer={"use_distributed_optimizer": is_distributed},
@@ -102,6 +109,7 @@ def test_a_checkpoint_from_before_the_first_update_that_counts(is_distributed: b
     rank_pool.run(1, train_here, tree)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000001"]
     tree["train"]["steps"], tree["algorithm"] = 3, {}
+    tree["rewards"]["function"] = "toy_scorer:share_of_digits"
     rank_pool.run(1, train_here, tree)
     rows = history(tmp_path)
     assert [row["train/update_skipped"] for row in rows] == [1, 0, 0]
@@ -113,9 +121,7 @@ def test_a_checkpoint_from_before_the_first_update_that_counts(is_distributed: b
 
 def test_updates_that_are_never_finite_end_the_run(rank_pool, tmp_path: Path) -> None:
     """The loss is finite, the gradient's norm is not."""
-    tree = tiny_tree(
-        tmp_path, algorithm={"entropy_coefficient": 1e37}, fault_tolerance={"max_nonfinite_steps": 2}, train={"steps": 3}
-    )
+    tree = tiny_tree(tmp_path, **UNBOUNDED, fault_tolerance={"max_nonfinite_steps": 2}, train={"steps": 3})
     with pytest.raises(RankFailure, match=r"max_nonfinite_steps = 2: loss or gradient of the last 2 updates, up to step 2"):
         rank_pool.run(1, train_here, tree)
     (row,) = history(tmp_path)

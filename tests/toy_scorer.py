@@ -14,6 +14,11 @@ def share_of_digits(prompt: Prompt, response: str) -> float:
     return sum(character.isdigit() for character in response) / max(1, len(response))
 
 
+def enormous(prompt: Prompt, response: str) -> float:
+    """So large that the gradient's norm is not finite, and the loss is."""
+    return 1e30 * share_of_digits(prompt, response)
+
+
 def by_a_child(prompt: Prompt, response: str) -> float:
     """Fails where a signal ends the process that helps it, as one that is for all processes of a run does."""
     subprocess.run(["sleep", "0.2"], check=True)

@@ -12,9 +12,13 @@ from erollout.signals import starting
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status."""
-    with starting(speaks=not is_rank()):
-        from erollout.command_line import run_command
-    return run_command(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with starting(speaks=not is_rank()):
+            from erollout.command_line import run_command
+        return run_command(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("erollout: interrupted", file=sys.stderr)
+        return 130
 
 
 def _leave(status: int) -> NoReturn:

@@ -54,9 +54,6 @@ def run_command(arguments: Sequence[str]) -> int:
     except UserError as error:
         _print_error(error)
         return 2
-    except KeyboardInterrupt:
-        print("erollout: interrupted", file=sys.stderr)
-        return 130
     return status
 
 

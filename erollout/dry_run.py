@@ -1,4 +1,4 @@
-"""The page of `--dry-run`: layouts, sizes, memory and places of a run, also of a published model that is not fetched yet."""
+"""The page of `--dry-run`: layouts, sizes, memory, places and data of a run; also of a model that is not fetched yet."""
 
 from pathlib import Path
 
@@ -6,13 +6,15 @@ from erollout.calibration.model_size import published_model
 from erollout.checkpoint.resume import RunKind
 from erollout.config import Config
 from erollout.hub import fetch_line
-from erollout.preflight import Sizes, check_places, preflight, work_out
+from erollout.preflight import Resolved, Sizes, check_places, preflight, work_out
 from erollout.tracking.address import has_own_store, store_uri, uri_source
 from erollout.tracking.redaction import redact
 
 _SHOWN = 16
 """Replicas, at most."""
 _WIDTH = 19
+_TEXT = 300
+"""Characters of a prompt, at most."""
 
 
 def dry_run(config: Config, kind: RunKind | None = None) -> str:
@@ -24,7 +26,8 @@ def dry_run(config: Config, kind: RunKind | None = None) -> str:
     path = config.model.path
     published = published_model(path) if path is not None and not Path(path).exists() else None
     if path is None or published is None:
-        return "\n".join(_describe(config, preflight(config, kind), rolls_out))
+        resolved = preflight(config, kind)
+        return "\n".join([*_describe(config, resolved, rolls_out), *_lines(_items(config, resolved, rolls_out))])
     sizes = work_out(config, published, rolls_out)
     check_places(config)
     note = f"weights, tokenizer, data and scorer: model.path = {path} is not there; {fetch_line('model.path', path)}"
@@ -45,11 +48,38 @@ def _describe(config: Config, sizes: Sizes, rolls_out: bool) -> list[str]:
         "checkpoints": f"{config.checkpoint_directory} every {interval} steps" if interval else "none",
         **(_replicas(sizes) if rolls_out else {}),
     }
-    return [f"{name:<{_WIDTH}}  {value}" for name, value in lines.items()]
+    return _lines(lines)
+
+
+def _lines(values: dict[str, str]) -> list[str]:
+    return [f"{name:<{_WIDTH}}  {value}" for name, value in values.items()]
+
+
+def _items(config: Config, resolved: Resolved, rolls_out: bool) -> dict[str, str]:
+    """How much data there is, the first item as the model reads it, and what scores it."""
+    train, test = resolved.train_data, resolved.test_data
+    noun = "row" if config.data.kind == "file" else "generated item"
+    first = 0 if rolls_out else len(train) - 1
+    prompt = train.prompt(first)
+    lines = {
+        "data": f"{_count(len(train), noun)} to train on, {_count(len(test), noun) if test is not None else 'none'} to test on",
+        "first prompt": f"{_beginning(prompt.text)}, {_count(len(prompt.prompt_ids), 'token')}",
+    }
+    if not rolls_out:
+        return lines | {"its solution": _beginning(train.solution(first) or "")}
+    record = prompt.item.get("entry", prompt.item)
+    scorer = resolved.scorer
+    least = "" if scorer.threshold is None else f", 1 from {scorer.threshold:g} on, else 0"
+    return lines | {"its reference": _beginning(str(record.get("answer", ""))), "reward function": f"{scorer.function}{least}"}
+
+
+def _beginning(text: str) -> str:
+    """On one line, special characters written out."""
+    return repr(text[:_TEXT]) + (" ..." if len(text) > _TEXT else "")
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _rollouts(config: Config, sizes: Sizes) -> dict[str, str]:

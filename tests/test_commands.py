@@ -130,6 +130,27 @@ def test_dry_run_prints_layouts_sizes_and_places_and_writes_nothing(tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_shows_what_is_read_what_the_model_sees_and_what_scores(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+1=\nor " + "9" * 400, "answer": str(i + 1)} for i in range(1200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"kind": "file", "args": {}, "train_files": [str(tmp_path / "rows.jsonl")], "instruction": "say {prompt}"}
+    rollout = {"max_prompt_tokens": 500, "max_tokens": 20}
+    model = {"architecture": ARCHITECTURE | {"max_position_embeddings": 1024}}
+    config = write_config(tmp_path, data=data, rollout=rollout, model=model, rewards={"function": None, "threshold": 0.5})
+    own = invoke("train", "--config", str(config), "--dry-run")
+    assert own.status == 0, own.stderr
+    lines = {line[:19].strip(): line[21:] for line in own.stdout.splitlines()}
+    assert lines["data"] == "1,200 rows to train on, none to test on"
+    number = int(lines["its reference"].strip("'")) - 1
+    beginning = f"<bos>say {number}+1=\\nor 9999"
+    assert lines["first prompt"].startswith(f"'{beginning}") and " ..., " in lines["first prompt"]
+    assert lines["reward function"] == "erollout.rewards.math_scorer:score, 1 from 0.5 on, else 0"
+    sft = invoke("sft", "--config", str(write_config(tmp_path)), "--dry-run")
+    lines = {line[:19].strip(): line[21:] for line in sft.stdout.splitlines()}
+    assert lines["data"].startswith("1,000,000 generated items to train on, 200") and "reward function" not in lines
+    assert lines["its solution"].strip("'")
+
+
 @pytest.mark.distributed
 def test_run_without_tracking_keeps_its_metrics_and_has_no_store(rank_pool: RankPool, tmp_path: Path) -> None:
     rank_pool.run(1, train_here, tiny_tree(tmp_path, train={"steps": 1}))

@@ -47,18 +47,23 @@ class Meeting:
 
 def meeting(head: str, interface: str | None, run_id: str, wait_seconds: int) -> Meeting:
     """`head`: HOST or HOST:PORT; without PORT it follows from the run id. Raises UserError where the head can't be known."""
-    match = re.fullmatch(r"([^:]+)(?::(\d{1,5}))?", head)
-    if match is None or not 0 < int(match[2] or 1) < 2**16:
-        raise UserError(f"--head = {head}; give HOST or HOST:PORT, with a name or an IPv4 address")
-    port = int(match[2]) if match[2] else FIRST_PORT + int(digest([run_id]), 16) % NUM_PORTS
-    there = resolve(match[1])
+    host, there, chosen = find_head(head)
+    port = chosen or FIRST_PORT + int(digest([run_id]), 16) % NUM_PORTS
     address = address_towards(there) if interface is None else address_of(interface)
-    if address.startswith("127.") and match[1] != "localhost" and not match[1].startswith("127."):
+    if address.startswith("127.") and host != "localhost" and not host.startswith("127."):
         raise UserError(
             f"--head = {head} is {there} here, where other nodes can't reach it; give the head's address "
             "in their network, or --interface"
         )
     return Meeting(run_id, there, port, address, interface or interface_with(address), is_here(there), wait_seconds)
+
+
+def find_head(head: str) -> tuple[str, str, int | None]:
+    """Host as given, its IPv4 address, and the port where one is given. Raises UserError for a head that can't be known."""
+    match = re.fullmatch(r"([^:]+)(?::(\d{1,5}))?", head)
+    if match is None or not 0 < int(match[2] or 1) < 2**16:
+        raise UserError(f"--head = {head}; give HOST or HOST:PORT, with a name or an IPv4 address")
+    return match[1], resolve(match[1]), int(match[2]) if match[2] else None
 
 
 def digest(parts: Sequence[str]) -> str:

@@ -42,7 +42,9 @@ def resolve(host: str) -> str:
     try:
         return socket.gethostbyname(host)
     except OSError as error:
-        raise UserError(f"--head = {host} is not known here ({error.strerror}); give its IPv4 address") from error
+        raise UserError(
+            f"--head = {host} is not known here ({error.strerror}); give its IPv4 address, or try it on one of the nodes"
+        ) from error
 
 
 def address_towards(head: str) -> str:

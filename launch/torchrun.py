@@ -15,7 +15,7 @@ from erollout.arguments import add_run_arguments, overrides
 from erollout.config import Config, load_config, require_groups
 from erollout.environment import STORE, loopback_variables, set_variable, variable
 from erollout.errors import UserError
-from erollout.launch.meeting import Meeting, digest, joined, meeting, take_seat
+from erollout.launch.meeting import Meeting, digest, find_head, joined, meeting, take_seat
 from erollout.launch.network import address_of, interface_variables
 from erollout.launch.parent import require_one_task
 from erollout.launch.secret import secret_of
@@ -105,6 +105,8 @@ def _check(options: argparse.Namespace) -> Config:
             raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}; it must be at least 1")
     if options.nodes > 1 and options.head is None:
         raise UserError(f"--nodes {options.nodes} needs --head HOST: the node where all meet, by a name or address all know")
+    if options.head is not None:
+        find_head(options.head)  # also where one node needs none: a command of several would be tried so
     config = load_config(options.config, overrides(options))
     require_groups(config)
     wanted, ranks = config.parallel.world_size, options.nodes * options.nproc_per_node

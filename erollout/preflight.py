@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from erollout.calibration.file import Identity, load_calibration
+from erollout.calibration.file import Identity, calibration_of_run
 from erollout.calibration.model_size import describe_shape
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.checkpoint.resume import RunKind, check_newest
@@ -200,15 +200,15 @@ def check_calibration(config: Config, architecture: Architecture) -> None:
     path = config.speculation.calibration
     if path is None or config.speculation.mode == "off":
         return
-    calibration = load_calibration(path)
-    calibration.require(
-        Identity(
+    calibration_of_run(
+        path,
+        lambda found: Identity(
             describe_shape(architecture),
-            calibration.identity.hardware,
+            found.identity.hardware,
             config.rollout.tensor_model_parallel_size,
             drafter_names(config.speculation.drafter),
             config.rollout.dtype,
-        )
+        ),
     )
 
 

@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 from sweeps import ARCHITECTURE, BATCHES, DRAFTS, IDENTITY, MODEL, SIZE, command, machine, sweep
 
-from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity, load_calibration, read_calibration
+from erollout.calibration.file import (
+    REFERENCE_FORMAT,
+    Calibration,
+    Identity,
+    calibration_of_run,
+    load_calibration,
+    read_calibration,
+)
 from erollout.calibration.fit import Measured, _Terms, fit, measured_passes
 from erollout.calibration.hardware import find_hardware, nominal_roofline
 from erollout.calibration.model_size import describe_shape, known_model, model_size, parse_shape, weight_bytes
@@ -221,6 +228,23 @@ def test_equal_seconds_have_no_r2_and_can_be_saved(tmp_path: Path) -> None:
 def test_a_missing_calibration_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.json.*calibrate fit"):
         load_calibration(tmp_path / "nowhere.json")
+
+
+def test_the_key_of_a_run_is_named_where_the_run_has_it_alone(calibration: Calibration, tmp_path: Path) -> None:
+    nowhere, path = str(tmp_path / "nowhere.json"), str(tmp_path / "c.json")
+    calibration.save(path)
+    for refuse in (
+        lambda: command("validate", "--config", nowhere, "--csv", nowhere),
+        lambda: command("info", "--config", nowhere),
+        lambda: calibration.require(replace(IDENTITY, hardware="H100")),
+    ):
+        with pytest.raises(UserError) as refusal:
+            refuse()
+        assert "speculation.calibration" not in str(refusal.value)
+    assert calibration_of_run(path, lambda found: found.identity) == load_calibration(path)
+    for file, identity in ((nowhere, IDENTITY), (path, replace(IDENTITY, hardware="H100"))):
+        with pytest.raises(UserError, match=r"^speculation\.calibration: .*, or unset it"):
+            calibration_of_run(file, lambda _, identity=identity: identity)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ The reference implementation's configurations are read as they are, to compare i
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from math import inf, isfinite
@@ -83,7 +83,7 @@ class Calibration:
     def _refuse(self, name: str, mine: object, theirs: object) -> None:
         raise UserError(
             f"calibration {self.source or 'given'} is of {name} {mine}, this run has {theirs}: make one with "
-            "`erollout calibrate sweep` and `fit`, or unset speculation.calibration to measure at the start"
+            "`erollout calibrate sweep` and `fit`"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,12 +106,24 @@ def load_calibration(path: str | Path) -> Calibration:
         tree = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(
-            f"can't read calibration {path}: {error.strerror}; make it with `erollout calibrate fit`, or unset "
-            "speculation.calibration"
+            f"can't read calibration {path}: {error.strerror}; make one with `erollout calibrate sweep` and `calibrate fit`"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"calibration {path} is damaged: no valid JSON ({error}); make it again") from None
     return read_calibration(tree, str(path))
+
+
+def calibration_of_run(path: str, identity: Callable[[Calibration], Identity]) -> Calibration:
+    """`speculation.calibration` of a run that is of this identity.
+
+    Raises UserError, naming the key, for one that is missing, damaged, or of something else.
+    """
+    try:
+        calibration = load_calibration(path)
+        calibration.require(identity(calibration))
+    except UserError as error:
+        raise UserError(f"speculation.calibration: {error}, or unset it to measure at the start") from error
+    return calibration
 
 
 def read_calibration(tree: Any, source: str) -> Calibration:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from erollout.calibration.file import Calibration, Identity, load_calibration
+from erollout.calibration.file import Calibration, Identity, calibration_of_run
 from erollout.calibration.fit import fit, measured_passes
 from erollout.calibration.hardware import Hardware, find_hardware, nominal_roofline
 from erollout.calibration.model_size import model_size
@@ -30,8 +30,7 @@ def named_calibration(config: Config, engine: Engine, formats: Sequence[str]) ->
     path = config.speculation.calibration
     if path is None or config.speculation.mode == "off":
         return None
-    calibration = load_calibration(path)
-    calibration.require(identify(engine, formats))
+    calibration = calibration_of_run(path, lambda _: identify(engine, formats))
     logger.info("speculation.calibration: %s, of %s", path, calibration.identity.hardware)
     return calibration
 

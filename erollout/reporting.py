@@ -9,7 +9,7 @@ from erollout.drafter.drafter import RequantizeStats
 from erollout.rollout import RefitStats, RolloutResult
 from erollout.speculation.statistics import SpeculationStatistics
 from erollout.tracking.address import store_uri
-from erollout.tracking.metrics import summarize_lengths
+from erollout.tracking.metrics import SCORING_ERRORS, summarize_lengths
 from erollout.tracking.redaction import redact
 
 _FEW = 10
@@ -28,7 +28,7 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
     metrics = {
         "reward/mean": mean,
         "reward/std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
-        "reward/scoring_errors": sum(report["scoring_errors"] for report in result.reports),
+        SCORING_ERRORS: sum(report["scoring_errors"] for report in result.reports),
         "rollout/truncated_fraction": sum(s.rollout.finish_reason == "length" for s in scored) / len(scored),
         "rollout/tokens": float(tokens),
         "rollout/tokens_per_second": (tokens - result.kept_tokens) / max(seconds, 1e-9),
@@ -41,7 +41,7 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
         "reshard/seconds": reshard.seconds,
         "reshard/gigabytes_per_second": reshard.gigabytes_per_second,
     }
-    metrics |= {f"reward/scoring_errors/{kind}": float(number) for kind, number in result.failures.items()}
+    metrics |= {f"{SCORING_ERRORS}/{kind}": float(number) for kind, number in result.failures.items()}
     metrics |= course_metrics([course.metrics for course in result.courses])
     if refit.requantize is not None:
         metrics |= speculation_metrics(result.speculation, refit.requantize)
@@ -122,8 +122,8 @@ def _failure_rows(history: Sequence[Mapping[str, float]]) -> list[tuple[str, obj
     totals: Counter[str] = Counter()
     for row in history:
         totals.update({name: int(value) for name, value in row.items() if "scoring_errors" in name and value})
-    if total := totals["reward/scoring_errors"]:
-        prefix = "reward/scoring_errors/"
+    if total := totals[SCORING_ERRORS]:
+        prefix = f"{SCORING_ERRORS}/"
         kinds = ", ".join(f"{name.removeprefix(prefix)} {n}" for name, n in totals.most_common() if name.startswith(prefix))
         rows.append(("responses not scored", f"{total} ({kinds})" if kinds else total))
     if total := totals["evaluation/scoring_errors"]:

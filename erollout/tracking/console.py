@@ -17,15 +17,17 @@ logger = logging.getLogger(__name__)
 
 FIGURES = (
     ("reward", names.REWARD, "{:.3f}"),
-    ("loss", names.LOSS, "{:.4g}"),
-    ("length", f"{names.RESPONSE_LENGTH}/mean", "{:.1f}"),
-    ("tokens_per_s", names.TOKENS_PER_SECOND, "{:.0f}"),
-    ("mismatch_kl", names.MISMATCH_KL, "{:.2g}"),
+    ("scoring_errors", names.SCORING_ERRORS, "{:.0f}"),
     ("accuracy", names.ACCURACY, "{:.3f}"),
     ("held_out_reward", names.EVALUATION_REWARD, "{:.3f}"),
+    ("length", f"{names.RESPONSE_LENGTH}/mean", "{:.1f}"),
     ("s_per_step", names.STEP_SECONDS, "{:.2f}"),
+    ("loss", names.LOSS, "{:.4g}"),
+    ("eta", "eta", "{}"),
+    ("tokens_per_s", names.TOKENS_PER_SECOND, "{:.0f}"),
+    ("mismatch_kl", names.MISMATCH_KL, "{:.2g}"),
 )
-"""Label, tracked name and format, in this order. A step without the figure leaves it out."""
+"""Label, tracked name and format, the most important first. A step without the figure leaves it out."""
 _BAR_FROM_WIDTH = 40
 """Below it a terminal shows no bar, so that the figures have room."""
 SMOOTHING = 0.9
@@ -66,15 +68,22 @@ class StepReporter:
             return
         self._observe(values)
         remaining = self._remaining(step)
-        self._line(step, "", [*format_figures(values), ("eta", remaining)])
+        self._line(step, "", format_figures(values, remaining))
         if self._progress and self._task is not None:
             with _whoever_reads(self._console):
                 self._progress.update(self._task, completed=step, eta=remaining)
 
     def _line(self, step: int, kind: str, figures: Sequence[tuple[str, str]]) -> None:
-        stamp, text = time.strftime("%Y-%m-%d %H:%M:%S"), " ".join(f"{label}={figure}" for label, figure in figures)
+        """All figures in a log, with the date; on a terminal the time of day, and as many figures as stand on one line."""
+        is_terminal = self._console.is_terminal
+        line = f"{time.strftime('%H:%M:%S' if is_terminal else '%Y-%m-%d %H:%M:%S')} {kind}step={step}/{self._total}"
+        for label, figure in figures:
+            longer = f"{line} {label}={figure}"
+            if is_terminal and len(longer) > self._console.width:
+                break
+            line = longer
         with _whoever_reads(self._console):
-            self._console.print(f"{stamp} {kind}step={step}/{self._total} {text}", markup=False, soft_wrap=True)
+            self._console.print(line, markup=False, soft_wrap=True)
 
     def _observe(self, values: Mapping[str, float]) -> None:
         now = time.monotonic()
@@ -87,9 +96,15 @@ class StepReporter:
         return format_duration((self._seconds_per_step or 0.0) * max(0, self._total - step))
 
 
-def format_figures(values: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Label and text of the key figures, then the phases' shares of the step, largest first: rollout:62%,update:30%."""
-    figures = [(label, form.format(values[name])) for label, name, form in FIGURES if name in values]
+def format_figures(values: Mapping[str, float], remaining: str) -> list[tuple[str, str]]:
+    """Label and text of the key figures, then the phases' shares of the step, largest first: rollout:62%,update:30%.
+
+    `remaining`: time of the run. Responses that no scorer scored are counted where there are any.
+    """
+    shown = {**values, "eta": remaining}
+    if not values.get(names.SCORING_ERRORS):
+        shown.pop(names.SCORING_ERRORS, None)
+    figures = [(label, form.format(shown[name])) for label, name, form in FIGURES if name in shown]
     step = values.get(names.STEP_SECONDS, 0.0)
     phases = {name.split("/", 1)[1]: value for name, value in values.items() if name.startswith(f"{names.SECONDS}/")}
     phases.pop("step", None)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 REWARD = "reward/mean"
+SCORING_ERRORS = "reward/scoring_errors"
 LOSS = "train/loss"
 RESPONSE_LENGTH = "response_length"
 TOKENS_PER_SECOND = "rollout/tokens_per_second"

@@ -14,6 +14,7 @@ from erollout.errors import UserError
 from erollout.launch import ray, scheduler, slurm, torchrun
 from erollout.launch.run_directory import Attempt, RunDirectory, find_run
 from erollout.launch.status import ranks_here, status_page
+from erollout.tracking.journal import journal_path
 
 _LATELY_SECONDS = 60
 """A rank that was heard from since then may be alive."""
@@ -55,6 +56,11 @@ def _status(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _logs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     run = find_run(options.directory)
     attempts = run.attempts()
+    if not attempts and not run.submissions():
+        raise UserError(
+            f"{run.path} has no logs: its ranks print to where they were started from (`launch torchrun --log-dir` also writes "
+            f"files); what is there: {journal_path(run.path)}, one line a step, and `erollout launch status {run.path}`"
+        )
     chosen = [attempt for attempt in attempts if options.attempt in (None, attempt.directory.name)]
     if not chosen:
         there = ", ".join(attempt.directory.name for attempt in attempts) or "none: no job of it has started"

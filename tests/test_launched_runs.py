@@ -119,6 +119,14 @@ def test_stop_spares_a_stranger_with_the_number_of_a_rank(tmp_path: Path) -> Non
         stranger.kill()
 
 
+def test_logs_of_a_run_that_no_scheduler_holds_are_where_it_was_started(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    line = invoke("launch", "logs", str(tmp_path)).error()
+    for words in ("where they were started", f"{tmp_path}/tracking/", f"erollout launch status {tmp_path}", "--log-dir"):
+        assert words in line, line
+    assert "job" not in line
+
+
 def test_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path
     for attempt in (0, 1):

@@ -231,6 +231,8 @@ def _run(config: Config, kind: RunKind) -> Iterator[tuple[Stop, Resolved, Parall
     """
     with ExitStack() as held, _stoppable(config) as stop, _world(config, kind) as (resolved, context):
         _on_rank_zero(lambda: _hold(held, resolved, config, kind))
+        if not config.checkpoint.interval:
+            logger.info("checkpoint.interval = 0: nothing is saved before the last step; whatever ends the run loses all of it")
         with _watched(config, context) as watchdog:
             yield stop, resolved, context, watchdog
             if context.rank == 0 and stop.agreed is not None:

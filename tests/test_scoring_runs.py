@@ -33,7 +33,11 @@ def test_failures_are_said_once_and_counted_in_the_table(tmp_path: Path) -> None
     assert outcome.status == 0, outcome.stderr
     said = [line for line in outcome.stderr.splitlines() if "was not scored" in line]
     assert len(said) == 1 and "KeyError: " in said[0] and "no mark in" in said[0]
+    assert outcome.stderr.count("checkpoint.interval = 0: nothing is saved before the last step") == 1
     steps = history(tmp_path)
+    lines = [line for line in outcome.stdout.splitlines() if " step=" in line and " reward=" in line]
+    for row, line in zip(steps, lines, strict=True):
+        assert f" scoring_errors={row['reward/scoring_errors']:.0f} " in line
     total = sum(row["reward/scoring_errors"] for row in steps)
     assert total == sum(row.get("reward/scoring_errors/KeyError", 0) for row in steps) > 0
     assert f"{total:.0f} (KeyError {total:.0f})" in outcome.stdout and "held-out responses not scored" in outcome.stdout
@@ -76,4 +80,5 @@ def test_a_resumed_run_tells_its_template_the_day_on_which_it_began(tmp_path: Pa
     first = invoke("train", "--config", config, "data.date=2001-02-03")
     second = invoke("train", "--config", config, "train.steps=2")
     assert first.status == second.status == 0
+    assert "nothing is saved" not in first.stderr
     assert "the date: it is told 2001-02-03" in first.stderr and "the date: it is told 2001-02-03" in second.stderr

@@ -170,8 +170,8 @@ class SpeculationConfig:
     num_speculative_tokens: bounds.DraftLength = 3
     """Tokens that the drafter proposes before the target verifies them all at once."""
     verification: Literal["coupled", "rejection"] = "coupled"
-    """`coupled`: the samples are those of autoregressive decoding, token for token. `rejection`: the same distribution, with
-    the highest acceptance."""
+    """`coupled`: the samples are those of autoregressive decoding, token for token (on GPUs in distribution); refused on a CPU
+    whose kernels can't. `rejection`: the same distribution, with the highest acceptance."""
     calibration: bounds.Location | None = None
     """File of `erollout calibrate fit` for this model, device, layout and drafter; default: measured at the start."""
     decision_interval: bounds.Few = 1

@@ -9,10 +9,12 @@ import yaml
 from ranks import RankPool
 from tiny_decode import make_engine
 from tiny_runs import tiny_tree, train_here
+from tiny_speculation import NGramProposer
 from torch import Tensor
 
 from erollout.engine import linear, self_test
 from erollout.engine.linear import TorchLinear
+from erollout.errors import UserError
 from erollout.kernels import native
 
 
@@ -58,6 +60,21 @@ def test_a_kernel_that_breaks_it_is_named(monkeypatch: pytest.MonkeyPatch, caplo
     assert "layers of 128 x 64" in engine.promise.broken
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "torch kernels, float32" in warning and "processor with" in warning and "try another rollout.kernels" in warning
+
+
+def test_coupled_drafts_are_refused_where_they_would_change_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(linear.LINEAR_KERNELS, "torch", Careless)
+    engine = make_engine("llama", kernels="torch")
+    proposers = {"": NGramProposer(engine)}
+    with pytest.raises(UserError, match=r"verification = coupled .*layers of 128 x 64.* = rejection") as refusal:
+        engine.speculate(proposers)
+    assert "rollout.kernels" in str(refusal.value) and "\n" not in str(refusal.value)
+    engine.speculate(proposers, verification="rejection")
+    engine.speculate({})
+
+
+def test_coupled_drafts_are_not_refused_for_what_a_gpu_never_promised() -> None:
+    self_test.Promise("torch on cuda", ("the products of a GPU's libraries",), is_tried=False).require_coupled()
 
 
 def test_a_layer_with_a_bias_is_tried_with_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,11 @@ class Engine:
         Args:
             proposers: by Arm.format. Under tensor parallelism the same on all ranks of the replica.
             arm: for every step of `generate`; `run` asks its control.
+
+        Raises UserError for coupled verification on kernels that fail the self-test.
         """
+        if proposers and verification == "coupled":
+            self.promise.require_coupled()
         self.proposers = dict(proposers)
         self.arm = arm
         self.verifier = Verifier(self.sampler, verification)

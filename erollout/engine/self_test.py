@@ -17,6 +17,7 @@ from erollout.engine.kv_cache import KVCache
 from erollout.engine.linear import LINEAR_KERNELS
 from erollout.engine.native_model import NativeAttention
 from erollout.engine.row_tiles import cancelling
+from erollout.errors import UserError
 from erollout.kernels import native
 from erollout.policy.architecture import Architecture
 
@@ -42,18 +43,29 @@ class Promise:
     """Name of the kernel and its instructions."""
     broken: tuple[str, ...]
     """What gives a token other bits in other company; empty where the promise holds."""
+    is_tried: bool = True
+    """False on a GPU, whose libraries promise nothing: there `coupled` keeps the distribution, not the tokens."""
 
     def __str__(self) -> str:
         if not self.broken:
             return f"{self.kernel}: a token's bits depend on its own sequence alone"
         return f"{self.kernel}: a token's bits depend on its company in {'; '.join(self.broken)}"
 
+    def require_coupled(self) -> None:
+        """Raise UserError where drafts would change the tokens, which coupled verification says they don't."""
+        if self.is_tried and self.broken:
+            raise UserError(
+                f"speculation.verification = coupled gives the tokens of decoding without drafts, but not here: {self} "
+                f"({_processor()}); try another rollout.kernels, or set speculation.verification = rejection, which keeps "
+                "their distribution"
+            )
+
 
 def promise_of(kernel: str, model: DecodeModel) -> Promise:
     """The promise of a model on this kernel; logged, as a warning where it can't be made."""
     device = model.embedding.device
     if device.type != "cpu":
-        promise = Promise(f"{kernel} on {device.type}", ("the products of a GPU's libraries",))
+        promise = Promise(f"{kernel} on {device.type}", ("the products of a GPU's libraries",), is_tried=False)
         logger.info("%s: coupled verification draws from the target's distribution, not the same tokens", promise)
         return promise
     head = model.tensors.get("lm_head.weight", model.embedding)

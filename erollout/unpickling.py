@@ -130,8 +130,13 @@ def _is_message(module: str, name: str, found: Any) -> bool:
         return True
     if not isinstance(found, type) or found.__module__ != module:
         return False
-    is_record = dataclasses.is_dataclass(found) or issubclass(found, Enum)
-    return (is_record and _is_in(module, _RECORDS)) or issubclass(found, BaseException)
+    # a pickle calls what it has made as well as what it names: of a scorer, that is any function
+    is_record = (dataclasses.is_dataclass(found) or issubclass(found, Enum)) and not _makes_callables(found)
+    return (is_record and _is_in(module, _RECORDS)) or (issubclass(found, BaseException) and not _makes_callables(found))
+
+
+def _makes_callables(kind: type) -> bool:
+    return any("__call__" in vars(base) for base in kind.__mro__)
 
 
 def _is_constant(module: str, found: Any) -> bool:

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> I
 
 HALF_MADE = """
 import os, sys, threading, time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from erollout.tracking.store import MlflowStore
 folder = Path(sys.argv[1])
@@ -443,6 +444,30 @@ def test_refused_record_does_not_hold_up_the_others(output_dir: Path, caplog: py
     assert "1 tracking records were refused" in caplog.text
 
 
+def test_what_a_store_does_not_take_for_now_does_not_hold_up_the_others(
+    output_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("erollout.tracking.tracker.Delivery", partial(Delivery, interval=0.05, longest_pause=0.2))
+    uri = f"sqlite:///{output_dir}/mlflow.db"
+    with closing(sqlite3.connect(output_dir / "mlflow.db")) as database:
+        database.execute("CREATE TRIGGER damage BEFORE INSERT ON params BEGIN INSERT INTO nowhere VALUES (1); END")
+        tracker, run_id = begin(output_dir)
+        tracker.log_metrics(1, {"reward/mean": 0.1})
+        wait_until(lambda: steps_of(uri, run_id) == [1])
+        tracker.finish("KILLED")
+        assert not client(uri).get_run(run_id).data.params and client(uri).get_run(run_id).info.status == "KILLED"
+        assert "does not take a params record" in caplog.text and "\n1 tracking records are not in" in "\n".join(
+            caplog.messages
+        )
+        tracker, _ = begin(output_dir, run_id, step=1)
+        tracker.log_metrics(2, {"reward/mean": 0.2})
+        wait_until(lambda: steps_of(uri, run_id) == [1, 2])
+        database.execute("DROP TRIGGER damage")
+    wait_until(lambda: client(uri).get_run(run_id).data.params)
+    tracker.finish("FINISHED")
+    assert tracker._journal.undelivered(tracker._journal.delivered) == 0  # type: ignore[attr-defined]
+
+
 def test_system_metrics_are_recorded(output_dir: Path) -> None:
     tracker, run_id = begin(output_dir, system_metrics=True)
     tracker.finish("FINISHED")
@@ -579,13 +604,13 @@ def test_journal_reads_around_torn_lines_and_keeps_non_finite_numbers(tmp_path: 
     path.write_bytes(b'{"kind": "metrics", "time": 1, "step": 1, "values": {"a": 1}}\n{"kind": "met')
     journal = Journal(path)
     journal.append("metrics", step=2, values={"a": math.nan, "b": -math.inf})
-    assert [record["step"] for record in journal.records()] == [1, 2] and journal.undelivered() == 2
+    assert [record["step"] for record in journal.records()] == [1, 2] and journal.undelivered(0) == 2
     first, torn, last = journal.read(0, limit=10)
     assert torn.record is None and last.end == path.stat().st_size
     journal.mark_delivered(first.end)
     journal.close()
     reopened = Journal(path)
-    assert reopened.delivered == first.end and reopened.undelivered() == 1
+    assert reopened.delivered == first.end and reopened.undelivered(first.end) == 1
     reopened.close()
     history = read_history(path)
     assert math.isnan(history[1]["a"]) and history[1]["b"] == -math.inf

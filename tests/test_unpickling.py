@@ -64,6 +64,13 @@ def test_what_is_not_needed_is_not_called(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_what_a_pickle_has_made_is_not_called(tmp_path: Path) -> None:
+    scorer = Scorer("os:mkdir")  # of our own records, and one that calls any function
+    with pytest.raises(ForbiddenClass, match="Scorer"):
+        load_message(pickle.dumps(Hostile(scorer, str(tmp_path / "made"), 0o777)))
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_name_with_dots_leads_nowhere(tmp_path: Path) -> None:
     data = dotted(tmp_path / "made")
     pickletools.dis(data, io.StringIO())
@@ -123,6 +130,24 @@ def test_a_checkpoint_that_leads_elsewhere_is_refused(name: str, tmp_path: Path)
     torch.save({}, checkpoint / "common.pt")
     with pytest.raises(UserError, match=rf"\.metadata: {name} is no file of the checkpoint"):
         _require_plain(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "metadata", [Metadata({}, storage_data=3), Metadata({}, storage_data={1: 2}), Hostile(bytearray, 2**62)]
+)
+def test_a_checkpoint_of_wrong_types_is_refused(metadata: Any, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    torch.save({}, tmp_path / "common.pt")
+    with pytest.raises(UserError, match=r"is refused: \.metadata: "):
+        _require_plain(tmp_path)
+
+
+def test_a_common_file_of_damaged_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
+    torch.save({"name of it": 1}, tmp_path / "common.pt")
+    (tmp_path / "common.pt").write_bytes((tmp_path / "common.pt").read_bytes().replace(b"name of it", b"name \xffof i"))
+    with pytest.raises(UserError, match=r"is refused: common\.pt: "):
+        _require_plain(tmp_path)
 
 
 def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:

@@ -309,7 +309,9 @@ def _require_plain(path: Path) -> None:
             _require_file(path, name)
             with open(path / name, "rb") as file:
                 read(file)
-        except (UnpicklingError, RuntimeError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # bytes that are no checkpoint's are read as whatever they say
             raise UserError(
                 f"checkpoint {path} is refused: {name}: {_reason(error)}; move that directory away to use the one before"
             ) from error

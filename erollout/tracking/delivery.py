@@ -2,7 +2,9 @@
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from erollout.tracking.journal import Entry, Journal
@@ -12,17 +14,24 @@ logger = logging.getLogger(__name__)
 
 METRICS_PER_BATCH = 1000
 """MLflow's limit of one call."""
+ASIDE_AT_ONCE = 20
+"""How many of those that were refused for now are tried again at a time."""
 
 
 class RejectedError(Exception):
     """The store answered that it will never take these records."""
 
 
+class RefusedForNow(Exception):
+    """The store takes others, but not these records. Why is not known: it may be damaged, and put back."""
+
+
 class Delivery:
     """Sends what the journal holds behind its delivered offset.
 
     A store that does not answer is said once, asked again after growing pauses, and said once more when it is back. A record
-    that the store refuses for good is counted and left out, so that it can't hold up those behind it.
+    that the store refuses for good is counted and left out, so that it can't hold up those behind it. One that it refuses for
+    now is set aside and tried again; the delivered offset stays before it, so that the next attempt at the run tries it too.
     """
 
     def __init__(
@@ -43,6 +52,10 @@ class Delivery:
         self._finishing = False
         self._away = False
         self.rejected = 0
+        self._position = journal.delivered
+        """Byte offset up to which the store has everything but what is set aside."""
+        self._aside: deque[tuple[int, Entry]] = deque()
+        """Records refused for now, and where their lines begin."""
         self._thread = threading.Thread(target=self._run, name="tracking-delivery", daemon=True)
 
     def start(self) -> None:
@@ -53,7 +66,7 @@ class Delivery:
         self._finishing = True
         self._wake.set()
         self._thread.join(timeout_seconds)
-        return self._journal.undelivered()
+        return len(self._aside) + self._journal.undelivered(self._position)
 
     def _run(self) -> None:
         pause = self._interval
@@ -72,29 +85,57 @@ class Delivery:
         training: hence the broad except, which reports and tries again.
         """
         try:
-            while entries := self._journal.read(self._journal.delivered, limit=1000):
+            refused_again = self._try_aside()
+            while entries := self._journal.read(self._position, limit=1000):
                 self._journal.sync()  # what the store has must not be lost here, or it would be sent again
                 for batch in group_entries(entries):
                     self._deliver(batch)
         except Exception as error:
             self._say_away(error)
             return False
-        return True
+        return not refused_again
+
+    def _try_aside(self) -> bool:
+        """Whether the store still refuses some. Few at once: each costs it several calls."""
+        for _ in range(min(len(self._aside), ASIDE_AT_ONCE)):
+            start, entry = self._aside.popleft()
+            self._aside.append((start, entry))
+            with suppress(RefusedForNow):
+                self._send_or_leave_out([entry])
+                self._aside.pop()
+        self._mark()
+        return bool(self._aside)
 
     def _deliver(self, batch: list[Entry]) -> None:
+        try:
+            self._send_or_leave_out(batch)
+        except (RejectedError, RefusedForNow) as error:
+            if len(batch) > 1:
+                for entry in batch:
+                    self._deliver([entry])
+                return
+            self._say_set_aside(batch[0], error)
+            self._aside.append((self._position, batch[0]))
+        self._position = batch[-1].end
+        self._mark()
+
+    def _send_or_leave_out(self, batch: list[Entry]) -> None:
+        """Raises RejectedError where only a part of them may be refused, else what sending does."""
         records = [entry.record for entry in batch if entry.record is not None]
         try:
             if records:
                 self._send(records)
         except RejectedError as error:
             if len(batch) > 1:
-                for entry in batch:
-                    self._deliver([entry])
-                return
+                raise
             self._say_rejected(records[0], error)
         else:
             self._say_back()
-        self._journal.mark_delivered(batch[-1].end)
+
+    def _mark(self) -> None:
+        done = min([start for start, _ in self._aside], default=self._position)
+        if done != self._journal.delivered:
+            self._journal.mark_delivered(done)
 
     def _say_away(self, error: Exception) -> None:
         if not self._away:
@@ -110,6 +151,16 @@ class Delivery:
         if self._away:
             logger.warning("tracking store %s answers again; delivering what was kept", self._store_name)
         self._away = False
+
+    def _say_set_aside(self, entry: Entry, error: Exception) -> None:
+        if not self._aside and entry.record is not None:
+            logger.warning(
+                "tracking store %s does not take a %s record; it is kept in %s and tried again, and those behind it go on (%s)",
+                self._store_name,
+                entry.record["kind"],
+                self._journal.path,
+                _one_line(error),
+            )
 
     def _say_rejected(self, record: dict[str, Any], error: RejectedError) -> None:
         if not self.rejected:

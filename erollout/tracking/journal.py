@@ -80,9 +80,9 @@ class Journal:
         """Everything readable, oldest first."""
         return [entry.record for entry in self.read(0, limit=2**62) if entry.record is not None]
 
-    def undelivered(self) -> int:
-        """Records that the store does not have yet."""
-        return sum(entry.record is not None for entry in self.read(self._delivered, limit=2**62))
+    def undelivered(self, offset: int) -> int:
+        """Records behind a byte offset."""
+        return sum(entry.record is not None for entry in self.read(offset, limit=2**62))
 
     def mark_delivered(self, offset: int) -> None:
         """Everything before `offset` need not be sent again. The file is replaced, so it is never half written.

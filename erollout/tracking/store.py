@@ -21,7 +21,7 @@ import psutil
 
 from erollout.environment import set_default
 from erollout.errors import UserError
-from erollout.tracking.delivery import METRICS_PER_BATCH, RejectedError
+from erollout.tracking.delivery import METRICS_PER_BATCH, RefusedForNow, RejectedError
 from erollout.tracking.redaction import redact
 
 MLFLOW_ENVIRONMENT = {
@@ -112,7 +112,8 @@ class MlflowStore:
     def send(self, run_id: str, records: list[dict[str, Any]], directory: Path) -> None:
         """Make the calls for journal records: several of metrics, or one of another kind. `directory` holds the files named.
 
-        Raises RejectedError for what the store will never take, MLflow's or the driver's own errors for anything else.
+        Raises RejectedError for what the store will never take, RefusedForNow for what fails while others are taken, MLflow's
+        or the driver's own errors for anything else.
         """
         from mlflow.exceptions import MlflowException
 
@@ -123,6 +124,7 @@ class MlflowStore:
                 self._send_one(run_id, records[0], directory)
         except MlflowException as error:
             if OF_STORAGE.search(str(error)):
+                self._raise_if_others_are_taken(run_id, records[0], error)
                 raise
             if error.error_code in PERMANENT or self._fails_alone(run_id, records[0]):
                 raise RejectedError(str(error)) from error
@@ -130,7 +132,17 @@ class MlflowStore:
         except Exception as error:  # an artifact store's client raises what it likes
             if self._fails_alone(run_id, records[0]):
                 raise RejectedError(str(error)) from error
+            self._raise_if_others_are_taken(run_id, records[0], error)
             raise
+
+    def _raise_if_others_are_taken(self, run_id: str, record: dict[str, Any], error: Exception) -> None:
+        """RefusedForNow where a record fails by what it holds, or by one damaged table. The order of states matters."""
+        if record["kind"] != "status":
+            try:
+                self._client().set_tag(run_id, "erollout.delivery", str(int(time.time())))
+            except Exception:  # as above
+                return
+            raise RefusedForNow(str(error)) from error
 
     def _fails_alone(self, run_id: str, record: dict[str, Any]) -> bool:
         """Whether a file or dataset failed while the store answers.

@@ -16,7 +16,7 @@ from erollout.policy.architecture import Architecture
 class KVCache:
     """Keys and values of one rank's heads, [layers, 2 x kv_heads, blocks, block_size, head_size]: key heads, then value heads.
 
-    Two blocks lie beyond the pool: `null_block` is never written and holds zeros, `scratch_block` takes what nobody reads.
+    One block lies beyond the pool: `null_block` is never written and holds zeros.
     """
 
     def __init__(
@@ -31,11 +31,10 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.null_block = num_blocks
-        self.scratch_block = num_blocks + 1
         self.dtype = dtype
         self.device = device
         heads = architecture.num_query_groups // tensor_parallel_size
-        self._shape = (architecture.num_layers, 2 * heads, num_blocks + 2, block_size, architecture.kv_channels)
+        self._shape = (architecture.num_layers, 2 * heads, num_blocks + 1, block_size, architecture.kv_channels)
         self._pool: Tensor | None = None
 
     @property

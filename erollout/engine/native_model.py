@@ -95,7 +95,7 @@ class NativeAttention(Attention):
     """Attention over the paged cache where it lies; a token's bits depend on its own sequence alone (see attention.h)."""
 
     def __init__(self, num_heads: int, cache: KVCache, num_kv_heads: int, head_size: int) -> None:
-        self.shape = ShapeStruct(num_heads, num_kv_heads, head_size, cache.block_size, cache.num_blocks + 2)
+        self.shape = ShapeStruct(num_heads, num_kv_heads, head_size, cache.block_size, cache.null_block + 1)
         self._threads = native.threads(torch.get_num_threads())
 
     def plan(self, spans: list[Span]) -> SpanPlan:

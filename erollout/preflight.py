@@ -25,7 +25,6 @@ from erollout.drafter.self_speculation import AUTO, FIRST_FORMAT, drafter_names
 from erollout.engine.kv_cache import num_blocks, num_bytes
 from erollout.engine.placement import decode_placement
 from erollout.errors import UserError
-from erollout.launch.ray_cluster import find_cluster
 from erollout.parallel.groups import current_rank, expected_world_size, resolve_layouts
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 from erollout.parallel.placement import Placement
@@ -34,6 +33,7 @@ from erollout.policy.families import policy_architecture
 from erollout.policy.hf_export import check_destination
 from erollout.policy.hf_io import check_weights
 from erollout.policy.placement import training_placement
+from erollout.ray_cluster import find_cluster
 from erollout.rewards.probe import ScorerProbe
 from erollout.rewards.scorers import Scorer, build_scorer
 from erollout.run_lock import LOCK

@@ -16,9 +16,9 @@ from erollout.config import load_config, require_groups
 from erollout.environment import variable
 from erollout.errors import UserError
 from erollout.launch.plan import layouts
-from erollout.launch.ray_cluster import join_cluster
 from erollout.launch.ray_job import Job, rank_variables
 from erollout.launch.run_directory import RunDirectory
+from erollout.ray_cluster import join_cluster
 
 _OPTION = "erollout launch ray"
 

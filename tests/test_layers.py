@@ -23,7 +23,7 @@ LAYERS = (
         "tracking.redaction",
         "unpickling",
     ),
-    ("config", "types", "megatron_patches"),
+    ("config", "types", "megatron_patches", "ray_cluster"),
     ("parallel", "tracking", "launch", "kernels", "speculation", "watchdog", "kept_rollouts"),
     ("policy", "rewards", "data", "pictures", "run_lock", "stopping"),
     ("resharding", "algorithm", "engine"),
@@ -74,7 +74,7 @@ LIBRARIES = {
     "modelopt": ("drafter",),
     "triton": ("kernels",),
     "deepspeed": ("policy.optimizer",),
-    "ray": ("launch", "rewards"),
+    "ray": ("launch", "ray_cluster", "rewards"),
     "reasoning_gym": ("data", "rewards"),
     "math_verify": ("rewards",),
     "pyarrow": ("data",),
@@ -127,13 +127,13 @@ PURE = (
     "launch.network",
     "launch.ray",
     "launch.ray_agent",
-    "launch.ray_cluster",
     "launch.secret",
     "launch.torchrun",
     "parallel.layout",
     "parallel.placement",
     "policy.architecture",
     "policy.placement",
+    "ray_cluster",
     "resharding.planner",
     "run_lock",
     "speculation.acceptance",
@@ -284,6 +284,22 @@ def import_cycles(modules: dict[str, Module]) -> list[str]:
     return problems
 
 
+def two_way_packages(modules: dict[str, Module]) -> list[str]:
+    """Packages that import each other, though no two of their modules do."""
+    packages = {_inner(name).split(".")[0] for name in modules if "." in _inner(name)}
+    arrows: dict[tuple[str, str], str] = {}
+    for name, module in modules.items():
+        for imported in module.imports:
+            mine, theirs = (_inner(module).split(".")[0] for module in (name, imported.target))
+            if _is_ours(imported.target) and mine != theirs and {mine, theirs} <= packages:
+                arrows.setdefault((mine, theirs), imported.where)
+    return [
+        f"{where}: {mine} imports {theirs}, which imports it back ({arrows[theirs, mine]}); move what both need below them"
+        for (mine, theirs), where in arrows.items()
+        if (theirs, mine) in arrows and mine < theirs
+    ]
+
+
 def misplaced_libraries(modules: dict[str, Module]) -> list[str]:
     return [
         f"{imported.where}: {_inner(name)} imports {library}; LIBRARIES allows it in {', '.join(LIBRARIES[library])}"
@@ -366,6 +382,10 @@ def test_modules_form_no_cycles(modules: dict[str, Module]) -> None:
     _assert_none(import_cycles(modules))
 
 
+def test_packages_import_each_other_one_way(modules: dict[str, Module]) -> None:
+    _assert_none(two_way_packages(modules))
+
+
 def test_libraries_are_imported_where_they_belong(modules: dict[str, Module]) -> None:
     _assert_none(misplaced_libraries(modules))
 
@@ -389,7 +409,7 @@ SOURCES = {
     "erollout/engine/__init__.py": "",
     "erollout/engine/scheduler.py": "from .cache import Cache\nfrom os import getenv\n",
     "erollout/engine/cache.py": "import torch\nfrom erollout.engine import scheduler\nimport erollout.algorithm.x\n",
-    "erollout/algorithm/x.py": "import importlib\nimportlib.import_module('mlflow.tracking')\n",
+    "erollout/algorithm/x.py": "import importlib\nimportlib.import_module('mlflow.tracking')\nimport erollout.engine\n",
     "erollout/strange.py": "",
     "launch/ray.py": "import ray\n",
     "megatron_patches/__init__.py": "",
@@ -410,8 +430,14 @@ def _places(problems: list[str]) -> list[str]:
 
 
 def test_each_rule_finds_what_breaks_it(wrong: dict[str, Module]) -> None:
-    assert _places(upward_imports(wrong)) == ["erollout/engine/cache.py:3", "erollout/strange.py:1", "erollout/types.py:3"]
+    assert _places(upward_imports(wrong)) == [
+        "erollout/algorithm/x.py:3",
+        "erollout/engine/cache.py:3",
+        "erollout/strange.py:1",
+        "erollout/types.py:3",
+    ]
     assert _places(import_cycles(wrong)) == ["erollout/engine/cache.py:2", "erollout/engine/scheduler.py:1"]
+    assert _places(two_way_packages(wrong)) == ["erollout/algorithm/x.py:3"]
     assert _places(misplaced_libraries(wrong)) == ["erollout/algorithm/x.py:2", "erollout/config.py:5", "erollout/types.py:2"]
     assert _places(environment_reads(wrong)) == ["erollout/engine/scheduler.py:2", "erollout/trainer.py:3"]
     assert _places(impurities(wrong, "erollout.engine.scheduler")) == [

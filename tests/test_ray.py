@@ -22,7 +22,7 @@ from tiny_runs import history, steps_recorded, tiny_tree, train_here, write_conf
 
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.errors import UserError
-from erollout.launch.ray_cluster import find_cluster
+from erollout.ray_cluster import find_cluster
 from erollout.rewards import RewardPool, Scorer, ScoringCounts
 
 pytest.importorskip("ray", reason="ray is not installed (pip install 'erollout[ray]')")

@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from erollout.errors import UserError
-from erollout.launch.ray_cluster import join_cluster, resources_free
+from erollout.ray_cluster import join_cluster, resources_free
 from erollout.rewards.pool import RewardPool
 from erollout.rewards.scorers import Scorer
 from erollout.rewards.worker import START_TIMEOUT_SECONDS, Outcome, Worker, WorkerDied, WorkerLost

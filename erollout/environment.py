@@ -107,6 +107,11 @@ def job_and_attempt() -> tuple[str, int]:
     return variable("SLURM_JOB_ID") or "", int(variable("SLURM_RESTART_COUNT") or "0")
 
 
+def cluster_name() -> str:
+    """Of the Slurm whose job this process is; empty in none, and where Slurm does not say."""
+    return variable("SLURM_CLUSTER_NAME") or ""
+
+
 def tasks_beside() -> tuple[int, int]:
     """How many tasks srun started of this command, on how many nodes; (1, 1) where it did not.
 

@@ -22,7 +22,7 @@ from shlex import quote
 
 import psutil
 
-from erollout.environment import job_and_attempt
+from erollout.environment import cluster_name, job_and_attempt
 from erollout.errors import UserError
 from erollout.launch import scheduler
 
@@ -60,17 +60,29 @@ class Owner:
     attempt: int
     """How often the job was queued again."""
     token: str
+    cluster: str = ""
+    """Of Slurm, by its name: another one counts its jobs from 1 too. Empty where it is not known."""
+
+    def is_of_job_of(self, other: "Owner") -> bool:
+        """Whether both are of one job; a cluster that is not known is taken for the same."""
+        return self.job != "" and self.job == other.job and may_be_same(self.cluster, other.cluster)
 
     def __str__(self) -> str:
         process = f"process {self.pid} on {self.host}" if self.pid else f"a job on {self.host}"
         if not self.job:
             return process
-        return f"{process} ({'Slurm ' * self.job.isdigit()}job {self.job})"
+        where = f" of cluster {self.cluster}" if self.cluster else ""
+        return f"{process} ({'Slurm ' * self.job.isdigit()}job {self.job}{where})"
+
+
+def may_be_same(cluster: str, other: str) -> bool:
+    """Of names of clusters, empty where not known."""
+    return not cluster or not other or cluster == other
 
 
 def this_process() -> Owner:
     started = _started(os.getpid()) or 0.0
-    return Owner(socket.gethostname(), os.getpid(), started, _machine(), *job_and_attempt(), uuid.uuid4().hex)
+    return Owner(socket.gethostname(), os.getpid(), started, _machine(), *job_and_attempt(), uuid.uuid4().hex, cluster_name())
 
 
 class RunLock:
@@ -142,7 +154,7 @@ class RunLock:
             mine.unlink()
             return False
         mine.replace(self.path)
-        is_of_this_job = dead is not None and dead.job != "" and dead.job == self.owner.job
+        is_of_this_job = dead is not None and self.owner.is_of_job_of(dead)
         if not is_of_this_job:
             time.sleep(_SETTLE_SECONDS)
         if read_owner(self.path) != self.owner:
@@ -154,16 +166,25 @@ class RunLock:
     def _seconds_to_live(self, other: Owner) -> float:
         """After how many seconds without a sign an owner is taken for dead: 0 where it is for sure, infinite where it lives."""
         mine = self.owner
-        if other.job and other.job == mine.job and (other.attempt != mine.attempt or not other.pid):
+        if mine.is_of_job_of(other) and (other.attempt != mine.attempt or not other.pid):
             return 0.0  # this very job, as it was before
         if other.pid and other.machine and other.machine == mine.machine:
             return inf if other.pid != mine.pid and _started(other.pid) == other.started else 0.0
-        if other.job.isdigit() and other.job != mine.job:
-            with suppress(UserError):  # there is no Slurm here, or it does not answer
-                known = scheduler.jobs([int(other.job)], self.path.parent)
-                if job := next((job for job in known if job.id == int(other.job)), None):
-                    return inf if job.is_alive else 0.0  # a job that it does not know may be another cluster's
+        lives = None if mine.is_of_job_of(other) else self._job_lives(other)
+        if lives is not None:
+            return inf if lives else 0.0
         return (_DEAD_SECONDS if other.pid else _JOB_SECONDS) - self._age()
+
+    def _job_lives(self, other: Owner) -> bool | None:
+        """What Slurm says of an owner's job; None where it doesn't know it, which may be another cluster's."""
+        if not other.job.isdigit():
+            return None
+        with suppress(UserError):  # there is no Slurm here, or it does not answer
+            if other.cluster and not may_be_same(self.owner.cluster or scheduler.cluster(), other.cluster):
+                return None  # a job of that number here is not the owner's
+            known = scheduler.jobs([int(other.job)], self.path.parent)
+            return next((job.is_alive for job in known if job.id == int(other.job)), None)
+        return None
 
     def _age(self) -> float:
         """Seconds since the owner's last sign, 0 where there is no file any more; both dates are the filesystem's."""

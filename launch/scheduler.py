@@ -76,6 +76,12 @@ def answers() -> str | None:
     return None if "is UP" in done.stdout else _words(done)
 
 
+def cluster() -> str:
+    """Name of the cluster whose Slurm answers here; empty where it does not say. Raises UserError where none answers."""
+    found = re.search(r"^ClusterName\s*= (\S+)", _must("scontrol", "show", "config"), re.MULTILINE)
+    return found[1] if found else ""
+
+
 def try_submission(command: Sequence[str]) -> str:
     """What the scheduler says to a job that it is not given. Raises UserError when it would not take it."""
     done = _call(command[0], "--test-only", *command[1:])

@@ -24,7 +24,7 @@ _COMMANDS = {
         wanted=$(sed -n 's/.*--jobs=\\([0-9,]*\\).*/\\1/p' <<< "$*")
         if [ -z "$wanted" ]; then cat queue; else grep -E "^(${wanted//,/|})[|]" queue; fi
         true""",
-    "scontrol": "echo 'Slurmctld(primary) at here is UP'",
+    "scontrol": "echo 'Slurmctld(primary) at here is UP'; echo 'ClusterName             = here'",
     "scancel": ":",
 }
 

@@ -40,7 +40,7 @@ with RunLock(Path(sys.argv[1]), "train.output_dir").held():
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "_ENDING_SECONDS", 1.0)
     monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.05)
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -170,6 +170,44 @@ def test_a_job_that_this_slurm_does_not_know_may_be_another_clusters(
     assert fake.calls("squeue")
     _leave(folder, theirs, age=9000)
     _lock(folder).take()
+
+
+@pytest.mark.parametrize("state", ["FAILED", "RUNNING"])
+@pytest.mark.parametrize("job", ["7", "8", ""], ids=["same number", "other number", "no job"])
+def test_a_job_of_another_cluster_is_not_the_one_of_its_number_here(
+    job: str,
+    state: str,
+    tmp_path: Path,
+    fake: FakeSlurm,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither dead because that one is, nor alive because that one is, nor an earlier start of this one."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    fake.holds((7, state, folder))
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
+    theirs = replace(this_process(), host="n1", machine="another", pid=1, job="7", attempt=0, cluster="there")
+    _leave(folder, theirs)
+    assert "(Slurm job 7 of cluster there)" in _refused(folder)
+    _leave(folder, theirs, age=9000)
+    _lock(folder).take()
+    assert not fake.calls("squeue")
+
+
+def test_slurm_is_asked_of_a_job_of_its_own_cluster_and_of_one_whose_cluster_is_not_known(
+    tmp_path: Path,
+    fake: FakeSlurm,  # noqa: F811
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    fake.holds((7, "FAILED", folder))
+    for cluster in ("here", ""):
+        _leave(folder, replace(this_process(), host="n1", machine="another", pid=1, job="7", cluster=cluster))
+        _lock(folder).take()
+    assert len(fake.calls("squeue")) == 4
 
 
 def test_the_next_start_of_a_job_takes_over_at_once_and_a_second_step_of_it_does_not(

@@ -15,11 +15,11 @@ from erollout.launch.plan import batch_script
 __all__ = ["fake"]
 
 
-def _directory_of(folder: Path, job: int) -> Path:
+def _directory_of(folder: Path, job: int, cluster: str = "") -> Path:
     """A run directory that belongs to a job, whose ranks have not begun."""
     run = folder / "run"
     run.mkdir()
-    (run / "lock").write_text(json.dumps({"host": "n1", "pid": 0, "job": str(job), "attempt": 0}))
+    (run / "lock").write_text(json.dumps({"host": "n1", "pid": 0, "job": str(job), "attempt": 0, "cluster": cluster}))
     return run
 
 
@@ -30,7 +30,7 @@ def _start(run: Path, fake: FakeSlurm, squeue: str) -> subprocess.CompletedProce
         (fake.folder / name).write_text(f"#!/bin/bash\ncd {fake.folder}\necho {name} >> calls\n{lines}\n")
         (fake.folder / name).chmod(0o755)
     environment = ENVIRONMENT | {"PATH": os.environ["PATH"], "EROLLOUT_PREFLIGHT": "0", "SLURM_JOB_NODELIST": "n1"}
-    environment |= {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "0"}
+    environment |= {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "0", "SLURM_CLUSTER_NAME": "here"}
     command = ["bash", str(batch_script()), str(run), "--config", "config.yaml"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -66,6 +66,22 @@ def test_a_directory_is_taken_from_a_job_that_slurm_says_has_ended(
         assert "attempt 0: starts on n1" in output and "FAILED: a crash without a new checkpoint" in output
     left = (run / "lock").read_text() if (run / "lock").exists() else '"8"'  # its own is removed at its end
     assert f'"{holder}"' in left
+
+
+@pytest.mark.parametrize("job", [7, 8])
+@pytest.mark.parametrize(("cluster", "is_left"), [("there", True), ("here", False)])
+def test_a_job_of_the_same_number_on_another_cluster_is_another_job(
+    job: int,
+    cluster: str,
+    is_left: bool,
+    tmp_path: Path,
+    fake: FakeSlurm,
+) -> None:
+    """The first rank sees whether it is alive."""
+    run = _directory_of(tmp_path, job, cluster)
+    output = _start(run, fake, "echo 7 FAILED").stdout
+    assert "attempt 0: starts on n1" in output
+    assert (run / "lock").exists() == is_left and (not is_left or f'"{cluster}"' in (run / "lock").read_text())
 
 
 @pytest.mark.parametrize(

@@ -266,14 +266,13 @@ def _world(config: Config, kind: RunKind | None = None) -> Iterator[tuple[Resolv
     configure_logging(current_rank())
     resolved = preflight(config, kind, scores=launcher_environment() is not None)  # else the command has done it
     context = initialize(config)
-    try:
-        yield resolved, context
-    except BaseException:
+    with ExitStack() as failed:
         # An exchange between replicas may still be waiting for one that is gone, and would hold the end of its group up: the
         # process ends without (cli._leave).
         if context.coordination_group is None or not context.owns_world:
-            shut_down(context)
-        raise
+            failed.callback(shut_down, context)
+        yield resolved, context
+        failed.pop_all()
     with at_most(_LEAVE_SECONDS, "leaving the process groups"):
         shut_down(context)
 

@@ -21,7 +21,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from typing import Any
 
@@ -117,8 +117,8 @@ class Entry:
 
 def ask(place: tuple[str, int], run_id: str, secret: str, wish: str) -> socket.socket:
     """Connect to the gate and tell it the wish. Raises Stranger where another one is there, OSError where none is."""
-    connection = socket.create_connection(place, timeout=HELLO_SECONDS)
-    try:
+    with ExitStack() as failed:
+        connection = failed.enter_context(socket.create_connection(place, timeout=HELLO_SECONDS))
         said = read_line(connection)
         if not said:
             raise ConnectionResetError("it hangs up without a greeting")
@@ -134,10 +134,8 @@ def ask(place: tuple[str, int], run_id: str, secret: str, wish: str) -> socket.s
         connection.sendall(f"{wish}\n".encode())
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return connection
-    except BaseException:
-        connection.close()
-        raise
+        failed.pop_all()
+    return connection
 
 
 def read_line(connection: socket.socket) -> str:

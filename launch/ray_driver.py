@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,8 @@ class Attempt:
             bundle_label_selector=[selector] * self._job.nodes if selector else None,
         )
         began, said = time.monotonic(), False
-        try:
+        with ExitStack() as unused:
+            unused.callback(remove_placement_group, places)
             while not places.wait(_POLL_SECONDS):
                 waited = time.monotonic() - began
                 if self._asked.first is not None:
@@ -140,11 +141,8 @@ class Attempt:
                     said = True
             else:
                 self._homes = placement_group_table(places)["bundles_to_node_id"]
+                unused.pop_all()
                 return places
-        except BaseException:
-            remove_placement_group(places)
-            raise
-        remove_placement_group(places)
         return None
 
     def _too_few_are_fit(self) -> bool:

@@ -7,6 +7,7 @@ sampler returns equal tokens, so the ranks stay in step without exchanging anyth
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -144,6 +145,12 @@ class Engine:
         self.arm = arm
         self.verifier = Verifier(self.sampler, verification)
 
+    def _begin_anew(self, scheduler: Scheduler) -> None:
+        """With an empty cache: what a failed pass wrote may be NaN."""
+        scheduler.cancel()
+        self.sleep()
+        self.wake_up()
+
     def local_tensors(self) -> dict[str, Tensor]:
         """This rank's weights by their names in decode_placement: to be overwritten in place, then `weights_updated`."""
         return self.model.tensors
@@ -197,7 +204,8 @@ class Engine:
         scheduler = generation.scheduler
         for request in requests:
             self._check(request, scheduler)
-        try:
+        with ExitStack() as failed:
+            failed.callback(self._begin_anew, scheduler)
             self._take(generation, Orders(requests=tuple(requests)))
             while not self._ended(generation, orders := control.orders(scheduler.load())):
                 self._take(generation, orders)
@@ -209,11 +217,7 @@ class Engine:
                     control.released(self._release(generation, orders.release))
                 if scheduler.has_unfinished:
                     control.observe(self._step(generation, orders.arm, on_finished))
-        except BaseException:
-            scheduler.cancel()
-            self.sleep()
-            self.wake_up()  # with an empty cache: what a failed pass wrote may be NaN
-            raise
+            failed.pop_all()
         assert self.blocks.num_free == self.blocks.num_blocks, "KV blocks leaked"
         self.stats.preemptions = scheduler.num_preemptions
         self.stats.seconds = time.perf_counter() - started

@@ -34,7 +34,7 @@ def run() -> NoReturn:
     """`python -m erollout`, as ranks are started."""
     try:
         status = main()
-    except Exception:
+    except Exception:  # whatever it is: the traceback of a rank may hold a secret, and the rank ends at once
         if not is_rank():
             raise
         from erollout.tracking.redaction import redact

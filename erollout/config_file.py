@@ -19,6 +19,8 @@ from erollout.errors import UserError
 
 _SHOWN = 80
 """Characters of a value in a message."""
+_MOST_VALUES = 100_000
+"""Of a file, its aliases written out."""
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 _FLOW = {"[": "]", "{": "}", '"': '"', "'": "'"}
 """First and last character of an override that is read as YAML."""
@@ -285,9 +287,22 @@ def _parse(text: str, name: str) -> Any:
     loader = _Loader(text)
     loader.name = name
     try:
-        return loader.get_single_data()
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > _MOST_VALUES:
+            raise UserError(f"{name}: aliases make it more than {_MOST_VALUES} values; write out what is meant")
+        return None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values it holds when each alias is written out. One that contains itself is counted once."""
+    if id(node) in known or isinstance(node, yaml.ScalarNode):
+        return known.get(id(node), 1)
+    known[id(node)] = 1
+    children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+    known[id(node)] = 1 + sum(_size(child, known) for child in children)
+    return known[id(node)]
 
 
 def _one_line(error: Exception) -> str:

@@ -112,14 +112,16 @@ class RunLock:
     def take(self) -> None:
         """A live owner is waited for a little; one whose signs alone say so, until it gives one or is taken for dead."""
         deadline = time.monotonic() + _ENDING_SECONDS
+        silent = time.monotonic() + _DEAD_SECONDS  # by the clock here too: a date may be of the future
         first: tuple[str, float] | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._create():
                 other = read_owner(self.path)
                 seconds = 0.0 if other is None else self._seconds_to_live(other)
-                if other is None or seconds <= 0:
-                    if self._take_over(other):
+                is_silent = first is not None and seconds < inf and time.monotonic() > silent and first[1] == self._date()
+                if other is None or seconds <= 0 or is_silent:
+                    if self._take_over(other, patient=time.monotonic() < deadline):
                         return
                     continue
                 sign = (other.token, self._date())
@@ -143,9 +145,9 @@ class RunLock:
             return False
         return True
 
-    def _take_over(self, dead: Owner | None) -> bool:
+    def _take_over(self, dead: Owner | None, *, patient: bool) -> bool:
         """None: of an owner that can't be read, for it has just gone, or was killed as it wrote."""
-        if dead is None and self._age() < _ENDING_SECONDS:
+        if dead is None and patient and self._age() < _ENDING_SECONDS:
             time.sleep(0.2)
             return False
         mine = self.path.with_name(f"{LOCK}.{self.owner.token}")
@@ -236,8 +238,10 @@ class RunLock:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """None where the file is not there, or half written."""
+    """None where there is no file, or one half written."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         return Owner(**json.loads(path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None

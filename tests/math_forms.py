@@ -97,6 +97,7 @@ RIGHT: list[tuple[str, list[str]]] = [
             "The answer is 1/2.",
         ],
     ),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", [r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}"]),
     (r"\frac{1}{2}", ["<answer>1/2</answer>", "#### 2/4 of the cake", r"\boxed{0.50}", r"$\frac{1}{2}$"]),
     ("1 1/2", ["#### 1.5", "#### 3/2", "#### 1½", r"\boxed{1.5 \text{ hours}}", "#### 1 1/2 cups"]),
     (
@@ -237,4 +238,5 @@ WRONG: list[tuple[str, list[str]]] = [
     ("3 km", ["#### 3 m", "#### 3 miles", r"\boxed{3 \text{ cm}}"]),
     ("3 hours", ["#### 3 minutes", "#### 3 days"]),
     ("60 km/h", ["#### 60 m/s"]),
+    ("2 1/2", [r"\boxed{21/2}"]),
 ]

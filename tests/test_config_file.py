@@ -146,6 +146,10 @@ def test_a_file_says_what_is_written(tmp_path: Path, written: str, key: str | No
         ("model: {path: m}".encode("utf-16"), ["not UTF-8"]),
         ("[" * 5000, ["nested too deeply"]),
         ("a: &a [*a]\n", ["nested too deeply, or contain themselves"]),
+        (
+            "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)),
+            ["aliases make it more than"],
+        ),
         ("train: {steps: !!int ten}\n", ["not valid YAML", "'ten'"]),
         ("train: {steps: !!timestamp 2026-11-30}\n", ["not valid YAML", "timestamp"]),
         ("train: {steps: !!python/name:os.system x}\n", ["not valid YAML"]),

@@ -364,3 +364,25 @@ def test_a_checkpoint_that_the_owner_before_saves_at_its_end_is_not_gone_on_from
     messages = rank_pool.run(2, saved_meanwhile, tree, str(step))
     assert messages[0] == messages[1] and "checkpoint.resume = false but" in messages[0]
     assert not list(tmp_path.glob(f"another/**/{LOCK}"))
+
+
+@pytest.mark.parametrize("kind", ["a link to nothing", "a pipe", "half a file of the future"])
+def test_what_is_no_lock_is_not_waited_for(kind: str, tmp_path: Path) -> None:
+    lock = tmp_path / LOCK
+    if kind == "a link to nothing":
+        lock.symlink_to(tmp_path / "nothing")
+    elif kind == "a pipe":
+        os.mkfifo(lock)
+    else:
+        lock.write_text('{"host": ')
+        os.utime(lock, (time.time() + 1e6, time.time() + 1e6))
+    with _lock(tmp_path).held():
+        assert read_owner(lock) is not None and not lock.is_symlink()
+    assert not lock.exists()
+
+
+def test_an_owner_of_the_future_that_is_silent_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_DEAD_SECONDS", 3.0)
+    _leave(tmp_path, replace(this_process(), host="elsewhere", machine="another", pid=77, token="t"), age=-1e6)
+    with _lock(tmp_path).held():
+        assert read_owner(tmp_path / LOCK) != Owner("elsewhere", 77, 0.0, "another", "", 0, "t")

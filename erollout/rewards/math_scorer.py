@@ -2,6 +2,7 @@
 The default for dataset files."""
 
 import logging
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -66,7 +67,7 @@ def _equal(gold: Answer, answer: Answer) -> bool:
 
 
 def _folded(answer: Answer) -> str:
-    return "".join(answer.text.split()).casefold()
+    return re.sub(r"(?<!\d)\s|\s(?!\d+/)", "", answer.text).casefold()  # 2 1/2 is not 21/2
 
 
 def _parsed(answer: Answer) -> list[Any]:

@@ -35,14 +35,14 @@ import torch.distributed as dist
 from decode import machine
 
 from erollout.config import CoordinatorConfig, SpeculationConfig, ToggleConfig
-from erollout.coordinator.control import ReplicaControl
 from erollout.coordinator.exchange import Exchange, Stream
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.state_machine import Decision, StateMachine
-from erollout.engine.control import Orders
+from erollout.engine.orders import Orders
 from erollout.environment import stay_on_loopback
-from erollout.speculation.cost_model import CalibratedCost, PassTimes
-from erollout.speculation.roofline import ModelSize, PassCost, Roofline
+from erollout.rollout.control import ReplicaControl
+from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
+from erollout.speculation.cost.roofline import ModelSize, PassCost, Roofline
 from erollout.speculation.step import Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 from erollout.types import RolloutRequest, SamplingParams

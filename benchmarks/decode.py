@@ -32,9 +32,9 @@ from erollout.config import RolloutConfig
 from erollout.data.smollm2 import model_directory
 from erollout.doctor.cpu import processor
 from erollout.engine.engine import Engine
-from erollout.engine.linear import Linear
-from erollout.engine.native_model import NativeModel
-from erollout.engine.placement import decode_placement
+from erollout.engine.model.decode_layout import decode_placement
+from erollout.engine.model.linear import Linear
+from erollout.engine.model.native_model import NativeModel
 from erollout.parallel.placement import box_slices
 from erollout.policy.families import read_architecture
 from erollout.types import RolloutRequest, SamplingParams

@@ -18,7 +18,7 @@ from erollout.calibration.file import Calibration, load_calibration
 from erollout.calibration.fit import Measured, fit, measured_passes
 from erollout.calibration.sweep_file import read_sweep
 from erollout.calibration.validate import NEAR, Cycle, Score, lengths_at, measured_cycles
-from erollout.speculation.cost_model import PassTimes
+from erollout.speculation.cost.cost_model import PassTimes
 
 LEFT_OUT = {"a batch size": "batch", "a draft length": "num_speculative_tokens", "a context": "context"}
 """Fields of passes and cycles, by name."""

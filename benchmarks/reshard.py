@@ -28,13 +28,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from erollout.doctor.cpu import processor
-from erollout.engine.placement import decode_placement
+from erollout.engine.model.decode_layout import decode_placement
 from erollout.environment import set_default, stay_on_loopback
 from erollout.megatron_patches import apply_all
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 from erollout.parallel.placement import Placement
 from erollout.policy.architecture import Architecture
-from erollout.policy.placement import padded_vocab_size, training_placement
+from erollout.policy.training_layout import padded_vocab_size, training_placement
 from erollout.resharding.executor import Resharder
 from erollout.resharding.planner import DEFAULT_BUCKET_BYTES, build_plan, plan_for_rank
 from erollout.resharding.transport import ProcessGroupTransport

@@ -46,14 +46,14 @@ from erollout.environment import set_default, stay_on_loopback
 from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import ParallelContext, initialize, shut_down
 from erollout.policy.actor import Actor
-from erollout.preflight import preflight, prompt_limits
 from erollout.rewards.pool import RewardPool
-from erollout.rollout import TRAINING_STREAM, RolloutResult, RolloutWorker
+from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, RolloutWorker
+from erollout.rollout.steering import Steering
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.speculation.trace import Trace
-from erollout.steering import Steering
 from erollout.tracking.tracker import NullTracker
-from erollout.trainer import Trainer
+from erollout.train.preflight import preflight, prompt_limits
+from erollout.train.trainer import Trainer
 from erollout.types import Prompt
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo-rollout.yaml"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from erollout.doctor.cpu import processor
-from erollout.engine.sampler import Sampler, SamplingRow
+from erollout.engine.sampling.sampler import Sampler, SamplingRow
 from erollout.kernels import native
 from erollout.types import SamplingParams
 

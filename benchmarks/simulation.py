@@ -28,13 +28,13 @@ from erollout.calibration.fit import fit, measured_passes
 from erollout.calibration.model_size import describe_shape, known_model, model_size
 from erollout.calibration.sweep_file import read_sweep
 from erollout.config import DrafterConfig, SpeculationConfig, ToggleConfig
-from erollout.simulation.acceptance import Acceptance
+from erollout.simulation.draft_outcomes import Acceptance
 from erollout.simulation.experiment import Outcome, Setting, Strategy, simulate
 from erollout.simulation.replica import Limits
 from erollout.simulation.report import Estimate
 from erollout.simulation.workload import Lognormal, Trace
-from erollout.speculation.cost_model import PassTimes
-from erollout.speculation.roofline import PassCost, Roofline
+from erollout.speculation.cost.cost_model import PassTimes
+from erollout.speculation.cost.roofline import PassCost, Roofline
 
 MODES = ("off", "always", "adaptive")
 
@@ -62,7 +62,7 @@ def measured(options: argparse.Namespace) -> None:
 
     from erollout.calibration.grid import Grid
     from erollout.calibration.sweep import identify, sweep
-    from erollout.coordinator.control import ReplicaControl
+    from erollout.rollout.control import ReplicaControl
     from erollout.speculation.statistics import merge
     from erollout.speculation.toggle import Toggle
     from erollout.types import Rollout
@@ -83,7 +83,7 @@ def measured(options: argparse.Namespace) -> None:
     grid = Grid(tuple(b for b in (1, 2, 4, 8, 16, 32) if b <= options.slots), (64, 192), (1, 2, 3, 5))
 
     def rollout(mode: str, passes: PassTimes) -> tuple[float, list[Rollout]]:
-        from erollout.speculation.cost_model import CalibratedCost
+        from erollout.speculation.cost.cost_model import CalibratedCost
 
         toggle = Toggle(speculation_options(mode), speculation.formats if mode != "off" else (), CalibratedCost(passes))
         toggle.begin_rollout(learns=True)

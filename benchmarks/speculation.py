@@ -28,14 +28,14 @@ from decode import machine, timed
 from transformers import logging
 
 from erollout.config import ModelConfig, RolloutConfig, load_config
-from erollout.data.build import build_datasets
+from erollout.data.datasets import build_datasets
 from erollout.data.prompts import PromptLimits
 from erollout.data.tokenizer import load_tokenizer
 from erollout.drafter.drafter import Drafter, RequantizeStats
 from erollout.drafter.formats import FORMATS
 from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.engine import Engine
-from erollout.engine.placement import decode_placement
+from erollout.engine.model.decode_layout import decode_placement
 from erollout.engine.scheduler import Batch
 from erollout.policy.families import policy_architecture
 from erollout.policy.initialization import first_weights

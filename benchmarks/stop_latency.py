@@ -28,8 +28,8 @@ import yaml
 from erollout.checkpoint.manifest import MANIFEST, complete_checkpoints
 from erollout.data.tokenizer import save_character_tokenizer
 from erollout.doctor.cpu import processor
+from erollout.resilience.watchdog import read_heartbeats
 from erollout.tracking.console import print_table
-from erollout.watchdog import read_heartbeats
 
 LOOK_SECONDS = 0.005
 PATIENCE_SECONDS = 300.0
@@ -147,7 +147,7 @@ def _report(options: argparse.Namespace, first: Attempt, attempts: list[Attempt]
     rows = [[name, f"{seconds:.2f}"] for name, seconds in [*parts, ("all", sum(seconds for _, seconds in parts))]]
     imports = [
         [f"of these, import of {name} alone", f"{_import_seconds(name):.2f}"]
-        for name in ("erollout.launch.local", "erollout.session")
+        for name in ("erollout.launch.local", "erollout.train.session")
     ]
     print_table(["from the start to the end of the first step", "seconds"], [*rows, *imports])
 

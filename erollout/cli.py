@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from erollout.environment import is_rank
-from erollout.signals import starting
+from erollout.resilience.signals import starting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status."""
     try:
         with starting(speaks=not is_rank()):
-            from erollout.command_line import run_command
+            from erollout.command_line.commands import run_command
         return run_command(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
         print("erollout: interrupted", file=sys.stderr)
@@ -37,7 +37,7 @@ def run() -> NoReturn:
     except Exception:  # whatever it is: the traceback of a rank may hold a secret, and the rank ends at once
         if not is_rank():
             raise
-        from erollout.tracking.redaction import redact
+        from erollout.security.redaction import redact
 
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         status = 1

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from erollout import bounds
-from erollout.config_file import describe, fit, read_tree
+from erollout.configuration import bounds
+from erollout.configuration.yaml_tree import describe, fit, read_tree
 from erollout.errors import UserError
-from erollout.tracking.redaction import keys_with_credentials, redact
+from erollout.security.redaction import keys_with_credentials, redact
 
 
 def _mode(value: Any) -> Any:

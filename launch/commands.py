@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 
 from erollout.errors import UserError
-from erollout.launch import ray, scheduler, slurm, torchrun
+from erollout.launch import ray, slurm, torchrun
 from erollout.launch.run_directory import Attempt, RunDirectory, find_run
 from erollout.launch.status import ranks_here, status_page
+from erollout.schedulers import slurm_jobs
 from erollout.tracking.journal import journal_path
 
 _LATELY_SECONDS = 60
@@ -82,13 +83,13 @@ def _files(run: RunDirectory, attempt: Attempt, rank: int | None) -> list[Path]:
 def _stop(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     run = find_run(options.directory)
     ids = run.jobs()
-    alive = [job for job in scheduler.jobs(ids, run.path) if job.is_alive] if ids else []
+    alive = [job for job in slurm_jobs.jobs(ids, run.path) if job.is_alive] if ids else []
     for job in sorted(alive, key=lambda job: not job.waits):  # what waits goes first: it would start when the others end
         if job.waits:
-            scheduler.cancel(job)
+            slurm_jobs.cancel(job)
             print(f"erollout: job {job.id} is cancelled: it had not started")
         else:
-            scheduler.terminate(job)
+            slurm_jobs.terminate(job)
             print(f"erollout: job {job.id} saves and ends; it is not queued again")
     if not alive:
         _stop_here(run)

@@ -22,7 +22,7 @@ from erollout.errors import UserError
 from erollout.launch.parent import name_launcher
 from erollout.launch.rank_logs import RankLogs
 from erollout.launch.rendezvous import BACKEND, LOOPBACK, FixedRendezvous, on_one_node
-from erollout.signals import AGAIN_SECONDS, ENDED_AT_ONCE, STOPS, stops_wait
+from erollout.resilience.signals import AGAIN_SECONDS, ENDED_AT_ONCE, STOPS, stops_wait
 
 _POLL_SECONDS = 0.2
 _AGENT_KILLS_SECONDS = 30

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from erollout.errors import UserError
+from erollout.launch.addresses import address_of, address_towards, interface_with, is_here, resolve
 from erollout.launch.gate import BACKLOG, Entry, Gate, Stranger, ask, read_line
-from erollout.launch.network import address_of, address_towards, interface_with, is_here, resolve
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

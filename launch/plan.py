@@ -14,10 +14,10 @@ from erollout.config import Config
 from erollout.environment import variable
 from erollout.errors import UserError
 from erollout.launch.run_directory import RunDirectory, dump_config
-from erollout.launch.scheduler import Refused
 from erollout.launch.sites import Site
 from erollout.launch.snapshot import Snapshot
 from erollout.parallel.layout import DecodeLayout, TrainLayout
+from erollout.schedulers.slurm_jobs import Refused
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 

@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from erollout.arguments import add_run_arguments, overrides
 from erollout.config import load_config, require_groups
+from erollout.configuration.arguments import add_run_arguments, overrides
 from erollout.environment import variable
 from erollout.errors import UserError
 from erollout.launch.plan import layouts
 from erollout.launch.ray_job import Job, rank_variables
 from erollout.launch.run_directory import RunDirectory
-from erollout.ray_cluster import join_cluster
+from erollout.schedulers.ray_cluster import join_cluster
 
 _OPTION = "erollout launch ray"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from erollout.environment import SECRET, set_variable
-from erollout.signals import stops_wait
+from erollout.resilience.signals import stops_wait
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CHECK_SECONDS = 300

@@ -20,7 +20,7 @@ from erollout.launch.ray_job import STOPPED, Ended, Job, decide, rank_variables
 from erollout.launch.ray_signals import Asked, listening
 from erollout.launch.run_directory import VERDICT
 from erollout.launch.secret import new_secret
-from erollout.ray_cluster import resources_free
+from erollout.schedulers.ray_cluster import resources_free
 
 _LOOK_SECONDS = 400
 """For actors to start and look at their nodes."""

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.config import LOCATIONS, Config, build_config, load_config
 from erollout.errors import UserError
+from erollout.resilience.watchdog import Heartbeat, read_heartbeats
 from erollout.tracking.address import quote_path
-from erollout.watchdog import Heartbeat, read_heartbeats
 
 _READ = LOCATIONS[:5]
 VERDICT = "verdict"

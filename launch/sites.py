@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from erollout.errors import UserError
-from erollout.tracking.redaction import keys_with_credentials
+from erollout.security.redaction import keys_with_credentials
 
 _section = dataclass(frozen=True, config=ConfigDict(extra="forbid", coerce_numbers_to_str=True))
 

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from erollout.arguments import add_run_arguments, overrides
 from erollout.checkpoint.resume import check_newest
 from erollout.config import Config, load_config, require_groups
+from erollout.configuration.arguments import add_run_arguments, overrides
 from erollout.errors import UserError
-from erollout.launch import scheduler
 from erollout.launch.plan import Plan, batch_script, describe, layouts, seconds_of, written
 from erollout.launch.run_directory import VERDICT, RunDirectory, Submission, require_inputs, with_absolute_paths, with_scorer
 from erollout.launch.scorer_files import function_in_copy
 from erollout.launch.sites import Site, load_site
 from erollout.launch.snapshot import take_snapshot
 from erollout.policy.families import policy_architecture
+from erollout.schedulers import slurm_jobs
 
 _GRACE_SECONDS = 300
 _SLURM_EARLY_SECONDS = 60
@@ -141,9 +141,9 @@ def _grace(options: argparse.Namespace, config: Config) -> int | None:
     return grace
 
 
-def require_idle(run: RunDirectory) -> list[scheduler.Job]:
+def require_idle(run: RunDirectory) -> list[slurm_jobs.Job]:
     """The jobs of the run that Slurm knows. Raises UserError for one that runs or waits: two would write to one place."""
-    found = scheduler.jobs(run.jobs(), run.path)
+    found = slurm_jobs.jobs(run.jobs(), run.path)
     for job in found:
         if job.is_alive:
             raise UserError(
@@ -163,8 +163,8 @@ def submit(run: RunDirectory, submission: Submission, known: set[int]) -> None:
         extra = [f"--exclude={','.join(bad)}"] if bad else []
         extra += [f"--dependency=afterany:{submission.job}"] if number > 1 else []
         try:
-            job = scheduler.submit([*command[:2], *extra, *command[2:]], run.path, known)
-        except scheduler.Refused:
+            job = slurm_jobs.submit([*command[:2], *extra, *command[2:]], run.path, known)
+        except slurm_jobs.Refused:
             if number == 1 and verdict is not None:
                 (run.path / VERDICT).write_text(f"{verdict}\n")
             raise
@@ -178,7 +178,7 @@ def submit(run: RunDirectory, submission: Submission, known: set[int]) -> None:
 
 def _scheduler_says(plan: Plan) -> str:
     """Raises UserError when there is one that would refuse the job."""
-    if reason := scheduler.answers():
+    if reason := slurm_jobs.answers():
         return f"not asked: {reason}"
     command = [str(batch_script()) if word == str(plan.run.script) else word for word in plan.command()]
-    return scheduler.try_submission(command)
+    return slurm_jobs.try_submission(command)

@@ -9,9 +9,9 @@ import psutil
 
 from erollout.config import FaultToleranceConfig, load_config
 from erollout.errors import UserError
-from erollout.launch import scheduler
 from erollout.launch.run_directory import RunDirectory
-from erollout.watchdog import Heartbeat
+from erollout.resilience.watchdog import Heartbeat
+from erollout.schedulers import slurm_jobs
 
 _SHOWN = 5
 """At most so many jobs, and so many ranks that are behind."""
@@ -49,7 +49,7 @@ def _jobs(run: RunDirectory) -> tuple[list[tuple[str, str]], str]:
         alive = f"{len(here)} of its ranks run on this machine" if (here := ranks_here(run)) else "none of its ranks runs here"
         return [("jobs", "none of Slurm")], alive
     try:
-        known = {job.id: job for job in scheduler.jobs(ids, run.path)}
+        known = {job.id: job for job in slurm_jobs.jobs(ids, run.path)}
     except UserError as error:
         return [("jobs", ", ".join(map(str, ids[-_SHOWN:])))], f"whether a job is alive is not known: {error}"
     lines = [

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from erollout.arguments import add_run_arguments, overrides
 from erollout.config import Config, load_config, require_groups
+from erollout.configuration.arguments import add_run_arguments, overrides
 from erollout.environment import STORE, loopback_variables, set_variable, variable
 from erollout.errors import UserError
+from erollout.launch.addresses import address_of, interface_variables
 from erollout.launch.meeting import Meeting, digest, find_head, joined, meeting, take_seat
-from erollout.launch.network import address_of, interface_variables
 from erollout.launch.parent import require_one_task
 from erollout.launch.secret import secret_of
 

@@ -2,7 +2,7 @@
 
 from .patch import FunctionEdit, SourcePatch, on_every_host
 
-_OURS = '__import__("erollout.unpickling", fromlist=["load"])'
+_OURS = '__import__("erollout.security.unpickling", fromlist=["load"])'
 
 RESTRICTED_UNPICKLING = SourcePatch(
     name="restricted_unpickling",

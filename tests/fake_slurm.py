@@ -11,7 +11,7 @@ import pytest
 from commands import Outcome, invoke
 from tiny_runs import write_config
 
-from erollout.launch import scheduler
+from erollout.schedulers import slurm_jobs
 
 _COMMANDS = {
     "sbatch": """
@@ -60,7 +60,7 @@ class FakeSlurm:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    monkeypatch.setattr(scheduler, "_PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(slurm_jobs, "_PAUSES", (0.01, 0.01, 0.01))
     monkeypatch.delenv("EROLLOUT_PYTHON", raising=False)
     return FakeSlurm(tmp_path / "fake", monkeypatch)
 

@@ -8,12 +8,12 @@ import sys
 
 import torch
 
-from erollout.engine.attention import Attention, PagedAttention, Span
-from erollout.engine.decode_model import rms_norm
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.linear import LINEAR_KERNELS
-from erollout.engine.native_model import NativeAttention
-from erollout.engine.row_tiles import in_grains
+from erollout.engine.model.attention import Attention, PagedAttention, Span
+from erollout.engine.model.decode_model import rms_norm
+from erollout.engine.model.linear import LINEAR_KERNELS
+from erollout.engine.model.native_model import NativeAttention
+from erollout.engine.model.row_tiles import in_grains
 from erollout.kernels import native
 from erollout.policy.architecture import Architecture
 from erollout.policy.families import read_architecture

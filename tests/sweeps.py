@@ -10,8 +10,8 @@ from erollout.calibration.commands import add_commands
 from erollout.calibration.file import Identity
 from erollout.calibration.model_size import describe_shape, known_model, model_size
 from erollout.calibration.sweep_file import SweepRow
-from erollout.speculation.cost_model import PassTimes
-from erollout.speculation.roofline import PassCost, Roofline
+from erollout.speculation.cost.cost_model import PassTimes
+from erollout.speculation.cost.roofline import PassCost, Roofline
 
 MODEL = "Qwen2.5-7B"
 ARCHITECTURE = known_model(MODEL)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from math import exp, log
 from typing import Any
 
-from erollout.speculation.cost_model import PassTimes
-from erollout.speculation.roofline import ModelSize, PassCost, Roofline
+from erollout.speculation.cost.cost_model import PassTimes
+from erollout.speculation.cost.roofline import ModelSize, PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 

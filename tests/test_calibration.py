@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from sweeps import ARCHITECTURE, BATCHES, DRAFTS, IDENTITY, MODEL, SIZE, command, machine, sweep
 
+from erollout.calibration.devices import find_hardware, nominal_roofline
 from erollout.calibration.file import (
     REFERENCE_FORMAT,
     Calibration,
@@ -23,7 +24,6 @@ from erollout.calibration.file import (
     read_calibration,
 )
 from erollout.calibration.fit import Measured, _Terms, fit, measured_passes
-from erollout.calibration.hardware import find_hardware, nominal_roofline
 from erollout.calibration.model_size import describe_shape, known_model, model_size, parse_shape, weight_bytes
 from erollout.calibration.regret import (
     always,
@@ -38,9 +38,9 @@ from erollout.calibration.regret import (
 from erollout.calibration.sweep_file import read_sweep, write_sweep
 from erollout.calibration.validate import Gates, Score, held_out, lengths_at, measured_cycles, validate
 from erollout.errors import UserError
-from erollout.speculation.cost_model import PassTimes
-from erollout.speculation.measured_table import Point
-from erollout.speculation.roofline import Communication, PassCost, Roofline
+from erollout.speculation.cost.cost_model import PassTimes
+from erollout.speculation.cost.measured_table import Point
+from erollout.speculation.cost.roofline import Communication, PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load
 
 

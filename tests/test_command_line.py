@@ -15,11 +15,11 @@ from commands import ENVIRONMENT, command, invoke, save_random_model
 from tiny_runs import write_config
 
 from erollout import __version__
-from erollout.arguments import overrides
 from erollout.cli import main
-from erollout.command_line import parser
+from erollout.command_line.commands import parser
 from erollout.config import load_config
-from erollout.hub import fetch_line
+from erollout.configuration.arguments import overrides
+from erollout.configuration.hub import fetch_line
 
 ROOT = Path(__file__).parent.parent
 
@@ -212,7 +212,7 @@ def test_ctrl_c_while_libraries_load_ends_the_command_without_a_traceback(after:
     with subprocess.Popen(start, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "erollout.signals" in line:
+            if "erollout.resilience.signals" in line:
                 break
         time.sleep(after)
         os.killpg(process.pid, signal.SIGINT)

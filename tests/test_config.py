@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from erollout.config import Config, build_config, load_config
-from erollout.engine.random import request_seed
+from erollout.engine.sampling.random import request_seed
 from erollout.errors import UserError
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from erollout.config import Config, build_config, load_config
-from erollout.config_file import apply_override, joined, known_keys, shown
+from erollout.configuration.yaml_tree import apply_override, joined, known_keys, shown
 from erollout.errors import UserError
 
 BASE = "model: {path: m}\ndata: {kind: chain_sum_cot}\n"

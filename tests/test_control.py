@@ -8,7 +8,7 @@ from test_speculative_engine import check_pool
 from tiny_decode import make_engine
 from tiny_speculation import DRAFTER, make_speculative_engine
 
-from erollout.engine.control import Arrival, Orders
+from erollout.engine.orders import Arrival, Orders
 from erollout.errors import UserError
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.types import PartialRollout, RolloutRequest, SamplingParams

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from erollout.config import CoordinatorConfig
-from erollout.coordinator.hand_out import HandOut
+from erollout.coordinator.dispatch import HandOut
+from erollout.coordinator.migration import Rebalancing
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
-from erollout.coordinator.rebalancing import Rebalancing
 from erollout.coordinator.state_machine import Decision, StateMachine
 
 CURVE = tuple(0.001 * batch for batch in CURVE_BATCHES)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erollout.speculation.corrections import Corrections
-from erollout.speculation.cost_model import CalibratedCost, PassTimes
-from erollout.speculation.measured_table import MOST_OF_ITS_OWN, MeasuredTable, Point
-from erollout.speculation.roofline import Communication, ModelSize, PassCost, Roofline
+from erollout.speculation.cost.corrections import Corrections
+from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
+from erollout.speculation.cost.measured_table import MOST_OF_ITS_OWN, MeasuredTable, Point
+from erollout.speculation.cost.roofline import Communication, ModelSize, PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load
 
 DRAFT = Arm("w4", 3)

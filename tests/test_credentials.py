@@ -12,8 +12,8 @@ from tiny_runs import tiny_config, write_config
 
 from erollout.config import build_config
 from erollout.errors import UserError
+from erollout.security.redaction import has_credentials, redact
 from erollout.tracking.log import configure_logging
-from erollout.tracking.redaction import has_credentials, redact
 from erollout.tracking.store import MlflowStore
 
 __all__ = ["fake", "folder"]

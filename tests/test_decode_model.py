@@ -6,12 +6,12 @@ import torch.distributed as dist
 from tiny_decode import MODELS, make_engine, prompts, reference_logprobs, reference_model
 
 from erollout.config import RolloutConfig
-from erollout.engine.attention import PagedAttention, Span, reference_attention
 from erollout.engine.block_manager import BlockManager
-from erollout.engine.decode_model import sum_over_ranks
 from erollout.engine.engine import Engine
 from erollout.engine.kv_cache import KVCache, num_blocks
-from erollout.engine.linear import LINEAR_KERNELS, PrepackedLinear, resolve_linear_kernel
+from erollout.engine.model.attention import PagedAttention, Span, reference_attention
+from erollout.engine.model.decode_model import sum_over_ranks
+from erollout.engine.model.linear import LINEAR_KERNELS, PrepackedLinear, resolve_linear_kernel
 from erollout.engine.scheduler import Batch, ScheduledSequence
 from erollout.engine.sequence import Sequence
 from erollout.errors import UserError

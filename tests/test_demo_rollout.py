@@ -11,11 +11,11 @@ from commands import execute, invoke, save_random_model
 from ranks import RankPool
 from tiny_runs import tiny_tree, write_config
 
-from erollout.comparison import Comparison
+from erollout.command_line.demo import run_demo_rollout
 from erollout.config import build_config
-from erollout.demo import run_demo_rollout
 from erollout.errors import UserError
-from erollout.rollout import RolloutResult
+from erollout.rollout.compare import Comparison
+from erollout.rollout.rollout_worker import RolloutResult
 from erollout.speculation.statistics import SpeculationStatistics
 from erollout.types import Rollout, ScoredRollout
 
@@ -51,7 +51,7 @@ def test_comparison_takes_medians_and_counts_what_differs() -> None:
 
 def compare_here(tree: dict[str, Any]) -> str:
     """For RankPool.run: a comparison on the ranks of the world that is there; what it prints."""
-    from erollout import session
+    from erollout.train import session
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

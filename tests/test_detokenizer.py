@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from erollout.data.response_text import ResponseText, SpecialTokens
-from erollout.engine.detokenizer import StopStringDetector
+from erollout.engine.sampling.detokenizer import StopStringDetector
 from erollout.errors import UserError
 
 CORPUS = ["the answer is 42. ### the end", "so 3 + 4 = 7 and 7 - 2 = 5", "naïve café über 日本語 😀 ende"] * 4

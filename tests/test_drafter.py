@@ -10,18 +10,18 @@ from ranks import RankPool
 from tiny_decode import MAX_MODEL_LEN, SIZES, make_engine, prompts, reference_model
 from torch import Tensor
 
+from erollout.drafter.activation_statistics import collect
 from erollout.drafter.assignment import assign_formats
 from erollout.drafter.drafter import Drafter
 from erollout.drafter.formats import FORMATS, check_shape, find_format
 from erollout.drafter.linears import Shard, make_linear, quantize_activations, resolve_matmul
-from erollout.drafter.statistics import collect
-from erollout.engine.attention import Span
-from erollout.engine.build import build_decode_model
-from erollout.engine.decode_model import DecodeModel
-from erollout.engine.drafting import ModelProposer
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.linear import TorchLinear
-from erollout.engine.proposer import DraftRequest, Drafts
+from erollout.engine.model.attention import Span
+from erollout.engine.model.decode_model import DecodeModel
+from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.linear import TorchLinear
+from erollout.engine.proposers.base import DraftRequest, Drafts
+from erollout.engine.proposers.quantized_policy import ModelProposer
 from erollout.errors import UserError
 from erollout.kernels.native import why_unavailable
 from erollout.kernels.weights import QuantizedWeight, dequantize
@@ -344,7 +344,7 @@ def test_the_targets_own_layers_are_borrowed_and_left_alone(kernel: str) -> None
 
 def test_native_layers_make_a_native_model() -> None:
     native_or_skip()
-    from erollout.engine.native_model import NativeModel
+    from erollout.engine.model.native_model import NativeModel
 
     target = make_target(kernel="native")
     assert isinstance(make_drafter(target, kernel="auto").model, NativeModel)

@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from tiny_decode import MAX_MODEL_LEN, make_engine, prompts
 
+from erollout.drafter.auto_format import CANDIDATES, CONFIGURED, acceptance, layers_by_unit, probabilities, select_formats
 from erollout.drafter.drafter import Drafter
-from erollout.drafter.selection import CANDIDATES, CONFIGURED, acceptance, layers_by_unit, probabilities, select_formats
-from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
+from erollout.engine.proposers.quantized_policy import ModelProposer
 
 
 def make_drafter(engine: Engine, overrides: list[tuple[str, str]]) -> Drafter:

@@ -17,7 +17,7 @@ from erollout.policy.families import policy_architecture, read_architecture
 from erollout.policy.hf_export import export_policy, plan_shards
 from erollout.policy.hf_io import check_weights, load_weights
 from erollout.policy.initialization import initialize_weights
-from erollout.policy.placement import training_placement
+from erollout.policy.training_layout import training_placement
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67,

@@ -16,7 +16,7 @@ from tiny_runs import history, tiny_tree, train_here
 
 from erollout.checkpoint.checkpointer import KEPT
 from erollout.checkpoint.manifest import complete_checkpoints
-from erollout.kept_rollouts import KeptRollouts
+from erollout.rollout.partial import KeptRollouts
 from erollout.tracking.journal import journal_path, read_history
 
 STEPS = 3
@@ -30,7 +30,7 @@ def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int, di
     It is slow from then on, so that few more are completed before all ranks have agreed on it.
     `dies`: while the checkpoint takes the place of one of the same step.
     """
-    from erollout.rollout import RolloutWorker
+    from erollout.rollout.rollout_worker import RolloutWorker
 
     rollout, text, generate = RolloutWorker.rollout, RolloutWorker.text, RolloutWorker._generate
     here: list[tuple[int, int]] = [(-1, -1)]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erollout.kept_rollouts import KeptRollouts, fingerprint, keep
+from erollout.rollout.partial import KeptRollouts, fingerprint, keep
 from erollout.types import PartialRollout, RolloutRequest, SamplingParams
 
 REQUESTS = [RolloutRequest(index, (1, 2, index), 3, SamplingParams(), 10 + index) for index in (4, 7)]

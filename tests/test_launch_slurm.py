@@ -13,9 +13,10 @@ from commands import invoke
 from fake_slurm import FakeSlurm, fake, folder, submit_tiny
 
 from erollout.config import load_config
-from erollout.launch import plan, scheduler
+from erollout.launch import plan
 from erollout.launch.plan import seconds_of
 from erollout.launch.run_directory import RunDirectory
+from erollout.schedulers import slurm_jobs
 
 __all__ = ["fake", "folder"]
 
@@ -353,5 +354,5 @@ def test_a_refused_job_is_not_submitted_again(folder: Path, fake: FakeSlurm) -> 
 
 def test_a_command_that_hangs(folder: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     (fake.folder / "squeue").write_text("#!/bin/bash\nexec sleep 30\n")
-    monkeypatch.setattr(scheduler, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(slurm_jobs, "_ANSWER_SECONDS", 0.2)
     assert "squeue timed out after 0.2 s" in submit_tiny(folder).error()

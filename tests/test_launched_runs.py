@@ -16,7 +16,7 @@ from commands import invoke
 from fake_slurm import FakeSlurm, fake, folder, submit_tiny
 
 from erollout.launch.run_directory import RunDirectory
-from erollout.watchdog import Heartbeat
+from erollout.resilience.watchdog import Heartbeat
 
 __all__ = ["fake", "folder"]
 

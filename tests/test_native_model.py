@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from tiny_decode import MODELS, make_engine, prompts, reference_logprobs, reference_model
 
-from erollout.engine.attention import Span, reference_attention
-from erollout.engine.build import build_decode_model
-from erollout.engine.decode_model import DecodeModel
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.linear import PackedLinear
-from erollout.engine.native_model import (
+from erollout.engine.model.attention import Span, reference_attention
+from erollout.engine.model.decode_model import DecodeModel
+from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.linear import PackedLinear
+from erollout.engine.model.native_model import (
     LayerStruct,
     ModelStruct,
     NativeAttention,

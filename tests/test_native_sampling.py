@@ -10,8 +10,8 @@ from ranks import RankPool
 from test_sampler import PLAIN, SETTINGS, describe, draft, normal, rows_of
 from torch import Tensor
 
-from erollout.engine.random import LANES, block_exponentials
-from erollout.engine.sampler import NonFiniteLogits, SampledTokens, Sampler, SamplingRow
+from erollout.engine.sampling.random import LANES, block_exponentials
+from erollout.engine.sampling.sampler import NonFiniteLogits, SampledTokens, Sampler, SamplingRow
 from erollout.kernels import native
 from erollout.kernels.native_sampling import block_noise, job_bytes
 from erollout.types import SamplingParams

@@ -17,12 +17,12 @@ from test_speculative_engine import check_pool
 from tiny_speculation import DRAFTER, make_speculative_engine
 
 from erollout.config import CoordinatorConfig, SpeculationConfig
-from erollout.coordinator.control import AgreedControl, ReplicaControl
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.state_machine import StateMachine
-from erollout.engine.control import Orders
 from erollout.engine.engine import Engine
-from erollout.kept_rollouts import KeptRollouts, as_partial, fitting, keep
+from erollout.engine.orders import Orders
+from erollout.rollout.control import AgreedControl, ReplicaControl
+from erollout.rollout.partial import KeptRollouts, as_partial, fitting, keep
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 from erollout.types import PartialRollout, Prompt, Rollout, RolloutRequest, SamplingParams

@@ -9,15 +9,15 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from erollout.pictures.acceptance import Accepted, acceptance, interval
-from erollout.pictures.boundary import Measurement, Prediction, boundary
-from erollout.pictures.decisions import decisions
-from erollout.pictures.occupancy import MOST_LANES, Lane, Transfer, occupancy
-from erollout.pictures.simulation import Bar, Check, Size, agreement, rollout_times, scaling, utilisation
-from erollout.pictures.style import OFF_COLOR, arm_colors
+from erollout.plots.accepted_drafts import Accepted, acceptance, interval
+from erollout.plots.decision_timeline import decisions
+from erollout.plots.replica_timeline import MOST_LANES, Lane, Transfer, occupancy
+from erollout.plots.simulated_rollouts import Bar, Check, Size, agreement, rollout_times, scaling, utilisation
+from erollout.plots.speculation_map import Measurement, Prediction, boundary
+from erollout.plots.style import OFF_COLOR, arm_colors
+from erollout.plots.training_curves import save
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.trace import Bin, Decision, Reason, Trace
-from erollout.tracking.plots import save
 
 W4, W8 = Arm("w4a8", 3), Arm("w8a8", 2)
 IDLE = Bin(0.0, 0.0, 0.0, 0.0, 0.0)

@@ -135,7 +135,7 @@ def _build(model: ModelConfig, tensor: int, pipeline: int, sequence_parallel: bo
     from erollout.parallel.layout import TrainLayout
     from erollout.policy.initialization import first_weights
     from erollout.policy.model import build_model, local_tensors, transformer_config
-    from erollout.policy.placement import training_placement
+    from erollout.policy.training_layout import training_placement
 
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(tensor, pipeline)

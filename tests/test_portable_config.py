@@ -7,8 +7,8 @@ import pytest
 import yaml
 from tiny_runs import ARCHITECTURE, tiny_tree
 
-from erollout.bounds import Location
 from erollout.config import LOCATIONS, Config, load_config
+from erollout.configuration.bounds import Location
 from erollout.errors import UserError
 from erollout.launch.run_directory import dump_config, with_absolute_paths
 from erollout.launch.sites import load_site

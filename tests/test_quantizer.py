@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from erollout.drafter.activation_statistics import InputStatistics
 from erollout.drafter.formats import FORMATS, Format
+from erollout.drafter.int4_range import TINIEST
 from erollout.drafter.quantizer import ModelOptQuantizer, NativeQuantizer, Quantizer
-from erollout.drafter.search import TINIEST
-from erollout.drafter.statistics import InputStatistics
 from erollout.errors import UserError
 from erollout.kernels import native as native_kernels
 from erollout.kernels.native import why_unavailable

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from erollout.engine import random
-from erollout.engine.random import gumbel, request_seed, sequence_seed, stream_keys, uniforms
+from erollout.engine.sampling import random
+from erollout.engine.sampling.random import gumbel, request_seed, sequence_seed, stream_keys, uniforms
 
 MASK = (1 << 64) - 1
 

@@ -22,8 +22,8 @@ from tiny_runs import history, steps_recorded, tiny_tree, train_here, write_conf
 
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.errors import UserError
-from erollout.ray_cluster import find_cluster
 from erollout.rewards import RewardPool, Scorer, ScoringCounts
+from erollout.schedulers.ray_cluster import find_cluster
 
 pytest.importorskip("ray", reason="ray is not installed (pip install 'erollout[ray]')")
 from ray_nodes import Node

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from tiny_runs import write_config
 
-from erollout import ray_cluster
 from erollout.errors import UserError
 from erollout.launch.ray import add_command
 from erollout.launch.ray_job import LATER, STOPPED, Ended, decide
+from erollout.schedulers import ray_cluster
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from erollout.config import CoordinatorConfig
 from erollout.coordinator.lengths import Lengths
+from erollout.coordinator.migration import GAIN, Move, Rebalancing
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
-from erollout.coordinator.rebalancing import GAIN, Move, Rebalancing
-from erollout.coordinator.speed import seconds_per_token
 from erollout.coordinator.state_machine import StateMachine
+from erollout.coordinator.throughput import seconds_per_token
 
 SPECULATING = tuple(0.005 + 0.0015 * batch for batch in CURVE_BATCHES)
 """Seconds: every sequence more makes the step slower."""

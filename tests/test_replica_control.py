@@ -21,11 +21,11 @@ from tiny_decode import make_engine, prompts
 from tiny_speculation import DRAFTER, make_speculative_engine
 
 from erollout.config import CoordinatorConfig, SpeculationConfig
-from erollout.coordinator.control import AgreedControl, ReplicaControl
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.occupancy import Occupancy
 from erollout.coordinator.state_machine import Decision, StateMachine
-from erollout.engine.control import Control, Orders
+from erollout.engine.orders import Control, Orders
+from erollout.rollout.control import AgreedControl, ReplicaControl
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 from erollout.types import PartialRollout, RolloutRequest, SamplingParams
@@ -180,7 +180,7 @@ def replica(
     )
     engine = make_speculative_engine("good", "coupled", 2, group, max_num_seqs=SLOTS)
     dist.barrier()
-    with logged("erollout.coordinator.control") as messages:
+    with logged("erollout.rollout.control") as messages:
         rollouts = engine.run(control)
     result = {
         "samples": by_sample(rollouts),

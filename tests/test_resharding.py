@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from erollout.engine.placement import decode_placement
+from erollout.engine.model.decode_layout import decode_placement
 from erollout.errors import UserError
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 from erollout.parallel.placement import Placement, box_slices, whole
 from erollout.policy.architecture import Architecture
-from erollout.policy.placement import training_placement
+from erollout.policy.training_layout import training_placement
 from erollout.resharding.executor import Resharder, wire_dtype
 from erollout.resharding.planner import ReshardPlan, build_plan, plan_for_rank
 from erollout.resharding.transport import Message, ProcessGroupTransport

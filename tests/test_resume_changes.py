@@ -110,7 +110,7 @@ OTHERS: dict[str, Any] = {
 
 
 def refused_train(tree: dict[str, Any]) -> str:
-    from erollout import session
+    from erollout.train import session
 
     with pytest.raises(UserError) as refusal:
         session.train(build_config(tree))
@@ -189,8 +189,8 @@ def hyper_parameters(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], list[s
     """Of every parameter group after the checkpoint is loaded, and what is said of it."""
     import logging
 
-    from erollout import session
-    from erollout.trainer import Trainer
+    from erollout.train import session
+    from erollout.train.trainer import Trainer
 
     said: list[str] = []
     handler = logging.Handler()

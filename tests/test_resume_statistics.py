@@ -14,8 +14,8 @@ from erollout.checkpoint.manifest import STATE
 from erollout.drafter.drafter import tensor_name
 from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.engine import Engine
+from erollout.rollout.steering import Steering
 from erollout.speculation.toggle import Toggle
-from erollout.steering import Steering
 from erollout.types import RolloutRequest, SamplingParams
 
 TOKENS = 100

@@ -20,16 +20,16 @@ from ranks import RankPool
 from test_resume_changes import refused_train
 from tiny_runs import tiny_tree, train_here, write_config
 
-from erollout import run_lock
+from erollout.checkpoint import run_lock
+from erollout.checkpoint.run_lock import LOCK, LOST, Owner, RunLock, read_owner, this_process
 from erollout.config import build_config
 from erollout.errors import UserError
 from erollout.launch.parent import require_one_task
-from erollout.run_lock import LOCK, LOST, Owner, RunLock, read_owner, this_process
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from erollout.run_lock import RunLock
+from erollout.checkpoint.run_lock import RunLock
 with RunLock(Path(sys.argv[1]), "train.output_dir").held():
     print("has it", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -244,7 +244,13 @@ def test_a_half_written_file_is_waited_for_and_then_replaced(tmp_path: Path) -> 
 def test_of_many_at_once_one_gets_it(left: bool, tmp_path: Path) -> None:
     if left:
         _leave(tmp_path, replace(this_process(), pid=os.getppid(), started=-1.0))
-    program = [sys.executable, "-c", f"import erollout.run_lock as r; r._ENDING_SECONDS = 1\n{HOLDS}", str(tmp_path), "8"]
+    program = [
+        sys.executable,
+        "-c",
+        f"import erollout.checkpoint.run_lock as r; r._ENDING_SECONDS = 1\n{HOLDS}",
+        str(tmp_path),
+        "8",
+    ]
     all_ = [
         subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for _ in range(4)
     ]
@@ -254,7 +260,13 @@ def test_of_many_at_once_one_gets_it(left: bool, tmp_path: Path) -> None:
 
 
 def test_who_was_succeeded_ends(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", f"import erollout.run_lock as r; r._BEAT_SECONDS = 0.1\n{HOLDS}", str(tmp_path), "100"]
+    program = [
+        sys.executable,
+        "-c",
+        f"import erollout.checkpoint.run_lock as r; r._BEAT_SECONDS = 0.1\n{HOLDS}",
+        str(tmp_path),
+        "100",
+    ]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stdout is not None and process.stdout.readline() == "has it\n"
     _leave(tmp_path, replace(this_process(), host="far"))
@@ -296,8 +308,9 @@ def test_a_batch_script_is_one_process_whatever_its_job_asked_for(monkeypatch: p
 
 def locked_places(tree: dict[str, Any]) -> list[str]:
     """The locks of a run that trains, and whether they are there when its verdict is written."""
-    from erollout import session, stopping
-    from erollout.trainer import Trainer
+    from erollout.resilience import stopping
+    from erollout.train import session
+    from erollout.train.trainer import Trainer
 
     found: list[str] = []
     output = Path(tree["train"]["output_dir"])

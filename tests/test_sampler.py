@@ -9,9 +9,9 @@ from ranks import RankPool
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from erollout.engine.logits import ShardLogits, process_logits, shard_logits
-from erollout.engine.random import gumbel, stream_keys
-from erollout.engine.sampler import NonFiniteLogits, SampledTokens, Sampler, SamplingRow, draw
+from erollout.engine.sampling.logits import ShardLogits, process_logits, shard_logits
+from erollout.engine.sampling.random import gumbel, stream_keys
+from erollout.engine.sampling.sampler import NonFiniteLogits, SampledTokens, Sampler, SamplingRow, draw
 from erollout.types import SamplingParams
 
 PLAIN = SamplingParams()

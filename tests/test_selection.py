@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erollout.speculation.selection import Choice, expected_length, predicted_speed_up, select
+from erollout.speculation.format_choice import Choice, expected_length, predicted_speed_up, select
 
 CHOICES = st.lists(
     st.builds(Choice, st.sampled_from("abcd"), st.floats(0.01, 1.0), st.floats(0.5, 1.0)), min_size=1, max_size=3

@@ -12,8 +12,9 @@ from tiny_runs import tiny_tree, train_here
 from tiny_speculation import NGramProposer
 from torch import Tensor
 
-from erollout.engine import linear, self_test
-from erollout.engine.linear import TorchLinear
+from erollout.engine import self_test
+from erollout.engine.model import linear
+from erollout.engine.model.linear import TorchLinear
 from erollout.errors import UserError
 from erollout.kernels import native
 

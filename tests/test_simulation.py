@@ -14,18 +14,18 @@ import pytest
 
 from erollout.config import DrafterConfig, SpeculationConfig
 from erollout.errors import UserError
-from erollout.simulation.acceptance import Acceptance, parse_acceptance
 from erollout.simulation.commands import add_command
+from erollout.simulation.draft_outcomes import Acceptance, parse_acceptance
 from erollout.simulation.experiment import Outcome, Setting, Strategy, simulate
 from erollout.simulation.jumping import JumpingReplica
-from erollout.simulation.pictures import bins_of
+from erollout.simulation.plot_files import bins_of
 from erollout.simulation.replica import Limits, Part, Replica
 from erollout.simulation.report import Estimate, rest_of_step, summarize
 from erollout.simulation.stepwise import StepwiseReplica
 from erollout.simulation.truth import Oracle, Truth
 from erollout.simulation.workload import Lognormal, Workload, parse_lengths, read_trace
-from erollout.speculation.cost_model import PassTimes
-from erollout.speculation.roofline import ModelSize, PassCost, Roofline
+from erollout.speculation.cost.cost_model import PassTimes
+from erollout.speculation.cost.roofline import ModelSize, PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 
 FORMAT = "w4a16"

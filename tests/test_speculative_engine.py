@@ -13,11 +13,11 @@ from test_verifier import VERIFICATIONS
 from tiny_decode import make_engine, prompts, reference_logprobs, reference_model
 from tiny_speculation import DRAFTER, NOISE, make_speculative_engine
 
-from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
-from erollout.engine.model_runner import slots_of
-from erollout.engine.proposer import DraftRequest, Drafts
-from erollout.engine.verifier import Verification
+from erollout.engine.model.model_runner import slots_of
+from erollout.engine.proposers.base import DraftRequest, Drafts
+from erollout.engine.proposers.quantized_policy import ModelProposer
+from erollout.engine.sampling.verifier import Verification
 from erollout.speculation.step import Arm
 from erollout.types import Rollout, RolloutRequest, SamplingParams
 

@@ -11,8 +11,8 @@ from tiny_decode import SIZES, prompts
 from erollout.config import RolloutConfig
 from erollout.drafter.drafter import Drafter
 from erollout.drafter.formats import FORMATS
-from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
+from erollout.engine.proposers.quantized_policy import ModelProposer
 from erollout.policy.families import read_architecture
 from erollout.speculation.step import Arm
 from erollout.types import RolloutRequest, SamplingParams

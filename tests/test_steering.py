@@ -19,12 +19,12 @@ from erollout.checkpoint.manifest import STATE
 from erollout.config import Config, build_config
 from erollout.errors import UserError
 from erollout.policy.families import policy_architecture
-from erollout.preflight import preflight
-from erollout.speculation.roofline import PassCost, Roofline
+from erollout.rollout.steering import Share, Steering, shares
+from erollout.speculation.cost.roofline import PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 from erollout.speculation.trace import Decision, Reason, Trace
-from erollout.steering import Share, Steering, shares
+from erollout.train.preflight import preflight
 
 DRAFTER = {"format": "w4a16", "group_size": 16}
 ADAPTIVE: dict[str, Any] = {

@@ -18,7 +18,7 @@ from tiny_runs import history, sft_here, steps_recorded, tiny_tree, train_here, 
 
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.errors import UserError
-from erollout.stopping import Stop, stoppable
+from erollout.resilience.stopping import Stop, stoppable
 
 FOREVER = 300
 
@@ -149,7 +149,7 @@ def test_a_request_counts_though_nobody_reads_what_is_said_of_it(tmp_path: Path)
 def test_a_rank_that_is_through_is_not_ended_by_a_late_signal(tmp_path: Path) -> None:
     """Others may still write the verdict, and the launcher would take it for a crash."""
     text = (
-        "import os, signal; from erollout.stopping import stoppable\n"
+        "import os, signal; from erollout.resilience.stopping import stoppable\n"
         f"with stoppable({str(tmp_path)!r}, saves=True): pass\n"
         "for number in (signal.SIGUSR1, signal.SIGTERM): os.kill(os.getpid(), number)\n"
     )
@@ -164,7 +164,7 @@ def test_a_later_second_sigterm_ends_the_process(monkeypatch: pytest.MonkeyPatch
     if not process:
         stop = Stop(saves=True, file=tmp_path / "verdict")
         stop.note(signal.SIGTERM, None)
-        monkeypatch.setattr("erollout.stopping._REPEAT_SECONDS", -1.0)
+        monkeypatch.setattr("erollout.resilience.stopping._REPEAT_SECONDS", -1.0)
         stop.note(signal.SIGTERM, None)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
@@ -173,7 +173,7 @@ def test_a_later_second_sigterm_ends_the_process(monkeypatch: pytest.MonkeyPatch
 HANGS = """
 import ctypes, os, signal, sys, threading, time
 from pathlib import Path
-from erollout.stopping import stoppable
+from erollout.resilience.stopping import stoppable
 def interrupt():
     for pause in (0.2, 1.0):
         time.sleep(pause)

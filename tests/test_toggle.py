@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from synthetic_machine import FORMATS, Learner, Machine, long_tailed, passes
 
 from erollout.config import LadderConfig, SpeculationConfig, ToggleConfig
-from erollout.speculation.cost_model import CalibratedCost, PassTimes
-from erollout.speculation.hold_back import LONGEST, HoldBack
+from erollout.speculation.backoff import LONGEST, HoldBack
+from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.ladder import Ladder
 from erollout.speculation.probes import AT_ONCE, EXTENSIONS, RAREST, SHARE, Probes
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome

@@ -29,15 +29,15 @@ from rich.console import Console
 from erollout.config import Config, build_config, load_config
 from erollout.errors import UserError
 from erollout.launch.meeting import FIRST_PORT, NUM_PORTS
+from erollout.plots.training_curves import phase_seconds, plot_run, response_lengths, reward_curve
+from erollout.security.redaction import redact
 from erollout.tracking.address import sqlite_uri
 from erollout.tracking.console import StepReporter, format_duration, print_summary, print_table
 from erollout.tracking.delivery import METRICS_PER_BATCH, Delivery, group_entries
 from erollout.tracking.journal import Entry, Journal, journal_path, read_history
 from erollout.tracking.log import configure_logging
 from erollout.tracking.metrics import PhaseTimer, memory_metrics, percentiles, summarize_lengths
-from erollout.tracking.plots import phase_seconds, plot_run, response_lengths, reward_curve
 from erollout.tracking.provenance import checkout
-from erollout.tracking.redaction import redact
 from erollout.tracking.store import MlflowStore
 from erollout.tracking.tracker import NullTracker, Tracker, create_tracker
 

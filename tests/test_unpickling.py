@@ -21,8 +21,8 @@ from erollout.errors import UserError
 from erollout.megatron_patches import apply_all
 from erollout.rewards.scorers import Scorer
 from erollout.rewards.worker import Worker
+from erollout.security.unpickling import ForbiddenClass, load_message, load_metadata
 from erollout.types import PartialRollout, Prompt, Reward
-from erollout.unpickling import ForbiddenClass, load_message, load_metadata
 
 
 class Hostile:

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from ranks import RankPool
 from torch import Tensor
 
-from erollout.engine.logits import process_logits, shard_logits
-from erollout.engine.proposer import Drafts
-from erollout.engine.random import draft_seed
-from erollout.engine.sampler import Sampler, SamplingRow, draw
-from erollout.engine.verifier import Candidate, Verification, VerifiedRun, Verifier
+from erollout.engine.proposers.base import Drafts
+from erollout.engine.sampling.logits import process_logits, shard_logits
+from erollout.engine.sampling.random import draft_seed
+from erollout.engine.sampling.sampler import Sampler, SamplingRow, draw
+from erollout.engine.sampling.verifier import Candidate, Verification, VerifiedRun, Verifier
 from erollout.kernels import native
 from erollout.types import SamplingParams
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from erollout.watchdog import HUNG, Heartbeat, Watchdog, describe_hang, read_heartbeats
+from erollout.resilience.watchdog import HUNG, Heartbeat, Watchdog, describe_hang, read_heartbeats
 
 RANK = """
 import os, signal, sys, time
-from erollout.watchdog import Watchdog
+from erollout.resilience.watchdog import Watchdog
 directory, rank, phases, hang, heartbeat = sys.argv[1], int(sys.argv[2]), sys.argv[3].split(","), *map(float, sys.argv[4:])
 watchdog = Watchdog(directory, rank, 2, heartbeat, hang)
 with watchdog.watching():
@@ -151,7 +151,7 @@ def test_ranks_in_one_phase_differ_in_their_collectives() -> None:
 
 
 def test_what_takes_too_long_ends_the_process() -> None:
-    text = "import time\nfrom erollout.watchdog import at_most\nwith at_most({}, 'waiting'): time.sleep({})\nprint('on')"
+    text = "import time\nfrom erollout.resilience.watchdog import at_most\nwith at_most({}, 'waiting'): time.sleep({})\nprint('on')"
     done = subprocess.run([sys.executable, "-c", text.format(0.2, 60)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (HUNG, "") and "waiting takes more than 0.2 s" in done.stderr
     done = subprocess.run([sys.executable, "-c", text.format(60, 0)], capture_output=True, text=True, timeout=60)

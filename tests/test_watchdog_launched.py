@@ -10,7 +10,7 @@ from commands import ENVIRONMENT
 from launched import Launched
 from tiny_runs import steps_recorded, write_config
 
-from erollout.watchdog import HUNG
+from erollout.resilience.watchdog import HUNG
 
 HANG_SECONDS = 20.0
 LAUNCHER = "import sys; from erollout.launch.local import launch_local; launch_local(sys.argv[1:], 2)"

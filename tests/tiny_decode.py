@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from erollout.config import RolloutConfig
 from erollout.engine.engine import Engine
-from erollout.engine.placement import decode_placement
+from erollout.engine.model.decode_layout import decode_placement
 from erollout.parallel.placement import box_slices
 from erollout.policy.families import read_architecture
 

@@ -76,18 +76,18 @@ def steps_recorded(folder: Path, name: str = "run") -> int:
 
 def train_here(tree: dict[str, Any]) -> None:
     """For RankPool.run: a training run on the ranks of the world that is there."""
-    from erollout import session
+    from erollout.train import session
 
     session.train(build_config(tree))
 
 
 def sft_here(tree: dict[str, Any]) -> None:
-    from erollout import session
+    from erollout.train import session
 
     session.supervised(build_config(tree))
 
 
 def rollout_here(tree: dict[str, Any], out: str) -> None:
-    from erollout import session
+    from erollout.train import session
 
     session.rollout(build_config(tree), out)

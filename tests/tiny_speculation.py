@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from tiny_decode import MAX_MODEL_LEN, make_engine
 
-from erollout.engine.build import build_decode_model
-from erollout.engine.decode_model import DecodeModel
-from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
-from erollout.engine.proposer import DraftRequest, Drafts
-from erollout.engine.verifier import Verification
+from erollout.engine.model.decode_model import DecodeModel
+from erollout.engine.model.factory import build_decode_model
+from erollout.engine.proposers.base import DraftRequest, Drafts
+from erollout.engine.proposers.quantized_policy import ModelProposer
+from erollout.engine.sampling.verifier import Verification
 from erollout.speculation.step import Arm
 
 DRAFTER = "perturbed"

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from erollout.arguments import add_run_arguments
+from erollout.calibration.devices import find_hardware, nominal_roofline
 from erollout.calibration.explain import explanation
 from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity, load_calibration
-from erollout.calibration.hardware import find_hardware, nominal_roofline
 from erollout.calibration.model_size import describe_shape, known_model, model_size, parse_shape
 from erollout.calibration.sweep_file import SweepRow, read_sweep
+from erollout.configuration.arguments import add_run_arguments
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
-from erollout.speculation.cost_model import PassTimes
-from erollout.speculation.selection import expected_length
+from erollout.speculation.cost.cost_model import PassTimes
+from erollout.speculation.format_choice import expected_length
 from erollout.speculation.step import Arm
-from erollout.terminal import print_whole
+from erollout.tracking.terminal import print_whole
 
 if TYPE_CHECKING:
     from erollout.calibration.fit import Measured
@@ -193,11 +193,11 @@ def _predict(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
-    from erollout.calibration.boundary import SMALL_BATCHES, axis, measured_lengths, measurements, predictions
     from erollout.calibration.fit import measured_passes
+    from erollout.calibration.map_points import SMALL_BATCHES, axis, measured_lengths, measurements, predictions
     from erollout.calibration.regret import measured_places
     from erollout.calibration.validate import measured_cycles
-    from erollout.pictures.boundary import boundary
+    from erollout.plots.speculation_map import boundary
 
     calibration, lengths = load_calibration(options.config), _lengths(options)
     points = measured_passes(read_sweep(options.csv), calibration.identity.formats[0]) if options.csv else []

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from erollout.speculation.cost_model import PassTimes
-from erollout.speculation.roofline import Pass
+from erollout.speculation.cost.cost_model import PassTimes
+from erollout.speculation.cost.roofline import Pass
 from erollout.speculation.step import OFF, Arm
 
 LARGEST_BATCH = 256

@@ -14,9 +14,9 @@ from typing import Any
 
 from erollout.calibration.model_size import describe_shape, known_model
 from erollout.errors import UserError
-from erollout.speculation.cost_model import CalibratedCost, PassTimes
-from erollout.speculation.measured_table import MeasuredTable, Point
-from erollout.speculation.roofline import Communication, ModelSize, Pass, PassCost, Roofline
+from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
+from erollout.speculation.cost.measured_table import MeasuredTable, Point
+from erollout.speculation.cost.roofline import Communication, ModelSize, Pass, PassCost, Roofline
 
 KIND = "erollout calibration"
 VERSION = 1

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
+from erollout.calibration.devices import Hardware, find_hardware
 from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity
-from erollout.calibration.hardware import Hardware, find_hardware
 from erollout.calibration.sweep_file import SweepRow
 from erollout.errors import UserError
-from erollout.speculation.cost_model import PassTimes
-from erollout.speculation.measured_table import Point
-from erollout.speculation.roofline import Communication, ModelSize, Pass, PassCost, Roofline
+from erollout.speculation.cost.cost_model import PassTimes
+from erollout.speculation.cost.measured_table import Point
+from erollout.speculation.cost.roofline import Communication, ModelSize, Pass, PassCost, Roofline
 
 PASSES: Mapping[str, Pass] = {"target_decode": "target", "drafter_decode": "draft", "target_verify": "verify"}
 """By mode of a sweep. target_decode_sd is an AR step too, of an engine that idles its drafter: not one of ours."""

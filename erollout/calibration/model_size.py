@@ -6,7 +6,7 @@ from math import prod
 
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
-from erollout.speculation.roofline import ModelSize
+from erollout.speculation.cost.roofline import ModelSize
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Of a number, by the name of its dtype."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from erollout.calibration.fit import PASSES
 from erollout.calibration.sweep_file import SweepRow
-from erollout.speculation.measured_table import MOST_OF_ITS_OWN, MeasuredTable
-from erollout.speculation.roofline import Pass
+from erollout.speculation.cost.measured_table import MOST_OF_ITS_OWN, MeasuredTable
+from erollout.speculation.cost.roofline import Pass
 
 MOST_UNCERTAIN = 0.03
 """Relative uncertainty of a median above which a sweep is too noisy to tell where speculation pays."""

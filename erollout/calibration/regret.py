@@ -10,7 +10,7 @@ from math import exp, log
 from statistics import NormalDist
 
 from erollout.calibration.validate import Cycle, Lengths, Predictor
-from erollout.speculation.cost_model import PassTimes
+from erollout.speculation.cost.cost_model import PassTimes
 from erollout.speculation.step import OFF, Arm
 
 MEDIAN_TOKENS, SIGMA, MAX_TOKENS = 1024, 1.0, 8192

@@ -8,9 +8,9 @@ from erollout.calibration import regret
 from erollout.calibration.file import Calibration
 from erollout.calibration.fit import Measured
 from erollout.calibration.validate import NEAR, Lengths, Predictor, Validation, measured_cycles, validate
-from erollout.speculation.roofline import Roofline
-from erollout.terminal import print_whole
+from erollout.speculation.cost.roofline import Roofline
 from erollout.tracking.console import print_summary
+from erollout.tracking.terminal import print_whole
 
 
 def print_identity(calibration: Calibration) -> None:

@@ -4,15 +4,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from erollout.calibration.devices import Hardware, find_hardware, nominal_roofline
 from erollout.calibration.file import Calibration, Identity, calibration_of_run
 from erollout.calibration.fit import fit, measured_passes
-from erollout.calibration.hardware import Hardware, find_hardware, nominal_roofline
 from erollout.calibration.model_size import model_size
 from erollout.calibration.sweep import bootstrap, identify
 from erollout.config import Config
 from erollout.engine.engine import Engine
 from erollout.parallel.collectives import from_rank_zero
-from erollout.speculation.roofline import ModelSize
+from erollout.speculation.cost.roofline import ModelSize
 
 logger = logging.getLogger(__name__)
 

@@ -25,11 +25,11 @@ from erollout.calibration.file import Identity
 from erollout.calibration.grid import LEAST_REPETITIONS, Grid, Place, coarse_to_fine, repetitions
 from erollout.calibration.model_size import describe_shape
 from erollout.calibration.sweep_file import Mode, SweepRow
-from erollout.engine.control import Orders
-from erollout.engine.decode_model import DecodeModel
 from erollout.engine.engine import Engine
-from erollout.engine.model_runner import ModelRunner
-from erollout.engine.proposer import DraftRequest, Drafts, Proposer
+from erollout.engine.model.decode_model import DecodeModel
+from erollout.engine.model.model_runner import ModelRunner
+from erollout.engine.orders import Orders
+from erollout.engine.proposers.base import DraftRequest, Drafts, Proposer
 from erollout.engine.scheduler import Batch
 from erollout.errors import UserError
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome

@@ -12,9 +12,9 @@ from math import exp, isclose
 from erollout.calibration.file import Calibration, Identity
 from erollout.calibration.fit import Measured, accuracy, fit
 from erollout.errors import UserError
-from erollout.speculation.cost_model import PassTimes
-from erollout.speculation.roofline import ModelSize, Pass
-from erollout.speculation.selection import expected_length
+from erollout.speculation.cost.cost_model import PassTimes
+from erollout.speculation.cost.roofline import ModelSize, Pass
+from erollout.speculation.format_choice import expected_length
 from erollout.speculation.step import Arm
 
 NEAR = 0.15

@@ -40,11 +40,11 @@ from erollout.checkpoint.manifest import (
 from erollout.checkpoint.resume import RunKind, changes, configuration, identity, read_state, require_resumable
 from erollout.checkpoint.writing import Writing
 from erollout.errors import UserError
-from erollout.kept_rollouts import KeptRollouts
 from erollout.parallel.collectives import all_gather, from_rank_zero
 from erollout.policy.actor import Actor
 from erollout.policy.optimizer import restore_optimizer
-from erollout.unpickling import load_metadata
+from erollout.rollout.partial import KeptRollouts
+from erollout.security.unpickling import load_metadata
 
 logger = logging.getLogger(__name__)
 

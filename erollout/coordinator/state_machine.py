@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from erollout.config import CoordinatorConfig
-from erollout.coordinator.hand_out import HandOut
+from erollout.coordinator.dispatch import HandOut
 from erollout.coordinator.lengths import Lengths
+from erollout.coordinator.migration import Move, Rebalancing
 from erollout.coordinator.occupancy import Occupancy
-from erollout.coordinator.rebalancing import Move, Rebalancing
 
 ARM_MARGIN = 0.03
 """The cluster changes its arm for one that is better by this share."""

@@ -7,8 +7,8 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from erollout.configuration.hub import fetch_line
 from erollout.errors import UserError
-from erollout.hub import fetch_line
 
 CHARACTERS = "\n " + string.digits + string.ascii_lowercase + "+-*/=#().,:;?!<>'\"%^_[]"
 """With three special tokens, 64 in all."""

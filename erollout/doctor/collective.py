@@ -23,8 +23,8 @@ from erollout.doctor.reachability import Peer, answering, unreached
 from erollout.doctor.report import Finding
 from erollout.environment import set_default
 from erollout.errors import UserError
+from erollout.launch.addresses import interface_variables
 from erollout.launch.meeting import Meeting, joined, meeting
-from erollout.launch.network import interface_variables
 
 if TYPE_CHECKING:
     from torch.distributed import Store

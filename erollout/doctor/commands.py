@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erollout.arguments import add_overrides
 from erollout.config import Config, load_config
+from erollout.configuration.arguments import add_overrides
 from erollout.doctor.report import Finding, as_json, could_start, meeting_lines, node_lines, page
 from erollout.environment import set_default, variable
 from erollout.errors import UserError
@@ -142,7 +142,7 @@ def _run_of(config: Config) -> Iterator[Finding]:
 
 
 def _preflight(config: Config) -> Finding:
-    from erollout.preflight import preflight
+    from erollout.train.preflight import preflight
 
     try:
         preflight(config)

@@ -10,7 +10,7 @@ def check_kernels(kernels: str = "auto", dtype: str = "bfloat16", num_gpus: int 
     """`kernels`, `dtype`: rollout.kernels and rollout.dtype. `num_gpus`: that the driver shows."""
     import torch
 
-    from erollout.engine.linear import resolve_linear_kernel
+    from erollout.engine.model.linear import resolve_linear_kernel
 
     has_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if has_cuda else "cpu")

@@ -12,8 +12,8 @@ import psutil
 from erollout.doctor.report import Finding
 from erollout.environment import variable
 from erollout.errors import UserError
+from erollout.launch.addresses import address_towards, interface_with, interfaces
 from erollout.launch.meeting import FIRST_PORT, NUM_PORTS
-from erollout.launch.network import address_towards, interface_with, interfaces
 
 _CHOICES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _FABRIC = Path("/sys/class/infiniband")

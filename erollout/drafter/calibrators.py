@@ -15,7 +15,7 @@ from modelopt.torch.quantization.tensor_quant import fake_tensor_quant
 from torch import Tensor
 
 from erollout.drafter.formats import Format
-from erollout.drafter.search import CLIP_RATIOS, TINIEST
+from erollout.drafter.int4_range import CLIP_RATIOS, TINIEST
 from erollout.kernels.weights import WeightFormat
 
 _INT4_BOUND = 7.0

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
+from erollout.drafter.activation_statistics import InputStatistics
 from erollout.drafter.assignment import LM_HEAD, assign_formats, summary
 from erollout.drafter.formats import check_shape
 from erollout.drafter.linears import QuantizedLinear, Shard, TargetLinear, make_linear, resolve_matmul
 from erollout.drafter.quantizer import build_quantizer
-from erollout.drafter.statistics import InputStatistics
-from erollout.engine.build import build_decode_model
-from erollout.engine.decode_model import DecodeModel
-from erollout.engine.linear import Linear
-from erollout.engine.native_model import NativeModel
-from erollout.engine.proposer import DraftRequest, Drafts, Proposer
+from erollout.engine.model.decode_model import DecodeModel
+from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.linear import Linear
+from erollout.engine.model.native_model import NativeModel
+from erollout.engine.proposers.base import DraftRequest, Drafts, Proposer
 
 logger = logging.getLogger(__name__)
 

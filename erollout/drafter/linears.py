@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from erollout.drafter.formats import Format
-from erollout.engine.linear import Linear, TorchLinear
+from erollout.engine.model.linear import Linear, TorchLinear
 from erollout.errors import UserError
 from erollout.kernels.native import GROUP_SIZES, LinearStruct, NativeLinear, why_unavailable
 from erollout.kernels.weights import QuantizedWeight, dequantize

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from erollout.drafter.activation_statistics import InputStatistics
 from erollout.drafter.formats import Format
-from erollout.drafter.search import CLIP_RATIOS
-from erollout.drafter.statistics import InputStatistics
+from erollout.drafter.int4_range import CLIP_RATIOS
 from erollout.errors import UserError
 from erollout.kernels.native import why_unavailable
 from erollout.kernels.native_quantize import quantize_int4, quantize_int8

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from erollout.config import Config, DrafterConfig
+from erollout.drafter.activation_statistics import InputStatistics, collect
 from erollout.drafter.assignment import LM_HEAD, assign_formats
+from erollout.drafter.auto_format import Overrides, select_formats
 from erollout.drafter.drafter import Drafter, RequantizeStats, target_linears
-from erollout.drafter.selection import Overrides, select_formats
-from erollout.drafter.statistics import InputStatistics, collect
-from erollout.engine.drafting import ModelProposer
 from erollout.engine.engine import Engine
+from erollout.engine.proposers.quantized_policy import ModelProposer
 from erollout.parallel.collectives import from_rank_zero
 from erollout.speculation.step import OFF, Arm
 from erollout.types import Rollout

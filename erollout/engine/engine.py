@@ -19,19 +19,19 @@ from transformers import PreTrainedTokenizerBase
 from erollout.config import RolloutConfig
 from erollout.data.response_text import ResponseText
 from erollout.engine.block_manager import BlockManager
-from erollout.engine.build import build_decode_model
-from erollout.engine.control import Arrival, Control, FixedControl, Orders
-from erollout.engine.detokenizer import StopStringDetector
 from erollout.engine.kv_cache import KVCache, num_blocks
-from erollout.engine.linear import resolve_linear_kernel
-from erollout.engine.model_runner import ModelRunner
-from erollout.engine.proposer import DraftRequest, Drafts, Proposer
-from erollout.engine.random import sequence_seed
-from erollout.engine.sampler import Sampler, SamplerKernel
+from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.linear import resolve_linear_kernel
+from erollout.engine.model.model_runner import ModelRunner
+from erollout.engine.orders import Arrival, Control, FixedControl, Orders
+from erollout.engine.proposers.base import DraftRequest, Drafts, Proposer
+from erollout.engine.sampling.detokenizer import StopStringDetector
+from erollout.engine.sampling.random import sequence_seed
+from erollout.engine.sampling.sampler import Sampler, SamplerKernel
+from erollout.engine.sampling.verifier import Candidate, Verification, VerifiedRun, Verifier, sampling_row
 from erollout.engine.scheduler import Batch, Scheduler
 from erollout.engine.self_test import promise_of
 from erollout.engine.sequence import Sequence
-from erollout.engine.verifier import Candidate, Verification, VerifiedRun, Verifier, sampling_row
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
 from erollout.speculation.statistics import SpeculationStatistics

@@ -11,12 +11,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from erollout.engine.attention import Attention, PagedAttention, Span
-from erollout.engine.decode_model import DecodeModel
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.linear import LINEAR_KERNELS
-from erollout.engine.native_model import NativeAttention
-from erollout.engine.row_tiles import cancelling
+from erollout.engine.model.attention import Attention, PagedAttention, Span
+from erollout.engine.model.decode_model import DecodeModel
+from erollout.engine.model.linear import LINEAR_KERNELS
+from erollout.engine.model.native_model import NativeAttention
+from erollout.engine.model.row_tiles import cancelling
 from erollout.errors import UserError
 from erollout.kernels import native
 from erollout.policy.architecture import Architecture

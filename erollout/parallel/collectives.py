@@ -20,7 +20,7 @@ def all_max(values: Sequence[float], device: torch.device) -> list[float]:
 def all_gather(value: Any) -> list[Any]:
     """Every rank's value, in rank order: for lists of rollouts, not for weights.
 
-    Values are pickled, and read by erollout.unpickling: of plain classes and our own dataclasses.
+    Values are pickled, and read by erollout.security.unpickling: of plain classes and our own dataclasses.
     """
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)

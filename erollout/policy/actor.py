@@ -25,7 +25,7 @@ from erollout.policy.integrity import require_equal_replicas
 from erollout.policy.logprobs import VocabShard, logprobs_and_entropy, vocab_shard
 from erollout.policy.model import build_model, local_tensors, transformer_config
 from erollout.policy.optimizer import build_optimizer
-from erollout.policy.placement import training_placement
+from erollout.policy.training_layout import training_placement
 
 logger = logging.getLogger(__name__)
 

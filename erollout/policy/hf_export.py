@@ -26,7 +26,7 @@ from erollout.parallel.placement import Piece, Shape, box_slices, pieces_by_tens
 from erollout.policy.architecture import Architecture
 from erollout.policy.families import hf_config
 from erollout.policy.hf_io import INDEX_FILE, SINGLE_FILE
-from erollout.policy.placement import training_placement
+from erollout.policy.training_layout import training_placement
 
 MAX_SHARD_BYTES = 2 << 30
 

@@ -14,8 +14,8 @@ from erollout.config import ModelConfig, ParallelConfig
 from erollout.errors import UserError
 from erollout.megatron_patches import LocalRMSNorm
 from erollout.policy.architecture import Architecture
-from erollout.policy.placement import padded_vocab_size
 from erollout.policy.rotary import inverse_frequencies
+from erollout.policy.training_layout import padded_vocab_size
 
 
 def transformer_config(

@@ -21,7 +21,7 @@ from erollout.errors import UserError
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 from erollout.parallel.placement import LocalTensor, Piece, Placement, Shape, intersect, pieces_by_tensor
 from erollout.policy.architecture import Architecture
-from erollout.policy.placement import training_placement
+from erollout.policy.training_layout import training_placement
 
 DEFAULT_BUCKET_BYTES = 16 * 2**20
 

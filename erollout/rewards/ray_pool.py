@@ -18,10 +18,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from erollout.errors import UserError
-from erollout.ray_cluster import join_cluster, resources_free
 from erollout.rewards.pool import RewardPool
 from erollout.rewards.scorers import Scorer
 from erollout.rewards.worker import START_TIMEOUT_SECONDS, Outcome, Worker, WorkerDied, WorkerLost
+from erollout.schedulers.ray_cluster import join_cluster, resources_free
 
 _ANSWER_SECONDS = 60.0
 """On top of the limit for a response: for a busy node, and for the cluster to find that one is dead."""

@@ -23,11 +23,11 @@ from typing import Any, Protocol
 import psutil
 
 from erollout.errors import UserError
+from erollout.resilience.signals import STOPS, stops_wait
 from erollout.rewards.function import NotANumber
 from erollout.rewards.scorers import Scorer
-from erollout.signals import STOPS, stops_wait
+from erollout.security.unpickling import load_message
 from erollout.types import Prompt
-from erollout.unpickling import load_message
 
 START_TIMEOUT_SECONDS = 120.0
 """For the interpreter and the scorer's imports; a loaded machine takes a few seconds."""

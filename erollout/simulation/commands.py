@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
     from erollout.simulation.experiment import Outcome, compare
     from erollout.simulation.report import rest_of_step, summarize, table, write
-    from erollout.terminal import print_whole
+    from erollout.tracking.terminal import print_whole
 
     setting, strategies = build_setting(options), build_strategies(options)
     console = Console(highlight=False)
@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     summaries = summarize(outcomes, rest)
     print_whole(table(summaries, f"{options.seeds} seeds, rest of a step {rest:.1f} s"), console)
     if options.out:
-        from erollout.simulation.pictures import draw  # matplotlib takes a second
+        from erollout.simulation.plot_files import draw  # matplotlib takes a second
 
         write(Path(options.out), outcomes, summaries, {"arguments": arguments, "window_seconds": setting.window_seconds})
         draw(Path(options.out), outcomes, summaries)
@@ -111,10 +111,10 @@ def build_setting(options: argparse.Namespace) -> "Setting":
     import numpy as np
 
     from erollout.config import DrafterConfig, SpeculationConfig, ToggleConfig
-    from erollout.simulation.acceptance import parse_acceptance
+    from erollout.simulation.draft_outcomes import parse_acceptance
     from erollout.simulation.experiment import Setting
-    from erollout.simulation.hardware import read_passes
     from erollout.simulation.replica import Limits
+    from erollout.simulation.step_times import read_passes
     from erollout.simulation.workload import parse_lengths
 
     _check(options)

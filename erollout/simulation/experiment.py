@@ -8,14 +8,14 @@ import numpy as np
 
 from erollout.config import CoordinatorConfig, SpeculationConfig
 from erollout.coordinator.state_machine import StateMachine
-from erollout.simulation.acceptance import Acceptance
 from erollout.simulation.cluster import Cluster, Traffic
+from erollout.simulation.draft_outcomes import Acceptance
 from erollout.simulation.jumping import JumpingReplica
 from erollout.simulation.replica import Chooser, Ledger, Limits, Replica, Span
 from erollout.simulation.stepwise import StepwiseReplica
 from erollout.simulation.truth import Oracle, Truth
 from erollout.simulation.workload import Lengths, Workload
-from erollout.speculation.cost_model import CalibratedCost, PassTimes
+from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.step import Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
-from erollout.coordinator.speed import PREFILL_TOKENS
+from erollout.coordinator.throughput import PREFILL_TOKENS
 from erollout.simulation.truth import Truth
 from erollout.simulation.workload import Workload
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome

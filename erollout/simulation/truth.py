@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from math import log2
 
-from erollout.simulation.acceptance import Acceptance
-from erollout.speculation.cost_model import CONTEXT_STEPS, CalibratedCost, PassTimes
+from erollout.simulation.draft_outcomes import Acceptance
+from erollout.speculation.cost.cost_model import CONTEXT_STEPS, CalibratedCost, PassTimes
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 
 

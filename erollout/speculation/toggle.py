@@ -13,8 +13,8 @@ from typing import Any
 
 from erollout.config import SpeculationConfig
 from erollout.speculation.acceptance import AcceptanceByContext
-from erollout.speculation.cost_model import CostModel
-from erollout.speculation.hold_back import HoldBack
+from erollout.speculation.backoff import HoldBack
+from erollout.speculation.cost.cost_model import CostModel
 from erollout.speculation.ladder import Ladder
 from erollout.speculation.probes import Probes
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from erollout.terminal import print_whole
 from erollout.tracking import metrics as names
+from erollout.tracking.terminal import print_whole
 
 logger = logging.getLogger(__name__)
 

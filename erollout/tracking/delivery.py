@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from erollout.security.redaction import redact
 from erollout.tracking.journal import Entry, Journal
-from erollout.tracking.redaction import redact
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import logging
 import sys
 from typing import TextIO
 
-from erollout.tracking.redaction import redact
+from erollout.security.redaction import redact
 
 QUIET = {
     "alembic": logging.WARNING,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from erollout.config import Config
-from erollout.tracking.redaction import redact
+from erollout.security.redaction import redact
 
 
 def run_parameters(config: Config, resolved: Mapping[str, str | int | float]) -> dict[str, str]:

@@ -21,8 +21,8 @@ import psutil
 
 from erollout.environment import set_default
 from erollout.errors import UserError
+from erollout.security.redaction import redact
 from erollout.tracking.delivery import METRICS_PER_BATCH, RefusedForNow, RejectedError
-from erollout.tracking.redaction import redact
 
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; MLflow waits 120 by default

@@ -21,12 +21,12 @@ import yaml
 from erollout.config import Config
 from erollout.environment import variable
 from erollout.errors import UserError
+from erollout.security.redaction import redact
 from erollout.tracking.address import store_uri, uri_source
 from erollout.tracking.delivery import Delivery
 from erollout.tracking.journal import Journal, journal_path
 from erollout.tracking.parameters import run_parameters
 from erollout.tracking.provenance import attempt_tags
-from erollout.tracking.redaction import redact
 from erollout.tracking.samples import SAMPLES_FILE, Row, encode_samples, read_samples
 from erollout.tracking.store import MlflowStore
 from erollout.tracking.system import SystemMonitor

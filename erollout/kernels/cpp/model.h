@@ -1,4 +1,4 @@
-// The decode model of one rank: what lies around its packed linear layers. Mirrored by ctypes in erollout/engine/native_model.py;
+// The decode model of one rank: what lies around its packed linear layers. Mirrored by ctypes in erollout/engine/model/native_model.py;
 // a test compares the sizes. Every pointer is borrowed from a tensor that Python keeps alive.
 #pragma once
 #include <cstdint>

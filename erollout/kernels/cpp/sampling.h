@@ -1,4 +1,4 @@
-// Drawing tokens from rows of logits: Gumbel-max with the noise of erollout/engine/random.py, normalizers, filters.
+// Drawing tokens from rows of logits: Gumbel-max with the noise of erollout/engine/sampling/random.py, normalizers, filters.
 #pragma once
 #include <cstdint>
 
@@ -53,7 +53,7 @@ void sample(const SamplingJob& job, Threads& threads);
 float top_k_floor(float* values, int64_t count, int64_t k);
 
 // The largest value from which upwards there is at least the share p of the mass exp(value - largest) of all. Destroys both arrays,
-// which have room for 16 more than count. Masses are integers in units of 2^-40, as in erollout/engine/logits.py.
+// which have room for 16 more than count. Masses are integers in units of 2^-40, as in erollout/engine/sampling/logits.py.
 float top_p_floor(float* values, float* masses, int64_t count, float largest, double p);
 
 }  // namespace erollout

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from erollout.config import ModelConfig
+from erollout.configuration.hub import fetch_line
 from erollout.errors import UserError
-from erollout.hub import fetch_line
 from erollout.policy.architecture import Architecture
 from erollout.policy.families.family import Family, token_ids
 from erollout.policy.families.llama import LLAMA

@@ -1,0 +1,265 @@
+"""One run at a time in a directory: a file there names the owner, who keeps its date fresh.
+
+Another run takes it over only when the owner is dead: its process is gone from this machine, Slurm has ended its job, or the
+file has not been touched for long. Made by O_EXCL and replaced by rename, it works on network filesystems too; ages are told by
+the filesystem's own clock.
+"""
+
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from math import inf
+from pathlib import Path
+from shlex import quote
+
+import psutil
+
+from erollout.environment import cluster_name, job_and_attempt
+from erollout.errors import UserError
+from erollout.schedulers import slurm_jobs
+
+logger = logging.getLogger(__name__)
+
+LOCK = "lock"
+LOST = 71
+"""Exit status of a process whose lock another one has."""
+_BEAT_SECONDS = 5.0
+_DEAD_SECONDS = 120.0
+"""After so long without a sign, an owner on another machine that is no job that Slurm here knows is taken for dead."""
+_JOB_SECONDS = 3600.0
+"""The same of a job whose ranks have not begun: its batch script gives no signs."""
+_ENDING_SECONDS = 10.0
+"""How long a live owner is waited for: it may be about to end."""
+_SETTLE_SECONDS = 1.0
+"""Between taking over and being sure of it: two may do so at once, and the last one has it."""
+_LEFT = re.compile(r"lock\.([0-9a-f]{32}(\.now)?|\d+\.\d+)")
+"""Files that a process leaves beside the lock when it is killed at the wrong moment: this module's and train.sbatch's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who holds a directory."""
+
+    host: str
+    pid: int
+    """0: a job as a whole, before its ranks begin."""
+    started: float
+    """Of the process: when it began, so that a later one of the same id is not taken for it."""
+    machine: str
+    """Where process ids mean the same: this start of this machine, and its namespace."""
+    job: str
+    """Of Slurm, by its number, or of `launch ray`; empty in none."""
+    attempt: int
+    """How often the job was queued again."""
+    token: str
+    cluster: str = ""
+    """Of Slurm, by its name: another one counts its jobs from 1 too. Empty where it is not known."""
+
+    def is_of_job_of(self, other: "Owner") -> bool:
+        """Whether both are of one job; a cluster that is not known is taken for the same."""
+        return self.job != "" and self.job == other.job and may_be_same(self.cluster, other.cluster)
+
+    def __str__(self) -> str:
+        process = f"process {self.pid} on {self.host}" if self.pid else f"a job on {self.host}"
+        if not self.job:
+            return process
+        where = f" of cluster {self.cluster}" if self.cluster else ""
+        return f"{process} ({'Slurm ' * self.job.isdigit()}job {self.job}{where})"
+
+
+def may_be_same(cluster: str, other: str) -> bool:
+    """Of names of clusters, empty where not known."""
+    return not cluster or not other or cluster == other
+
+
+def this_process() -> Owner:
+    started = _started(os.getpid()) or 0.0
+    return Owner(socket.gethostname(), os.getpid(), started, _machine(), *job_and_attempt(), uuid.uuid4().hex, cluster_name())
+
+
+class RunLock:
+    """Of one directory."""
+
+    def __init__(self, directory: Path, key: str) -> None:
+        """`key`: of the configuration, that names the directory."""
+        self.path = directory / LOCK
+        self.key = key
+        self.owner = this_process()
+        self._released = threading.Event()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In the block the directory is this process's. Raises UserError, with its owner, where another run has it."""
+        self.take()
+        self._remove_left()
+        thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._released.set()
+            thread.join(_BEAT_SECONDS)  # a filesystem that hangs doesn't keep the run from ending
+            self._release()
+
+    def take(self) -> None:
+        """A live owner is waited for a little; one whose signs alone say so, until it gives one or is taken for dead."""
+        deadline = time.monotonic() + _ENDING_SECONDS
+        silent = time.monotonic() + _DEAD_SECONDS  # by the clock here too: a date may be of the future
+        first: tuple[str, float] | None = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                other = read_owner(self.path)
+                seconds = 0.0 if other is None else self._seconds_to_live(other)
+                is_silent = first is not None and seconds < inf and time.monotonic() > silent and first[1] == self._date()
+                if other is None or seconds <= 0 or is_silent:
+                    if self._take_over(other, patient=time.monotonic() < deadline):
+                        return
+                    continue
+                sign = (other.token, self._date())
+                if first is None and seconds <= _DEAD_SECONDS:
+                    logger.info("%s is held by %s: waiting up to %.0f s for a sign of it", self.path.parent, other, seconds)
+                first = first or sign
+                is_late = time.monotonic() > deadline
+                if is_late and sign[1] < inf and (sign != first or seconds > _DEAD_SECONDS):
+                    raise self._refusal(other)
+                time.sleep(2.0 if is_late else 0.5)  # Slurm is asked each time
+        except OSError as error:
+            raise UserError(
+                f"{self.key} = {self.path.parent} can't be written: {error.strerror}; choose another place"
+            ) from error
+
+    def _create(self) -> bool:
+        try:
+            with open(self.path, "x") as file:
+                file.write(json.dumps(asdict(self.owner)))
+        except FileExistsError:
+            return False
+        return True
+
+    def _take_over(self, dead: Owner | None, *, patient: bool) -> bool:
+        """None: of an owner that can't be read, for it has just gone, or was killed as it wrote."""
+        if dead is None and patient and self._age() < _ENDING_SECONDS:
+            time.sleep(0.2)
+            return False
+        mine = self.path.with_name(f"{LOCK}.{self.owner.token}")
+        mine.write_text(json.dumps(asdict(self.owner)))
+        if read_owner(self.path) != dead:
+            mine.unlink()
+            return False
+        mine.replace(self.path)
+        is_of_this_job = dead is not None and self.owner.is_of_job_of(dead)
+        if not is_of_this_job:
+            time.sleep(_SETTLE_SECONDS)
+        if read_owner(self.path) != self.owner:
+            return False
+        if not is_of_this_job:
+            logger.info("%s was left by %s: it is this run's now", self.path.parent, dead or "nobody knows whom")
+        return True
+
+    def _seconds_to_live(self, other: Owner) -> float:
+        """After how many seconds without a sign an owner is taken for dead: 0 where it is for sure, infinite where it lives."""
+        mine = self.owner
+        if mine.is_of_job_of(other) and (other.attempt != mine.attempt or not other.pid):
+            return 0.0  # this very job, as it was before
+        if other.pid and other.machine and other.machine == mine.machine:
+            return inf if other.pid != mine.pid and _started(other.pid) == other.started else 0.0
+        lives = None if mine.is_of_job_of(other) else self._job_lives(other)
+        if lives is not None:
+            return inf if lives else 0.0
+        return (_DEAD_SECONDS if other.pid else _JOB_SECONDS) - self._age()
+
+    def _job_lives(self, other: Owner) -> bool | None:
+        """What Slurm says of an owner's job; None where it doesn't know it, which may be another cluster's."""
+        if not other.job.isdigit():
+            return None
+        with suppress(UserError):  # there is no Slurm here, or it does not answer
+            if other.cluster and not may_be_same(self.owner.cluster or slurm_jobs.cluster(), other.cluster):
+                return None  # a job of that number here is not the owner's
+            known = slurm_jobs.jobs([int(other.job)], self.path.parent)
+            return next((job.is_alive for job in known if job.id == int(other.job)), None)
+        return None
+
+    def _age(self) -> float:
+        """Seconds since the owner's last sign, 0 where there is no file any more; both dates are the filesystem's."""
+        probe = self.path.with_name(f"{LOCK}.{self.owner.token}.now")
+        probe.touch()
+        try:
+            return max(0.0, probe.stat().st_mtime - self._date())
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _date(self) -> float:
+        """Of the owner's last sign; infinite where there is no file."""
+        try:
+            return self.path.stat().st_mtime
+        except FileNotFoundError:
+            return inf
+
+    def _remove_left(self) -> None:
+        """What others, killed as they looked at the lock or took it over, have left beside it."""
+        with suppress(OSError):
+            now = self._date()
+            for path in self.path.parent.glob(f"{LOCK}.*"):
+                if _LEFT.fullmatch(path.name) and now - path.stat().st_mtime > _DEAD_SECONDS:
+                    path.unlink()
+
+    def _refusal(self, other: Owner) -> UserError:
+        gone = "" if other.machine == self.owner.machine else f", or remove {self.path} if it is gone for sure"
+        return UserError(
+            f"{self.key} = {self.path.parent} is in use by {other}: two runs would write to one place; end that one "
+            f"(`erollout launch stop {quote(str(self.path.parent))}`) or choose another place{gone}"
+        )
+
+    def _keep(self) -> None:
+        """Give signs; end this process where another one has taken the lock: this one was suspended for long, or cut off."""
+        while not self._released.wait(_BEAT_SECONDS):
+            with suppress(OSError):  # a filesystem may be away for a while
+                holder = read_owner(self.path)
+                if holder is not None and holder != self.owner:
+                    os.write(2, f"erollout: error: {self.path.parent} is now held by {holder}: this process ends\n".encode())
+                    os._exit(LOST)
+                if holder is None and not self.path.exists():
+                    self._create()
+                os.utime(self.path)
+
+    def _release(self) -> None:
+        with suppress(OSError):
+            if read_owner(self.path) == self.owner:
+                self.path.unlink()
+
+
+def read_owner(path: Path) -> Owner | None:
+    """None where there is no file, or one half written."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
+        return Owner(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _started(pid: int) -> float | None:
+    """None where no such process runs."""
+    with suppress(OSError):  # not Linux, or it is gone
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else float(fields[18])  # ticks since the boot, which no clock changes
+    with suppress(psutil.Error):
+        return psutil.Process(pid).create_time()
+    return None
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return f"{socket.gethostname()} {psutil.boot_time():.0f}"

@@ -1,0 +1,1 @@
+"""The `erollout` command: its commands, the page of --dry-run, the demos."""

@@ -1,0 +1,217 @@
+"""The commands of `erollout`. Errors that a user can mend are one line on stderr and exit status 2."""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from erollout import __version__
+from erollout.calibration.commands import add_commands
+from erollout.config import Config, load_config, require_groups
+from erollout.configuration.arguments import Commands, Parser, add_overrides, add_run_arguments, overrides
+from erollout.doctor.commands import add_command as add_doctor
+from erollout.environment import is_elastic, is_rank, launcher_environment
+from erollout.errors import UserError
+from erollout.launch.commands import add_commands as add_launch_commands
+from erollout.launch.parent import end_with_parent, require_one_task
+from erollout.resilience.signals import starting
+from erollout.security.redaction import redact
+from erollout.simulation.commands import add_command
+from erollout.tracking.log import quiet_libraries
+
+if TYPE_CHECKING:
+    from erollout.checkpoint.resume import RunKind
+
+_SPEAK_AFTER_SECONDS = 5.0
+"""An error of all ranks is printed by rank 0 alone: the others wait this long, and are usually ended before."""
+_RANKS_AT_LEAST, _RANKS_PER_CPU = 64, 4
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Returns the exit status."""
+    # Megatron says at import which GPU libraries it does without, and torch which of its own names are deprecated.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    quiet_libraries()
+    if is_elastic():
+        end_with_parent()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without a character is no reason to end
+    if not arguments:
+        parser().print_help(sys.stderr)
+        return 2
+    options = parser().parse_args(arguments)
+    try:
+        launcher_environment()  # raises for half of it, whatever the command
+        status: int = options.run(options, list(arguments))
+    except UserError as error:
+        _print_error(error)
+        return 2
+    return status
+
+
+def parser() -> Parser:
+    """Parser of the whole command line."""
+    parser = Parser(prog="erollout", description="RL post-training on Megatron-core with fast rollouts.")
+    parser.add_argument("--version", action="version", version=f"erollout {__version__}")
+    commands: Commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _command(commands, "train", _train, "train a policy by reinforcement learning")
+    _command(commands, "sft", _sft, "fine-tune a policy on prompts with given answers")
+    rollout = _command(commands, "rollout", _rollout, "sample responses to held-out prompts and score them")
+    rollout.add_argument("--out", required=True, metavar="FILE", help="JSONL file to write, one line per response")
+    _command(commands, "compare", _compare, "sample held-out prompts with speculation off and on, and print what it saves")
+    demo = _demo_command(commands, "demo", _demo, "the whole demo: tokenizer, warm-up, reinforcement learning, table")
+    demo.add_argument("--warm-start", metavar="FILE", default="configs/demo-sft.yaml", help="config of the supervised warm-up")
+    demo_rollout = _demo_command(
+        commands, "demo-rollout", _demo_rollout, "fetch a small model, teach it a task, compare rollouts"
+    )
+    demo_rollout.add_argument(
+        "--warm-start", metavar="FILE", default="configs/demo-rollout-sft.yaml", help="config of the fine-tuning"
+    )
+    add_commands(commands, _sweep)
+    add_command(commands)
+    add_launch_commands(commands)
+    add_doctor(commands)
+    plot = commands.add_parser("plot", help="draw the curves of a run")
+    plot.add_argument("--run", required=True, dest="directory", metavar="DIR", help="train.output_dir of the run")
+    plot.add_argument("--out", required=True, metavar="FILE", help="PNG file to write")
+    plot.set_defaults(run=_plot)
+    return parser
+
+
+def _command(commands: Commands, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print layouts, sizes and memory, and check everything, then stop"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _demo_command(commands: Commands, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the demo")
+    add_overrides(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    return _on_ranks(
+        options, arguments, lambda session, config: session.train(config), "reinforcement learning", require_groups
+    )
+
+
+def _sft(options: argparse.Namespace, arguments: list[str]) -> int:
+    return _on_ranks(options, arguments, lambda session, config: session.supervised(config), "supervised")
+
+
+def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
+    return _on_ranks(options, arguments, lambda session, config: session.rollout(config, options.out))
+
+
+def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
+    return _on_ranks(options, arguments, lambda session, config: session.compare(config))
+
+
+def _sweep(options: argparse.Namespace, arguments: list[str]) -> int:
+    grid = {name: getattr(options, name) or () for name in ("batches", "contexts", "drafts")}
+    return _on_ranks(options, arguments, lambda session, config: session.sweep(config, options.out, grid, options.minutes))
+
+
+def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.command_line.demo import run_demo
+
+    return run_demo(options.config, options.warm_start, options.overrides)
+
+
+def _demo_rollout(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.command_line.demo import run_demo_rollout
+
+    return run_demo_rollout(options.config, options.warm_start, options.overrides)
+
+
+def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
+    from erollout.plots.training_curves import plot_run
+
+    plot_run(options.directory, options.out)
+    return 0
+
+
+def _on_ranks(
+    options: argparse.Namespace,
+    arguments: list[str],
+    work: Callable[[ModuleType, Config], None],
+    kind: "RunKind | None" = None,
+    check: Callable[[Config], None] | None = None,
+) -> int:
+    """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine."""
+    session: ModuleType | None = None
+    with starting(speaks=not is_rank()):  # as a whole: a library that is loading may swallow an interrupt
+        config = load_config(options.config, overrides(options))  # before the imports, which take seconds
+        if check is not None:
+            check(config)
+        if not is_rank():
+            print("Loading torch and transformers, checking the configuration ...", file=sys.stderr, flush=True)
+        from erollout.parallel.groups import expected_world_size
+        from erollout.train.preflight import preflight, require_writable
+
+        if (out := getattr(options, "out", None)) is not None:
+            require_writable("--out", Path(out).parent)
+        if getattr(options, "dry_run", False):
+            from erollout.command_line.dry_run import dry_run
+
+            print(dry_run(config, kind))
+            return 0
+        if not is_rank():
+            require_one_task("FILE ...")
+            preflight(config, kind)
+        if is_rank() or expected_world_size(config) == 1:
+            session = _session()
+        else:
+            from erollout.launch.local import launch_local
+
+            world_size = _require_room(expected_world_size(config))
+            print(
+                f"Starting {world_size} ranks on this machine; each loads megatron-core first ...", file=sys.stderr, flush=True
+            )
+    if session is None:
+        return launch_local(arguments, world_size)
+    work(session, config)
+    return 0
+
+
+def _require_room(world_size: int) -> int:
+    """That many processes are a mistake on one machine. Raises UserError."""
+    most = max(_RANKS_AT_LEAST, _RANKS_PER_CPU * (os.cpu_count() or 1))
+    if world_size > most:
+        raise UserError(
+            f"parallel.world_size = {world_size} is too many ranks for this machine of {os.cpu_count()} CPUs; lower it, or "
+            "start them on several with `erollout launch`"
+        )
+    return world_size
+
+
+def _session() -> ModuleType:
+    """Only ranks import it: with megatron-core it takes seconds."""
+    from erollout.train import session
+
+    return session
+
+
+def _print_error(error: UserError) -> None:
+    prefix = "erollout: "
+    with suppress(UserError):  # the error may be that the launcher's variables make no sense
+        environment = launcher_environment()
+        if environment is not None and environment.rank > 0:
+            time.sleep(_SPEAK_AFTER_SECONDS)
+            prefix = f"erollout (rank {environment.rank}): "
+    print(f"{prefix}error: {redact(' '.join(str(error).split()))}", file=sys.stderr, flush=True)

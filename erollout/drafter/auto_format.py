@@ -1,0 +1,173 @@
+"""`auto`: measures what each format costs and saves on each part of this policy, on this device, and chooses.
+
+A unit is one kind of linear layer in one third of the model's depth. For every unit and format a drafter is made in which only
+that unit is quantised; its acceptance is the mean of sum(min(p, q)) over the positions of a few sequences of the last rollout,
+read by target and drafter alike. speculation/format_choice.py combines the units.
+"""
+
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from erollout.drafter.activation_statistics import InputStatistics
+from erollout.drafter.drafter import Drafter, target_linears, tensor_name
+from erollout.engine.model.attention import Span
+from erollout.engine.model.decode_model import DecodeModel
+from erollout.engine.model.linear import Linear
+from erollout.engine.sampling.logits import gather, shard_logits
+from erollout.speculation.format_choice import Choice, Selection, select
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES = ("w4a16_clip", "w8a8")
+"""Formats that are tried beside `none`."""
+PARTS = 3
+"""Parts of the model's depth that are chosen for separately."""
+CONFIGURED = "as configured"
+"""The unit, with its only choice, of layers that the configuration decides for."""
+_ROUNDS = 9
+
+Overrides = list[tuple[str, str]]
+MakeDrafter = Callable[[Overrides], Drafter]
+"""A drafter whose layers are the target's but for these (layer, format)."""
+
+
+@torch.inference_mode()
+def select_formats(
+    target: DecodeModel,
+    make_drafter: MakeDrafter,
+    token_sequences: Sequence[Sequence[int]],
+    input_statistics: Mapping[str, InputStatistics],
+    configured: Sequence[str] = (),
+    make_configured: Callable[[], Drafter] | None = None,
+) -> tuple[Overrides, Selection]:
+    """The formats with the most predicted speed-up, as overrides per layer, and what is predicted.
+
+    Collective over the replica, with equal sequences on its ranks. Times are each rank's own, so the ranks must agree on one of
+    the results afterwards. The target's cache must be there and hold nothing that is needed: the sequences are read into it.
+
+    Args:
+        token_sequences: at least one of at least two tokens; each fits the cache.
+        configured: layers whose format is not to be chosen, the LM head perhaps among them.
+        make_configured: a drafter in which these alone are quantised as configured; with `configured` only.
+    """
+    target.prepare()
+    expected = [probabilities(target, tokens) for tokens in token_sequences]
+    own = target_linears(target)
+    choices: dict[str, list[Choice]] = {}
+
+    def measured(drafter: Drafter, layers: Sequence[str], format: str) -> Choice:
+        drafter.use_statistics(input_statistics)
+        for name in target.tensors:
+            drafter.requantize_(name)
+        drafter.model.prepare()
+        linears = [drafter.linears.get(layer, own[layer]) for layer in layers]
+        rate = acceptance(expected, drafter.model, token_sequences)
+        return Choice(format, _seconds(linears, layers, target), rate)
+
+    everything = layers_by_unit(target.architecture.num_layers)
+    free = {unit: [layer for layer in layers if layer not in configured] for unit, layers in everything.items()}
+    units = {unit: layers for unit, layers in free.items() if layers}
+    targets = {unit: _seconds([own[layer] for layer in layers], layers, target) for unit, layers in units.items()}
+    for unit, layers in units.items():
+        choices[unit] = [Choice("none", targets[unit], 1.0)]
+        choices[unit] += [measured(make_drafter([(layer, f) for layer in layers]), layers, f) for f in CANDIDATES]
+    step = _step_seconds(target, token_sequences[0])
+    other = step - sum(targets.values())
+    if configured:
+        assert make_configured is not None
+        choices[CONFIGURED] = [measured(make_configured(), configured, CONFIGURED)]
+        other -= _seconds([own[layer] for layer in configured], configured, target)
+    selection = select(choices, max(0.0, other), step)
+    for unit, format in selection.formats.items():
+        logger.info("drafter %s: %s of %s", unit, format, ", ".join(map(_describe, choices[unit])))
+    return [(layer, selection.formats[unit]) for unit, layers in units.items() for layer in layers], selection
+
+
+def layers_by_unit(num_layers: int) -> dict[str, list[str]]:
+    """Local names of the linear layers of each unit: kind by kind, part of the depth by part."""
+    bounds = sorted({num_layers * part // PARTS for part in range(PARTS + 1)})
+    parts = list(itertools.pairwise(bounds))
+    return {
+        f"{kind} of layers {start}-{end - 1}": [f"layers.{i}.{kind}" for i in range(start, end)]
+        for kind in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        for start, end in parts
+    }
+
+
+def acceptance(expected: list[Tensor], model: DecodeModel, token_sequences: Sequence[Sequence[int]]) -> float:
+    """Mean over all positions of sum(min(p, q)): the probability that a draft is accepted."""
+    totals = [
+        gather(torch.minimum(p, probabilities(model, tokens)).double().sum(), model.group).sum()
+        for p, tokens in zip(expected, token_sequences, strict=True)
+    ]
+    positions = sum(len(p) for p in expected)
+    return min(1.0, max(1e-6, float(torch.stack(totals).sum()) / positions))
+
+
+def probabilities(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
+    """Of the token after every one of a sequence: this rank's columns, float32 [tokens, W]."""
+    logits = _read(model, tokens)
+    shard = shard_logits(logits, model.architecture.vocab_size, model.vocab_start, model.group)
+    return shard.logprobs().exp_()
+
+
+def _read(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
+    """Logits after every token of a sequence, which takes the cache's first blocks."""
+    device, size = model.cache.device, model.cache.block_size
+    positions = torch.arange(len(tokens), device=device)  # in blocks 0, 1, ...: slots are the positions
+    plan = model.plan([Span(0, len(tokens), list(range(-(-len(tokens) // size))))])
+    return model.forward(torch.tensor(tokens, device=device), positions, positions, plan, positions)
+
+
+def _step_seconds(model: DecodeModel, tokens: Sequence[int]) -> float:
+    """A decode step of one sequence of these tokens."""
+    device, size = model.cache.device, model.cache.block_size
+    last = len(tokens) - 1
+    position = torch.tensor([last], device=device)
+    ids = torch.tensor([tokens[last]], device=device)
+    blocks = list(range(last // size + 1))
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        model.forward(ids, position, position, model.plan([Span(last, last + 1, blocks)]), row)
+
+    return _median_seconds(step, device)
+
+
+def _seconds(linears: Sequence[Linear], layers: Sequence[str], model: DecodeModel) -> float:
+    """One call of each layer with as many rows as a step of one sequence has."""
+    device = model.cache.device
+    sizes = [model.tensors[tensor_name(model, layer)].shape[1] for layer in layers]
+    inputs = [torch.randn(1, size, device=device).to(model.dtype) for size in sizes]
+
+    def call() -> None:
+        for linear, x in zip(linears, inputs, strict=True):
+            linear(x)
+
+    return _median_seconds(call, device)
+
+
+def _median_seconds(run: Callable[[], None], device: torch.device) -> float:
+    times = []
+    for _ in range(_ROUNDS):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _describe(choice: Choice) -> str:
+    return f"{choice.format} ({choice.seconds * 1e3:.3f} ms, {choice.acceptance:.4f})"

@@ -1,0 +1,1 @@
+"""The decode model: inputs, layers and the kernels that run them."""

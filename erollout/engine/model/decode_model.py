@@ -1,0 +1,201 @@
+"""The decode model: a lean pre-norm, rotary, grouped-query, SwiGLU decoder over a rank's local tensors.
+
+Arithmetic and rounding follow transformers' Llama and Qwen2 (norms in float32, rotation in the model's dtype), so that the
+logits of both agree up to the order of summation. Tensor parallelism sums over the ranks after the embedding, o_proj and
+down_proj; the logits stay cut by vocabulary.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from erollout.engine.kv_cache import KVCache
+from erollout.engine.model.attention import Attention, AttentionPlan, PagedAttention, Span
+from erollout.engine.model.decode_layout import decode_placement, vocabulary_rows_per_rank
+from erollout.engine.model.linear import LINEAR_KERNELS, Linear, LinearFactory
+from erollout.engine.model.row_tiles import in_grains
+from erollout.parallel.placement import Placement
+from erollout.policy.architecture import Architecture
+from erollout.policy.rotary import inverse_frequencies
+
+
+class DecodeLayer:
+    """One transformer block of one rank."""
+
+    def __init__(self, tensors: dict[str, Tensor], prefix: str, make: LinearFactory, epsilon: float):
+        def linear(name: str) -> Linear:
+            path = f"{prefix}.{name}"
+            return make(path, tensors[f"{path}.weight"], tensors.get(f"{path}.bias"))
+
+        self.input_norm = tensors[f"{prefix}.input_norm.weight"]
+        self.post_attention_norm = tensors[f"{prefix}.post_attention_norm.weight"]
+        self.qkv_proj = linear("qkv_proj")
+        self.o_proj = linear("o_proj")
+        self.gate_up_proj = linear("gate_up_proj")
+        self.down_proj = linear("down_proj")
+        self.epsilon = epsilon
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """down(silu(gate) * up) of the normalised hidden states: this rank's part of the sum."""
+        gate, up = self.gate_up_proj(rms_norm(hidden, self.post_attention_norm, self.epsilon)).chunk(2, dim=-1)
+        in_grains(lambda rows: F.silu(rows, inplace=True), gate)
+        return self.down_proj(gate * up)
+
+
+class DecodeModel:
+    """All layers of one rank, from torch operators around linear layers of any kernel.
+
+    `tensors` are the destination of the reshard and keep their addresses; a model that is given another's `tensors` shares
+    them, and has linear layers of its own, from `linears`.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        group: dist.ProcessGroup | None,
+        kernel: str,
+        cache: KVCache,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tensors: dict[str, Tensor] | None = None,
+        linears: LinearFactory | None = None,
+    ) -> None:
+        size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+        self.architecture = architecture
+        self.group = group if size > 1 else None
+        self.cache = cache
+        self.dtype = dtype
+        self.tensors = tensors if tensors is not None else _zeros(decode_placement(architecture, size, rank), dtype, device)
+        self.num_heads = architecture.num_attention_heads // size
+        self.num_kv_heads = architecture.num_query_groups // size
+        self.attention = self._make_attention()
+        make = linears or _own_linears(kernel)
+        layers = range(architecture.num_layers)
+        self.layers = [DecodeLayer(self.tensors, f"layers.{i}", make, architecture.norm_epsilon) for i in layers]
+        self.embedding = self.tensors["embed_tokens.weight"]
+        self.norm = self.tensors["norm.weight"]
+        self.lm_head = make("lm_head", self.tensors.get("lm_head.weight", self.embedding), None)
+        self.vocab_start = rank * vocabulary_rows_per_rank(architecture, size)
+        self.cosine, self.sine = _rotation(architecture, max_model_len, dtype, device)
+
+    def plan(self, spans: list[Span]) -> AttentionPlan:
+        """What a pass of these spans needs, prepared once. `spans` is in token order, those of a single token first."""
+        return self.attention.plan(spans)
+
+    def prepare(self) -> None:
+        """Derive the kernels' own forms of the current weights."""
+        for linear in self._linears():
+            linear.prepare()
+
+    def release(self) -> None:
+        """Drop what `prepare` made."""
+        for linear in self._linears():
+            linear.release()
+
+    def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, logit_rows: Tensor) -> Tensor:
+        """Run new tokens through the model; their keys and values go into the cache.
+
+        Args:
+            token_ids, positions: int64 [tokens].
+            slots: int64 [tokens], block x block_size + offset where each token's keys and values go.
+            plan: `plan` of the same tokens.
+            logit_rows: int64 [rows], the tokens whose logits are wanted.
+
+        Returns: logits of this rank's part of the vocabulary, [rows, vocabulary rows per rank].
+        """
+        hidden = self._embed(token_ids)
+        cosine, sine = self.cosine.index_select(0, positions), self.sine.index_select(0, positions)
+        for index, layer in enumerate(self.layers):
+            attended = self._attend(layer, hidden, (cosine, sine), slots, self.cache.layer(index), plan)
+            hidden = self._sum(layer.o_proj(attended)).add_(hidden)
+            hidden = self._sum(layer.feed_forward(hidden)).add_(hidden)
+        return self.lm_head(rms_norm(hidden.index_select(0, logit_rows), self.norm, self.architecture.norm_epsilon))
+
+    def _make_attention(self) -> Attention:
+        return PagedAttention(self.num_heads, self.cache, self.num_kv_heads, self.architecture.kv_channels)
+
+    def _attend(
+        self,
+        layer: DecodeLayer,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        slots: Tensor,
+        cache: Tensor,
+        plan: AttentionPlan,
+    ) -> Tensor:
+        """[tokens, num_heads x head_size], before o_proj."""
+        head_size = self.architecture.kv_channels
+        cosine, sine = rotation
+        qkv = layer.qkv_proj(rms_norm(hidden, layer.input_norm, layer.epsilon)).view(hidden.shape[0], -1, head_size)
+        rotated = self.num_heads + self.num_kv_heads
+        query_key = qkv[:, :rotated]
+        query_key = (query_key * cosine).add_(torch.roll(query_key, head_size // 2, -1).mul_(sine))
+        flat = cache.view(cache.shape[0], -1, head_size)
+        flat[: self.num_kv_heads].index_copy_(1, slots, query_key[:, self.num_heads :].transpose(0, 1))
+        flat[self.num_kv_heads :].index_copy_(1, slots, qkv[:, rotated:].transpose(0, 1))
+        return self.attention(query_key[:, : self.num_heads], cache, plan)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        if self.group is None:
+            return self.embedding.index_select(0, token_ids)
+        local = token_ids - self.vocab_start
+        elsewhere = (local < 0) | (local >= self.embedding.shape[0])
+        rows = self.embedding.index_select(0, local.masked_fill(elsewhere, 0))
+        return self._sum(rows.masked_fill_(elsewhere[:, None], 0))
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        """Sum over the ranks of the replica, in place."""
+        if self.group is not None:
+            sum_over_ranks(partial, self.group)
+        return partial
+
+    def _linears(self) -> list[Linear]:
+        return [*(linear for layer in self.layers for linear in layer.linears), self.lm_head]
+
+
+def sum_over_ranks(partial: Tensor, group: dist.ProcessGroup) -> None:
+    """Add the ranks' tensors up, in place. On the CPU an element's bits depend on its addends alone.
+
+    gloo's all-reduce of more than two ranks adds in an order that depends on the element's place in the message: a row's result
+    would depend on how many rows share the pass.
+    """
+    if partial.device.type != "cpu" or group.size() <= 2:
+        dist.all_reduce(partial, group=group)
+        return
+    gathered = partial.new_empty(group.size() * partial.numel())
+    dist.all_gather_single(gathered, partial.reshape(-1), group=group)
+    first, *others = gathered.view(group.size(), *partial.shape).unbind()
+    total = first.float()
+    for other in others:
+        total += other
+    partial.copy_(total)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension; statistics in float32, the product in x's dtype."""
+    wide = x.float()
+    scale = wide.pow(2).sum(-1, keepdim=True).div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)
+
+
+def _zeros(placement: Placement, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return {local.name: torch.zeros(local.shape, dtype=dtype, device=device) for local in placement}
+
+
+def _own_linears(kernel: str) -> LinearFactory:
+    make = LINEAR_KERNELS[kernel]
+    return lambda _, weight, bias: make(weight, bias)
+
+
+def _rotation(architecture: Architecture, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position, [length, 1, head_size]; the sine's first half carries the rotation's minus sign."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse_frequencies(architecture))
+    cosine = torch.cat((angles, angles), -1).cos()
+    sine = torch.cat((-angles.sin(), angles.sin()), -1)
+    return cosine.to(dtype).unsqueeze(1).to(device), sine.to(dtype).unsqueeze(1).to(device)

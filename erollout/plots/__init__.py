@@ -1,0 +1,1 @@
+"""Every plot, in one style. Matplotlib is loaded when one is drawn."""

@@ -1,0 +1,25 @@
+"""Pictures of a rollout: who was busy when and with what drafts, what became of them, and what one replica decided."""
+
+from typing import TYPE_CHECKING
+
+from erollout.plots.accepted_drafts import Accepted, acceptance
+from erollout.plots.decision_timeline import decisions
+from erollout.plots.replica_timeline import Lane, Transfer, occupancy
+from erollout.rollout.rollout_worker import RolloutResult
+from erollout.speculation.toggle import Toggle
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def rollout_figures(result: RolloutResult, toggle: Toggle | None) -> dict[str, "Figure"]:
+    """By name. `toggle`: of the replica whose decisions are drawn, before its next rollout."""
+    lanes = [Lane(f"replica {index}", course.seconds, course.bins) for index, course in enumerate(result.courses)]
+    moves = result.courses[0].moves if result.courses else []
+    figures = {"occupancy": occupancy(lanes, [Transfer(s, m.source, m.target, m.num_sequences) for s, m in moves])}
+    speculation = result.speculation
+    if speculation.num_drafts:
+        figures["acceptance"] = acceptance([Accepted("drafts", speculation.drafted_at, speculation.accepted_at)])
+    if toggle is not None:
+        figures["decisions"] = decisions(toggle.trace, toggle.cost.step_seconds)
+    return figures

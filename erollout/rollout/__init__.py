@@ -1,0 +1,1 @@
+"""One step's rollout on all replicas: dispatch, control, partial rollouts, comparison."""

@@ -1,0 +1,141 @@
+"""The same rollout with speculation off and on, in turns, in one process: what drafts save, and that they change no token."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from erollout.data.prompts import PromptDataset
+from erollout.rollout.rollout_worker import EVALUATION_STREAM, RolloutResult, RolloutWorker
+from erollout.rollout.steering import Share
+from erollout.speculation.statistics import merge
+
+Rows = list[tuple[str, object]]
+
+_ONE_BY_ONE = 8
+"""Prompts of the comparison at one sequence at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Rollouts of the same requests, as many without drafts as with."""
+
+    off: list[RolloutResult]
+    on: list[RolloutResult]
+
+    @property
+    def differing(self) -> int:
+        """Responses whose tokens, in any rollout with drafts, are not those of the first without."""
+        without = _responses(self.off[0])
+        return sum(a != b for result in self.on for a, b in zip(without, _responses(result), strict=True))
+
+    @property
+    def speed_up(self) -> float:
+        """Tokens per second with drafts over those without: under `rejection` the responses differ in length."""
+        return _tokens_per_second(self.on) / _tokens_per_second(self.off)
+
+    def rows(self) -> Rows:
+        """Names and values for a table. Seconds and speeds are medians."""
+        speculation = merge(result.speculation for result in self.on)
+        responses = len(self.on) * len(self.on[0].scored)
+        same = "all, token for token" if not self.differing else f"all but {self.differing} of {responses}"
+        return [
+            ("responses", len(self.off[0].scored)),
+            ("rollout seconds, off -> on", f"{_seconds(self.off):.2f} -> {_seconds(self.on):.2f}"),
+            ("tokens/s, off -> on", f"{_tokens_per_second(self.off):.1f} -> {_tokens_per_second(self.on):.1f}"),
+            ("speed-up", f"{self.speed_up:.2f}x"),
+            ("acceptance_rate", f"{speculation.acceptance_rate:.3f}"),
+            ("acceptance_length", f"{speculation.acceptance_length:.2f}"),
+            ("responses that are the same off and on", same),
+        ]
+
+    def where(self) -> list[tuple[str, ...]]:
+        """A line per batch size: seconds without and with speculation per rollout, where it was on, and what that saved."""
+        off, on = (_shares(results) for results in (self.off, self.on))
+        rows: list[tuple[str, ...]] = []
+        for batch in sorted(off.keys() | on.keys()):
+            before, after = off.get(batch, Share()), on.get(batch, Share())
+            speeds = [share.emitted / share.seconds if share.seconds else 0.0 for share in (before, after)]
+            drafts = after.num_speculative_tokens / after.speculating if after.speculating else 0.0
+            rows.append(
+                (
+                    _sequences(batch),
+                    f"{before.seconds / len(self.off):.2f}",
+                    f"{after.seconds / len(self.on):.2f}",
+                    f"{after.speculating / after.seconds if after.seconds else 0.0:.0%}",
+                    f"{drafts:.1f}",
+                    f"{speeds[1] / speeds[0]:.2f}x" if all(speeds) else "-",
+                )
+            )
+        return rows
+
+
+WHERE = ("sequences", "seconds, off", "seconds, on", "speculating", "mean n", "tokens/s, on over off")
+"""Columns of Comparison.where."""
+
+
+def compare(rollout: Callable[[bool], RolloutResult], rounds: int = 3) -> Comparison:
+    """Run a rollout without and with speculation, in turns, the first of a round being the second of the next.
+
+    Collective over the world.
+    """
+    comparison = Comparison([], [])
+    for index in range(rounds):
+        for on in (False, True) if index % 2 == 0 else (True, False):
+            (comparison.on if on else comparison.off).append(rollout(on))
+    return comparison
+
+
+def compare_held_out(worker: RolloutWorker, data: PromptDataset, rounds: int = 3) -> dict[str, Comparison]:
+    """The held-out prompts, by how many sequences run at once: one (the first few prompts), and as many as configured.
+
+    Each figure is of rollouts of the same requests on the same replicas.
+    """
+    options = worker.config.evaluation
+    few = [data.prompt(i) for i in range(min(_ONE_BY_ONE, options.num_prompts, len(data)))]
+    sampling = worker.sampling_params(options.temperature)
+    with _at_once(worker, 1):
+        one = compare(lambda on: worker.rollout(few, sampling, 1, EVALUATION_STREAM, 0, on, learns=on), rounds)
+    many = compare(lambda on: worker.evaluate(data, 0, on, learns=on), rounds)
+    return {"one sequence at once": one, f"up to {worker.config.rollout.max_num_seqs} sequences at once": many}
+
+
+@contextmanager
+def _at_once(worker: RolloutWorker, max_num_seqs: int) -> Iterator[None]:
+    """Let so many sequences run together."""
+    options = worker.engine.rollout
+    worker.engine.rollout = replace(options, max_num_seqs=max_num_seqs)  # type: ignore[type-var]  # as in Config.to_dict
+    try:
+        yield
+    finally:
+        worker.engine.rollout = options
+
+
+def _sequences(batch: int) -> str:
+    """Batch sizes of a Share, by the largest."""
+    if batch < 3:
+        return str(batch or "with prompts")
+    return f"{batch // 2 + 1}-{batch}"
+
+
+def _shares(results: list[RolloutResult]) -> dict[int, Share]:
+    """Of all replicas and rollouts together, by batch size."""
+    total: dict[int, Share] = {}
+    for result in results:
+        for course in result.courses:
+            for batch, share in course.shares.items():
+                total.setdefault(batch, Share()).add(share)
+    return total
+
+
+def _responses(result: RolloutResult) -> list[tuple[int, ...]]:
+    return [sample.rollout.response_ids for sample in result.scored]
+
+
+def _seconds(results: list[RolloutResult]) -> float:
+    """Of the slowest replica."""
+    return statistics.median(max(report["seconds"] for report in result.reports) for result in results)
+
+
+def _tokens_per_second(results: list[RolloutResult]) -> float:
+    return statistics.median(sum(r["tokens"] for r in x.reports) / max(r["seconds"] for r in x.reports) for x in results)

@@ -1,0 +1,426 @@
+"""The engine's control of a decode replica: its toggle and the cluster's decisions, turned into orders."""
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from erollout.coordinator.exchange import Exchange
+from erollout.coordinator.migration import Move
+from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
+from erollout.coordinator.state_machine import Decision
+from erollout.coordinator.throughput import PREFILL_TOKENS
+from erollout.engine.orders import Arrival, Control, Orders
+from erollout.security.unpickling import load_message
+from erollout.speculation.step import OFF, Arm, Load, StepOutcome
+from erollout.speculation.toggle import Toggle
+from erollout.types import PartialRollout, RolloutRequest
+
+logger = logging.getLogger(__name__)
+
+SHORTEST_SLEEP, LONGEST_SLEEP = 0.0002, 0.005
+"""Seconds between two looks of a replica that has nothing to do."""
+LONGEST_WAIT = 1.0
+"""Seconds after which it returns to the engine, so that nobody waits for its orders for longer."""
+LOOKS_PER_WINDOW = 2
+"""In the least time between two windows: a replica that has something to do looks no more often."""
+CURVE_CONTEXT_STEP = 1.25
+"""The curve is predicted again when the mean context has changed by this factor."""
+
+
+def never_asked() -> bool:
+    """Of a run that no signal stops."""
+    return False
+
+
+def unwatched() -> None:
+    """Of a run without a watchdog."""
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Of a rollout's steps so far."""
+
+    steps: int = 0
+    arm: int = 0
+    """Index of the last step's, as far as it is one of the agreed."""
+    finished: int = 0
+    num_drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def add(self, outcome: StepOutcome, arms: Sequence[Arm]) -> None:
+        self.steps += 1
+        self.arm = arms.index(outcome.arm) if outcome.arm in arms else self.arm
+        self.finished += outcome.finished
+        self.num_drafts += outcome.drafted_at[0] if outcome.drafted_at else 0
+        self.drafted += sum(outcome.drafted_at)
+        self.accepted += sum(outcome.accepted_at)
+
+
+@dataclass(frozen=True, slots=True)
+class _Speed:
+    """What does not depend on the load of the moment."""
+
+    context: float = 0.0
+    prefill_seconds: float = 0.0
+    curve: tuple[float, ...] = ()
+
+    def holds(self, context: float) -> bool:
+        return bool(self.curve) and self.context / CURVE_CONTEXT_STEP <= context <= self.context * CURVE_CONTEXT_STEP
+
+
+class ReplicaControl:
+    """Of a replica's leader, in one rollout: which arm, which prompts, which sequences come and go."""
+
+    def __init__(
+        self,
+        requests: Sequence[RolloutRequest],
+        max_num_seqs: int,
+        toggle: Toggle,
+        exchange: Exchange | None,
+        lock_step: bool = False,
+        asked: Callable[[], bool] = never_asked,
+        alive: Callable[[], None] = unwatched,
+    ) -> None:
+        """
+        Args:
+            requests: of the whole cluster, the same on every replica.
+            toggle: of this replica, in its rollout.
+            exchange: new; None for the only replica, which takes all requests.
+            lock_step: every call of `orders` is one window, waited for: all replicas call equally often.
+            asked: whether this process was asked to stop. One that was interrupts the rollout on all replicas, at the next
+                window.
+            alive: told at each window, and so that the others go on: one that waits for a silent peer gives no sign.
+        """
+        self.requests = requests
+        self.max_num_seqs = max_num_seqs
+        self.toggle = toggle
+        self.exchange = exchange
+        self.lock_step = lock_step
+        self.asked = asked
+        self.alive = alive
+        self.interrupted = False
+        """What is left undone here is not to be done."""
+        self.stalls = self.claims = self.decisions = 0
+        self.moves: list[tuple[float, Move]] = []
+        """Of all replicas, with the seconds since the rollout began."""
+        self._arm: Arm | None = None
+        """The cluster's; None: the toggle's own."""
+        self._arms = toggle.arms
+        self._by_index = {request.prompt_index: request for request in requests}
+        self._new: list[RolloutRequest] = []
+        self._arrivals: list[Arrival] = []
+        self._known: set[tuple[int, int]] = set()
+        """Prompt and sample indices of the responses that are here, or were completed here."""
+        self._release = 0
+        self._outstanding = 0
+        """Responses to be completed here."""
+        self._prompt_tokens = self._samples = 0
+        self._alone = self._broken = False
+        self._late: int | None = None
+        """Windows before the last one that stalled, until one comes without: a peer that is always slow stalls every one."""
+        self._started = time.monotonic()
+        self._last_work = self._started
+        self._load = Load(0, 0.0)
+        self._counts = _Counts()
+        self._next_look = 0.0
+        self._speed = _Speed()
+        if exchange is None:
+            self._take(requests)
+        else:
+            self._carry_out(exchange.decision)
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing more comes from the cluster."""
+        return self.exchange is None or self.exchange.has_ended or self._broken
+
+    @property
+    def has_lost_others(self) -> bool:
+        """An operation of the exchange failed or was given up: another one in its group could meet what is left of it."""
+        return self.exchange is not None and self.exchange.stream.error is not None
+
+    def orders(self, load: Load) -> Orders:
+        """For the next step; with nothing to do, waits up to LONGEST_WAIT for something."""
+        self._load = load
+        if self.exchange is not None:
+            if self.lock_step:
+                self._window_in_lock_step(self.exchange)
+            else:
+                self._follow(self.exchange)
+        arm = self.toggle.decide(load, None if self._alone and not self.lock_step else self._arm)
+        new, arrivals, release = tuple(self._new), tuple(self._arrivals), self._release
+        self._new, self._arrivals, self._release = [], [], 0
+        self.interrupted = self._is_interrupted()
+        return Orders(arm, new, arrivals, release, self.has_ended, self.interrupted)
+
+    def released(self, partials: list[PartialRollout]) -> None:
+        assert self.exchange is not None
+        self._outstanding -= len(partials)
+        self._known -= {(part.prompt_index, part.sample_index) for part in partials}
+        self.exchange.give(partials)
+
+    def observe(self, outcome: StepOutcome) -> None:
+        self.toggle.observe(outcome)
+        self._outstanding -= outcome.finished
+        self._counts.add(outcome, self._arms)
+        self._last_work = time.monotonic()
+
+    def report(self) -> dict[str, float]:
+        """What coordination did in this rollout: counts, seconds, share of the rollout's time."""
+        exchange, now = self.exchange, time.monotonic()
+        if exchange is None:
+            return {}
+        return {
+            "windows": float(exchange.windows),
+            "decisions": float(self.decisions),
+            "moves_out": float(exchange.moves_out),
+            "moves_in": float(exchange.moves_in),
+            "sequences_out": float(exchange.sequences_out),
+            "sequences_in": float(exchange.sequences_in),
+            "stalls": float(self.stalls),
+            "claims": float(self.claims),
+            "exchange_seconds": exchange.seconds,
+            "exchange_share": exchange.seconds / max(now - self._started, 1e-9),
+            "idle_seconds": now - self._last_work,
+        }
+
+    def _is_interrupted(self) -> bool:
+        if self.exchange is None or self._broken:
+            return self._outstanding > 0 and self.asked()
+        return self.exchange.decision.interrupted
+
+    def _follow(self, exchange: Exchange) -> None:
+        """Take in what the stream brought; with nothing to do, wait for something."""
+        now = time.monotonic()
+        if self._outstanding and now < self._next_look and not self.asked():
+            return
+        self._next_look = now + exchange.window_seconds / LOOKS_PER_WINDOW
+        until, sleep = now + LONGEST_WAIT, SHORTEST_SLEEP
+        self._look(exchange)
+        while not self._outstanding and not self._release and not self.has_ended and time.monotonic() < until:
+            time.sleep(sleep)
+            sleep = min(2 * sleep, LONGEST_SLEEP)
+            self._look(exchange)
+
+    def _window_in_lock_step(self, exchange: Exchange) -> None:
+        """Complete one window. RuntimeError when it does not come: these replicas can't go on without each other."""
+        before, sleep = exchange.windows, SHORTEST_SLEEP
+        while exchange.windows == before and not exchange.has_ended:
+            self._look(exchange, pause=0.0)
+            if exchange.stream.error is not None:
+                raise RuntimeError(f"replicas in lock step lost each other: {exchange.stream.error}")
+            if not exchange.stream.is_free:
+                time.sleep(sleep)
+                sleep = min(2 * sleep, LONGEST_SLEEP)
+        self._look(exchange, pause=inf)  # sequences that are to move leave before the step
+
+    def _look(self, exchange: Exchange, pause: float | None = None) -> None:
+        """One look at the stream, and what follows from it. A replica with nothing to do spares no time."""
+        if pause is None and (self.asked() or not self._outstanding):
+            pause = 0.0 if self.asked() else exchange.window_seconds
+        windows = exchange.windows
+        news = exchange.poll(self._occupancy, pause)
+        if exchange.windows > windows:
+            self.alive()
+        self._release += news.release
+        self._arrive(news.arrivals)
+        if news.decision is not None:
+            self._carry_out(news.decision)
+        if exchange.is_alone != self._alone or (exchange.stream.error is not None and not self._broken):
+            self._change_company(exchange)
+        if self._alone and not self.lock_step:
+            self._claim(exchange)
+        if self._late is not None and exchange.windows >= self._late + 2:
+            self._late = None
+            logger.info("replica %d follows the cluster again, from window %d", exchange.replica, exchange.windows)
+
+    def _carry_out(self, decision: Decision) -> None:
+        assert self.exchange is not None
+        arm = None if decision.arm is None else self._arms[decision.arm]
+        mine = self.exchange.machine.mine(decision, self.exchange.replica)
+        self.moves += [(time.monotonic() - self._started, move) for move in decision.moves]
+        self.decisions += arm != self._arm or any(decision.hand_out) or bool(decision.moves)
+        self._arm = arm
+        self._take([self.requests[position] for position in mine])
+
+    def _change_company(self, exchange: Exchange) -> None:
+        """This replica is on its own now, or no longer."""
+        was_alone, self._alone = self._alone, exchange.is_alone
+        if exchange.stream.error is not None:
+            self._broken = True
+            self._arrive(exchange.take_back())
+            logger.warning(
+                "replica %d is on its own for the rest of the rollout, after window %d: %s",
+                exchange.replica,
+                exchange.windows,
+                exchange.stream.error,
+            )
+        elif self._alone:
+            if self._late is None:
+                logger.warning(
+                    "replica %d %s: window %d has waited for others for %g s",
+                    exchange.replica,
+                    "waits" if self.lock_step else "decides for itself",
+                    exchange.windows + 1,
+                    exchange.stream.stall_seconds,
+                )
+            self._late = exchange.windows
+        self.stalls += self._alone and not was_alone
+
+    def _claim(self, exchange: Exchange) -> None:
+        """Keep the slots filled with prompts that no window gives."""
+        while self._outstanding < self.max_num_seqs:
+            position = exchange.machine.claim(exchange.replica)
+            if position is None:
+                return
+            self.claims += 1
+            self._take([self.requests[position]])
+
+    def _take(self, requests: Sequence[RolloutRequest]) -> None:
+        for request in requests:
+            self._new.append(request)
+            self._known |= {(request.prompt_index, sample) for sample in range(request.group_size)}
+            self._count_samples(request, request.num_open)
+
+    def _arrive(self, partials: Sequence[PartialRollout]) -> None:
+        for part in partials:
+            request = self._by_index[part.prompt_index]
+            if (part.prompt_index, part.sample_index) in self._known:
+                continue  # two replicas that had lost each other began it: it is here already
+            self._known.add((part.prompt_index, part.sample_index))
+            self._arrivals.append(Arrival(request, part))
+            self._count_samples(request, 1)
+
+    def _count_samples(self, request: RolloutRequest, count: int) -> None:
+        self._outstanding += count
+        self._samples += count
+        self._prompt_tokens += count * len(request.prompt_ids)
+
+    def _occupancy(self) -> Occupancy:
+        """What this replica tells the others now, with all that it has been given."""
+        exchange, load, counts = self.exchange, self._load, self._counts
+        assert exchange is not None
+        running = min(self._outstanding - min(load.waiting, self._outstanding), self.max_num_seqs)
+        speed = self._predict(load.context)
+        asked = load if load.decoding else Load(max(running, 1), load.context)
+        return Occupancy(
+            steps=counts.steps,
+            arm=counts.arm,
+            running=running,
+            waiting=self._outstanding - running,
+            context=load.context,
+            age=max(0.0, load.context - self._prompt_tokens / max(self._samples, 1)),
+            finished=counts.finished,
+            claimed=exchange.machine.claimed,
+            asked=int(self.asked()),
+            num_drafts=counts.num_drafts,
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            seconds=time.monotonic() - self._started,
+            prefill_seconds=speed.prefill_seconds,
+            seconds_per_token=self.toggle.seconds_per_token(asked),
+            curve=speed.curve,
+        )
+
+    def _predict(self, context: float) -> _Speed:
+        """Kept while the context is much the same: it takes many predictions."""
+        if not self._speed.holds(context):
+            step = partial(self.toggle.cost.step_seconds, OFF)
+            prefill = max(0.0, step(Load(1, context, PREFILL_TOKENS)) - step(Load(1, context))) / PREFILL_TOKENS
+            curve = tuple(min(self.toggle.seconds_per_token(Load(batch, context))) for batch in CURVE_BATCHES)
+            self._speed = _Speed(context, prefill, curve)
+        return self._speed
+
+
+class AgreedControl:
+    """The orders of a replica's leader on all of its ranks: new ones at every so many steps, in between the last arm alone.
+
+    Where the borders are is agreed without asking: the ranks' engines call equally often.
+    """
+
+    def __init__(
+        self,
+        leader: Control | None,
+        group: dist.ProcessGroup | None,
+        arms: Sequence[Arm],
+        requests: Sequence[RolloutRequest],
+        interval: int,
+        alive: Callable[[], None] = unwatched,
+    ) -> None:
+        """
+        Args:
+            leader: on the group's first rank; None on the others.
+            group: the replica's ranks, over gloo; None for one rank.
+            arms: OFF and all that the leader may order, the same on all ranks.
+            requests: of the whole cluster, the same on all ranks.
+            interval: steps between two borders.
+            alive: told after each step, and where this rank has none, at each word of its leader.
+        """
+        self.leader = leader
+        self.alive = alive
+        self.group = group
+        self.arms = (OFF, *(arm for arm in arms if arm != OFF))
+        self.requests = {request.prompt_index: request for request in requests}
+        self.interval = interval
+        self._calls = 0
+        self._last = Orders()
+
+    def orders(self, load: Load) -> Orders:
+        at_border = self._calls % self.interval == 0
+        self._calls += 1
+        if at_border:
+            orders = self._agreed(load)
+            self._last = Orders(orders.arm, is_last=orders.is_last)
+            return orders
+        return self._last
+
+    def released(self, partials: list[PartialRollout]) -> None:
+        if self.leader is not None:
+            self.leader.released(partials)
+
+    def observe(self, outcome: StepOutcome) -> None:
+        self.alive()
+        if self.leader is not None:
+            self.leader.observe(outcome)
+
+    def _agreed(self, load: Load) -> Orders:
+        if self.group is None:
+            assert self.leader is not None
+            return self.leader.orders(load)
+        return self._send(self.leader.orders(load)) if self.leader is not None else self._receive()
+
+    def _send(self, orders: Orders) -> Orders:
+        """Tell the other ranks: always a header, and what prompts and sequences there are."""
+        payload = b""
+        if orders.requests or orders.arrivals:
+            prompts = [request.prompt_index for request in orders.requests]
+            payload = pickle.dumps((prompts, [arrival.partial for arrival in orders.arrivals]))
+        header = [self.arms.index(orders.arm), orders.release, orders.is_last, orders.interrupts, len(payload)]
+        self._broadcast(torch.tensor(header, dtype=torch.int64))
+        if payload:
+            self._broadcast(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        return orders
+
+    def _receive(self) -> Orders:
+        arm, release, is_last, interrupts, size = self._broadcast(torch.zeros(5, dtype=torch.int64)).tolist()
+        self.alive()
+        prompts: list[int] = []
+        partials: list[PartialRollout] = []
+        if size:
+            prompts, partials = load_message(self._broadcast(torch.empty(size, dtype=torch.uint8)).numpy().tobytes())
+        requests = tuple(self.requests[index] for index in prompts)
+        arrivals = tuple(Arrival(self.requests[part.prompt_index], part) for part in partials)
+        return Orders(self.arms[arm], requests, arrivals, release, bool(is_last), bool(interrupts))
+
+    def _broadcast(self, tensor: Tensor) -> Tensor:
+        dist.broadcast(tensor, group=self.group, group_src=0)
+        return tensor

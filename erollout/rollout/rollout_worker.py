@@ -1,0 +1,341 @@
+"""The rollout of one step on all decode replicas: refit, generate, score while generating, gather."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from erollout.config import Config
+from erollout.data.prompts import PromptDataset
+from erollout.drafter.drafter import RequantizeStats
+from erollout.drafter.self_speculation import SelfSpeculation
+from erollout.engine.engine import Engine
+from erollout.engine.model.decode_layout import decode_placement
+from erollout.engine.orders import Control
+from erollout.engine.sampling.random import request_seed
+from erollout.parallel.collectives import all_gather
+from erollout.parallel.groups import ParallelContext
+from erollout.policy.architecture import Architecture
+from erollout.policy.initialization import first_weights
+from erollout.resharding.executor import Resharder, ReshardStats, wire_dtype
+from erollout.resharding.planner import plan_for_rank
+from erollout.resharding.transport import ProcessGroupTransport
+from erollout.rewards.failures import AllScoringFailed, FailureLog
+from erollout.rewards.pool import RewardPool
+from erollout.rollout.control import never_asked, unwatched
+from erollout.rollout.partial import KeptRollouts, RolloutInterrupted, as_partial, fitting, keep
+from erollout.rollout.steering import Course, Steering
+from erollout.speculation.statistics import SpeculationStatistics, merge
+from erollout.types import PartialRollout, Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+TRAINING_STREAM, EVALUATION_STREAM = 0, 1
+"""Streams of random numbers: evaluation never repeats the noise of training."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutResult:
+    """What every rank knows after a rollout."""
+
+    scored: list[ScoredRollout]
+    """All replicas' samples, ordered by prompt and sample."""
+    reports: list[dict[str, float]]
+    """One per decode replica: tokens, seconds, scoring errors."""
+    speculation: SpeculationStatistics
+    """Of all replicas together."""
+    courses: list[Course]
+    """One per decode replica: what was decided."""
+    resumed_samples: int
+    """Complete or begun when it started: an interrupted attempt left them."""
+    kept_tokens: int
+    """Of theirs, not sampled again."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Responses that were not scored, by kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefitStats:
+    """What taking over a policy took, on this rank."""
+
+    reshard: ReshardStats
+    requantize: RequantizeStats | None
+    """None without a drafter. Its seconds are part of the reshard's: it works on tensors as they land."""
+
+
+class RolloutWorker:
+    """This rank's part of a decode replica. All methods are collective over the world."""
+
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        context: ParallelContext,
+        tokenizer: PreTrainedTokenizerBase,
+        rewards: RewardPool,
+        asked: Callable[[], bool] = never_asked,
+        alive: Callable[[], None] = unwatched,
+    ) -> None:
+        """
+        Args:
+            asked: whether this process was asked to stop, which interrupts a rollout.
+            alive: told at each step of the engine that a rollout goes on.
+        """
+        self.config = config
+        self.context = context
+        self.tokenizer = tokenizer
+        self.rewards = rewards
+        self._asked = asked
+        max_model_len = config.model.max_position_embeddings or architecture.max_position_embeddings
+        self.engine = Engine(
+            architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
+        )
+        self.speculation = SelfSpeculation(config, self.engine) if config.speculation.mode != "off" else None
+        self.steering = Steering(config, context, self.engine, self.speculation, asked, alive)
+        self.resharder = self._build_resharder(architecture)
+        self._failures = FailureLog()
+        self._states: tuple[str, ...] = ()
+        """On or off, at the batches of the last reasons that were logged."""
+
+    def refit(self, policy: dict[str, Tensor], policy_version: int) -> RefitStats:
+        """Take over the policy's weights from the training layout, and make the drafter of them as they land."""
+        stats = self.resharder.run(policy, self.engine.local_tensors())
+        return RefitStats(stats, self._updated(policy_version))
+
+    def load_weights(self) -> RequantizeStats | None:
+        """Take the configured model's weights instead of a policy's: for sampling without training. None without a drafter."""
+        architecture, decode = self.engine.architecture, self.context.decode
+        placement = decode_placement(architecture, decode.tensor, decode.tensor_rank(self.context.rank))
+        first_weights(self.engine.local_tensors(), architecture, self.config.model, placement, self.config.train.seed)
+        if self.speculation is not None:
+            self.speculation.all_landed()
+        return self._updated(0)
+
+    def rollout(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        group_size: int,
+        stream: int,
+        step: int,
+        speculates: bool = True,
+        learns: bool | None = None,
+        kept: KeptRollouts | None = None,
+    ) -> RolloutResult:
+        """Sample every prompt group_size times and score the samples.
+
+        Args:
+            prompts: of the whole cluster, the same on every rank; the coordinator says which replica takes which.
+            stream: TRAINING_STREAM or EVALUATION_STREAM.
+            speculates: false: without drafts, whatever the mode.
+            learns: whether acceptance and costs are learnt from it for later ones; default: in training alone.
+            kept: what an interrupted attempt at this rollout left.
+
+        Raises RolloutInterrupted. Then the run is to end: what is being scored is not waited for.
+        """
+        seed = self.config.train.seed * 2 + stream
+        requests = [
+            RolloutRequest(p.index, p.prompt_ids, group_size, sampling, request_seed(seed, step, p.index)) for p in prompts
+        ]
+        by_index = {p.index: p for p in prompts}
+        trains = stream == TRAINING_STREAM
+        before = fitting(kept, requests, step)
+        self.engine.wake_up()
+        control = self.steering.begin(before.resume(requests), trains if learns is None else learns, speculates)
+        rollouts = self._completed(before, by_index) + self._generate(control, by_index)
+        course = self.steering.end(self._decisions_file(step) if trains else None)
+        if self.steering.was_interrupted:
+            self.engine.sleep()
+            raise RolloutInterrupted(self._kept(before, requests, rollouts) if trains else None)
+        if self.speculation is not None and trains:
+            due = step % self.config.speculation.drafter.statistics_interval == 0
+            if due or not self.speculation.has_learned:  # the first rollout of a resumed run too
+                self.speculation.learn_from(rollouts)
+        self.engine.sleep()
+        parts = self._gather(rollouts, course)
+        if any(part.scoring_was_cut for part in parts):
+            logger.info("asked to stop while responses were scored: the next attempt scores them")
+            found = (as_partial(rollout) for part in parts for rollout in part.rollouts)
+            raise RolloutInterrupted(keep(requests, found) if trains else None)
+        result = _merged(parts, by_index, before, self._count_failures(parts, step))
+        _require_complete(result, len(prompts) * group_size)
+        if trains:
+            self._say_why(course)
+        if trains:
+            self.steering.lengths = tuple(sorted(len(s.rollout.response_ids) for s in result.scored))
+        return result
+
+    def evaluate(self, data: PromptDataset, step: int, speculates: bool = True, learns: bool | None = None) -> RolloutResult:
+        """Sample and score the held-out prompts as the evaluation section says; as `rollout` otherwise."""
+        options = self.config.evaluation
+        prompts = [data.prompt(i) for i in range(min(options.num_prompts, len(data)))]
+        sampling = self.sampling_params(options.temperature)
+        return self.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, step, speculates, learns)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later rollouts know from earlier ones, as JSON."""
+        drafter = {"drafter": self.speculation.state_dict()} if self.speculation is not None else {}
+        return self.steering.state_dict() | drafter
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """None: of a checkpoint in which there is nothing."""
+        if state is None:
+            return
+        if self.speculation is not None and "drafter" in state:
+            self.speculation.load_state_dict(state["drafter"])
+        self.steering.load_state_dict(state)
+
+    def sampling_params(self, temperature: float | None = None) -> SamplingParams:
+        """The configured distribution; evaluation may have its own temperature."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            temperature=rollout.temperature if temperature is None else temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            min_p=rollout.min_p,
+            repetition_penalty=rollout.repetition_penalty,
+            max_tokens=rollout.max_tokens,
+            stop_token_ids=self._stop_token_ids(),
+            stop=rollout.stop,
+            ignore_eos=rollout.ignore_eos,
+        )
+
+    def _updated(self, policy_version: int) -> RequantizeStats | None:
+        """Engine and drafter now hold this version."""
+        self.engine.weights_updated(policy_version)
+        return self.speculation.complete(policy_version) if self.speculation is not None else None
+
+    def _generate(self, control: Control, prompts: dict[int, Prompt]) -> list[Rollout]:
+        if not self.context.is_decode_leader:
+            return self.engine.run(control)
+        return self.engine.run(control, lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r)))
+
+    def _completed(self, kept: KeptRollouts, prompts: dict[int, Prompt]) -> list[Rollout]:
+        """This replica's share of the responses that were complete before: they are scored here."""
+        decode = self.context.decode
+        rollouts = kept.completed(prompts, self.engine.policy_version or 0)
+        mine = rollouts[decode.replica(self.context.rank) :: decode.replicas]
+        for rollout in mine if self.context.is_decode_leader else ():
+            self.rewards.submit(prompts[rollout.prompt_index], rollout, self.text(rollout))
+        return mine
+
+    def _kept(self, before: KeptRollouts, requests: Sequence[RolloutRequest], rollouts: list[Rollout]) -> KeptRollouts:
+        """What all replicas and earlier attempts have, on every rank."""
+        mine: list[PartialRollout] = []
+        if self.context.is_decode_leader:
+            mine = [*self.engine.left, *map(as_partial, rollouts)]
+        return keep(requests, [*before.samples, *(sample for part in all_gather(mine) for sample in part)])
+
+    def _say_why(self, course: Course) -> None:
+        """Log why the first replica speculates or not: in its first rollout, and when that changes."""
+        states = tuple(reason.partition(":")[0] for reason in course.why)
+        if self.context.rank == 0 and self.speculation is not None and states != self._states:
+            self._states = states
+            logger.info("speculation in training rollouts: %s", "; ".join(course.why))
+
+    def _decisions_file(self, step: int) -> Path | None:
+        interval = self.config.speculation.trace_interval
+        if not interval or step % interval or self.config.speculation.mode == "off":
+            return None
+        replica = self.context.decode.replica(self.context.rank)
+        return Path(self.config.train.output_dir) / "decisions" / f"step_{step:08d}.replica_{replica:05d}.csv.gz"
+
+    def text(self, rollout: Rollout) -> str:
+        """The response as the scorer sees it."""
+        return self.engine.response_text(rollout.response_ids)
+
+    def _gather(self, rollouts: list[Rollout], course: Course) -> "list[_Contribution]":
+        """Every replica's rollouts and rewards on every rank."""
+        contribution: _Contribution | None = None
+        if self.context.is_decode_leader:
+            rewards = self.rewards.collect(self._asked)
+            failed = len(rewards) < len(rollouts) or any(reward.error is not None for reward in rewards.values())
+            report = self._report(rollouts, rewards)
+            speculation = self.engine.stats.speculation
+            contribution = _Contribution(rollouts, rewards, report, speculation, course, failed and self._asked())
+        return [part for part in all_gather(contribution) if part is not None]
+
+    def _count_failures(self, parts: "list[_Contribution]", step: int) -> Counter[str]:
+        """By kind; the first of each is logged. Raises AllScoringFailed, where the configuration says so."""
+        rewards = [reward for part in parts for reward in part.rewards.values()]
+        errors = [reward.error for reward in rewards if reward.error is not None]
+        counts, new = self._failures.note(errors)
+        if self.context.rank == 0:
+            for error in new:
+                logger.warning("step %d: a response was not scored, and has rewards.error_value: %s", step + 1, error)
+        if errors and len(errors) == len(rewards) and self.config.rewards.stop_when_all_fail:
+            raise AllScoringFailed(
+                f"step {step + 1}: none of {len(rewards)} responses was scored; the first: {errors[0]}; mend the scorer (or "
+                "rewards.timeout_seconds), or set rewards.stop_when_all_fail = false"
+            )
+        return counts
+
+    def _report(self, rollouts: list[Rollout], rewards: dict[tuple[int, int], Reward]) -> dict[str, float]:
+        stats = self.engine.stats
+        return {
+            "seconds": stats.seconds,
+            "tokens": float(sum(len(r.response_ids) for r in rollouts)),
+            "preemptions": float(stats.preemptions),
+            "decode_steps": float(stats.steps),
+            "scoring_errors": float(sum(r.error is not None for r in rewards.values())),
+        }
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        eos = self.tokenizer.eos_token_id
+        ends = (*self.engine.architecture.eos_token_ids, *(() if eos is None else (eos,)), *self.config.rollout.stop_token_ids)
+        return tuple(dict.fromkeys(ends))
+
+    def _build_resharder(self, architecture: Architecture) -> Resharder:
+        context, sent = self.context, wire_dtype(DTYPES[self.config.model.dtype], DTYPES[self.config.rollout.dtype])
+        plan = plan_for_rank(architecture, context.train, context.decode, context.rank, decode_placement, sent.itemsize)
+        hook = self.speculation.tensor_landed if self.speculation is not None else None
+        return Resharder(plan, ProcessGroupTransport(None, context.device), sent, context.device, hook)
+
+
+@dataclass(frozen=True, slots=True)
+class _Contribution:
+    """What a replica tells the others."""
+
+    rollouts: list[Rollout]
+    rewards: dict[tuple[int, int], Reward]
+    report: dict[str, float]
+    speculation: SpeculationStatistics
+    course: Course
+    scoring_was_cut: bool
+    """The replica was asked to stop before all was scored, or scoring failed then: what a scorer had started may have had the
+    signal too."""
+
+
+def _merged(
+    parts: list[_Contribution], prompts: dict[int, Prompt], kept: KeptRollouts, failures: Counter[str]
+) -> RolloutResult:
+    scored: dict[tuple[int, int], ScoredRollout] = {}
+    for part in parts:
+        for rollout in part.rollouts:
+            key = rollout.prompt_index, rollout.sample_index
+            # Two replicas that had lost each other may both have made it: the first one's counts.
+            scored.setdefault(key, ScoredRollout(rollout, part.rewards[key].value, prompts[rollout.prompt_index].task))
+    order = {index: position for position, index in enumerate(prompts)}
+    return RolloutResult(
+        sorted(scored.values(), key=lambda s: (order[s.rollout.prompt_index], s.rollout.sample_index)),
+        [part.report for part in parts],
+        merge(part.speculation for part in parts),
+        [part.course for part in parts],
+        len(kept.samples),
+        kept.num_tokens,
+        failures,
+    )
+
+
+def _require_complete(result: RolloutResult, responses: int) -> None:
+    """RuntimeError where responses are missing: a replica left the rollout early."""
+    if missing := responses - len(result.scored):
+        raise RuntimeError(f"{missing} of {responses} responses are missing: a replica left the rollout before its end")

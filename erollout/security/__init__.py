@@ -1,0 +1,1 @@
+"""What keeps strangers out: restricted unpickling, and texts without credentials."""

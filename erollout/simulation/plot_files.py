@@ -1,0 +1,48 @@
+"""Simulated rollouts as PNG files, for `erollout simulate --out`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from erollout.errors import UserError
+from erollout.plots.replica_timeline import Lane, occupancy
+from erollout.plots.simulated_rollouts import Bar, rollout_times, utilisation
+from erollout.simulation.experiment import Outcome, Strategy
+from erollout.simulation.replica import Span
+from erollout.simulation.report import Summary
+from erollout.speculation.trace import Bin, binned
+
+BINS = 200
+"""Of a rollout's time."""
+
+
+def draw(out: Path, outcomes: Sequence[Outcome], summaries: Sequence[Summary]) -> None:
+    """`rollouts.png`; of each strategy's first rollout, `occupancy-<strategy>.png`; and `utilisation.png`. Raises UserError."""
+    bars = [
+        Bar(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.hand_out}", s.seconds.mean, s.seconds.half) for s in summaries
+    ]
+    figures = {"rollouts": rollout_times(bars)}
+    first: dict[Strategy, Outcome] = {}
+    for outcome in outcomes:
+        first.setdefault(outcome.strategy, outcome)
+    shares = {}
+    for strategy, outcome in first.items():
+        lanes = [
+            Lane(f"replica {index}", outcome.seconds, bins_of(spans, outcome.seconds))
+            for index, spans in enumerate(outcome.spans)
+        ]
+        figures[f"occupancy-{'-'.join((strategy.mode, strategy.policy, strategy.hand_out))}"] = occupancy(
+            lanes, title=str(strategy)
+        )
+        at = [index * outcome.seconds / BINS for index in range(BINS)]
+        shares[str(strategy)] = at, [sum(lane.bins[index].busy for lane in lanes) / len(lanes) for index in range(BINS)]
+    figures["utilisation"] = utilisation(shares)
+    try:
+        for name, figure in figures.items():
+            figure.savefig(out / f"{name}.png", dpi=120)
+    except OSError as error:
+        raise UserError(f"can't write to --out {out}: {error.strerror}") from error
+
+
+def bins_of(spans: Sequence[Span], seconds: float) -> list[Bin]:
+    """Equal parts of [0, seconds)."""
+    return binned(((s.start, s.end, s.running, 0.0, s.arm.num_speculative_tokens) for s in spans), BINS, seconds)

@@ -1,0 +1,54 @@
+"""Where the simulated steps' seconds come from: a calibration, or a device's and a model's published figures."""
+
+from pathlib import Path
+
+from erollout.calibration.devices import find_hardware, nominal_roofline
+from erollout.calibration.file import load_calibration
+from erollout.calibration.model_size import known_model, model_size
+from erollout.config import ModelConfig
+from erollout.errors import UserError
+from erollout.policy.architecture import Architecture
+from erollout.policy.families import policy_architecture
+from erollout.speculation.cost.cost_model import PassTimes
+
+DEFAULT_FORMAT = "w4a16_clip"
+
+
+def read_passes(
+    calibration: str | None, hardware: str | None, model: str | None, drafter: str | None, tensor_parallel: int
+) -> tuple[PassTimes, str]:
+    """Times of passes, and the drafter's format. See `erollout simulate --help` for the arguments. Raises UserError."""
+    if calibration is not None:
+        if hardware is not None or model is not None:
+            raise UserError("--calibration says hardware and model; leave --hardware and --model away")
+        return _calibrated(calibration, drafter, tensor_parallel)
+    if hardware is None or model is None:
+        raise UserError("name --calibration, or both --hardware and --model")
+    format = drafter or DEFAULT_FORMAT
+    size = model_size(_architecture(model), [format], tensor_parallel)
+    return PassTimes(nominal_roofline(size, find_hardware(hardware), [format])), format
+
+
+def _calibrated(path: str, drafter: str | None, tensor_parallel: int) -> tuple[PassTimes, str]:
+    calibration = load_calibration(path)
+    ranks, formats = calibration.identity.tensor_model_parallel_size, calibration.identity.formats
+    if ranks != tensor_parallel:
+        raise UserError(
+            f"calibration {path} is of {ranks} GPUs per replica; set --tensor-parallel {ranks}, or give another one"
+        )
+    format = drafter or next(iter(formats), DEFAULT_FORMAT)
+    if format not in formats:
+        raise UserError(f"calibration {path} has no drafter {format}; choose --drafter from {', '.join(formats) or 'none'}")
+    return calibration.passes(), format
+
+
+def _architecture(model: str) -> Architecture:
+    """Of a published model by its name, or of a folder or file with a Hugging Face configuration."""
+    path = Path(model)
+    if path.exists():
+        folder = str(path.parent if path.is_file() else path)
+        return policy_architecture(ModelConfig(path=folder))  # type: ignore[call-arg]  # mypy does not see through _section
+    known = known_model(model)
+    if known is None:
+        raise UserError(f"--model {model} is no folder with a config.json, and no published model that is known by name")
+    return known

@@ -1,0 +1,310 @@
+"""Everything about a run that can be checked and worked out before a process group starts."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from itertools import chain
+from math import prod
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from erollout.calibration.file import Identity, calibration_of_run
+from erollout.calibration.model_size import describe_shape
+from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.checkpoint.resume import RunKind, check_newest
+from erollout.checkpoint.run_lock import LOCK
+from erollout.config import Config
+from erollout.data.datasets import build_datasets
+from erollout.data.prompts import PromptDataset, PromptLimits
+from erollout.data.tokenizer import load_tokenizer
+from erollout.drafter.assignment import LM_HEAD, assign_formats
+from erollout.drafter.formats import check_shape
+from erollout.drafter.self_speculation import AUTO, FIRST_FORMAT, drafter_names
+from erollout.engine.kv_cache import num_blocks, num_bytes
+from erollout.engine.model.decode_layout import decode_placement
+from erollout.errors import UserError
+from erollout.parallel.groups import current_rank, expected_world_size, resolve_layouts
+from erollout.parallel.layout import DecodeLayout, TrainLayout
+from erollout.parallel.placement import Placement
+from erollout.policy.architecture import Architecture
+from erollout.policy.families import policy_architecture
+from erollout.policy.hf_export import check_destination
+from erollout.policy.hf_io import check_weights
+from erollout.policy.training_layout import training_placement
+from erollout.resilience.stopping import VERDICT
+from erollout.rewards.probe import ScorerProbe
+from erollout.rewards.scorers import Scorer, build_scorer
+from erollout.schedulers.ray_cluster import find_cluster
+from erollout.tracking.address import has_own_store, store_uri, uri_source
+from erollout.tracking.store import MlflowStore
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What follows from the architecture alone."""
+
+    architecture: Architecture
+    train: TrainLayout
+    decode: DecodeLayout
+    trained_parameters: int
+    """Of the rank that holds most."""
+    decoded_parameters: int
+    training_bytes: int
+    """Weights, float32 gradients and Adam's state of the rank that holds most; activations come on top."""
+    decoding_bytes: int
+    """Decode weights and KV cache of one rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved(Sizes):
+    """What the configuration comes to on this world."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_data: PromptDataset
+    test_data: PromptDataset | None
+    scorer: Scorer
+
+
+def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) -> Resolved:
+    """Check model, tokenizer, layouts, data, scorer and tracking store. Raises UserError for the first thing that is wrong.
+
+    Args:
+        kind: of a run that saves and goes on; a supervised one needs no scorer, and no room for responses. None: no such run.
+        scores: whether rank 0 tries the scorer; false where another process has done it.
+    """
+    rolls_out = kind != "supervised"
+    architecture = policy_architecture(config.model)
+    sizes = work_out(config, architecture, rolls_out)
+    tokenizer = load_tokenizer(config.tokenizer_path, architecture.vocab_size)
+    if rolls_out:
+        _check_pool(config)
+    if config.model.path is not None:
+        check_weights(config.model.path, architecture)
+    _check_export(config)
+    check_places(config)
+    if kind is not None:
+        check_newest(architecture, config, kind)
+    scorer = build_scorer(config.rewards, config.data)
+    with _probe(config, scorer, rolls_out and scores) as probe:
+        train_data, test_data = build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
+        _check_first_items(train_data, test_data, rolls_out)
+        if probe is not None:
+            _check_scorer(config, probe, train_data, test_data)
+    _check_store(config)
+    return Resolved(
+        **{field.name: getattr(sizes, field.name) for field in fields(sizes)},
+        tokenizer=tokenizer,
+        train_data=train_data,
+        test_data=test_data,
+        scorer=scorer,
+    )
+
+
+def work_out(config: Config, architecture: Architecture, rolls_out: bool = True) -> Sizes:
+    """Layouts and sizes. Raises UserError where they don't fit the architecture or each other."""
+    train, decode = resolve_layouts(config, expected_world_size(config))
+    if rolls_out:
+        check_context(config, architecture)
+        _check_stop_ids(config, architecture)
+        _check_cache(config, architecture)
+    with _named(f"parallel.tensor_model_parallel_size = {train.tensor}, pipeline_model_parallel_size = {train.pipeline}"):
+        trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
+    with _named(f"rollout.tensor_model_parallel_size = {decode.tensor}"):
+        decoded_placement = decode_placement(architecture, decode.tensor, 0)
+        decoded = _parameters(decoded_placement)
+    if rolls_out:
+        check_drafter(config, decoded_placement)
+        check_calibration(config, architecture)
+    return Sizes(
+        architecture=architecture,
+        train=train,
+        decode=decode,
+        trained_parameters=trained,
+        decoded_parameters=decoded,
+        training_bytes=trained * _training_bytes_per_parameter(config, train),
+        decoding_bytes=decoded * _BYTES[config.rollout.dtype] + num_bytes(config.rollout, architecture),
+    )
+
+
+@contextmanager
+def _named(keys: str) -> Iterator[None]:
+    """Says which keys a layout that doesn't fit the model comes from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{keys}: {error}") from error
+
+
+def prompt_limits(config: Config, architecture: Architecture) -> PromptLimits:
+    context = config.model.max_position_embeddings or architecture.max_position_embeddings
+    return PromptLimits(config.rollout.max_prompt_tokens, context)
+
+
+def check_context(config: Config, architecture: Architecture) -> None:
+    """Prompt and response must fit the model's context together."""
+    context = prompt_limits(config, architecture).context_tokens
+    wanted = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+    if wanted > context:
+        raise UserError(
+            f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one"
+        )
+
+
+def _check_stop_ids(config: Config, architecture: Architecture) -> None:
+    for token_id in config.rollout.stop_token_ids:
+        if token_id >= architecture.vocab_size:
+            raise UserError(
+                f"rollout.stop_token_ids = {token_id} is none of the model's {architecture.vocab_size} tokens; remove it"
+            )
+
+
+def _check_cache(config: Config, architecture: Architecture) -> None:
+    """Longer prompts than one token need more: the engine looks at each."""
+    blocks, rollout = num_blocks(config.rollout, architecture), config.rollout
+    needed = -(-rollout.max_tokens // rollout.block_size)
+    if needed > blocks:
+        raise UserError(
+            f"rollout.max_tokens = {rollout.max_tokens} need {needed} KV blocks of a response but the pool has {blocks}; raise "
+            "rollout.kv_cache_gib or rollout.num_kv_blocks"
+        )
+
+
+def check_drafter(config: Config, placement: Placement) -> None:
+    """The drafter's formats are known, ModelOpt is there to make them, and they fit the shards of a decode rank."""
+    if config.speculation.mode == "off":
+        return
+    if importlib.util.find_spec("modelopt") is None:
+        raise UserError(
+            f"speculation.mode = {config.speculation.mode} needs NVIDIA ModelOpt, which makes the drafter; "
+            "install it: pip install 'erollout[modelopt]', or set speculation.mode = off"
+        )
+    options = config.speculation.drafter
+    shapes = {t.name.removesuffix(".weight"): t.shape for t in placement if len(t.shape) == 2}
+    embedding = shapes.pop("embed_tokens")
+    shapes.setdefault(LM_HEAD, embedding)
+    overrides = [(override.pattern, override.format) for override in options.overrides]
+    for name in (options.format, *options.alternatives):
+        default = FIRST_FORMAT if name == AUTO else name
+        for layer, format in assign_formats(shapes, default, overrides, options.lm_head).items():
+            if format is not None:
+                check_shape(layer, format, (shapes[layer][0], shapes[layer][1]), options.group_size)
+
+
+def check_calibration(config: Config, architecture: Architecture) -> None:
+    """A named calibration can be read and is of this model, layout and drafters; the ranks look at their hardware."""
+    path = config.speculation.calibration
+    if path is None or config.speculation.mode == "off":
+        return
+    calibration_of_run(
+        path,
+        lambda found: Identity(
+            describe_shape(architecture),
+            found.identity.hardware,
+            config.rollout.tensor_model_parallel_size,
+            drafter_names(config.speculation.drafter),
+            config.rollout.dtype,
+        ),
+    )
+
+
+def _check_first_items(train_data: PromptDataset, test_data: PromptDataset | None, rolls_out: bool) -> None:
+    """Items are made and tokenized as they are needed: a task that the tokenizer can't write, or that has no solutions to
+    learn from, shows in its first ones.
+    """
+    train_data.prompt(0)
+    if test_data is not None:
+        test_data.prompt(0)
+    if not rolls_out:
+        train_data.supervised_example(0)
+
+
+def _probe(config: Config, scorer: Scorer, scores: bool) -> AbstractContextManager[ScorerProbe | None]:
+    """Begun before the data is read: it loads the scorer meanwhile."""
+    return ScorerProbe(scorer, config.rewards.timeout_seconds) if scores and current_rank() == 0 else nullcontext()
+
+
+def _check_scorer(config: Config, probe: ScorerProbe, train_data: PromptDataset, test_data: PromptDataset | None) -> None:
+    """A user's function scores the first item; the task's own reads all reference answers that time allows."""
+    probe.require_scores(train_data.prompt(0), train_data.solution(0))
+    if config.data.kind == "file" and config.rewards.function is None:
+        probe.require_readable(chain.from_iterable(data.unrendered() for data in (train_data, test_data) if data is not None))
+
+
+def _check_pool(config: Config) -> None:
+    """Better known before models are loaded; each rank that scores joins the cluster later."""
+    if config.rewards.pool == "ray" and current_rank() == 0:
+        find_cluster("auto", "rewards.pool = ray")
+
+
+def _check_store(config: Config) -> None:
+    """A new run's tracking store must answer; a resumed one keeps its records until the store is back."""
+    resumes = config.checkpoint.resume and complete_checkpoints(config.checkpoint_directory)
+    if current_rank() == 0 and config.tracking.enabled and not has_own_store(config.tracking) and not resumes:
+        MlflowStore(store_uri(config.tracking, config.train.output_dir), uri_source(config.tracking)).check()
+
+
+def _check_export(config: Config) -> None:
+    """The export replaces its directory, so it must not be one that the run reads."""
+    export = config.checkpoint.export_path
+    sources = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+    for key, source in sources.items():
+        if export and source and Path(export).resolve() == Path(source).resolve():
+            raise UserError(f"checkpoint.export_path = {export} is also {key}; choose another directory")
+    if export:
+        check_destination(Path(export), Path(config.tokenizer_path))
+
+
+def check_places(config: Config) -> None:
+    """Whatever the run writes can be written: better known now than at the first checkpoint."""
+    require_writable("train.output_dir", Path(config.train.output_dir))
+    for name in (VERDICT, LOCK):
+        if (file := Path(config.train.output_dir) / name).is_dir():
+            raise UserError(f"train.output_dir: {file} is a directory, where a run leaves a file; move it away")
+    if config.checkpoint.interval:
+        require_writable("checkpoint.directory", config.checkpoint_directory)
+    if config.checkpoint.export_path:
+        require_writable("checkpoint.export_path", Path(config.checkpoint.export_path).parent)
+
+
+def require_writable(key: str, directory: Path) -> None:
+    """Raise UserError unless the directory is there or can be made, and takes files. Makes nothing."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{key} = {directory} can't be a directory: {there} is a file; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key} = {directory} can't be written: no permission in {there}; choose another place")
+
+
+def _distinct_ranks(layout: TrainLayout) -> tuple[int, ...]:
+    """One rank for every different shard."""
+    return layout.model_replica(0)
+
+
+def _parameters(placement: Placement) -> int:
+    return sum(prod(tensor.shape) for tensor in placement)
+
+
+def _training_bytes_per_parameter(config: Config, train: TrainLayout) -> int:
+    """Weights, float32 gradient, two Adam moments and, for bfloat16, a float32 main copy."""
+    weights = _BYTES[config.model.dtype]
+    optimizer = 8 + (4 if config.model.dtype == "bfloat16" else 0)
+    if config.optimizer.use_distributed_optimizer:
+        optimizer = -(-optimizer // train.data)
+    return weights + 4 + optimizer
+
+
+def resolved_facts(resolved: Resolved) -> dict[str, str | int | float]:
+    """What is tracked beside the configuration."""
+    return {
+        "world_size": resolved.train.world_size,
+        "data_parallel_size": resolved.train.data,
+        "decode_replicas": resolved.decode.replicas,
+        "parameters": resolved.architecture.num_parameters(),
+        "trained_parameters_per_rank": resolved.trained_parameters,
+        "decoded_parameters_per_rank": resolved.decoded_parameters,
+    }

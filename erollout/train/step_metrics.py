@@ -1,0 +1,131 @@
+"""The numbers of one step, from what its phases returned. Pure."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from erollout.config import Config
+from erollout.drafter.drafter import RequantizeStats
+from erollout.rollout.rollout_worker import RefitStats, RolloutResult
+from erollout.security.redaction import redact
+from erollout.speculation.statistics import SpeculationStatistics
+from erollout.tracking.address import store_uri
+from erollout.tracking.metrics import SCORING_ERRORS, summarize_lengths
+
+_FEW = 10
+"""Steps that the first and the last reward are averaged over."""
+
+
+def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) -> dict[str, float]:
+    """Rewards, lengths and speeds of a step whose rollout phase took `seconds`."""
+    requantize_seconds = refit.requantize.seconds if refit.requantize is not None else 0.0
+    reshard = replace(refit.reshard, seconds=refit.reshard.seconds - requantize_seconds)
+    scored = result.scored
+    rewards = [s.reward for s in scored]
+    lengths = [len(s.rollout.response_ids) for s in scored]
+    mean = sum(rewards) / len(rewards)
+    tokens = sum(lengths)
+    metrics = {
+        "reward/mean": mean,
+        "reward/std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
+        SCORING_ERRORS: sum(report["scoring_errors"] for report in result.reports),
+        "rollout/truncated_fraction": sum(s.rollout.finish_reason == "length" for s in scored) / len(scored),
+        "rollout/tokens": float(tokens),
+        "rollout/tokens_per_second": (tokens - result.kept_tokens) / max(seconds, 1e-9),
+        "rollout/resumed_samples": float(result.resumed_samples),
+        "rollout/kept_tokens": float(result.kept_tokens),
+        "rollout/preemptions": sum(report["preemptions"] for report in result.reports),
+        "rollout/slowest_replica_seconds": max(report["seconds"] for report in result.reports),
+        "rollout/fastest_replica_seconds": min(report["seconds"] for report in result.reports),
+        "rollout/decode_steps": sum(report["decode_steps"] for report in result.reports),
+        "reshard/seconds": reshard.seconds,
+        "reshard/gigabytes_per_second": reshard.gigabytes_per_second,
+    }
+    metrics |= {f"{SCORING_ERRORS}/{kind}": float(number) for kind, number in result.failures.items()}
+    metrics |= course_metrics([course.metrics for course in result.courses])
+    if refit.requantize is not None:
+        metrics |= speculation_metrics(result.speculation, refit.requantize)
+    metrics |= {f"response_length/{name}": value for name, value in summarize_lengths(lengths).items()}
+    tasks = sorted({s.task for s in scored})
+    if len(tasks) > 1:
+        for task in tasks:
+            mine = [s.reward for s in scored if s.task == task]
+            metrics[f"reward/{task}"] = sum(mine) / len(mine)
+    return metrics
+
+
+def course_metrics(replicas: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What toggle and coordinator did, of all replicas: means of the one, sums of the other (of shares the largest)."""
+    metrics = {}
+    for name in dict.fromkeys(name for replica in replicas for name in replica):
+        values = [replica[name] for replica in replicas if name in replica]
+        if name.startswith("toggle/"):
+            metrics[name] = sum(values) / len(values)
+        else:
+            metrics[name] = max(values) if name.endswith("_share") else sum(values)
+    return metrics
+
+
+def speculation_metrics(statistics: SpeculationStatistics, requantize: RequantizeStats) -> dict[str, float]:
+    """What the drafts of a step were worth, and what making the drafter took; seconds of drafting are summed over replicas."""
+    return {
+        "speculation/acceptance_rate": statistics.acceptance_rate,
+        "speculation/acceptance_length": statistics.acceptance_length,
+        **{f"speculation/acceptance_at_{i}": rate for i, rate in enumerate(statistics.acceptance_by_position, start=1)},
+        "speculation/drafts": float(statistics.num_drafts),
+        "speculation/wasted_tokens": float(statistics.wasted),
+        "speculation/seconds_drafting": statistics.seconds_drafting,
+        "speculation/seconds_verifying": statistics.seconds_verifying,
+        "speculation/requantize_seconds": requantize.seconds,
+        "speculation/requantize_peak_mib": requantize.peak_extra_bytes / 2**20,
+    }
+
+
+def summary_rows(
+    history: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]], config: Config, run_id: str
+) -> list[tuple[str, object]]:
+    """The table at the end of a run: reward first and last, held-out accuracy before and after, seconds, where to look."""
+    steps = [row for row in history if "reward/mean" in row]
+    rows: list[tuple[str, object]] = [("steps", len(steps))]
+    if steps:
+        few = steps[:_FEW], steps[-_FEW:]
+        first, last = (sum(row["reward/mean"] for row in part) / len(part) for part in few)
+        rows.append((f"reward, first and last {len(few[0])} steps", f"{first:.3f} -> {last:.3f}"))
+    if evaluations:
+        before, after = evaluations[0]["evaluation/pass_at_1"], evaluations[-1]["evaluation/pass_at_1"]
+        rows.append(
+            ("held-out accuracy, before and after", f"{before:.3f} -> {after:.3f} ({100 * (after - before):+.1f} points)")
+        )
+        rewards = [row.get("evaluation/reward_mean") for row in (evaluations[0], evaluations[-1])]
+        if None not in rewards:  # of a checkpoint that doesn't say
+            rows.append(("held-out reward, before and after", " -> ".join(f"{mean:.3f}" for mean in rewards)))
+    rows += _failure_rows(history)
+    phases = sorted({name for row in steps for name in row if name.startswith("seconds/")})
+    for phase in phases:
+        total = sum(row.get(phase, 0.0) for row in steps)
+        rows.append(
+            (f"{phase.removeprefix('seconds/')} seconds, in all and per step", f"{total:.1f}, {total / len(steps):.3f}")
+        )
+    if drafted := [row for row in steps if "speculation/acceptance_rate" in row]:
+        for name in ("acceptance_rate", "acceptance_length", "requantize_seconds"):
+            mean = sum(row[f"speculation/{name}"] for row in drafted) / len(drafted)
+            rows.append((f"speculation: {name.replace('_', ' ')}, mean of steps", f"{mean:.3f}"))
+    if config.tracking.enabled:
+        rows.append(("MLflow run", run_id))
+        rows.append(("MLflow store", redact(store_uri(config.tracking, config.train.output_dir))))
+    return rows
+
+
+def _failure_rows(history: Sequence[Mapping[str, float]]) -> list[tuple[str, object]]:
+    """How many responses no scorer scored, in training by kind; nothing where all were."""
+    rows: list[tuple[str, object]] = []
+    totals: Counter[str] = Counter()
+    for row in history:
+        totals.update({name: int(value) for name, value in row.items() if "scoring_errors" in name and value})
+    if total := totals[SCORING_ERRORS]:
+        prefix = f"{SCORING_ERRORS}/"
+        kinds = ", ".join(f"{name.removeprefix(prefix)} {n}" for name, n in totals.most_common() if name.startswith(prefix))
+        rows.append(("responses not scored", f"{total} ({kinds})" if kinds else total))
+    if total := totals["evaluation/scoring_errors"]:
+        rows.append(("held-out responses not scored", total))
+    return rows

@@ -37,7 +37,7 @@ from decode import machine
 from erollout.config import CoordinatorConfig, SpeculationConfig, ToggleConfig
 from erollout.coordinator.exchange import Exchange, Stream
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
-from erollout.coordinator.state_machine import Decision, StateMachine
+from erollout.coordinator.state_machine import ClusterDecision, StateMachine
 from erollout.engine.orders import Orders
 from erollout.environment import stay_on_loopback
 from erollout.rollout.control import ReplicaControl
@@ -257,7 +257,7 @@ def decide_many(policy: str) -> tuple[float, float]:
         started = time.thread_time()
         occupancies = [Occupancy.from_vector(row, 9) for row in rows.tolist()]
         decoded = time.thread_time()
-        decision: Decision = machine.advance(occupancies)
+        decision: ClusterDecision = machine.advance(occupancies)
         assert not decision.finished
         decoding.append(decoded - started)
         deciding.append(time.thread_time() - decoded)

@@ -50,7 +50,7 @@ from erollout.rewards.pool import RewardPool
 from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.rollout.steering import Steering
 from erollout.speculation.statistics import SpeculationStatistics, merge
-from erollout.speculation.trace import Trace
+from erollout.speculation.trace import DecisionTrace
 from erollout.tracking.tracker import NullTracker
 from erollout.train.preflight import preflight, prompt_limits
 from erollout.train.trainer import Trainer
@@ -266,7 +266,7 @@ def _over_replicas(parts: Sequence[dict[str, float]], combined: Callable[[list[f
     return {name: combined([part[name] for part in parts]) for name in parts[0]}
 
 
-def _seconds_at(trace: Trace) -> dict[str, float]:
+def _seconds_at(trace: DecisionTrace) -> dict[str, float]:
     columns = trace.columns
     steps = list(zip(columns["decoding"], columns["seconds"], strict=True))
     return {name: sum(seconds for batch, seconds in steps if low <= batch <= high) for name, low, high in TRACED}

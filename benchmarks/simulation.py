@@ -28,11 +28,11 @@ from erollout.calibration.fit import fit, measured_passes
 from erollout.calibration.model_size import describe_shape, known_model, model_size
 from erollout.calibration.sweep_file import read_sweep
 from erollout.config import DrafterConfig, SpeculationConfig, ToggleConfig
-from erollout.simulation.draft_outcomes import Acceptance
-from erollout.simulation.experiment import Outcome, Setting, Strategy, simulate
+from erollout.simulation.draft_outcomes import SimulatedAcceptance
+from erollout.simulation.experiment import Setting, SimulatedRollout, Strategy, simulate
 from erollout.simulation.replica import Limits
 from erollout.simulation.report import Estimate
-from erollout.simulation.workload import Lognormal, Trace
+from erollout.simulation.workload import LengthTrace, Lognormal
 from erollout.speculation.cost.cost_model import PassTimes
 from erollout.speculation.cost.roofline import PassCost, Roofline
 
@@ -60,7 +60,7 @@ def measured(options: argparse.Namespace) -> None:
     from decode import machine
     from speculation import build_engine, build_speculation, policy_subject, requantize
 
-    from erollout.calibration.grid import Grid
+    from erollout.calibration.grid import SweepGrid
     from erollout.calibration.sweep import identify, sweep
     from erollout.rollout.control import ReplicaControl
     from erollout.speculation.statistics import merge
@@ -80,7 +80,7 @@ def measured(options: argparse.Namespace) -> None:
     requantize(speculation)
     requests = [replace(request, group_size=options.samples) for request in subject.requests[: options.prompts]]
     size = model_size(engine.architecture, speculation.formats, 1, "bfloat16", options.group_size, "w8a8")
-    grid = Grid(tuple(b for b in (1, 2, 4, 8, 16, 32) if b <= options.slots), (64, 192), (1, 2, 3, 5))
+    grid = SweepGrid(tuple(b for b in (1, 2, 4, 8, 16, 32) if b <= options.slots), (64, 192), (1, 2, 3, 5))
 
     def rollout(mode: str, passes: PassTimes) -> tuple[float, list[Rollout]]:
         from erollout.speculation.cost.cost_model import CalibratedCost
@@ -109,7 +109,7 @@ def measured(options: argparse.Namespace) -> None:
         setting = Setting(
             passes,
             passes,
-            Acceptance(shares),
+            SimulatedAcceptance(shares),
             trace_of(rollouts),
             replicas=1,
             num_prompts=len(requests),
@@ -141,12 +141,12 @@ def measured(options: argparse.Namespace) -> None:
     Console(highlight=False).print(table)
 
 
-def trace_of(rollouts: list) -> Trace:
+def trace_of(rollouts: list) -> LengthTrace:
     """Lengths, by prompt."""
     groups: dict[int, tuple[int, list[int]]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.prompt_index, (len(rollout.prompt_ids), []))[1].append(len(rollout.response_ids))
-    return Trace(tuple((prompt, tuple(lengths)) for prompt, lengths in groups.values()))
+    return LengthTrace(tuple((prompt, tuple(lengths)) for prompt, lengths in groups.values()))
 
 
 def passes_7b(sweep_csv: str) -> PassTimes:
@@ -176,7 +176,7 @@ def reference_setting(passes: PassTimes, median: float, sigma: float, n: int) ->
     return Setting(
         passes,
         passes,
-        Acceptance([SURE + (1 - SURE) * RATE**k for k in range(1, 16)]),
+        SimulatedAcceptance([SURE + (1 - SURE) * RATE**k for k in range(1, 16)]),
         Lognormal(median, sigma, prompt_tokens=128),
         replicas=8,
         num_prompts=128,
@@ -190,7 +190,7 @@ def reference_setting(passes: PassTimes, median: float, sigma: float, n: int) ->
     )
 
 
-def run(setting: Setting, strategy: Strategy, seeds: int) -> list[Outcome]:
+def run(setting: Setting, strategy: Strategy, seeds: int) -> list[SimulatedRollout]:
     return [outcome for seed in range(seeds) for outcome in simulate(setting, strategy, seed)]
 
 
@@ -252,7 +252,7 @@ def published(options: argparse.Namespace) -> None:
         Console(highlight=False, width=136).print(table)
 
 
-def shares(outcomes: list[Outcome]) -> list[str]:
+def shares(outcomes: list[SimulatedRollout]) -> list[str]:
     batch, drafting, regret = (
         statistics.fmean(getattr(o, name) for o in outcomes) for name in ("batch", "speculating", "regret")
     )

@@ -101,7 +101,7 @@ class Gate:
                 del self._seats[writer]
 
 
-class Entry:
+class GateEntry:
     """On a node without the store: a port of its loopback that leads there, until the process ends, or `close`."""
 
     def __init__(self, place: tuple[str, int], run_id: str, secret: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from erollout.errors import UserError
 from erollout.launch.addresses import address_of, address_towards, interface_with, is_here, resolve
-from erollout.launch.gate import BACKLOG, Entry, Gate, Stranger, ask, read_line
+from erollout.launch.gate import BACKLOG, Gate, GateEntry, Stranger, ask, read_line
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -109,7 +109,7 @@ def joined(meeting: Meeting, secret: str, nodes: int) -> Iterator[Access]:
                 gate.close()
             return
         time.sleep(_RETRY_SECONDS)
-    entry = Entry((meeting.head, meeting.port), meeting.run_id, secret)
+    entry = GateEntry((meeting.head, meeting.port), meeting.run_id, secret)
     try:
         yield Access(entry.port, holds=False)
     finally:

@@ -16,7 +16,7 @@ from erollout.configuration.arguments import add_run_arguments, overrides
 from erollout.environment import variable
 from erollout.errors import UserError
 from erollout.launch.plan import layouts
-from erollout.launch.ray_job import Job, rank_variables
+from erollout.launch.ray_job import RayJob, rank_variables
 from erollout.launch.run_directory import RunDirectory
 from erollout.schedulers.ray_cluster import join_cluster
 
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return drive(job, cluster)
 
 
-def _job(options: argparse.Namespace) -> Job:
+def _job(options: argparse.Namespace) -> RayJob:
     """Raises UserError for a command line that can't work."""
     least = {"nodes": 1, "ranks_per_node": 1, "cpus_per_rank": 0, "gpus_per_rank": 0, "max_restarts": 0, "wait": 1}
     for name, minimum in least.items():
@@ -74,7 +74,7 @@ def _job(options: argparse.Namespace) -> Job:
             f"= {ranks} ranks; unset it or start {wanted}"
         )
     layouts(config, ranks)
-    return Job(
+    return RayJob(
         name=f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
         nodes=options.nodes,
         ranks=options.ranks_per_node,
@@ -91,7 +91,7 @@ def _job(options: argparse.Namespace) -> Job:
     )
 
 
-def _describe(job: Job, address: str) -> str:
+def _describe(job: RayJob, address: str) -> str:
     """The page of --dry-run."""
     gpus = "1 for each rank where the cluster has GPUs" if job.gpus is None else f"{job.ranks * job.gpus}"
     cluster = address if address != "auto" else variable("RAY_ADDRESS") or "that this machine is a node of"

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from erollout.errors import UserError
 from erollout.launch.ray_agent import Agent, NodeFacts
-from erollout.launch.ray_job import STOPPED, Ended, Job, decide, rank_variables
+from erollout.launch.ray_job import STOPPED, Ended, RayJob, decide, rank_variables
 from erollout.launch.ray_signals import Asked, listening
 from erollout.launch.run_directory import VERDICT
 from erollout.launch.secret import new_secret
@@ -47,7 +47,7 @@ class Lost(Exception):
         self.agent = agent
 
 
-def drive(job: Job, cluster: str) -> int:
+def drive(job: RayJob, cluster: str) -> int:
     """Run the job to its end on the cluster that this process has joined. Returns the exit status.
 
     Raises UserError when nodes are not free in time, or are not fit.
@@ -55,7 +55,7 @@ def drive(job: Job, cluster: str) -> int:
     unfit: dict[str, str] = {}
     with listening() as asked:
         for attempt in range(1, job.max_restarts + 2):
-            ended = Attempt(job, cluster, attempt, unfit, asked).run()
+            ended = RayAttempt(job, cluster, attempt, unfit, asked).run()
             status, why = decide(ended, asked.first, job.max_restarts + 1 - attempt)
             _say(why if status is not None else f"{why}: starting again from {job.newest_checkpoint() or 'the beginning'}")
             if status is not None:
@@ -63,10 +63,10 @@ def drive(job: Job, cluster: str) -> int:
     raise AssertionError("decide allows one restart too many")
 
 
-class Attempt:
+class RayAttempt:
     """One start of the run: its nodes, their agents, and what becomes of them."""
 
-    def __init__(self, job: Job, cluster: str, number: int, unfit: dict[str, str], asked: Asked) -> None:
+    def __init__(self, job: RayJob, cluster: str, number: int, unfit: dict[str, str], asked: Asked) -> None:
         """unfit: why, for each node (Ray's id) that no ranks are to start on; those found here are added."""
         self._job = job
         self._cluster = cluster

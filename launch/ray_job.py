@@ -15,7 +15,7 @@ STOPPED, LATER = 128 + signal.SIGTERM, 75
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class RayJob:
     """What is to run, and where."""
 
     name: str

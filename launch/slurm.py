@@ -141,7 +141,7 @@ def _grace(options: argparse.Namespace, config: Config) -> int | None:
     return grace
 
 
-def require_idle(run: RunDirectory) -> list[slurm_jobs.Job]:
+def require_idle(run: RunDirectory) -> list[slurm_jobs.SlurmJob]:
     """The jobs of the run that Slurm knows. Raises UserError for one that runs or waits: two would write to one place."""
     found = slurm_jobs.jobs(run.jobs(), run.path)
     for job in found:

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.model.attention import Attention, PagedAttention, Span
+from erollout.engine.model.attention import Attention, PagedAttention, QuerySpan
 from erollout.engine.model.decode_model import rms_norm
 from erollout.engine.model.linear import LINEAR_KERNELS
 from erollout.engine.model.native_model import NativeAttention
@@ -76,7 +76,7 @@ class AttentionCase:
 
     def run(self, *spans: tuple[int, int, int]) -> list[torch.Tensor]:
         """Of (sequence, start, end), single tokens first."""
-        plan = self.attention.plan([Span(start, end, self.tables[which]) for which, start, end in spans])
+        plan = self.attention.plan([QuerySpan(start, end, self.tables[which]) for which, start, end in spans])
         query = torch.cat([self.queries[which, start:end] for which, start, end in spans])
         return list(self.attention(query, self.layer, plan).split([end - start for _, start, end in spans]))
 

@@ -17,7 +17,7 @@ from erollout.config import CoordinatorConfig
 from erollout.coordinator.dispatch import HandOut
 from erollout.coordinator.migration import Rebalancing
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
-from erollout.coordinator.state_machine import Decision, StateMachine
+from erollout.coordinator.state_machine import ClusterDecision, StateMachine
 
 CURVE = tuple(0.001 * batch for batch in CURVE_BATCHES)
 """Seconds: whatever is split is faster."""
@@ -33,7 +33,7 @@ class Replica:
     machine: StateMachine
     mind: object
     """The machine's state, to compare."""
-    decision: Decision
+    decision: ClusterDecision
     completed: int = 0
     """Operations of the stream."""
     moves_due: bool = False
@@ -211,7 +211,7 @@ class Rules:
         behind = min(r.completed for r in world.replicas)
         return replace(world, posted={n: p for n, p in world.posted.items() if n >= behind})
 
-    def decide(self, replica: Replica, window: tuple) -> tuple[StateMachine, object, Decision]:
+    def decide(self, replica: Replica, window: tuple) -> tuple[StateMachine, object, ClusterDecision]:
         """The machine after a window, its state, and the decision. Calculated once for equal states and windows."""
         key = replica.mind, state_of(window)
         if key not in self.decided:
@@ -220,7 +220,7 @@ class Rules:
             self.decided[key] = machine, state_of(machine), decision
         return self.decided[key]
 
-    def agrees(self, world: World, operation: int, decision: Decision) -> None:
+    def agrees(self, world: World, operation: int, decision: ClusterDecision) -> None:
         """Whoever has completed the same window has decided the same."""
         for other in world.replicas:
             if other.completed == operation + 1:

@@ -9,7 +9,7 @@ from erollout.config import RolloutConfig
 from erollout.engine.block_manager import BlockManager
 from erollout.engine.engine import Engine
 from erollout.engine.kv_cache import KVCache, num_blocks
-from erollout.engine.model.attention import PagedAttention, Span, reference_attention
+from erollout.engine.model.attention import PagedAttention, QuerySpan, reference_attention
 from erollout.engine.model.decode_model import sum_over_ranks
 from erollout.engine.model.linear import LINEAR_KERNELS, PrepackedLinear, resolve_linear_kernel
 from erollout.engine.scheduler import Batch, ScheduledSequence
@@ -127,7 +127,7 @@ class AttentionCase:
 
     def run(self, *spans: tuple[int, int, int]) -> list[torch.Tensor]:
         """Outputs of (sequence, start, end) computed in one pass; single tokens first."""
-        plan = self.attention.plan([Span(start, end, self.tables[which]) for which, start, end in spans])
+        plan = self.attention.plan([QuerySpan(start, end, self.tables[which]) for which, start, end in spans])
         query = torch.cat([self.queries[which][start:end] for which, start, end in spans])
         return list(self.attention(query, self.layer, plan).split([end - start for _, start, end in spans]))
 

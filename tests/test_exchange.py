@@ -11,7 +11,7 @@ from ranks import RankPool
 from erollout.config import CoordinatorConfig
 from erollout.coordinator.exchange import Exchange, News, Stream, decode, encode
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
-from erollout.coordinator.state_machine import Decision, StateMachine
+from erollout.coordinator.state_machine import ClusterDecision, StateMachine
 from erollout.types import PartialRollout
 
 MAX_TOKENS = 16
@@ -48,10 +48,10 @@ class Replica:
         self.finished: list[tuple[int, int]] = []
         self.queue: list[list[int]] = []
         """[prompt, sample, tokens left] of what is to be completed here."""
-        self.decisions: list[Decision] = []
+        self.decisions: list[ClusterDecision] = []
         self.carry_out(self.exchange.decision)
 
-    def carry_out(self, decision: Decision) -> None:
+    def carry_out(self, decision: ClusterDecision) -> None:
         self.decisions.append(decision)
         for prompt in self.exchange.machine.mine(decision, self.exchange.replica):
             self.queue += [[prompt, sample, 1 + prompt % 7] for sample in range(self.group_size)]

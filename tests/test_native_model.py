@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tiny_decode import MODELS, make_engine, prompts, reference_logprobs, reference_model
 
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.model.attention import Span, reference_attention
+from erollout.engine.model.attention import QuerySpan, reference_attention
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.factory import build_decode_model
 from erollout.engine.model.linear import PackedLinear
@@ -91,7 +91,7 @@ class AttentionCase:
 
     def run(self, *spans: tuple[int, int, int], padding: int = 0) -> list[torch.Tensor]:
         """Outputs of (sequence, start, end) computed in one pass, and of the padding."""
-        plan = self.attention.plan([Span(start, end, self.tables[which]) for which, start, end in spans])
+        plan = self.attention.plan([QuerySpan(start, end, self.tables[which]) for which, start, end in spans])
         query = [self.queries[which][start:end] for which, start, end in spans]
         output = self.attention(torch.cat([*query, query[0][:1].expand(padding, -1, -1)]), self.layer, plan)
         return list(output.split([*(end - start for _, start, end in spans), padding]))
@@ -165,7 +165,7 @@ def run(model: DecodeModel, *spans: tuple[int, int, int]) -> list[torch.Tensor]:
             ids.append((position * 31 + which * 7) % model.architecture.vocab_size)
             positions.append(position)
             slots.append(TABLES[which][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
-    plan = model.plan([Span(start, end, TABLES[which]) for which, start, end in spans])
+    plan = model.plan([QuerySpan(start, end, TABLES[which]) for which, start, end in spans])
     inputs = (torch.tensor(x) for x in (ids, positions, slots))
     logits = model.forward(*inputs, plan, torch.arange(len(ids)))
     return list(logits.split([end - start for _, start, end in spans]))
@@ -218,7 +218,7 @@ def test_only_attention_differs_from_the_torch_model() -> None:
     inputs = torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens) % NUM_BLOCKS * BLOCK_SIZE
     logits = []
     for model in (fast, plain_on_native):
-        spans = [[Span(0, 1, [block])] for block in range(NUM_BLOCKS)]
+        spans = [[QuerySpan(0, 1, [block])] for block in range(NUM_BLOCKS)]
         passes = [[x[i : i + 1] for x in inputs] for i in range(tokens)]
         plans = [model.plan(spans[i % NUM_BLOCKS]) for i in range(tokens)]
         with torch.inference_mode():
@@ -263,7 +263,7 @@ def test_inputs_beyond_the_models_bounds_are_refused() -> None:
     model = build("native", "llama")
     good = [torch.tensor([5]), torch.tensor([0]), torch.tensor([0])]
     bad = {"token_ids": (0, 97), "positions": (1, 512), "slots": (2, (NUM_BLOCKS + 2) * BLOCK_SIZE)}
-    plan = model.plan([Span(0, 1, [0])])
+    plan = model.plan([QuerySpan(0, 1, [0])])
     for name, (index, value) in bad.items():
         for wrong in (value, -1):
             inputs = list(good)

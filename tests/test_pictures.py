@@ -17,7 +17,7 @@ from erollout.plots.speculation_map import Measurement, Prediction, boundary
 from erollout.plots.style import OFF_COLOR, arm_colors
 from erollout.plots.training_curves import save
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
-from erollout.speculation.trace import Bin, Decision, Reason, Trace
+from erollout.speculation.trace import Bin, DecisionTrace, Reason, StepDecision
 
 W4, W8 = Arm("w4a8", 3), Arm("w8a8", 2)
 IDLE = Bin(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -137,16 +137,16 @@ def test_wilsons_interval() -> None:
     assert interval(20, 20) == pytest.approx((0.8389, 1.0), abs=5e-5)
 
 
-def trace_of(steps: int, probes: bool = True) -> Trace:
+def trace_of(steps: int, probes: bool = True) -> DecisionTrace:
     """Half of the steps off over 8 sequences, half with three drafts over 2, all accepted."""
-    trace = Trace()
+    trace = DecisionTrace()
     for step in range(steps):
         drafting = step >= steps // 2
         arm, batch = (W4, 2) if drafting else (OFF, 8)
         drafts = (batch,) * arm.num_speculative_tokens
         outcome = StepOutcome(arm, Load(batch, 100.0), 0.02, 0.01, batch * (1 + len(drafts)), drafts, drafts)
         reason = Reason.PROBE if probes and step % 10 == 9 else Reason.KEPT
-        trace.append(0.02 * step, Decision(arm, reason, 0.021 / (1 + len(drafts)), OFF if drafting else W4, 0.03), outcome)
+        trace.append(0.02 * step, StepDecision(arm, reason, 0.021 / (1 + len(drafts)), OFF if drafting else W4, 0.03), outcome)
     return trace
 
 
@@ -167,9 +167,9 @@ def test_decisions_show_arms_probes_and_what_was_saved(tmp_path: Path) -> None:
 def test_decisions_without_costs_probes_or_steps(tmp_path: Path) -> None:
     figure = decisions(trace_of(3, probes=False))
     assert "probe" not in drawn(figure, tmp_path) and len(figure.axes) == 2
-    assert "no steps" in drawn(decisions(Trace(), lambda arm, load: 0.01), tmp_path)
-    prefill = Trace()
-    prefill.append(0.0, Decision(OFF, Reason.IDLE), StepOutcome(OFF, Load(0, 0.0, 64, 3), 0.1, emitted=2))
+    assert "no steps" in drawn(decisions(DecisionTrace(), lambda arm, load: 0.01), tmp_path)
+    prefill = DecisionTrace()
+    prefill.append(0.0, StepDecision(OFF, Reason.IDLE), StepOutcome(OFF, Load(0, 0.0, 64, 3), 0.1, emitted=2))
     assert "waiting" in drawn(decisions(prefill), tmp_path)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erollout.config import CoordinatorConfig
-from erollout.coordinator.lengths import Lengths
+from erollout.coordinator.lengths import RemainingLengths
 from erollout.coordinator.migration import GAIN, Move, Rebalancing
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.state_machine import StateMachine
@@ -23,7 +23,7 @@ SLOTS = 16
 
 
 def rebalancing(lengths: tuple[int, ...] = LENGTHS, window_seconds: float = 0.05) -> Rebalancing:
-    return Rebalancing(SLOTS, Lengths(lengths, 2048), window_seconds)
+    return Rebalancing(SLOTS, RemainingLengths(lengths, 2048), window_seconds)
 
 
 def loaded(sequences: int, curve: tuple[float, ...] = SPECULATING, **values: float) -> Occupancy:
@@ -33,19 +33,19 @@ def loaded(sequences: int, curve: tuple[float, ...] = SPECULATING, **values: flo
 
 
 def test_residual_lengths_are_those_of_longer_responses() -> None:
-    lengths = Lengths((10, 20, 30), 100)
+    lengths = RemainingLengths((10, 20, 30), 100)
     assert lengths.mean_residual(0) == mean((10, 20, 30, 37.5))
     assert lengths.mean_residual(10) == mean((10, 20, 27.5))
     assert lengths.mean_residual(25) == mean((5, 12.5))
     assert lengths.mean_residual(30) == 7.5, "some may grow longer than any before"
-    assert Lengths((10, 90), 100).mean_residual(90) == 10, "but not beyond max_tokens"
+    assert RemainingLengths((10, 90), 100).mean_residual(90) == 10, "but not beyond max_tokens"
     assert lengths.mean_residual(37.5) == lengths.mean_residual(500) == lengths.residual(37.5, 0.5) == 1
     assert [lengths.residual(0, share) for share in (0.125, 0.375, 0.5, 0.875, 1)] == [10, 20, 25, 37.5, 37.5]
     assert lengths.residual(20, 0.25) == 10
 
 
 def test_without_a_last_rollout_all_lengths_are_as_likely() -> None:
-    lengths = Lengths((), 1024)
+    lengths = RemainingLengths((), 1024)
     assert lengths.mean_residual(0) == pytest.approx(512, rel=0.01)
     assert lengths.mean_residual(824) == pytest.approx(100, rel=0.03)
     assert lengths.residual(0, 7 / 8) == pytest.approx(896, rel=0.01)
@@ -53,7 +53,7 @@ def test_without_a_last_rollout_all_lengths_are_as_likely() -> None:
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=30), st.floats(0, 520), st.floats(0, 1), st.floats(0, 1))
 def test_a_larger_share_takes_longer(known: list[int], age: float, one: float, two: float) -> None:
-    lengths = Lengths(known, 512)
+    lengths = RemainingLengths(known, 512)
     assert 1 <= lengths.residual(age, min(one, two)) <= lengths.residual(age, max(one, two)) <= max(1, 512 - age)
     assert 1 <= lengths.mean_residual(age) <= max(1, 512 - age)
 

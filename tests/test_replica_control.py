@@ -23,7 +23,7 @@ from tiny_speculation import DRAFTER, make_speculative_engine
 from erollout.config import CoordinatorConfig, SpeculationConfig
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.occupancy import Occupancy
-from erollout.coordinator.state_machine import Decision, StateMachine
+from erollout.coordinator.state_machine import ClusterDecision, StateMachine
 from erollout.engine.orders import Control, Orders
 from erollout.rollout.control import AgreedControl, ReplicaControl
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
@@ -57,13 +57,13 @@ class Costs:
 class RecordingMachine(StateMachine):
     """Keeps what it decided."""
 
-    decisions: list[Decision]
+    decisions: list[ClusterDecision]
 
-    def start(self) -> Decision:
+    def start(self) -> ClusterDecision:
         self.decisions = [super().start()]
         return self.decisions[0]
 
-    def advance(self, window: Sequence[Occupancy]) -> Decision:
+    def advance(self, window: Sequence[Occupancy]) -> ClusterDecision:
         self.decisions.append(super().advance(window))
         return self.decisions[-1]
 

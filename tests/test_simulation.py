@@ -15,8 +15,8 @@ import pytest
 from erollout.config import DrafterConfig, SpeculationConfig
 from erollout.errors import UserError
 from erollout.simulation.commands import add_command
-from erollout.simulation.draft_outcomes import Acceptance, parse_acceptance
-from erollout.simulation.experiment import Outcome, Setting, Strategy, simulate
+from erollout.simulation.draft_outcomes import SimulatedAcceptance, parse_acceptance
+from erollout.simulation.experiment import Setting, SimulatedRollout, Strategy, simulate
 from erollout.simulation.jumping import JumpingReplica
 from erollout.simulation.plot_files import bins_of
 from erollout.simulation.replica import Limits, Part, Replica
@@ -43,12 +43,21 @@ def setting(**changes: object) -> Setting:
     times = passes()
     speculation = SpeculationConfig(num_speculative_tokens=3, drafter=DrafterConfig(format=FORMAT), trace_interval=0)
     given = Setting(
-        times, times, Acceptance.constant(0.9), Lognormal(60, 1.0, prompt_tokens=10), 2, 16, 4, 400, Limits(16, 64), speculation
+        times,
+        times,
+        SimulatedAcceptance.constant(0.9),
+        Lognormal(60, 1.0, prompt_tokens=10),
+        2,
+        16,
+        4,
+        400,
+        Limits(16, 64),
+        speculation,
     )
     return replace(given, **changes)  # type: ignore[arg-type]
 
 
-def only(setting: Setting, mode: str, policy: str = "replica", hand_out: str = "static", seed: int = 0) -> Outcome:
+def only(setting: Setting, mode: str, policy: str = "replica", hand_out: str = "static", seed: int = 0) -> SimulatedRollout:
     (outcome,) = simulate(setting, Strategy(mode, policy, hand_out), seed)  # type: ignore[arg-type]
     return outcome
 
@@ -79,7 +88,7 @@ def make(
     times: PassTimes | None = None,
     acceptance: float = 0.9,
 ) -> Replica:
-    truth = Truth(times or passes(), Acceptance.constant(acceptance), [Arm(FORMAT, n) for n in range(1, 9)])
+    truth = Truth(times or passes(), SimulatedAcceptance.constant(acceptance), [Arm(FORMAT, n) for n in range(1, 9)])
     generator = np.random.default_rng(7)
     if kind == "jump":
         return JumpingReplica(workload, truth, chooser, limits, generator)
@@ -177,7 +186,7 @@ def test_jumps_agree_with_steps(arms: tuple[Arm, ...], group: int) -> None:
     for seed in range(1 if arms == (OFF,) else 5):
         workload = Lognormal(300, 0.8).draw(32 // group, group, 1200, np.random.default_rng(seed))
         for kind in KINDS:
-            chooser = Oracle(Truth(times, Acceptance.constant(0.97), arms)) if len(arms) > 1 else Always(*arms)
+            chooser = Oracle(Truth(times, SimulatedAcceptance.constant(0.97), arms)) if len(arms) > 1 else Always(*arms)
             replica = make(kind, workload, chooser, Limits(24, 256), times, 0.97)
             replica.generator = np.random.default_rng([seed, 1])
             replica.take(range(workload.num_prompts))
@@ -191,7 +200,7 @@ def test_jumps_agree_with_steps(arms: tuple[Arm, ...], group: int) -> None:
 def test_whole_clusters_agree_too() -> None:
     given = setting(
         lengths=Lognormal(250, 1.0, prompt_tokens=10),
-        acceptance=Acceptance.constant(0.95),
+        acceptance=SimulatedAcceptance.constant(0.95),
         max_tokens=1000,
         limits=Limits(32, 256),
         num_prompts=24,
@@ -294,7 +303,7 @@ def test_spans_cover_the_working_time() -> None:
 
 
 def test_acceptance_has_its_moments() -> None:
-    acceptance = Acceptance((0.9, 0.7, 0.6))
+    acceptance = SimulatedAcceptance((0.9, 0.7, 0.6))
     generator = np.random.default_rng(0)
     drawn = [1 + acceptance.draw(5, chance) for chance in generator.random(40_000).tolist()]
     assert acceptance.length(3) == pytest.approx(1 + 0.9 + 0.7 + 0.6)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from erollout.config import CoordinatorConfig
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
-from erollout.coordinator.state_machine import Decision, StateMachine
+from erollout.coordinator.state_machine import ClusterDecision, StateMachine
 
 CURVE = tuple(0.01 + 0.001 * batch for batch in CURVE_BATCHES)
 
@@ -38,8 +38,8 @@ def test_vectors_hold_every_field() -> None:
 
 def test_static_hand_out_gives_everything_at_once() -> None:
     static = machine(CoordinatorConfig(policy="replica", hand_out="static"), prompts=7)
-    assert static.start() == Decision(0, None, ((0, 2, 4, 6), (1, 3, 5)))
-    assert static.advance([busy(4, 4), busy(4, 2)]) == Decision(1)
+    assert static.start() == ClusterDecision(0, None, ((0, 2, 4, 6), (1, 3, 5)))
+    assert static.advance([busy(4, 4), busy(4, 2)]) == ClusterDecision(1)
     assert static.claim(0) is None
 
 
@@ -82,7 +82,7 @@ def test_the_end_is_when_nobody_has_anything_left() -> None:
     assert not dynamic.advance([busy(), busy(finished=6)]).finished, "the last prompt is handed out only now"
     assert not dynamic.advance([busy(1, 1, finished=6), busy(finished=6)]).finished
     assert not dynamic.advance([busy(0, 1, finished=7), busy(finished=6)]).finished, "what waits counts"
-    assert dynamic.advance([busy(finished=8), busy(finished=6)]) == Decision(4, None, finished=True)
+    assert dynamic.advance([busy(finished=8), busy(finished=6)]) == ClusterDecision(4, None, finished=True)
     assert machine(prompts=0).advance([busy(), busy()]).finished
 
 
@@ -98,10 +98,10 @@ def test_a_replica_that_is_asked_to_stop_stops_all_of_them() -> None:
     dynamic.start()
     assert not dynamic.advance([busy(4, 2), busy(4, 2)]).is_last
     stopped = dynamic.advance([busy(4, 2), busy(0, 0, asked=1)])
-    assert stopped == Decision(2, interrupted=True) and stopped.is_last
+    assert stopped == ClusterDecision(2, interrupted=True) and stopped.is_last
     complete = machine(CoordinatorConfig(hand_out="static"), prompts=2)
     complete.start()
-    assert complete.advance([busy(finished=2, asked=1), busy(finished=2)]) == Decision(1, finished=True)
+    assert complete.advance([busy(finished=2, asked=1), busy(finished=2)]) == ClusterDecision(1, finished=True)
 
 
 def test_what_an_earlier_attempt_completed_is_not_missed() -> None:

@@ -23,7 +23,7 @@ from erollout.rollout.steering import Share, Steering, shares
 from erollout.speculation.cost.roofline import PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
-from erollout.speculation.trace import Decision, Reason, Trace
+from erollout.speculation.trace import DecisionTrace, Reason, StepDecision
 from erollout.train.preflight import preflight
 
 DRAFTER = {"format": "w4a16", "group_size": 16}
@@ -71,7 +71,7 @@ def test_every_training_rollout_leaves_its_decisions(rank_pool: RankPool, tmp_pa
     ]
     rows = history(tmp_path)
     for step, row in enumerate(rows):
-        traces = [Trace.read(file) for file in files[2 * step : 2 * step + 2]]
+        traces = [DecisionTrace.read(file) for file in files[2 * step : 2 * step + 2]]
         assert sum(map(len, traces)) == row["rollout/decode_steps"]
         assert sum(trace.total("emitted") for trace in traces) == row["rollout/tokens"]
         assert 0 <= row["toggle/share_speculating"] <= 1 and row["coordinator/windows"] > 0
@@ -84,11 +84,11 @@ def test_decisions_are_kept_as_often_as_wanted(rank_pool: RankPool, tmp_path: Pa
 
 
 def test_shares_by_batch_size_add_up() -> None:
-    trace = Trace()
+    trace = DecisionTrace()
     arms = [OFF, Arm("w4a16", 3), OFF, Arm("w4a16", 1), OFF]
     for arm, batch, seconds, emitted in zip(arms, (0, 1, 3, 4, 9), (1.0, 2.0, 3.0, 4.0, 5.0), (5, 3, 3, 6, 9), strict=True):
         load = Load(batch, 10.0, 0 if batch else 50)
-        trace.append(0.0, Decision(arm, Reason.KEPT), StepOutcome(arm, load, seconds, emitted=emitted))
+        trace.append(0.0, StepDecision(arm, Reason.KEPT), StepOutcome(arm, load, seconds, emitted=emitted))
     decoding = {1: Share(2.0, 3, 2.0, 6.0), 4: Share(7.0, 9, 4.0, 4.0), 16: Share(5.0, 9, 0.0, 0.0)}
     assert shares(trace) == {0: Share(1.0, 5, 0.0, 0.0), **decoding}
 

@@ -11,7 +11,7 @@ from test_engine import by_sample, make_requests
 from tiny_speculation import DRAFTER, NOISE, make_speculative_engine
 
 from erollout.calibration import sweep as module
-from erollout.calibration.grid import Grid, Place, coarse_to_fine, repetitions
+from erollout.calibration.grid import SweepGrid, SweepPoint, coarse_to_fine, repetitions
 from erollout.calibration.sweep import bootstrap, identify, sweep
 from erollout.calibration.sweep_file import SweepRow, read_sweep
 from erollout.calibration.sweep_log import append_row, resume_rows
@@ -20,7 +20,7 @@ from erollout.errors import UserError
 from erollout.speculation.step import OFF, Arm
 from erollout.types import SamplingParams
 
-GRID = Grid(batches=(1, 3), contexts=(20, 60), num_speculative_tokens=(1, 4))
+GRID = SweepGrid(batches=(1, 3), contexts=(20, 60), num_speculative_tokens=(1, 4))
 LONG, NO_TIME = 1e9, 1e-9
 MODES = {"target_decode": 1, "drafter_decode": 2, "target_verify": 2, "target_decode_sd": 1}
 """Rows of one place of GRID."""
@@ -64,7 +64,7 @@ def test_rows_are_of_the_samples_of_their_arm() -> None:
     measurement = module._Sweep(make_engine(), [short, long], 100, "")
     seconds = [(short, 10.0, 4.0), (long, 20.0, 8.0), (OFF, 1.0, 0.0), (OFF, 2.0, 0.0)]
     again = [(short, 14.0, 4.0), (long, 24.0, 8.0), (OFF, 3.0, 0.0), (OFF, 4.0, 0.0)]
-    rows = measurement._rows(Place(2, 20), [module._Sample(*sample) for sample in (*seconds, *again)])
+    rows = measurement._rows(SweepPoint(2, 20), [module._Sample(*sample) for sample in (*seconds, *again)])
     assert [(row.mode, row.gamma, row.median_ms, row.min_ms, row.max_ms, row.std_ms) for row in rows] == [
         ("target_decode", 0, 3000, 2000, 4000, 1000),
         ("drafter_decode", 1, 4000, 4000, 4000, 0),
@@ -80,7 +80,7 @@ def test_drafting_and_the_whole_step_are_timed(monkeypatch: pytest.MonkeyPatch) 
     engine = make_engine("same")
     ticks = iter(range(10**9))
     monkeypatch.setattr("erollout.engine.engine.time.perf_counter", lambda: float(next(ticks)))
-    rows = sweep(engine, [DRAFTER], Grid((2,), (20,), (1, 4)), LONG)
+    rows = sweep(engine, [DRAFTER], SweepGrid((2,), (20,), (1, 4)), LONG)
     ms = {(row.mode, row.gamma): row.median_ms for row in rows}
     assert ms["target_decode", 0] == ms["target_decode_sd", 4]
     assert ms["drafter_decode", 1] == 1000 and ms["drafter_decode", 4] == 250
@@ -99,7 +99,7 @@ def test_steps_are_those_that_were_ordered() -> None:
 
     module._Turns = Spy  # type: ignore[misc]
     try:
-        sweep(engine, [DRAFTER], Grid((3,), (200,), (1, 4)), LONG)
+        sweep(engine, [DRAFTER], SweepGrid((3,), (200,), (1, 4)), LONG)
     finally:
         module._Turns = turns  # type: ignore[misc]
     decoding = [outcome for outcome in seen if not outcome.load.prefill_tokens]
@@ -164,13 +164,18 @@ def test_repetitions(share: float, left: float, once: float, expected: int) -> N
 
 
 def test_places_go_from_coarse_to_fine() -> None:
-    places = Grid((1, 2, 4, 8, 16), (64, 128, 256), (3,)).places()
-    corners = [Place(1, 64), Place(1, 256), Place(16, 64), Place(16, 256)]
+    places = SweepGrid((1, 2, 4, 8, 16), (64, 128, 256), (3,)).places()
+    corners = [SweepPoint(1, 64), SweepPoint(1, 256), SweepPoint(16, 64), SweepPoint(16, 256)]
     assert places[:4] == corners
     assert {(p.batch, p.context) for p in places[:9]} == {(b, c) for b in (1, 4, 16) for c in (64, 128, 256)}
     assert len(places) == 15 == len(set(places))
-    assert Grid((2,), (64,), (1,)).places() == [Place(2, 64)]
-    assert Grid((4, 4, 2), (9, 7), (1,)).places() == [Place(2, 7), Place(2, 9), Place(4, 7), Place(4, 9)]
+    assert SweepGrid((2,), (64,), (1,)).places() == [SweepPoint(2, 64)]
+    assert SweepGrid((4, 4, 2), (9, 7), (1,)).places() == [
+        SweepPoint(2, 7),
+        SweepPoint(2, 9),
+        SweepPoint(4, 7),
+        SweepPoint(4, 9),
+    ]
 
 
 def test_values_go_from_the_ends_to_the_middle() -> None:
@@ -179,10 +184,12 @@ def test_values_go_from_the_ends_to_the_middle() -> None:
 
 
 def test_what_the_engine_can_not_hold_is_left_out() -> None:
-    grid = Grid((2, 4, 8), (30, 600), (2,))  # 8 sequences are more than run at once, 600 tokens more than the model's positions
+    grid = SweepGrid(
+        (2, 4, 8), (30, 600), (2,)
+    )  # 8 sequences are more than run at once, 600 tokens more than the model's positions
     assert points(sweep(make_engine(), [DRAFTER], grid, LONG)) == [(2, 30), (4, 30)]
     assert points(sweep(make_engine(num_kv_blocks=6), [DRAFTER], grid, LONG)) == [(2, 30)]
-    rows = sweep(make_engine(max_num_batched_tokens=8), [DRAFTER], Grid((2, 4), (30,), (1, 3)), LONG)
+    rows = sweep(make_engine(max_num_batched_tokens=8), [DRAFTER], SweepGrid((2, 4), (30,), (1, 3)), LONG)
     assert {(row.batch, row.gamma) for row in rows if row.gamma} == {(2, 1), (2, 3), (4, 1)}  # 4 x 4 tokens fit no pass
 
 
@@ -203,7 +210,7 @@ def test_bootstrap_of_short_responses() -> None:
 
 
 def test_runs_end_before_sequences_outgrow_the_engine() -> None:
-    rows = sweep(make_engine(), [DRAFTER], Grid((4,), (520,), (4,)), LONG)
+    rows = sweep(make_engine(), [DRAFTER], SweepGrid((4,), (520,), (4,)), LONG)
     assert {row.n_samples for row in rows} == {5}
 
 
@@ -240,6 +247,6 @@ def _sweep_on_a_rank(seconds: float) -> list[tuple[object, ...]]:
     group = dist.group.WORLD
     assert group is not None
     engine = make_speculative_engine("good", "coupled", 3, group, max_num_seqs=4)
-    rows = sweep(engine, [DRAFTER], Grid((1, 3), (20,), (2,)), seconds * (100 if group.rank() else 1))
+    rows = sweep(engine, [DRAFTER], SweepGrid((1, 3), (20,), (2,)), seconds * (100 if group.rank() else 1))
     assert engine.blocks.num_free == engine.blocks.num_blocks
     return [(r.batch, r.seq, r.gamma, r.mode, r.n_samples, r.tensor_model_parallel_size) for r in rows]

@@ -10,7 +10,7 @@ import pytest
 
 from erollout.errors import UserError
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
-from erollout.speculation.trace import COLUMNS, Decision, Reason, Trace, forget_others
+from erollout.speculation.trace import COLUMNS, DecisionTrace, Reason, StepDecision, forget_others
 
 N3 = Arm("w4 odd, name", 3)
 ARMS = (OFF, N3)
@@ -28,20 +28,20 @@ def outcome(arm: Arm, decoding: int, seconds: float, emitted: int, accepted: int
 
 
 @pytest.fixture
-def trace() -> Trace:
-    trace = Trace()
-    trace.append(0.0, Decision(OFF, Reason.IDLE), outcome(OFF, 0, 2.0, 4, prefill=100))
-    trace.append(2.0, Decision(OFF, Reason.KEPT, 1.4, N3, 1.5), outcome(OFF, 4, 1.4, 4))
-    trace.append(4.0, Decision(N3, Reason.BETTER, 0.7, OFF, 1.2), outcome(N3, 2, 2.0, 6, 4))
-    trace.append(6.0, Decision(N3, Reason.PROBE, 0.7, OFF, 1.2), outcome(N3, 2, 99.0, 2, 0))
-    trace.append(105.0, Decision(N3, Reason.KEPT, 0.7, OFF, 1.2), outcome(N3, 2, 4.0, 8, 4, prefill=50))
+def trace() -> DecisionTrace:
+    trace = DecisionTrace()
+    trace.append(0.0, StepDecision(OFF, Reason.IDLE), outcome(OFF, 0, 2.0, 4, prefill=100))
+    trace.append(2.0, StepDecision(OFF, Reason.KEPT, 1.4, N3, 1.5), outcome(OFF, 4, 1.4, 4))
+    trace.append(4.0, StepDecision(N3, Reason.BETTER, 0.7, OFF, 1.2), outcome(N3, 2, 2.0, 6, 4))
+    trace.append(6.0, StepDecision(N3, Reason.PROBE, 0.7, OFF, 1.2), outcome(N3, 2, 99.0, 2, 0))
+    trace.append(105.0, StepDecision(N3, Reason.KEPT, 0.7, OFF, 1.2), outcome(N3, 2, 4.0, 8, 4, prefill=50))
     return trace
 
 
-def test_what_is_written_is_read_again(trace: Trace, tmp_path: Path) -> None:
+def test_what_is_written_is_read_again(trace: DecisionTrace, tmp_path: Path) -> None:
     path = tmp_path / "new" / "decisions.csv.gz"
     assert trace.write(path)
-    again = Trace.read(path)
+    again = DecisionTrace.read(path)
     assert len(again) == 5 and again.arms == trace.arms
     for name, column in trace.columns.items():
         assert [str(x) for x in again.columns[name]] == [str(x) for x in column], name
@@ -55,14 +55,14 @@ def test_what_is_written_is_read_again(trace: Trace, tmp_path: Path) -> None:
 
 
 def test_late_steps_keep_their_microseconds(tmp_path: Path) -> None:
-    trace = Trace()
-    trace.append(123456.789012, Decision(OFF, Reason.KEPT), outcome(OFF, 1, 0.01, 1))
+    trace = DecisionTrace()
+    trace.append(123456.789012, StepDecision(OFF, Reason.KEPT), outcome(OFF, 1, 0.01, 1))
     trace.write(tmp_path / "late")
-    assert Trace.read(tmp_path / "late").columns["start"][0] == 123456.789012
+    assert DecisionTrace.read(tmp_path / "late").columns["start"][0] == 123456.789012
 
 
 def test_a_disk_that_fails_costs_the_trace_and_not_the_run(
-    trace: Trace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trace: DecisionTrace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
@@ -70,7 +70,7 @@ def test_a_disk_that_fails_costs_the_trace_and_not_the_run(
     assert "not kept" in caplog.text and "decisions.csv.gz" in caplog.text
 
 
-def test_a_damaged_file_is_named(trace: Trace, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(trace: DecisionTrace, tmp_path: Path) -> None:
     path = tmp_path / "decisions.csv.gz"
     trace.write(path)
     whole = path.read_bytes()
@@ -88,12 +88,12 @@ def test_a_damaged_file_is_named(trace: Trace, tmp_path: Path) -> None:
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"decisions\.csv\.gz can't be read"):
-            Trace.read(path)
+            DecisionTrace.read(path)
     with pytest.raises(UserError, match="can't be read"):
-        Trace.read(tmp_path / "missing")
+        DecisionTrace.read(tmp_path / "missing")
 
 
-def test_regret_counts_tokens_at_the_difference_to_the_best_arm(trace: Trace) -> None:
+def test_regret_counts_tokens_at_the_difference_to_the_best_arm(trace: DecisionTrace) -> None:
     def seconds_per_token(load: Load) -> tuple[float, float]:
         return (1.0, 1.5) if load.decoding == 4 else (1.0, 0.75)
 
@@ -103,7 +103,7 @@ def test_regret_counts_tokens_at_the_difference_to_the_best_arm(trace: Trace) ->
     assert trace.regret(lambda load: (1.0, 1.5), ARMS) == pytest.approx(0.5 * (3 + 1 + 3))
 
 
-def test_saved_seconds_compare_with_steps_without_drafts(trace: Trace) -> None:
+def test_saved_seconds_compare_with_steps_without_drafts(trace: DecisionTrace) -> None:
     plain = 1.2  # of an autoregressive step at two sequences
     third = 3 * plain - 2.0
     fourth = plain - 3 * 2 * plain  # the outlier counts as three times its prediction
@@ -112,7 +112,7 @@ def test_saved_seconds_compare_with_steps_without_drafts(trace: Trace) -> None:
     assert trace.saved(step_seconds, probes=False) == {2: pytest.approx(third + fifth)}
 
 
-def test_bins_are_means_over_time(trace: Trace) -> None:
+def test_bins_are_means_over_time(trace: DecisionTrace) -> None:
     bins = trace.binned(4, 8.0)
     assert [b.busy for b in bins] == pytest.approx([1.0, 0.7, 1.0, 1.0])
     assert [b.decoding for b in bins] == pytest.approx([0.0, 0.7 * 4, 2.0, 2.0])
@@ -120,15 +120,15 @@ def test_bins_are_means_over_time(trace: Trace) -> None:
     assert [b.drafts for b in bins] == pytest.approx([0.0, 0.0, 3.0, 3.0])
     assert [b.waiting for b in bins] == pytest.approx([7.0, 4.9, 7.0, 7.0])
     assert sum(b.busy for b in trace.binned(7, 109.0)) * 109 / 7 == pytest.approx(trace.seconds)
-    assert Trace().binned(3, 1.0)[2].busy == 0.0
-    early = Trace()
-    early.append(-3.0, Decision(OFF, Reason.KEPT), outcome(OFF, 1, 4.0, 1))
+    assert DecisionTrace().binned(3, 1.0)[2].busy == 0.0
+    early = DecisionTrace()
+    early.append(-3.0, StepDecision(OFF, Reason.KEPT), outcome(OFF, 1, 4.0, 1))
     assert [b.busy for b in early.binned(2, 4.0)] == [0.5, 0.0]
 
 
-def test_predicted_over_measured_leaves_prompts_out(trace: Trace) -> None:
+def test_predicted_over_measured_leaves_prompts_out(trace: DecisionTrace) -> None:
     assert trace.predicted_over_measured == pytest.approx((1.4 + 3 * 0.7 + 0.7) / (1.4 + 2.0 + 99.0))
-    assert Trace().predicted_over_measured == 1.0
+    assert DecisionTrace().predicted_over_measured == 1.0
 
 
 def test_the_newest_of_a_replica_are_kept(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from erollout.security.redaction import redact
 from erollout.tracking.address import sqlite_uri
 from erollout.tracking.console import StepReporter, format_duration, print_summary, print_table
 from erollout.tracking.delivery import METRICS_PER_BATCH, Delivery, group_entries
-from erollout.tracking.journal import Entry, Journal, journal_path, read_history
+from erollout.tracking.journal import Journal, JournalEntry, journal_path, read_history
 from erollout.tracking.log import configure_logging
 from erollout.tracking.metrics import PhaseTimer, memory_metrics, percentiles, summarize_lengths
 from erollout.tracking.provenance import checkout
@@ -628,8 +628,8 @@ def test_full_disk_costs_records_and_not_the_run(tmp_path: Path, caplog: pytest.
 
 
 def test_groups_keep_order_and_respect_the_limit_of_a_call() -> None:
-    def entry(kind: str, size: int = 0) -> Entry:
-        return Entry({"kind": kind, "values": {str(name): 0.0 for name in range(size)}}, end=0)
+    def entry(kind: str, size: int = 0) -> JournalEntry:
+        return JournalEntry({"kind": kind, "values": {str(name): 0.0 for name in range(size)}}, end=0)
 
     half = METRICS_PER_BATCH // 2
     entries = [
@@ -637,7 +637,7 @@ def test_groups_keep_order_and_respect_the_limit_of_a_call() -> None:
         *(entry("metrics", half) for _ in range(3)),
         entry("status"),
         entry("metrics", 1),
-        Entry(None, 0),
+        JournalEntry(None, 0),
     ]
     groups = group_entries(entries)
     assert [len(group) for group in groups] == [1, 2, 1, 1, 1, 1]

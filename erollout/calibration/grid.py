@@ -12,7 +12,7 @@ BASE_LOAD = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SweepPoint:
     batch: int
     """Sequences that decode."""
     context: int
@@ -25,16 +25,16 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class SweepGrid:
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
     num_speculative_tokens: tuple[int, ...]
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[SweepPoint]:
         """From coarse to fine, so that a budget that ends early has covered the whole range."""
         batches, contexts = _levels(self.batches), _levels(self.contexts)
         ranked = sorted((max(batches[b], contexts[c]), b, c) for b in batches for c in contexts)
-        return [Place(batch, context) for _, batch, context in ranked]
+        return [SweepPoint(batch, context) for _, batch, context in ranked]
 
 
 def coarse_to_fine(values: Iterable[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from erollout.calibration.file import Calibration
-from erollout.calibration.regret import Place, predicted_best
+from erollout.calibration.regret import LoadPoint, predicted_best
 from erollout.plots.speculation_map import Measurement, Prediction
 from erollout.speculation.cost.cost_model import PassTimes
 from erollout.speculation.step import OFF, Arm
@@ -38,7 +38,7 @@ def predictions(
     return Prediction(batches, contexts, best, [[up for up, _ in row] for row in cells])
 
 
-def measurements(places: Sequence[Place], passes: PassTimes, lengths: Callable[[int], float]) -> list[Measurement]:
+def measurements(places: Sequence[LoadPoint], passes: PassTimes, lengths: Callable[[int], float]) -> list[Measurement]:
     """The best measured arm of every place, beside the one that is predicted among the measured."""
     choose = predicted_best(lambda batch: passes, lengths)
     return [

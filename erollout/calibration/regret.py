@@ -18,7 +18,7 @@ MEDIAN_TOKENS, SIGMA, MAX_TOKENS = 1024, 1.0, 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LoadPoint:
     """A batch and context of a sweep."""
 
     batch: int
@@ -31,7 +31,7 @@ class Place:
         return min(self.seconds_per_token.values())
 
 
-Chooser = Callable[[Place], Arm]
+Chooser = Callable[[LoadPoint], Arm]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +42,15 @@ class Regret:
     rollout: float
 
 
-def measured_places(cycles: Sequence[Cycle], lengths: Lengths) -> list[Place]:
+def measured_places(cycles: Sequence[Cycle], lengths: Lengths) -> list[LoadPoint]:
     places: dict[tuple[int, float], dict[Arm, float]] = {}
     for cycle in cycles:
         arms = places.setdefault((cycle.batch, cycle.context), {OFF: cycle.target})
         arms[cycle.arm] = cycle.seconds / lengths(cycle.num_speculative_tokens)
-    return [Place(batch, context, arms) for (batch, context), arms in sorted(places.items())]
+    return [LoadPoint(batch, context, arms) for (batch, context), arms in sorted(places.items())]
 
 
-def regrets(places: Sequence[Place], choosers: Mapping[str, Chooser]) -> dict[str, Regret]:
+def regrets(places: Sequence[LoadPoint], choosers: Mapping[str, Chooser]) -> dict[str, Regret]:
     """Of each way to choose."""
     weights = rollout_weights(places)
     return {
@@ -59,12 +59,12 @@ def regrets(places: Sequence[Place], choosers: Mapping[str, Chooser]) -> dict[st
     }
 
 
-def _lost(places: Sequence[Place], weights: Sequence[float], chooser: Chooser) -> float:
+def _lost(places: Sequence[LoadPoint], weights: Sequence[float], chooser: Chooser) -> float:
     chosen = sum(w * place.seconds_per_token[chooser(place)] for place, w in zip(places, weights, strict=True))
     return chosen / sum(w * place.best for place, w in zip(places, weights, strict=True)) - 1
 
 
-def rollout_weights(places: Sequence[Place]) -> list[float]:
+def rollout_weights(places: Sequence[LoadPoint]) -> list[float]:
     """Steps of a rollout nearest to each place. It begins with the sweep's largest batch and ends with one sequence."""
     count = max(place.batch for place in places)
     quantiles = (NormalDist(log(MEDIAN_TOKENS), SIGMA).inv_cdf((i + 0.5) / count) for i in range(count))
@@ -82,7 +82,7 @@ def rollout_weights(places: Sequence[Place]) -> list[float]:
     return [weights[place.batch, place.context] for place in places]
 
 
-def autoregressive(place: Place) -> Arm:
+def autoregressive(place: LoadPoint) -> Arm:
     return OFF
 
 
@@ -96,7 +96,7 @@ def below(batch: int, arm: Arm) -> Chooser:
     return lambda place: arm if place.batch <= batch and arm in place.seconds_per_token else OFF
 
 
-def best_threshold(places: Sequence[Place]) -> tuple[int, Arm]:
+def best_threshold(places: Sequence[LoadPoint]) -> tuple[int, Arm]:
     """The fixed batch size and arm that would have lost least over the rollout: known only afterwards."""
     arms = sorted({arm for place in places for arm in place.seconds_per_token if arm.speculates})
     candidates = [(batch, arm) for batch in sorted({0, *(place.batch for place in places)}) for arm in arms]
@@ -107,12 +107,12 @@ def best_threshold(places: Sequence[Place]) -> tuple[int, Arm]:
 def predicted_best(predictor: Predictor, lengths: Lengths) -> Chooser:
     """The arm of least predicted time per token."""
 
-    def seconds_per_token(passes: PassTimes, place: Place, arm: Arm) -> float:
+    def seconds_per_token(passes: PassTimes, place: LoadPoint, arm: Arm) -> float:
         return passes.step_seconds(arm, place.batch, place.context) / (
             lengths(arm.num_speculative_tokens) if arm.speculates else 1
         )
 
-    def choose(place: Place) -> Arm:
+    def choose(place: LoadPoint) -> Arm:
         passes = predictor(place.batch)
         return min(place.seconds_per_token, key=lambda arm: seconds_per_token(passes, place, arm))
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erollout.calibration.file import Identity
-from erollout.calibration.grid import LEAST_REPETITIONS, Grid, Place, coarse_to_fine, repetitions
+from erollout.calibration.grid import LEAST_REPETITIONS, SweepGrid, SweepPoint, coarse_to_fine, repetitions
 from erollout.calibration.model_size import describe_shape
 from erollout.calibration.sweep_file import Mode, SweepRow
 from erollout.engine.engine import Engine
@@ -48,7 +48,7 @@ BOOTSTRAP_TOKENS = 128
 def sweep(
     engine: Engine,
     formats: Sequence[str],
-    grid: Grid,
+    grid: SweepGrid,
     seconds: float,
     rows_done: Sequence[SweepRow] = (),
     on_row: Callable[[SweepRow], None] = lambda row: None,
@@ -86,7 +86,7 @@ def bootstrap(
     few = sorted({min(drafts), max(drafts), min(drafts, key=lambda n: abs(n - 3))})
     arms = [Arm(format, n) for format in formats for n in few]
     usual = min(longest // 2, longest - _response_tokens((*arms, OFF, OFF)))
-    places = [Place(batch, max(2, context)) for context in (usual, usual // 4) for batch in batches]
+    places = [SweepPoint(batch, max(2, context)) for context in (usual, usual // 4) for batch in batches]
     measurement = _Sweep(engine, arms, BOOTSTRAP_TOKENS, "")
     return measurement.rows_in_rounds(places, seconds)
 
@@ -131,7 +131,7 @@ class _Sweep:
         """Seconds of one repetition at the place before, over its weight; 0 at the first."""
 
     def rows(
-        self, places: Sequence[Place], seconds: float, done: Set[_Key], on_row: Callable[[SweepRow], None]
+        self, places: Sequence[SweepPoint], seconds: float, done: Set[_Key], on_row: Callable[[SweepRow], None]
     ) -> list[SweepRow]:
         """Those of these places that are not done, as far as the budget reaches; of one place at least."""
         rows: list[SweepRow] = []
@@ -146,18 +146,18 @@ class _Sweep:
                 self._log(place, samples, seconds - (time.perf_counter() - began))
         return rows
 
-    def rows_in_rounds(self, places: Sequence[Place], seconds: float) -> list[SweepRow]:
+    def rows_in_rounds(self, places: Sequence[SweepPoint], seconds: float) -> list[SweepRow]:
         """As `rows`, with each place visited LEAST_REPETITIONS times, so that a busy second harms no place alone."""
-        taken: dict[Place, list[_Sample]] = {}
+        taken: dict[SweepPoint, list[_Sample]] = {}
         with _measuring(self.engine) as stopwatch:
             for place, samples in self._visits(LEAST_REPETITIONS * list(places), seconds, 1, stopwatch):
                 taken.setdefault(place, []).extend(samples)
         return [row for place, samples in taken.items() for row in self._rows(place, samples)]
 
     def _visits(
-        self, places: Sequence[Place], seconds: float, least: int, stopwatch: "_Stopwatch"
-    ) -> Iterator[tuple[Place, list["_Sample"]]]:
-        """Place by place what was measured there, within the budget. `least`: repetitions at each, where there is time."""
+        self, places: Sequence[SweepPoint], seconds: float, least: int, stopwatch: "_Stopwatch"
+    ) -> Iterator[tuple[SweepPoint, list["_Sample"]]]:
+        """SweepPoint by place what was measured there, within the budget. `least`: repetitions at each, where there is time."""
         places = [place for place in places if self._fits(place)]
         if places:
             self._take(places[0], self._arms_at(places[0]), stopwatch)  # allocates and prepares, which the budget leaves out
@@ -172,7 +172,7 @@ class _Sweep:
 
     def require_same(self, rows: Iterable[SweepRow]) -> None:
         """Raise UserError unless all rows are of this engine and device."""
-        mine = self._row(Place(1, 1), OFF, "target_decode", [1.0])
+        mine = self._row(SweepPoint(1, 1), OFF, "target_decode", [1.0])
         for row in rows:
             for name in ("hardware", "tensor_model_parallel_size", "architecture", "dtype", "kernels"):
                 if getattr(row, name) != getattr(mine, name):
@@ -181,26 +181,26 @@ class _Sweep:
                         "name another file, or delete it"
                     )
 
-    def _arms_at(self, place: Place) -> tuple[Arm, ...]:
+    def _arms_at(self, place: SweepPoint) -> tuple[Arm, ...]:
         """In the order of one repetition, which ends with two steps without drafts: one right after drafts, one not."""
         return *(arm for arm in self.arms if place.batch * (1 + arm.num_speculative_tokens) <= self.most_tokens), OFF, OFF
 
-    def _fits(self, place: Place) -> bool:
+    def _fits(self, place: SweepPoint) -> bool:
         """The engine can hold a place's sequences for one repetition."""
         end = _prompt_tokens(place) + _response_tokens(self._arms_at(place))
         return place.batch <= self.engine.rollout.max_num_seqs and end <= self._room(place)
 
-    def _room(self, place: Place) -> int:
+    def _room(self, place: SweepPoint) -> int:
         """Tokens that each sequence may have."""
         cache = self.engine.cache
         return min(self.engine.max_model_len, cache.num_blocks // place.batch * cache.block_size)
 
-    def _at_once(self, place: Place) -> int:
+    def _at_once(self, place: SweepPoint) -> int:
         """Repetitions in one run, after which the contexts have grown too much."""
         growth = min(_growth(place.context), self._room(place) - _prompt_tokens(place) - _response_tokens(()))
         return max(1, growth // _most_emitted(self._arms_at(place)))
 
-    def _measure(self, place: Place, share: float, left: float, least: int, stopwatch: "_Stopwatch") -> list["_Sample"]:
+    def _measure(self, place: SweepPoint, share: float, left: float, least: int, stopwatch: "_Stopwatch") -> list["_Sample"]:
         """Repeat all arms at a place, for its share of the seconds that are left."""
         arms = self._arms_at(place)
         if stopwatch.on_device:
@@ -216,13 +216,13 @@ class _Sweep:
             remaining -= times
         return samples
 
-    def _take(self, place: Place, arms: tuple[Arm, ...], stopwatch: "_Stopwatch") -> list["_Sample"]:
+    def _take(self, place: SweepPoint, arms: tuple[Arm, ...], stopwatch: "_Stopwatch") -> list["_Sample"]:
         """A step with each of these arms."""
         control = _Turns(arms, place.batch, stopwatch)
         self.engine.run(control, requests=_requests(self.engine, place, _response_tokens(arms)))
         return control.samples
 
-    def _rows(self, place: Place, samples: Sequence["_Sample"]) -> list[SweepRow]:
+    def _rows(self, place: SweepPoint, samples: Sequence["_Sample"]) -> list[SweepRow]:
         """From samples in the order of whole repetitions."""
         arms = self._arms_at(place)
         *drafting, after, plain = (samples[index :: len(arms)] for index in range(len(arms)))
@@ -235,7 +235,7 @@ class _Sweep:
             rows.append(self._row(place, arms[-3], "target_decode_sd", [s.seconds for s in after]))
         return rows
 
-    def _row(self, place: Place, arm: Arm, mode: Mode, seconds: Sequence[float]) -> SweepRow:
+    def _row(self, place: SweepPoint, arm: Arm, mode: Mode, seconds: Sequence[float]) -> SweepRow:
         ms = [1e3 * value for value in seconds]
         mean, median, deviation = statistics.mean(ms), statistics.median(ms), statistics.pstdev(ms)
         return SweepRow(
@@ -258,7 +258,7 @@ class _Sweep:
             kernels=self.identity.kernels,
         )
 
-    def _keys(self, place: Place) -> set[_Key]:
+    def _keys(self, place: SweepPoint) -> set[_Key]:
         """Of all rows of a place."""
         return {_key(row) for row in self._rows(place, [_Sample(OFF, 1.0, 0.0)] * len(self._arms_at(place)))}
 
@@ -271,7 +271,7 @@ class _Sweep:
         dist.broadcast(tensor, group=group, group_src=0)
         return float(tensor.item())
 
-    def _log(self, place: Place, samples: Sequence["_Sample"], left: float) -> None:
+    def _log(self, place: SweepPoint, samples: Sequence["_Sample"], left: float) -> None:
         seconds: dict[Arm, list[float]] = {}
         for sample in samples:
             seconds.setdefault(sample.arm, []).append(sample.seconds)
@@ -394,7 +394,7 @@ def _measuring(engine: Engine) -> Iterator[_Stopwatch]:
         engine.rollout, engine.runner, engine.proposers = rollout, runner, proposers
 
 
-def _requests(engine: Engine, place: Place, response_tokens: int) -> list[RolloutRequest]:
+def _requests(engine: Engine, place: SweepPoint, response_tokens: int) -> list[RolloutRequest]:
     """One for each sequence of a place, so that it has its own keys and values. They are sampled as the run's own are: filters
     cost time."""
     rollout = engine.rollout
@@ -417,7 +417,7 @@ def _growth(context: int) -> int:
     return max(LEAST_GROWTH, context // 4)
 
 
-def _prompt_tokens(place: Place) -> int:
+def _prompt_tokens(place: SweepPoint) -> int:
     return max(2, place.context - _growth(place.context) // 4)
 
 

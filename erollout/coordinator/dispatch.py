@@ -8,7 +8,7 @@ of a claim from the next occupancy. What was handed to another in between is sam
 import heapq
 from collections.abc import Iterator, Sequence
 
-from erollout.coordinator.lengths import Lengths
+from erollout.coordinator.lengths import RemainingLengths
 from erollout.coordinator.occupancy import Occupancy
 from erollout.coordinator.throughput import seconds_per_token
 
@@ -19,7 +19,7 @@ RESERVE_FACTOR = 2
 class HandOut:
     """Of one rollout. The same arguments on every replica."""
 
-    def __init__(self, replicas: int, num_prompts: int, group_size: int, max_num_seqs: int, lengths: Lengths) -> None:
+    def __init__(self, replicas: int, num_prompts: int, group_size: int, max_num_seqs: int, lengths: RemainingLengths) -> None:
         self.replicas = replicas
         self.num_prompts = num_prompts
         self.group_size = group_size

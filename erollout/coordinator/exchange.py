@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import AllToAllOptions
 
 from erollout.config import CoordinatorConfig
 from erollout.coordinator.occupancy import Occupancy
-from erollout.coordinator.state_machine import Decision, Move, StateMachine
+from erollout.coordinator.state_machine import ClusterDecision, Move, StateMachine
 from erollout.types import PartialRollout
 
 BUSY_SHARE = 0.0007
@@ -112,7 +112,7 @@ class Stream:
 class News:
     """What the stream brought since the last look."""
 
-    decision: Decision | None = None
+    decision: ClusterDecision | None = None
     release: int = 0
     """So many sequences are to be given (`Exchange.give`): the stream waits for them."""
     arrivals: list[PartialRollout] = field(default_factory=list)
@@ -204,7 +204,7 @@ class Exchange:
         partials, self._given = self._given, []
         return partials
 
-    def _gathered(self, result: "array[float]") -> Decision:
+    def _gathered(self, result: "array[float]") -> ClusterDecision:
         """Decide about a complete window."""
         started = time.thread_time()
         self.windows += 1

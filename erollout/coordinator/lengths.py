@@ -10,7 +10,7 @@ UNKNOWN_QUANTILES = 256
 BEYOND = 1.25
 
 
-class Lengths:
+class RemainingLengths:
     """The distribution of response lengths.
 
     One response, BEYOND times the longest, is added to the known ones, for those that grow longer than any before. Without

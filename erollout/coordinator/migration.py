@@ -19,7 +19,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from erollout.coordinator.lengths import Lengths
+from erollout.coordinator.lengths import RemainingLengths
 from erollout.coordinator.occupancy import Occupancy
 from erollout.coordinator.throughput import seconds_per_token
 
@@ -51,7 +51,7 @@ class Stage:
 class Rebalancing:
     """Of one rollout. The same arguments on every replica."""
 
-    def __init__(self, max_num_seqs: int, lengths: Lengths, window_seconds: float) -> None:
+    def __init__(self, max_num_seqs: int, lengths: RemainingLengths, window_seconds: float) -> None:
         self.max_num_seqs = max_num_seqs
         self.lengths = lengths
         self.window_seconds = window_seconds

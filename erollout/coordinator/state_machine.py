@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from erollout.config import CoordinatorConfig
 from erollout.coordinator.dispatch import HandOut
-from erollout.coordinator.lengths import Lengths
+from erollout.coordinator.lengths import RemainingLengths
 from erollout.coordinator.migration import Move, Rebalancing
 from erollout.coordinator.occupancy import Occupancy
 
@@ -19,7 +19,7 @@ ARM_MARGIN = 0.03
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ClusterDecision:
     """Of one window."""
 
     epoch: int
@@ -63,7 +63,7 @@ class StateMachine:
         """
         self.options = options
         self.num_responses = num_prompts * group_size - num_done
-        known = Lengths(lengths, max_tokens)
+        known = RemainingLengths(lengths, max_tokens)
         self._hand_out = HandOut(replicas, num_prompts, group_size, max_num_seqs, known)
         self._rebalancing = Rebalancing(max_num_seqs, known, options.window_seconds)
         self._epoch = 0
@@ -71,25 +71,25 @@ class StateMachine:
         self._claimed_here = 0
         """By this process's replica; the others learn it from its occupancy, and so does `advance`."""
 
-    def start(self) -> Decision:
+    def start(self) -> ClusterDecision:
         """Before the first window: what every replica begins with."""
         static = self.options.hand_out == "static"
-        return Decision(0, self._arm, self._hand_out.everything() if static else self._hand_out.first())
+        return ClusterDecision(0, self._arm, self._hand_out.everything() if static else self._hand_out.first())
 
-    def advance(self, window: Sequence[Occupancy]) -> Decision:
+    def advance(self, window: Sequence[Occupancy]) -> ClusterDecision:
         """The next decision, from one occupancy per replica."""
         self._epoch += 1
         self._hand_out.learn_claims(window)
         if self._hand_out.is_done and not any(occupancy.outstanding for occupancy in window):
             done = sum(occupancy.finished for occupancy in window)
             assert done >= self.num_responses, f"{self.num_responses - done} responses were lost"
-            return Decision(self._epoch, self._arm, finished=True)
+            return ClusterDecision(self._epoch, self._arm, finished=True)
         if any(occupancy.asked for occupancy in window):
-            return Decision(self._epoch, self._arm, interrupted=True)
+            return ClusterDecision(self._epoch, self._arm, interrupted=True)
         if self._arm is not None:
             self._arm = self._best_arm(window, self._arm)
         moves = self._hand_out.is_done and self.options.policy == "makespan"
-        return Decision(
+        return ClusterDecision(
             self._epoch,
             self._arm,
             hand_out=self._hand_out.more(window),
@@ -110,7 +110,7 @@ class StateMachine:
         """Prompts that this process's replica has claimed: for its occupancy."""
         return self._claimed_here
 
-    def mine(self, decision: Decision, replica: int) -> tuple[int, ...]:
+    def mine(self, decision: ClusterDecision, replica: int) -> tuple[int, ...]:
         """The prompts that a decision gives to this process's replica, without those that it had claimed before it came."""
         given = decision.hand_out[replica] if decision.hand_out else ()
         return tuple(prompt for prompt in given if not self._hand_out.is_claim(prompt, replica, self._claimed_here))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from erollout.doctor.judgement import Attendance, Decision, judge_arrivals, judge_reach, judge_sums
+from erollout.doctor.judgement import Attendance, NodeVerdict, judge_arrivals, judge_reach, judge_sums
 from erollout.doctor.reachability import Peer, answering, unreached
 from erollout.doctor.report import Finding
 from erollout.environment import set_default
@@ -41,7 +41,7 @@ _CLOCK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CollectiveResult:
     """As one node tells it."""
 
     findings: list[Finding]
@@ -54,12 +54,12 @@ class Outcome:
 
 def check_collective(
     head: str, interface: str | None, run_id: str, wait_seconds: int, attendance: Attendance, secret: str = ""
-) -> Outcome:
+) -> CollectiveResult:
     """`head`, `interface`: as on the command line. Gives up a while after wait_seconds for the others, whatever hangs.
 
     `secret`: equal on all nodes; empty: whoever knows the run id takes part.
     """
-    outcomes: list[Outcome] = []
+    outcomes: list[CollectiveResult] = []
 
     def run() -> None:
         try:
@@ -76,7 +76,7 @@ def check_collective(
     return outcomes[0] if outcomes else _failed(f"no answer of --head = {head} within {seconds} s")
 
 
-def _take_part(place: Meeting, chosen: str | None, attendance: Attendance, secret: str) -> Outcome:
+def _take_part(place: Meeting, chosen: str | None, attendance: Attendance, secret: str) -> CollectiveResult:
     for name, value in interface_variables(place.interface, chosen).items():
         set_default(name, value)
     greeting = f"{place.run_id:.16}".encode()[:16].ljust(16)
@@ -108,14 +108,14 @@ class Table:
         _wait(lambda: self._store.check(list(keys.values())), seconds)
         return {number: self._store.get(key).decode() for number, key in keys.items() if self._store.check([key])}
 
-    def decide(self, phase: str, seconds: float, decide: Callable[[dict[int, str]], Decision]) -> Decision:
+    def decide(self, phase: str, seconds: float, decide: Callable[[dict[int, str]], NodeVerdict]) -> NodeVerdict:
         """The head's, on all nodes. `decide`: from what the nodes have told in time."""
         key = f"{phase}/decision"
         if self.is_head:
             self._store.set(key, json.dumps(asdict(decide(self.told(phase, seconds)))))
         elif not _wait(lambda: self._store.check([key]), seconds + REACH_SECONDS):
             raise UserError(f"the head does not decide ({phase}); look at its output")
-        return Decision(**json.loads(self._store.get(key)))
+        return NodeVerdict(**json.loads(self._store.get(key)))
 
     def world(self) -> "Store":
         return dist.PrefixStore("world", self._store)
@@ -128,7 +128,7 @@ class Table:
                 _wait(lambda: self._store.add("left", 0) >= self._store.add("came", 0), _LEAVE_SECONDS)
 
 
-def _phases(table: Table, seconds: float, attendance: Attendance, own: Peer, greeting: bytes) -> Outcome:
+def _phases(table: Table, seconds: float, attendance: Attendance, own: Peer, greeting: bytes) -> CollectiveResult:
     with _canary(attendance.shared if table.is_head else None) as canary:
         table.tell("arrival", json.dumps([own.name, own.address, own.port, canary]))
         decision = table.decide("arrival", seconds, lambda told: judge_arrivals(_names(told), own.name, attendance, seconds))
@@ -147,7 +147,7 @@ def _phases(table: Table, seconds: float, attendance: Attendance, own: Peer, gre
     if dist.is_initialized():
         dist.destroy_process_group()  # only now that all have answered: nobody's connections are still needed
     ended = _ended(decision, own.name, table.is_head)
-    return Outcome([*finding, *_gpus(), *ended.findings], ended.problem, ended.others)
+    return CollectiveResult([*finding, *_gpus(), *ended.findings], ended.problem, ended.others)
 
 
 def _try_to_add_up(store: "Store", rank: int, world_size: int) -> tuple[list[Finding], str]:
@@ -197,14 +197,14 @@ def _add_numbers(rank: int, world_size: int) -> float:
     return seconds
 
 
-def _ended(decision: Decision, name: str, is_head: bool) -> Outcome:
+def _ended(decision: NodeVerdict, name: str, is_head: bool) -> CollectiveResult:
     own = [Finding("collective", decision.bad[name], "error")] if name in decision.bad else []
     others = {other: reason for other, reason in decision.bad.items() if other != name} if is_head else {}
-    return Outcome(own, decision.problem, others)
+    return CollectiveResult(own, decision.problem, others)
 
 
-def _failed(text: str) -> Outcome:
-    return Outcome([Finding("collective", text, "error")])
+def _failed(text: str) -> CollectiveResult:
+    return CollectiveResult([Finding("collective", text, "error")])
 
 
 def _gpus() -> list[Finding]:

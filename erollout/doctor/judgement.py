@@ -12,7 +12,7 @@ _SHOWN_PAIRS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class NodeVerdict:
     """Of the head, for all nodes."""
 
     problem: str = ""
@@ -33,24 +33,24 @@ class Attendance:
     """A directory that all must see."""
 
 
-def judge_arrivals(names: Sequence[str], head: str, attendance: Attendance, seconds: float) -> Decision:
+def judge_arrivals(names: Sequence[str], head: str, attendance: Attendance, seconds: float) -> NodeVerdict:
     """`names`: of those that came in time. `head`: the name of the head."""
     twice = [name for name, count in Counter(map(_short, names)).items() if count > 1]
     if twice:
-        return Decision(f"{', '.join(twice)} came more than once; start one process on each node")
+        return NodeVerdict(f"{', '.join(twice)} came more than once; start one process on each node")
     strangers = [name for name in names if attendance.expected and not _among(name, attendance.expected)]
     if strangers:
-        return Decision(f"{', '.join(strangers)} came, and expected are {', '.join(attendance.expected)}")
+        return NodeVerdict(f"{', '.join(strangers)} came, and expected are {', '.join(attendance.expected)}")
     if len(names) == attendance.nodes:
-        return Decision()
+        return NodeVerdict()
     problem = f"{len(names)} of {attendance.nodes} nodes came within {seconds:g} s: {', '.join(names)}"
     if len(names) == 1 and attendance.nodes > 2:
-        return Decision(problem, {head: "none of the others came: is its port closed to them?"})
+        return NodeVerdict(problem, {head: "none of the others came: is its port closed to them?"})
     missing = [name for name in attendance.expected if not _among(name, names)]
-    return Decision(problem, {name: f"did not come within {seconds:g} s" for name in missing})
+    return NodeVerdict(problem, {name: f"did not come within {seconds:g} s" for name in missing})
 
 
-def judge_reach(peers: Sequence[Peer], told: Mapping[int, str], shared: Path | None) -> Decision:
+def judge_reach(peers: Sequence[Peer], told: Mapping[int, str], shared: Path | None) -> NodeVerdict:
     """`told`: by number, whom a node does not reach and whether it sees the head's file in the shared directory."""
     reports = {number: json.loads(text) for number, text in told.items()}
     bad = {peer.name: "came, and then was silent" for number, peer in enumerate(peers) if number not in reports}
@@ -64,15 +64,15 @@ def judge_reach(peers: Sequence[Peer], told: Mapping[int, str], shared: Path | N
             bad[peers[number].name] = f"does not see the head's file in {shared}: is that on a shared filesystem?"
     pairs = [f"{peers[a].name} does not reach {peers[b].name} at {peers[b].address}:{peers[b].port}" for a, b in sorted(failed)]
     more = [f"and {len(pairs) - _SHOWN_PAIRS} other pairs"] if len(pairs) > _SHOWN_PAIRS else []
-    return Decision("; ".join([*pairs[:_SHOWN_PAIRS], *more] or _sentences(bad)), bad)
+    return NodeVerdict("; ".join([*pairs[:_SHOWN_PAIRS], *more] or _sentences(bad)), bad)
 
 
-def judge_sums(peers: Sequence[Peer], told: Mapping[int, str]) -> Decision:
+def judge_sums(peers: Sequence[Peer], told: Mapping[int, str]) -> NodeVerdict:
     """`told`: by number, what went wrong; nothing where nothing did. What goes wrong for many is the fault of nobody known."""
     silent = {peer.name: "is silent in the collective" for number, peer in enumerate(peers) if number not in told}
     wrong = {peers[number].name: text for number, text in told.items() if text}
     few = wrong if 2 * len(wrong) < len(peers) and not silent else {}
-    return Decision("; ".join(_sentences(wrong) + _sentences(silent)), silent | few)
+    return NodeVerdict("; ".join(_sentences(wrong) + _sentences(silent)), silent | few)
 
 
 def _sentences(reasons: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.model.attention import Span
+from erollout.engine.model.attention import QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.linear import TorchLinear
 
@@ -122,5 +122,5 @@ def _read(model: DecodeModel, tokens: list[int]) -> None:
     device = model.cache.device
     positions = torch.arange(len(tokens), device=device)  # in blocks 0, 1, ...: slots are the positions
     blocks = list(range(-(-len(tokens) // _BLOCK_SIZE)))
-    plan = model.plan([Span(0, len(tokens), blocks)])
+    plan = model.plan([QuerySpan(0, len(tokens), blocks)])
     model.forward(torch.tensor(tokens, device=device), positions, positions, plan, positions)

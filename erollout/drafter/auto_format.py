@@ -16,7 +16,7 @@ from torch import Tensor
 
 from erollout.drafter.activation_statistics import InputStatistics
 from erollout.drafter.drafter import Drafter, target_linears, tensor_name
-from erollout.engine.model.attention import Span
+from erollout.engine.model.attention import QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.linear import Linear
 from erollout.engine.sampling.logits import gather, shard_logits
@@ -121,7 +121,7 @@ def _read(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
     """Logits after every token of a sequence, which takes the cache's first blocks."""
     device, size = model.cache.device, model.cache.block_size
     positions = torch.arange(len(tokens), device=device)  # in blocks 0, 1, ...: slots are the positions
-    plan = model.plan([Span(0, len(tokens), list(range(-(-len(tokens) // size))))])
+    plan = model.plan([QuerySpan(0, len(tokens), list(range(-(-len(tokens) // size))))])
     return model.forward(torch.tensor(tokens, device=device), positions, positions, plan, positions)
 
 
@@ -135,7 +135,7 @@ def _step_seconds(model: DecodeModel, tokens: Sequence[int]) -> float:
     row = torch.zeros(1, dtype=torch.int64, device=device)
 
     def step() -> None:
-        model.forward(ids, position, position, model.plan([Span(last, last + 1, blocks)]), row)
+        model.forward(ids, position, position, model.plan([QuerySpan(last, last + 1, blocks)]), row)
 
     return _median_seconds(step, device)
 

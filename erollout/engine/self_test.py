@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.model.attention import Attention, PagedAttention, Span
+from erollout.engine.model.attention import Attention, PagedAttention, QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.linear import LINEAR_KERNELS
 from erollout.engine.model.native_model import NativeAttention
@@ -123,7 +123,7 @@ def _attention_holds(kernel: str, group: Architecture, block_size: int, dtype: t
 
     def run(*pieces: tuple[int, int]) -> Tensor:
         rows = torch.cat([query[start:end] for start, end in pieces])
-        return attention(rows, cache.layer(0), attention.plan([Span(*piece, list(range(blocks))) for piece in pieces]))
+        return attention(rows, cache.layer(0), attention.plan([QuerySpan(*piece, list(range(blocks))) for piece in pieces]))
 
     whole = run((0, _TOKENS))
     beside = run(*((position, position + 1) for position in _NEIGHBOURS))

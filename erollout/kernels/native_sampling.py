@@ -19,7 +19,7 @@ _JOB = struct.Struct("@P qqqqqq ii PPP PPPq PPq PPq PPq P ii PP")
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class NoiseGrid:
     """A rank's columns on the grid of noise: `size` tokens from column `margin` on, of `width` columns from id first_id on."""
 
     first_id: int
@@ -45,7 +45,7 @@ class NativeSampling:
     def __call__(
         self,
         logits: Tensor,
-        grid: Grid,
+        grid: NoiseGrid,
         seeds: Tensor,
         positions: Tensor,
         noisy: Tensor,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from erollout.plots.style import ALERT, INK, MUTED, SERIES, arm_colors, figure, legend_beside, plain, say
 from erollout.speculation.step import Arm, Load
-from erollout.speculation.trace import Reason, Trace
+from erollout.speculation.trace import DecisionTrace, Reason
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ SMOOTHING = 60
 
 
 def decisions(
-    trace: Trace, step_seconds: Callable[[Arm, Load], float] | None = None, title: str = "Decisions of one replica"
+    trace: DecisionTrace, step_seconds: Callable[[Arm, Load], float] | None = None, title: str = "Decisions of one replica"
 ) -> "Figure":
     """The batch with the chosen arm as colour; predicted and measured times per token; seconds saved so far.
 
@@ -42,7 +42,7 @@ def decisions(
     return made
 
 
-def _runs(trace: Trace) -> list[tuple[int, int, Arm]]:
+def _runs(trace: DecisionTrace) -> list[tuple[int, int, Arm]]:
     """Steps in a row with the same arm: first, one after the last, arm. Single probes are left to their marks."""
     runs: list[tuple[int, int, Arm]] = []
     for step in range(len(trace)):
@@ -54,7 +54,7 @@ def _runs(trace: Trace) -> list[tuple[int, int, Arm]]:
     return runs
 
 
-def _draw_batch(axes: "Axes", trace: Trace) -> None:
+def _draw_batch(axes: "Axes", trace: DecisionTrace) -> None:
     plain(axes, ylabel="sequences", title="load, and what was chosen")
     colors, named = arm_colors(trace.arms[index] for index in set(trace.columns["arm"])), set[Arm]()
     decoding = trace.columns["decoding"]
@@ -71,7 +71,7 @@ def _draw_batch(axes: "Axes", trace: Trace) -> None:
     legend_beside(axes)
 
 
-def _draw_times(axes: "Axes", trace: Trace) -> None:
+def _draw_times(axes: "Axes", trace: DecisionTrace) -> None:
     plain(axes, ylabel="ms per token", title="time in which every decoding sequence gets one token")
     steps = [step for step in range(len(trace)) if trace.tokens(step) and not trace.columns["prefill_tokens"][step]]
     measured = {step: 1e3 * trace.columns["seconds"][step] / trace.tokens(step) for step in steps}
@@ -92,7 +92,7 @@ def _draw_times(axes: "Axes", trace: Trace) -> None:
     legend_beside(axes)
 
 
-def _draw_saved(axes: "Axes", trace: Trace, step_seconds: Callable[[Arm, Load], float]) -> None:
+def _draw_saved(axes: "Axes", trace: DecisionTrace, step_seconds: Callable[[Arm, Load], float]) -> None:
     plain(axes, ylabel="seconds", title="saved so far against decoding without drafts, by the model's times for that")
     saved = list(accumulate(trace.gain(step, step_seconds) for step in range(len(trace))))
     axes.axhline(0, color=MUTED, linewidth=0.8)

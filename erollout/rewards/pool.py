@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from erollout.rewards.scorers import Scorer
-from erollout.rewards.worker import Outcome, ScoringWorker, Worker, WorkerDied, WorkerLost
+from erollout.rewards.worker import ScoreResult, ScoringWorker, Worker, WorkerDied, WorkerLost
 from erollout.types import Prompt, Reward, Rollout
 
 Key = tuple[int, int]
@@ -139,7 +139,7 @@ class RewardPool:
             try:
                 outcome = self._score(slot, task)
             except Exception as error:
-                outcome = Outcome(error=f"scoring failed: {type(error).__name__}: {error}", worker_lost=True)
+                outcome = ScoreResult(error=f"scoring failed: {type(error).__name__}: {error}", worker_lost=True)
             if outcome is None:
                 continue
             if outcome.worker_lost:
@@ -147,7 +147,7 @@ class RewardPool:
             self._finish(task, outcome)
         self._drop(slot)
 
-    def _score(self, slot: int, task: _Task) -> Outcome | None:
+    def _score(self, slot: int, task: _Task) -> ScoreResult | None:
         """A process that is killed from outside while it starts or idles is no fault of the response: another takes it.
 
         None: the response is handed back, for the slots that still have a machine.
@@ -173,11 +173,11 @@ class RewardPool:
                 self._drop(slot)
                 losses = task.losses + error.scoring
                 if losses == MAX_LOSSES:
-                    return Outcome(error=f"{MAX_LOSSES} machines were lost while they scored it; the last: {error}")
+                    return ScoreResult(error=f"{MAX_LOSSES} machines were lost while they scored it; the last: {error}")
                 self._tasks.put(replace(task, losses=losses))
                 self._replace(slot)
                 return None
-        return Outcome(error=gone or self._start_failure)
+        return ScoreResult(error=gone or self._start_failure)
 
     def _replace(self, slot: int) -> None:
         """Bring up a process elsewhere, without holding a response meanwhile, unless no slot is left to take them."""
@@ -220,7 +220,7 @@ class RewardPool:
             with suppress(Exception):
                 worker.close()
 
-    def _finish(self, task: _Task, outcome: Outcome) -> None:
+    def _finish(self, task: _Task, outcome: ScoreResult) -> None:
         value = self._error_value if outcome.value is None else outcome.value
         with self._state:
             if task.key not in self._pending:  # another slot was faster

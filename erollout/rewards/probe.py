@@ -8,7 +8,7 @@ from typing import Self
 
 from erollout.errors import UserError
 from erollout.rewards.scorers import Scorer
-from erollout.rewards.worker import Outcome, Worker, WorkerDied
+from erollout.rewards.worker import ScoreResult, Worker, WorkerDied
 from erollout.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class ScorerProbe:
             self._worker.wait_until_ready()
         except WorkerDied as error:
             raise UserError(str(error)) from error
-        failed: list[Outcome] = []
+        failed: list[ScoreResult] = []
         for response in dict.fromkeys([form.format(solution) for form in _FORMS if solution is not None] + [""]):
             outcome = self._score(prompt, response)
             if outcome.error is None:
@@ -78,11 +78,11 @@ class ScorerProbe:
         if failed:
             raise UserError(f"{len(failed)} reference answers can't be used; the first: {failed[0]}; fix or drop the rows")
 
-    def _score(self, prompt: Prompt, response: str) -> Outcome:
+    def _score(self, prompt: Prompt, response: str) -> ScoreResult:
         try:
             return self._worker.score(prompt, response, self._timeout_seconds)
         except WorkerDied as error:
-            return Outcome(error=str(error), worker_lost=True)
+            return ScoreResult(error=str(error), worker_lost=True)
 
     def _key(self) -> str:
         return f"rewards.function = {self._scorer.function!r}"

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from erollout.errors import UserError
 from erollout.rewards.pool import RewardPool
 from erollout.rewards.scorers import Scorer
-from erollout.rewards.worker import START_TIMEOUT_SECONDS, Outcome, Worker, WorkerDied, WorkerLost
+from erollout.rewards.worker import START_TIMEOUT_SECONDS, ScoreResult, Worker, WorkerDied, WorkerLost
 from erollout.schedulers.ray_cluster import join_cluster, resources_free
 
 _ANSWER_SECONDS = 60.0
@@ -103,19 +103,19 @@ class RayWorker:
             raise WorkerDied(answer)
         self.pid = answer
 
-    def score(self, prompt: object, response: str, timeout_seconds: float) -> Outcome:
+    def score(self, prompt: object, response: str, timeout_seconds: float) -> ScoreResult:
         """Raises WorkerDied as Worker.score does, and WorkerLost when the node or the actor is gone or silent."""
         try:
             item = pickle.dumps((prompt, response))
         except Exception as error:  # pickling an item runs foreign code
-            return Outcome(error=f"the item can't be sent to a scoring process: {type(error).__name__}: {error}")
+            return ScoreResult(error=f"the item can't be sent to a scoring process: {type(error).__name__}: {error}")
         scoring = False
         try:
             if time.monotonic() - self._answered > _IDLE_SECONDS:
                 ray.get(self._actor.ready.remote(), timeout=_ANSWER_SECONDS)
             scoring = True
             reference = self._actor.score.remote(item, timeout_seconds)
-            answer: Outcome | str = ray.get(reference, timeout=timeout_seconds + _ANSWER_SECONDS)
+            answer: ScoreResult | str = ray.get(reference, timeout=timeout_seconds + _ANSWER_SECONDS)
         except RayError as error:
             raise WorkerLost(_last_line(error), scoring=scoring) from error
         self._answered = time.monotonic()
@@ -154,11 +154,11 @@ class _Host:
         """The process's id, or why there is none."""
         return self._failure or self._worker.pid
 
-    def score(self, item: bytes, timeout_seconds: float) -> Outcome | str:
+    def score(self, item: bytes, timeout_seconds: float) -> ScoreResult | str:
         try:
             prompt, response = pickle.loads(item)
         except Exception as error:  # as is what a pickle loads
-            return Outcome(error=f"the item can't be read by a scoring process: {type(error).__name__}: {error}")
+            return ScoreResult(error=f"the item can't be read by a scoring process: {type(error).__name__}: {error}")
         try:
             return self._worker.score(prompt, response, timeout_seconds)
         except WorkerDied as error:

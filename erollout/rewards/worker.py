@@ -34,7 +34,7 @@ START_TIMEOUT_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ScoreResult:
     """What came of one response: a value, or why there is none."""
 
     value: float | None = None
@@ -67,7 +67,7 @@ class ScoringWorker(Protocol):
 
     def wait_until_ready(self) -> None: ...
 
-    def score(self, prompt: Prompt, response: str, timeout_seconds: float) -> Outcome: ...
+    def score(self, prompt: Prompt, response: str, timeout_seconds: float) -> ScoreResult: ...
 
     def kill(self) -> None: ...
 
@@ -107,28 +107,28 @@ class Worker:
         if error is not None:
             raise WorkerDied(error)
 
-    def score(self, prompt: Prompt, response: str, timeout_seconds: float) -> Outcome:
+    def score(self, prompt: Prompt, response: str, timeout_seconds: float) -> ScoreResult:
         """Raises WorkerDied when the process was gone before it had taken the response."""
         try:
             self._connection.send((prompt, response))
         except OSError as error:
             raise WorkerDied("scoring process died while it waited") from error
         except Exception as error:  # pickling an item runs foreign code
-            return Outcome(error=f"the item can't be sent to a scoring process: {type(error).__name__}: {error}")
+            return ScoreResult(error=f"the item can't be sent to a scoring process: {type(error).__name__}: {error}")
         taken, end = False, time.monotonic() + timeout_seconds
         try:
             while self._connection.poll(max(0.0, end - time.monotonic())):
-                answer: Outcome | None = self._hear()
+                answer: ScoreResult | None = self._hear()
                 if answer is not None:
                     return answer
                 taken = True
         except (EOFError, OSError) as error:
             if not taken:
                 raise WorkerDied("scoring process died while it waited") from error
-            return Outcome(error="scorer ended its process", worker_lost=True)
+            return ScoreResult(error="scorer ended its process", worker_lost=True)
         except UnpicklingError as error:
-            return Outcome(error=f"scorer wrote to the pipe of its process: {error}", worker_lost=True)
-        return Outcome(error=f"scorer took more than {timeout_seconds:g} s", timed_out=True, worker_lost=True)
+            return ScoreResult(error=f"scorer wrote to the pipe of its process: {error}", worker_lost=True)
+        return ScoreResult(error=f"scorer took more than {timeout_seconds:g} s", timed_out=True, worker_lost=True)
 
     def _hear(self) -> Any:
         """What scores may execute what a model has written: what comes from there is no more than an answer."""
@@ -201,14 +201,14 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500]
 
 
-def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> Outcome:
+def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> ScoreResult:
     """Broad on purpose: a scorer is foreign code, and whatever it raises costs one sample its reward, no more."""
     try:
-        return Outcome(value=scorer(prompt, response))
+        return ScoreResult(value=scorer(prompt, response))
     except NotANumber as error:
-        return Outcome(error=f"ValueError: {_one_line(error)}")
+        return ScoreResult(error=f"ValueError: {_one_line(error)}")
     except Exception as error:
-        return Outcome(error=f"{type(error).__name__}: {_one_line(error)}{_place(error)}", raised=True)
+        return ScoreResult(error=f"{type(error).__name__}: {_one_line(error)}{_place(error)}", raised=True)
 
 
 def _place(error: Exception) -> str:

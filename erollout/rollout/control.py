@@ -15,7 +15,7 @@ from torch import Tensor
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.migration import Move
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
-from erollout.coordinator.state_machine import Decision
+from erollout.coordinator.state_machine import ClusterDecision
 from erollout.coordinator.throughput import PREFILL_TOKENS
 from erollout.engine.orders import Arrival, Control, Orders
 from erollout.security.unpickling import load_message
@@ -243,7 +243,7 @@ class ReplicaControl:
             self._late = None
             logger.info("replica %d follows the cluster again, from window %d", exchange.replica, exchange.windows)
 
-    def _carry_out(self, decision: Decision) -> None:
+    def _carry_out(self, decision: ClusterDecision) -> None:
         assert self.exchange is not None
         arm = None if decision.arm is None else self._arms[decision.arm]
         mine = self.exchange.machine.mine(decision, self.exchange.replica)

@@ -23,7 +23,7 @@ from erollout.rollout.control import AgreedControl, ReplicaControl, never_asked,
 from erollout.speculation.cost.cost_model import CalibratedCost
 from erollout.speculation.step import Load
 from erollout.speculation.toggle import Toggle
-from erollout.speculation.trace import Bin, Trace, forget_others
+from erollout.speculation.trace import Bin, DecisionTrace, forget_others
 from erollout.types import RolloutRequest
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class Steering:
         return Toggle(replace(self.config.speculation, mode="off"), (), toggle.cost)  # type: ignore[type-var]
 
 
-def shares(trace: Trace) -> dict[int, Share]:
+def shares(trace: DecisionTrace) -> dict[int, Share]:
     """Where a rollout's seconds went, by batch size; passes with prompt tokens in them are batch 0."""
     found: dict[int, Share] = {}
     columns = trace.columns

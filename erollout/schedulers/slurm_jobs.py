@@ -35,7 +35,7 @@ class Refused(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SlurmJob:
     """What Slurm says of a job."""
 
     id: int
@@ -116,27 +116,27 @@ def submit(command: Sequence[str], directory: Path, known: Collection[int]) -> i
     raise UserError(f"sbatch: {reason}")
 
 
-def jobs(ids: Collection[int], directory: Path) -> list[Job]:
+def jobs(ids: Collection[int], directory: Path) -> list[SlurmJob]:
     """Those of the ids that Slurm still knows (for some minutes after their end), and mine of the directory; oldest first."""
     names = ",".join(map(str, [*ids, *ids]))  # one alone that is not known is an error, in a list it is not
     found = [*(_jobs(f"--jobs={names}") if ids else []), *(job for job in _jobs("--me") if job.directory == str(directory))]
     return [job for _, job in sorted({job.id: job for job in found}.items())]
 
 
-def cancel(job: Job) -> None:
+def cancel(job: SlurmJob) -> None:
     """A job that waits goes at once."""
     _must("scancel", str(job.id))
 
 
-def terminate(job: Job) -> None:
+def terminate(job: SlurmJob) -> None:
     """The batch shell hears SIGTERM, and has the ranks save and end, in their own time."""
     _must("scancel", "--batch", "--signal=TERM", str(job.id))
 
 
-def _jobs(which: str) -> list[Job]:
+def _jobs(which: str) -> list[SlurmJob]:
     lines = _must("squeue", "--noheader", "--states=all", which, "--Format=" + ",".join(f"{name}:|" for name in _FIELDS))
     rows = [line.strip().split("|") for line in lines.splitlines()]
-    return [Job(int(row[0]), row[1], int(row[2]), *row[3:9]) for row in rows if row[0].isdigit()]
+    return [SlurmJob(int(row[0]), row[1], int(row[2]), *row[3:9]) for row in rows if row[0].isdigit()]
 
 
 def _must(*command: str) -> str:

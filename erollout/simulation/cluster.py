@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import inf
 
 from erollout.config import CoordinatorConfig
-from erollout.coordinator.state_machine import Decision, Move, StateMachine
+from erollout.coordinator.state_machine import ClusterDecision, Move, StateMachine
 from erollout.simulation.replica import Replica
 
 EXCHANGE_SECONDS = 0.001
@@ -69,7 +69,7 @@ class Cluster:
             replica.run_until(time)
         return max(replica.now for replica in self.replicas)
 
-    def _carry_out(self, decision: Decision) -> None:
+    def _carry_out(self, decision: ClusterDecision) -> None:
         arms = self.replicas[0].chooser.arms
         imposed = None if decision.arm is None else arms[decision.arm]
         for replica in self.replicas:

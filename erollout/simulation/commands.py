@@ -67,7 +67,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from rich.console import Console
 
-    from erollout.simulation.experiment import Outcome, compare
+    from erollout.simulation.experiment import SimulatedRollout, compare
     from erollout.simulation.report import rest_of_step, summarize, table, write
     from erollout.tracking.terminal import print_whole
 
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     console = Console(highlight=False)
     console.print(_describe(setting, options), soft_wrap=True)
 
-    def tell(outcome: Outcome) -> None:
+    def tell(outcome: SimulatedRollout) -> None:
         console.print(
             f"{outcome.strategy}: seed {outcome.seed}, {outcome.seconds:.1f} s, {outcome.windows} windows",
             style="dim",

@@ -11,7 +11,7 @@ LONGEST = 64
 """Drafts in a run that shares are kept for."""
 
 
-class Acceptance:
+class SimulatedAcceptance:
     """Shares of a draft's first, second, ... tokens that are accepted, all independent of sequence and time."""
 
     def __init__(self, shares: Sequence[float]) -> None:
@@ -22,7 +22,7 @@ class Acceptance:
         self._moments = cache(self._moments_of)
 
     @classmethod
-    def constant(cls, share: float) -> "Acceptance":
+    def constant(cls, share: float) -> "SimulatedAcceptance":
         """Every draft is accepted with this chance where all before it were."""
         return cls((share,))
 
@@ -48,7 +48,7 @@ class Acceptance:
         return 1 + mean, square - mean * mean
 
 
-def parse_acceptance(text: str) -> Acceptance:
+def parse_acceptance(text: str) -> SimulatedAcceptance:
     """`0.9`: of each draft, given those before it; `0.95,0.9,0.84`: shares by position. Raises UserError."""
     try:
         shares = [float(part) for part in text.split(",")]
@@ -57,4 +57,4 @@ def parse_acceptance(text: str) -> Acceptance:
     falling = all(a >= b for a, b in zip([1.0, *shares], shares, strict=False))
     if not falling or shares[-1] < 0 or 0.0 in shares[:-1]:
         raise UserError(f"acceptance {text!r}: shares by position lie between 0 and 1 and never rise")
-    return Acceptance(shares)
+    return SimulatedAcceptance(shares)

@@ -9,12 +9,12 @@ import numpy as np
 from erollout.config import CoordinatorConfig, SpeculationConfig
 from erollout.coordinator.state_machine import StateMachine
 from erollout.simulation.cluster import Cluster, Traffic
-from erollout.simulation.draft_outcomes import Acceptance
+from erollout.simulation.draft_outcomes import SimulatedAcceptance
 from erollout.simulation.jumping import JumpingReplica
-from erollout.simulation.replica import Chooser, Ledger, Limits, Replica, Span
+from erollout.simulation.replica import BusySpan, Chooser, Ledger, Limits, Replica
 from erollout.simulation.stepwise import StepwiseReplica
 from erollout.simulation.truth import Oracle, Truth
-from erollout.simulation.workload import Lengths, Workload
+from erollout.simulation.workload import LengthSource, Workload
 from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.step import Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
@@ -47,8 +47,8 @@ class Setting:
     """What the replicas believe at the start: their calibration."""
     truth: PassTimes
     """What steps take."""
-    acceptance: Acceptance
-    lengths: Lengths
+    acceptance: SimulatedAcceptance
+    lengths: LengthSource
     replicas: int
     num_prompts: int
     group_size: int
@@ -68,7 +68,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SimulatedRollout:
     """Of one rollout; shares are between 0 and 1."""
 
     strategy: Strategy
@@ -91,11 +91,11 @@ class Outcome:
     sequences_moved: int
     recomputed_tokens: int
     preemptions: int
-    spans: tuple[tuple[Span, ...], ...] = ()
+    spans: tuple[tuple[BusySpan, ...], ...] = ()
     """Of the first SHOWN_REPLICAS."""
 
 
-def simulate(setting: Setting, strategy: Strategy, seed: int) -> Iterator[Outcome]:
+def simulate(setting: Setting, strategy: Strategy, seed: int) -> Iterator[SimulatedRollout]:
     """The rollouts that count, of one strategy. Equal seeds give all strategies the same lengths."""
     truth = Truth(setting.truth, setting.acceptance, _considered(setting), setting.noise)
     choosers = [_chooser(setting, strategy.mode, truth, cost) for cost in _costs(setting)]
@@ -113,8 +113,8 @@ def simulate(setting: Setting, strategy: Strategy, seed: int) -> Iterator[Outcom
 
 
 def compare(
-    setting: Setting, strategies: Sequence[Strategy], seeds: int, progress: Callable[[Outcome], None] = lambda _: None
-) -> list[Outcome]:
+    setting: Setting, strategies: Sequence[Strategy], seeds: int, progress: Callable[[SimulatedRollout], None] = lambda _: None
+) -> list[SimulatedRollout]:
     """All strategies over the same lengths."""
     outcomes = []
     for seed in range(seeds):
@@ -133,7 +133,7 @@ def _rollout(
     choosers: Sequence[Chooser],
     seed: tuple[int, int],
     last: Sequence[int],
-) -> Outcome:
+) -> SimulatedRollout:
     options = CoordinatorConfig(strategy.policy, strategy.hand_out, window_seconds=setting.window_seconds)  # type: ignore[call-arg]
     machine = StateMachine(
         options,
@@ -211,10 +211,12 @@ def _considered(setting: Setting) -> list[Arm]:
     return [Arm(format, number) for format in _formats(setting) for number in lengths]
 
 
-def _outcome(strategy: Strategy, seed: tuple[int, int], seconds: float, ledgers: Sequence[Ledger], traffic: Traffic) -> Outcome:
+def _outcome(
+    strategy: Strategy, seed: tuple[int, int], seconds: float, ledgers: Sequence[Ledger], traffic: Traffic
+) -> SimulatedRollout:
     busy = sum(ledger.busy for ledger in ledgers)
     drafts = sum(ledger.num_drafts for ledger in ledgers)
-    return Outcome(
+    return SimulatedRollout(
         strategy,
         *seed,
         seconds=seconds,

@@ -6,8 +6,8 @@ from pathlib import Path
 from erollout.errors import UserError
 from erollout.plots.replica_timeline import Lane, occupancy
 from erollout.plots.simulated_rollouts import Bar, rollout_times, utilisation
-from erollout.simulation.experiment import Outcome, Strategy
-from erollout.simulation.replica import Span
+from erollout.simulation.experiment import SimulatedRollout, Strategy
+from erollout.simulation.replica import BusySpan
 from erollout.simulation.report import Summary
 from erollout.speculation.trace import Bin, binned
 
@@ -15,13 +15,13 @@ BINS = 200
 """Of a rollout's time."""
 
 
-def draw(out: Path, outcomes: Sequence[Outcome], summaries: Sequence[Summary]) -> None:
+def draw(out: Path, outcomes: Sequence[SimulatedRollout], summaries: Sequence[Summary]) -> None:
     """`rollouts.png`; of each strategy's first rollout, `occupancy-<strategy>.png`; and `utilisation.png`. Raises UserError."""
     bars = [
         Bar(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.hand_out}", s.seconds.mean, s.seconds.half) for s in summaries
     ]
     figures = {"rollouts": rollout_times(bars)}
-    first: dict[Strategy, Outcome] = {}
+    first: dict[Strategy, SimulatedRollout] = {}
     for outcome in outcomes:
         first.setdefault(outcome.strategy, outcome)
     shares = {}
@@ -43,6 +43,6 @@ def draw(out: Path, outcomes: Sequence[Outcome], summaries: Sequence[Summary]) -
         raise UserError(f"can't write to --out {out}: {error.strerror}") from error
 
 
-def bins_of(spans: Sequence[Span], seconds: float) -> list[Bin]:
+def bins_of(spans: Sequence[BusySpan], seconds: float) -> list[Bin]:
     """Equal parts of [0, seconds)."""
     return binned(((s.start, s.end, s.running, 0.0, s.arm.num_speculative_tokens) for s in spans), BINS, seconds)

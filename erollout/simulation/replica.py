@@ -51,7 +51,7 @@ class Limits:
     block_size: int = 16
 
 
-class Span(NamedTuple):
+class BusySpan(NamedTuple):
     """Steps in a row that did the same."""
 
     start: float
@@ -81,7 +81,7 @@ class Ledger:
     """Seconds of steps with drafts."""
     lost: float = 0.0
     """Seconds more than the best arm of each step would have taken for as many tokens."""
-    spans: list[Span] | None = None
+    spans: list[BusySpan] | None = None
     """Kept where there is a list."""
 
     def add(self, start: float, seconds: float, running: int, arm: Arm, steps: int) -> None:
@@ -93,7 +93,7 @@ class Ledger:
             end = start + seconds
             if self.spans and self.spans[-1][1:] == (start, running, arm):
                 start = self.spans.pop().start
-            self.spans.append(Span(start, end, running, arm))
+            self.spans.append(BusySpan(start, end, running, arm))
 
 
 class Replica(ABC):

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from rich.table import Table
 
 from erollout.errors import UserError
-from erollout.simulation.experiment import Outcome, Strategy
+from erollout.simulation.experiment import SimulatedRollout, Strategy
 
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 """Quantiles at 97.5 % of Student's t, for 1, 2, ... degrees of freedom."""
@@ -51,15 +51,15 @@ class Summary:
     """Sequences."""
 
 
-def summarize(outcomes: Sequence[Outcome], rest_seconds: float) -> list[Summary]:
+def summarize(outcomes: Sequence[SimulatedRollout], rest_seconds: float) -> list[Summary]:
     """By strategy, in their order. `rest_seconds`: of an RL step outside the rollout."""
-    by_strategy: dict[Strategy, list[Outcome]] = {}
+    by_strategy: dict[Strategy, list[SimulatedRollout]] = {}
     for outcome in outcomes:
         by_strategy.setdefault(outcome.strategy, []).append(outcome)
     return [_summary(strategy, some, by_strategy, rest_seconds) for strategy, some in by_strategy.items()]
 
 
-def rest_of_step(outcomes: Sequence[Outcome], rollout_share: float) -> float:
+def rest_of_step(outcomes: Sequence[SimulatedRollout], rollout_share: float) -> float:
     """Seconds of an RL step outside the rollout, when the rollout has this share of one with autoregressive decoding."""
     seconds = [outcome.seconds for outcome in outcomes if outcome.strategy.mode == "off"] or [o.seconds for o in outcomes]
     return fmean(seconds) * (1 - rollout_share) / rollout_share
@@ -83,9 +83,9 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
     return result
 
 
-def write(out: Path, outcomes: Sequence[Outcome], summaries: Sequence[Summary], setting: dict[str, object]) -> None:
+def write(out: Path, outcomes: Sequence[SimulatedRollout], summaries: Sequence[Summary], setting: dict[str, object]) -> None:
     """`rollouts.csv` with one line per rollout, `summary.json` with the setting and the means. Raises UserError."""
-    names = [field.name for field in fields(Outcome) if field.name not in ("strategy", "spans")]
+    names = [field.name for field in fields(SimulatedRollout) if field.name not in ("strategy", "spans")]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / "rollouts.csv").open("w", newline="") as file:
@@ -101,7 +101,10 @@ def write(out: Path, outcomes: Sequence[Outcome], summaries: Sequence[Summary], 
 
 
 def _summary(
-    strategy: Strategy, some: Sequence[Outcome], by_strategy: dict[Strategy, list[Outcome]], rest_seconds: float
+    strategy: Strategy,
+    some: Sequence[SimulatedRollout],
+    by_strategy: dict[Strategy, list[SimulatedRollout]],
+    rest_seconds: float,
 ) -> Summary:
     off = by_strategy.get(Strategy("off", strategy.policy, strategy.hand_out))
     off = off or next((outcomes for other, outcomes in by_strategy.items() if other.mode == "off"), None)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import log2
 
-from erollout.simulation.draft_outcomes import Acceptance
+from erollout.simulation.draft_outcomes import SimulatedAcceptance
 from erollout.speculation.cost.cost_model import CONTEXT_STEPS, CalibratedCost, PassTimes
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 
@@ -11,7 +11,7 @@ from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 class Truth:
     """Shared by all replicas, which are alike."""
 
-    def __init__(self, passes: PassTimes, acceptance: Acceptance, arms: Sequence[Arm], noise: float = 0.0) -> None:
+    def __init__(self, passes: PassTimes, acceptance: SimulatedAcceptance, arms: Sequence[Arm], noise: float = 0.0) -> None:
         """
         Args:
             arms: what the best choice is sought among.

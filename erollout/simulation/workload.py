@@ -42,7 +42,7 @@ class Workload:
         return int(self.response_tokens.sum())
 
 
-class Lengths(Protocol):
+class LengthSource(Protocol):
     """Where workloads come from."""
 
     def draw(self, num_prompts: int, group_size: int, max_tokens: int, generator: np.random.Generator) -> Workload:
@@ -69,7 +69,7 @@ class Lognormal:
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class LengthTrace:
     """Responses of a real rollout. As it was where the sizes agree; else its groups are drawn with replacement."""
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
@@ -92,7 +92,7 @@ class Trace:
         return Workload(np.array(prompts, np.int64), _cut(np.array(rows, np.int64), max_tokens))
 
 
-def read_trace(path: str | Path) -> Trace:
+def read_trace(path: str | Path) -> LengthTrace:
     """The lengths in a file that `erollout rollout --out` wrote. Raises UserError with the line that is wrong."""
     groups: dict[int, tuple[int, list[int]]] = {}
     try:
@@ -113,10 +113,10 @@ def read_trace(path: str | Path) -> Trace:
             raise UserError(f"{path}, line {number}: response_ids is empty; a response has at least one token")
     if not groups:
         raise UserError(f"the length trace {path} has no lines; make it with `erollout rollout --out {path}`")
-    return Trace(tuple((prompt, tuple(responses)) for prompt, responses in groups.values()))
+    return LengthTrace(tuple((prompt, tuple(responses)) for prompt, responses in groups.values()))
 
 
-def parse_lengths(text: str, prompt_tokens: int = 128) -> Lengths:
+def parse_lengths(text: str, prompt_tokens: int = 128) -> LengthSource:
     """`lognormal:median,sigma[,correlation]`, or the path of a trace. Raises UserError."""
     if not text.startswith("lognormal:"):
         return read_trace(text)

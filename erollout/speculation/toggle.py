@@ -18,7 +18,7 @@ from erollout.speculation.cost.cost_model import CostModel
 from erollout.speculation.ladder import Ladder
 from erollout.speculation.probes import Probes
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
-from erollout.speculation.trace import Decision, Reason, Trace
+from erollout.speculation.trace import DecisionTrace, Reason, StepDecision
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Toggle:
         self.ladder = Ladder(options.toggle.ladder) if options.mode == "ladder" else None
         self.probes = Probes(options.toggle.probe_interval, options.toggle.probe_steps)
         self.hold = HoldBack()
-        self.trace = Trace()
+        self.trace = DecisionTrace()
         """Of the present rollout, or of the last one."""
         self._clock = clock
         self._arms = _arms(options, formats)
@@ -78,7 +78,7 @@ class Toggle:
         self._key: tuple[int, int, int] | None = None
         self._age, self._fresh = 0, False
         self._load = Load(0, 0.0)
-        self._decision = Decision(self._arms[0], Reason.FIXED)
+        self._decision = StepDecision(self._arms[0], Reason.FIXED)
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -93,7 +93,7 @@ class Toggle:
     def begin_rollout(self, learns: bool) -> None:
         """`learns`: false for a validation rollout, which leaves no trace in acceptance, costs, ladder or probes."""
         self._learns = learns
-        self.trace = Trace()
+        self.trace = DecisionTrace()
         self._began = self._clock()
         self._start_over()
         if learns:
@@ -110,9 +110,9 @@ class Toggle:
             self._evaluate(load)
             self._decision = self._decided(load) if imposed is None else self._taken(imposed, Reason.IMPOSED)
         elif imposed is None:
-            self._decision = Decision(OFF, Reason.IDLE)
+            self._decision = StepDecision(OFF, Reason.IDLE)
         else:
-            self._decision = Decision(imposed, Reason.IMPOSED)
+            self._decision = StepDecision(imposed, Reason.IMPOSED)
         return self._decision.arm
 
     def observe(self, outcome: StepOutcome) -> None:
@@ -247,7 +247,7 @@ class Toggle:
         self._ended, self._emitted = ended, emitted
         self._start_over()
 
-    def _decided(self, load: Load) -> Decision:
+    def _decided(self, load: Load) -> StepDecision:
         """By predictions, at a load with decoding sequences."""
         if not self._chooses:
             return self._taken(self._arms[0], Reason.FIXED)
@@ -321,12 +321,12 @@ class Toggle:
             self._best, self._second = ranked[0], ranked[1 % len(ranked)]
             self._key, self._age = key, 1
 
-    def _taken(self, arm: Arm, reason: Reason) -> Decision:
+    def _taken(self, arm: Arm, reason: Reason) -> StepDecision:
         """A decision with its predictions, and those of the best of the rest."""
         index, values = self._index.get(arm), self._values
         other = self._second if index == self._best else self._best
         predicted = values[index] if index is not None and values[index] < inf else nan
-        return Decision(arm, reason, predicted, self._arms[other], values[other])
+        return StepDecision(arm, reason, predicted, self._arms[other], values[other])
 
     def _predictions(self, load: Load) -> tuple[float, ...]:
         """As `seconds_per_token`, of closed arms too."""
@@ -379,7 +379,7 @@ class Toggle:
         self._current, self._previous, self._since_change = 0, -1, REVERSAL_STEPS
         self._key, self._age = None, 0
         self._load = Load(0, 0.0)
-        self._decision = Decision(self._arms[0], Reason.FIXED)
+        self._decision = StepDecision(self._arms[0], Reason.FIXED)
 
 
 _BECAUSE = {

@@ -45,7 +45,7 @@ class Reason(IntEnum):
 
 
 @dataclass(slots=True)
-class Decision:
+class StepDecision:
     """Predictions are seconds in which every decoding sequence gets one token; nan where there is none."""
 
     arm: Arm
@@ -89,7 +89,7 @@ COLUMNS = (
 """Of the file. `start`: seconds since the rollout began; `seconds`: of the step."""
 
 
-class Trace:
+class DecisionTrace:
     """Columns of equal length, one entry for each step."""
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class Trace:
     def __len__(self) -> int:
         return len(self.columns["step"])
 
-    def append(self, start: float, decision: Decision, outcome: StepOutcome) -> None:
+    def append(self, start: float, decision: StepDecision, outcome: StepOutcome) -> None:
         """`start`: seconds from the rollout's begin to the step's."""
         load, arm = outcome.load, outcome.arm
         index = self._index
@@ -201,7 +201,7 @@ class Trace:
         return True
 
     @classmethod
-    def read(cls, path: Path) -> "Trace":
+    def read(cls, path: Path) -> "DecisionTrace":
         """What `write` wrote. UserError for a file that is missing or damaged."""
         trace = cls()
         try:

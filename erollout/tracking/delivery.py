@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from erollout.security.redaction import redact
-from erollout.tracking.journal import Entry, Journal
+from erollout.tracking.journal import Journal, JournalEntry
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Delivery:
         self.rejected = 0
         self._position = journal.delivered
         """Byte offset up to which the store has everything but what is set aside."""
-        self._aside: deque[tuple[int, Entry]] = deque()
+        self._aside: deque[tuple[int, JournalEntry]] = deque()
         """Records refused for now, and where their lines begin."""
         self._thread = threading.Thread(target=self._run, name="tracking-delivery", daemon=True)
 
@@ -106,7 +106,7 @@ class Delivery:
         self._mark()
         return bool(self._aside)
 
-    def _deliver(self, batch: list[Entry]) -> None:
+    def _deliver(self, batch: list[JournalEntry]) -> None:
         try:
             self._send_or_leave_out(batch)
         except (RejectedError, RefusedForNow) as error:
@@ -119,7 +119,7 @@ class Delivery:
         self._position = batch[-1].end
         self._mark()
 
-    def _send_or_leave_out(self, batch: list[Entry]) -> None:
+    def _send_or_leave_out(self, batch: list[JournalEntry]) -> None:
         """Raises RejectedError where only a part of them may be refused, else what sending does."""
         records = [entry.record for entry in batch if entry.record is not None]
         try:
@@ -152,7 +152,7 @@ class Delivery:
             logger.warning("tracking store %s answers again; delivering what was kept", self._store_name)
         self._away = False
 
-    def _say_set_aside(self, entry: Entry, error: Exception) -> None:
+    def _say_set_aside(self, entry: JournalEntry, error: Exception) -> None:
         if not self._aside and entry.record is not None:
             logger.warning(
                 "tracking store %s does not take a %s record; it is kept in %s and tried again, and those behind it go on (%s)",
@@ -168,9 +168,9 @@ class Delivery:
         self.rejected += 1
 
 
-def group_entries(entries: list[Entry]) -> list[list[Entry]]:
+def group_entries(entries: list[JournalEntry]) -> list[list[JournalEntry]]:
     """Neighbouring metrics records together, up to the limit of one call; anything else alone. Keeps the order."""
-    groups: list[list[Entry]] = []
+    groups: list[list[JournalEntry]] = []
     room = 0
     for entry in entries:
         size = len(entry.record["values"]) if entry.record and entry.record["kind"] == "metrics" else 0

@@ -28,7 +28,7 @@ def journal_path(output_dir: str | Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class JournalEntry:
     record: dict[str, Any] | None
     """None: the line can't be read (torn by a crash or a full disk)."""
     end: int
@@ -64,16 +64,16 @@ class Journal:
                 raise OSError(f"{self.path}: only a part of a line could be written")
             self._torn = False
 
-    def read(self, offset: int, limit: int) -> list[Entry]:
+    def read(self, offset: int, limit: int) -> list[JournalEntry]:
         """Up to `limit` complete lines from a byte offset."""
-        entries: list[Entry] = []
+        entries: list[JournalEntry] = []
         with open(self.path, "rb") as file:
             file.seek(offset)
             for line in file:
                 if not line.endswith(b"\n") or len(entries) == limit:
                     break
                 offset += len(line)
-                entries.append(Entry(decode(line), offset))
+                entries.append(JournalEntry(decode(line), offset))
         return entries
 
     def records(self) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from signal import Signals
 from typing import TypeVar
 
 from erollout.algorithm import build_algorithm
-from erollout.calibration.sweep import Grid
+from erollout.calibration.sweep import SweepGrid
 from erollout.calibration.sweep import sweep as measure_steps
 from erollout.calibration.sweep_log import append_row, resume_rows
 from erollout.checkpoint.checkpointer import KEPT, Checkpointer, RunState
@@ -211,7 +211,7 @@ def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes
         done = _on_rank_zero(lambda: resume_rows(out))
         engine, drafting = worker.engine, worker.steering.formats
         longest = min(engine.max_model_len, config.rollout.max_prompt_tokens + config.rollout.max_tokens)
-        places = Grid(
+        places = SweepGrid(
             grid["batches"] or tuple(2**i for i in range(config.rollout.max_num_seqs.bit_length())),
             grid["contexts"] or tuple(sorted({max(2, longest // 8), max(2, longest // 2)})),
             grid["drafts"] or tuple(n for n in (1, 3, 5, 8) if n <= config.speculation.toggle.max_speculative_tokens),

@@ -28,7 +28,7 @@ _MASKED = -1e30
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class QuerySpan:
     """New tokens of one sequence: positions [start, end), with the blocks that hold all positions up to `end`."""
 
     start: int
@@ -66,7 +66,7 @@ class TiledPlan(AttentionPlan):
 
 
 class Attention(Protocol):
-    def plan(self, spans: list[Span]) -> AttentionPlan:
+    def plan(self, spans: list[QuerySpan]) -> AttentionPlan:
         """Prepare a pass. `spans` is in token order, those of a single token first."""
 
     def __call__(self, query: Tensor, layer_cache: Tensor, plan: AttentionPlan) -> Tensor:
@@ -117,7 +117,7 @@ class PagedAttention(Attention):
         self._tiles = self._make_tiles()
         self._offsets = torch.arange(self.chunk, device=cache.device)
 
-    def plan(self, spans: list[Span]) -> TiledPlan:
+    def plan(self, spans: list[QuerySpan]) -> TiledPlan:
         """Cut a pass into items."""
         single = sum(span.end - span.start == 1 for span in spans)
         groups = []
@@ -138,7 +138,7 @@ class PagedAttention(Attention):
             return UNTESTED
         return attention_tiles(self.queries_per_kv, self.head_size, self.chunk, self.cache.dtype, torch.get_num_threads())
 
-    def _group(self, spans: list[Span], first_row: int, tile: int) -> TileGroup:
+    def _group(self, spans: list[QuerySpan], first_row: int, tile: int) -> TileGroup:
         cut = _Cut(tile)
         for span in spans:
             for start in range(span.start, span.end, tile):

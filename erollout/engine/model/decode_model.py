@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.model.attention import Attention, AttentionPlan, PagedAttention, Span
+from erollout.engine.model.attention import Attention, AttentionPlan, PagedAttention, QuerySpan
 from erollout.engine.model.decode_layout import decode_placement, vocabulary_rows_per_rank
 from erollout.engine.model.linear import LINEAR_KERNELS, Linear, LinearFactory
 from erollout.engine.model.row_tiles import in_grains
@@ -84,7 +84,7 @@ class DecodeModel:
         self.vocab_start = rank * vocabulary_rows_per_rank(architecture, size)
         self.cosine, self.sine = _rotation(architecture, max_model_len, dtype, device)
 
-    def plan(self, spans: list[Span]) -> AttentionPlan:
+    def plan(self, spans: list[QuerySpan]) -> AttentionPlan:
         """What a pass of these spans needs, prepared once. `spans` is in token order, those of a single token first."""
         return self.attention.plan(spans)
 

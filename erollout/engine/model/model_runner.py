@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from erollout.engine.model.attention import Span
+from erollout.engine.model.attention import QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.scheduler import Batch
 
@@ -39,7 +39,7 @@ class ModelRunner:
             slots += slots_of(item.sequence.block_table, self.cache.block_size, item.start, end)
         wanted = _wanted_rows(batch, last_rows)
         rows = wanted or [len(token_ids) - 1]  # never empty
-        spans = [Span(item.start, item.end + item.num_drafts, item.sequence.block_table) for item in items]
+        spans = [QuerySpan(item.start, item.end + item.num_drafts, item.sequence.block_table) for item in items]
         ids = self._tensor(token_ids)
         if draft_ids is not None:
             ids.index_copy_(0, self._tensor(_draft_rows(batch, last_rows)), draft_ids)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.model.attention import Attention, AttentionPlan, Span
+from erollout.engine.model.attention import Attention, AttentionPlan, QuerySpan
 from erollout.engine.model.decode_model import DecodeLayer, DecodeModel
 from erollout.engine.model.linear import LinearFactory
 from erollout.kernels import native
@@ -98,7 +98,7 @@ class NativeAttention(Attention):
         self.shape = ShapeStruct(num_heads, num_kv_heads, head_size, cache.block_size, cache.null_block + 1)
         self._threads = native.threads(torch.get_num_threads())
 
-    def plan(self, spans: list[Span]) -> SpanPlan:
+    def plan(self, spans: list[QuerySpan]) -> SpanPlan:
         """`spans` is in token order."""
         flat, tables, row = array("q"), array("i"), 0
         for span in spans:

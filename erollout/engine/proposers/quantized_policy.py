@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erollout.engine.model.attention import AttentionPlan, Span
+from erollout.engine.model.attention import AttentionPlan, QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.model_runner import slots_of
 from erollout.engine.proposers.base import DraftRequest, Drafts
@@ -85,7 +85,7 @@ class ModelProposer:
     def _plan(self, request: DraftRequest, step: int) -> _Pass:
         """The pass that computes the token before draft `step`."""
         sequences = [s for s, wanted in zip(request.sequences, request.num_drafts, strict=True) if wanted > step]
-        spans = [Span(s.num_computed_tokens + step, s.num_computed_tokens + step + 1, s.block_table) for s in sequences]
+        spans = [QuerySpan(s.num_computed_tokens + step, s.num_computed_tokens + step + 1, s.block_table) for s in sequences]
         size = self.cache.block_size
         slots = [slot for span in spans for slot in slots_of(span.block_table, size, span.start, span.end)]
         return _Pass(

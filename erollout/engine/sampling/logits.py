@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from erollout.engine.sampling.random import TILE
-from erollout.kernels.native_sampling import Grid
+from erollout.kernels.native_sampling import NoiseGrid
 from erollout.types import SamplingParams
 
 _FIRST_CANDIDATES = 256
@@ -67,11 +67,11 @@ def shard_logits(
     return ShardLogits(values, grid.first_id, group, vocab_size)
 
 
-def shard_grid(columns: int, vocab_size: int, vocab_start: int) -> Grid:
+def shard_grid(columns: int, vocab_size: int, vocab_start: int) -> NoiseGrid:
     """Where the columns of ids vocab_start ... lie when cut at multiples of TILE ids; those from vocab_size on don't count."""
     size = max(0, min(columns, vocab_size - vocab_start))
     margin = vocab_start % TILE
-    return Grid(vocab_start - margin, margin, size, max(1, math.ceil((margin + size) / TILE)) * TILE)
+    return NoiseGrid(vocab_start - margin, margin, size, max(1, math.ceil((margin + size) / TILE)) * TILE)
 
 
 class RowSettings:

@@ -452,7 +452,7 @@ def test_the_benchmark_prints_what_is_right_where_a_part_of_the_sweep_is_left_ou
     write_sweep(csv, sweep(batches=(1, 8, 24, 64), contexts=(512,)))
     assert command("fit", "--csv", csv, "--out", out) == 0
     capsys.readouterr()
-    script = Path(__file__).parent.parent / "benchmarks/held_out.py"
+    script = Path(__file__).parents[2] / "benchmarks/held_out.py"
     monkeypatch.setattr("sys.argv", [str(script), "--config", out, "--csv", csv, "--against", out, "--acceptance", "0.9"])
     runpy.run_path(str(script), run_name="__main__")
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

@@ -95,7 +95,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(tmp_path: Path,
     unhurried = {"function": "unhurried_scorer:half_a_second"}  # time to disturb it
     config = write_config(tmp_path, **_sections(tmp_path, world_size=2, pipeline_model_parallel_size=2), rewards=unhurried)
     command = [sys.executable, "-m", "erollout.cli", "train", "--config", str(config)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         _wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir(), process)

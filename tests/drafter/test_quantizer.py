@@ -231,7 +231,7 @@ def test_threads_change_no_number() -> None:
 @pytest.mark.end_to_end
 @pytest.mark.skipif(why_unavailable() is not None or shutil.which("g++") is None, reason="needs g++ and the native kernels")
 def test_native_quantisation_under_sanitizers(tmp_path: Path) -> None:
-    root, program = Path(__file__).parent.parent, tmp_path / "quantize"
+    root, program = Path(__file__).parents[2], tmp_path / "quantize"
     kernels = root / "erollout" / "kernels" / "cpp"
     sources = [kernels / "quantize.cpp", kernels / "threads.cpp", root / "tests" / "native" / "quantize.cpp"]
     level = native_kernels.level()

@@ -12,7 +12,7 @@ from erollout.engine.sampling.random import request_seed
 from erollout.errors import UserError
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 
-CONFIGS = sorted(path for path in (Path(__file__).parent.parent / "configs").rglob("*") if path.suffix in (".yaml", ".yml"))
+CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").rglob("*") if path.suffix in (".yaml", ".yml"))
 MINIMAL = {"model": {"path": "m"}, "data": {"kind": "chain_sum_cot"}}
 
 

@@ -13,7 +13,7 @@ from erollout.errors import UserError
 from erollout.launch.run_directory import dump_config, with_absolute_paths
 from erollout.launch.sites import load_site
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SITES = sorted((ROOT / "slurm" / "sites").glob("*.yaml"))
 
 

@@ -18,7 +18,7 @@ from erollout.kernels import native, reference
 from erollout.kernels.native import NativeFormat, NativeLinear
 from erollout.kernels.weights import QuantizedWeight
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 needs_native = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 
 ROWS = (1, 2, 3, 4, 5, 7, 8, 13, 16, 32, 37, 200)

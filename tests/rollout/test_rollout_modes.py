@@ -8,7 +8,7 @@ import pytest
 from ranks import RankFailure, RankPool
 from tiny_runs import ARCHITECTURE, write_config
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OVERRIDES = (
     "model.max_position_embeddings=256",
     "rollout.max_tokens=8",

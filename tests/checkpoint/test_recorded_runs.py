@@ -9,7 +9,7 @@ import torch
 
 from erollout.config import load_config
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import recorded_runs
 
 

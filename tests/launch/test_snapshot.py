@@ -35,7 +35,7 @@ def test_the_copy_runs_instead_of_the_installed_package(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(mine)
     copy = take_snapshot("my_rewards:score").write(tmp_path / "code")
     environment = ENVIRONMENT | {"PYTHONPATH": f"{copy}:{mine}", "PYTHONSAFEPATH": "1"}
-    checkout = Path(__file__).parents[1]  # where Python would look first
+    checkout = Path(__file__).parents[2]  # where Python would look first
 
     def python(*arguments: str) -> str:
         done = subprocess.run(

@@ -20,7 +20,7 @@ from erollout.schedulers import slurm_jobs
 
 __all__ = ["fake", "folder"]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def _site(folder: Path, **values: Any) -> str:

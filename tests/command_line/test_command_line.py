@@ -21,7 +21,7 @@ from erollout.config import load_config
 from erollout.configuration.arguments import overrides
 from erollout.configuration.hub import fetch_line
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

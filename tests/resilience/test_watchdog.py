@@ -151,7 +151,8 @@ def test_ranks_in_one_phase_differ_in_their_collectives() -> None:
 
 
 def test_what_takes_too_long_ends_the_process() -> None:
-    text = "import time\nfrom erollout.resilience.watchdog import at_most\nwith at_most({}, 'waiting'): time.sleep({})\nprint('on')"
+    text = "import time\nfrom erollout.resilience.watchdog import at_most\n"
+    text += "with at_most({}, 'waiting'): time.sleep({})\nprint('on')"
     done = subprocess.run([sys.executable, "-c", text.format(0.2, 60)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (HUNG, "") and "waiting takes more than 0.2 s" in done.stderr
     done = subprocess.run([sys.executable, "-c", text.format(60, 0)], capture_output=True, text=True, timeout=60)

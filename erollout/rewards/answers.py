@@ -8,6 +8,7 @@ import re
 from erollout.types import Prompt
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BOXED = re.compile(r"\\f?box(?:ed)?\s*\{")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -49,10 +50,10 @@ def integer_match(prompt: Prompt, response: str) -> float:
 
 def _last_boxed(response: str) -> str | None:
     """Content of the last \\boxed{...} with balanced braces."""
-    start = response.rfind("\\boxed{")
-    if start < 0:
+    found = list(_BOXED.finditer(response))
+    if not found:
         return None
-    begin = start + len("\\boxed{")
+    begin = found[-1].end()
     depth = 1
     for position in range(begin, len(response)):
         depth += {"{": 1, "}": -1}.get(response[position], 0)

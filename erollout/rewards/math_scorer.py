@@ -48,8 +48,12 @@ def _equal(gold: Answer, answer: Answer) -> bool:
     """Words and letters of choices are compared as they are; the rest by value, in one unit where both name one."""
     if gold.unit and answer.unit and gold.unit[0] == answer.unit[0] and gold.unit != answer.unit:
         return False
+    if gold.base != answer.base and None not in (gold.base, answer.base):
+        return False
     if _folded(gold) == _folded(answer):
         return bool(gold.text)
+    if gold.base is not None or answer.base is not None:
+        return False
     if gold.choice is not None and gold.text.strip("()[]. ") == gold.choice:  # a small letter is a variable
         return gold.choice == answer.choice
     if gold.number is not None and answer.number is not None and gold.percent == answer.percent:

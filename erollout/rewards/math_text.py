@@ -37,7 +37,17 @@ _CHANGES_VALUE = re.compile(
 """Words that make a number another one, or one of several."""
 
 _UNITS = {
-    "money": ("dollar dollars usd $ us$", "cent cents ¢"),
+    "money": (
+        "$ dollar dollars usd",
+        "¢ cent cents",
+        "€ euro euros eur",
+        "£ gbp",
+        "₹ rupee rupees inr",
+        "₩ won krw",
+        "yen jpy",
+        "yuan rmb cny 元",
+    ),
+    "angle": ("° degree degrees deg", "radian radians rad"),
     "length": (
         "km kilometer kilometers kilometre kilometres",
         "m meter meters metre metres",
@@ -62,6 +72,13 @@ _UNITS = {
 }
 _UNIT_OF = {name: (kind, names) for kind, units in _UNITS.items() for names in units for name in names.split()}
 """What is measured and in which unit, by each name of the unit."""
+
+_MEASURE = re.compile(
+    r"\s*(?:(?P<square>sq(?:uare)?\b\.?)|(?P<cubic>cu(?:bic)?\b\.?))?\s*(?P<name>[^\W\d_]+|[¢$€£₹₩°]|\\?\^?\{?\\circ)\s*"
+    r"(?:\^?\s*\{?(?P<power>[23²³])\}?)?"
+)
+_POWERS = {"²": "2", "³": "3"}
+_SUBSCRIPT = re.compile(r"\(?([0-9A-Za-z]+)\)?_\{?(?:\\text\{)?(\d{1,2})\}*")
 
 _CHOICE = re.compile(r"(?:(?i:option|choice|answer)\s*)?[(\[]?([A-Z])(?:[)\].:](?:\s.*)?)?", re.DOTALL)
 _LOWER_CHOICE = re.compile(r"[(\[]?([a-e])[)\].]?")
@@ -106,7 +123,9 @@ class Answer:
     """When it is a number, perhaps with a unit; of a percentage what stands before the sign."""
     percent: bool = False
     unit: tuple[str, str] | None = None
-    """What is measured and in which unit, of a number that names a common one."""
+    """What is measured and in which unit (and its power), of a number that names a common one."""
+    base: int | None = None
+    """The base that a subscript names; `number` is None then."""
     choice: str | None = None
     """A to Z, when it can be read as the letter of a choice."""
     is_words: bool = False
@@ -128,6 +147,8 @@ def final_answers(response: str) -> list[str]:
 def read_answer(text: str) -> Answer:
     """An answer without its decoration, and what it can be read as."""
     plain = _undecorated(text)
+    if (based := _SUBSCRIPT.fullmatch(plain.replace(" ", ""))) and not based[1].isalpha():  # a letter's is an index
+        return Answer(based[1], base=int(based[2]))
     number, percent, unit = _number(plain)
     choice = _CHOICE.fullmatch(plain) or _LOWER_CHOICE.fullmatch(plain)
     words = [word for word in _WORD.findall(re.sub(r"\\[A-Za-z]+", " ", plain)) if word.lower() not in _FUNCTIONS]
@@ -160,6 +181,7 @@ def _undecorated(text: str) -> str:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda high: f"^{{{high.group().translate(_HIGH)}}}", text)
     text = re.sub("[" + "".join(_VULGAR) + "]", lambda sign: f" {_VULGAR[sign.group()]}", text)
     text = _SPACING.sub(" ", text.replace("{,}", ",").replace(r"\!", ""))
+    text = re.sub(r"^\s*(?:negative|minus)\s+(?=[\d.])", "-", text, flags=re.IGNORECASE)
     text = _TEXT.sub(r" \1 ", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
     text = re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", text).replace("**", "")  # a power, else bold
     before = None
@@ -193,11 +215,12 @@ def _number(text: str) -> tuple[Fraction | None, bool, tuple[str, str] | None]:
 
 
 def _unit(text: str, rest: str) -> tuple[str, str] | None:
-    """The unit behind a number, else a dollar sign before it."""
-    word = re.match(r"\s*([^\W\d_]+|¢|\$)", rest)
-    if word is not None:
-        return _UNIT_OF.get(word[1].lower())
-    return _UNIT_OF["$"] if "$" in text else None
+    """The unit behind a number, else the sign of a currency before it."""
+    if found := _MEASURE.match(rest):
+        known = _UNIT_OF.get("°" if "circ" in found["name"] else found["name"].lower())
+        power = "2" if found["square"] else "3" if found["cubic"] else _POWERS.get(found["power"] or "", found["power"])
+        return known if known is None or power is None else (known[0], f"{known[1]}^{power}")
+    return next((_UNIT_OF[sign] for sign in "$€£₹₩" if sign in text), None)
 
 
 def _value(found: "re.Match[str]") -> Fraction:

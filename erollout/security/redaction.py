@@ -11,11 +11,13 @@ from urllib.parse import unquote
 
 _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>\S+)")
 _BEGINS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_NAMED = re.compile(r"[?&;](?P<name>[^=&;?]+)=")
-_PARAMETER = re.compile(r"(?P<before>[?&;](?P<name>[^=&;?\s]+)=)\S+")
+_NAMED = re.compile(r"[?&;#\s](?P<name>[^=&;?#\s]+)=")
+_PARAMETER = re.compile(r"(?P<before>[?&;#](?P<name>[^=&;?#\s]+)=)\S+")
 """Also where a library names the path alone."""
 _NAMES = re.compile(
-    r"(pass(word|wd|phrase)?|pwd|token|secret|credentials?|signature|sig|(api|access|secret|private)_?key)$", re.I
+    r"(pass(word|wd|phrase|code)?|pwd?|token|secret|credentials?|signature|sig|auth(orization)?|bearer|jwt"
+    r"|(^|[-_.])(sas|pat)|(api|access|account|secret|shared|private)[-_]?key)$",
+    re.I,
 )
 """How names of parameters end whose values are nobody's business."""
 _COUNTS = re.compile(

@@ -122,6 +122,37 @@ def test_nothing_of_it_is_said(uri: str) -> None:
             assert SECRET not in redact(text)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "auth",
+        "authorization",
+        "api-key",
+        "x-api-key",
+        "access_key",
+        "AccountKey",
+        "shared-key",
+        "jwt",
+        "bearer",
+        "sas",
+        "x-sas",
+        "pat",
+        "passcode",
+        "pw",
+        "pwd",
+    ],
+)
+@pytest.mark.parametrize("mark", ["?", "&", "#"])
+def test_each_name_of_a_secret_is_known(name: str, mark: str) -> None:
+    uri = f"https://host/api?a=1{mark}{name}={SECRET}"
+    assert has_credentials(uri) and SECRET not in redact(uri) and SECRET not in redact(f"no answer from {uri} (twice)")
+
+
+def test_options_in_a_parameter_are_searched() -> None:
+    uri = f"postgresql://host/db?options=-c%20password%3D{SECRET}"
+    assert has_credentials(uri) and SECRET not in redact(uri)
+
+
 @pytest.mark.parametrize("uri", PLAIN)
 def test_what_has_none_is_taken(uri: str, tmp_path: Path) -> None:
     assert not has_credentials(uri)

@@ -37,7 +37,6 @@ import torch.multiprocessing as mp
 from decode import machine
 
 from erollout.algorithm import build_algorithm
-from erollout.checkpoint.checkpointer import Checkpointer
 from erollout.config import Config, load_config
 from erollout.data.chain_sum import TASK_NAME, question, solution
 from erollout.data.items import TaskItem
@@ -51,7 +50,7 @@ from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, Roll
 from erollout.rollout.steering import Steering
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.speculation.trace import DecisionTrace
-from erollout.tracking.tracker import NullTracker
+from erollout.train.loop import Phases
 from erollout.train.preflight import preflight, prompt_limits
 from erollout.train.trainer import Trainer
 from erollout.types import Prompt
@@ -214,25 +213,10 @@ class Bench:
         config, options = self.config, self.config.rollout
         config = replace(config, rollout=replace(options, prompts_per_step=load.num_prompts, group_size=load.group_size))
         actor = Actor(config, self.resolved.architecture, self.context, steps)
-        checkpointer = Checkpointer(config.checkpoint_directory, config.checkpoint.keep_last, actor, "reinforcement learning")
-        seen: list[dict[str, float]] = []
         self.worker.steering = self.arm("off")
         self.worker.engine.rollout = replace(options, max_num_seqs=load.at_once)
-        trainer = Trainer(
-            config,
-            self.context,
-            self.data(load),
-            None,
-            actor,
-            self.worker,
-            build_algorithm(config.algorithm),
-            NullTracker(),
-            checkpointer,
-            run_id="",
-            report=lambda _, metrics: seen.append(dict(metrics)),
-        )
-        for _ in range(steps):
-            trainer.train_step()
+        trainer = Trainer(config, actor, self.worker, build_algorithm(config.algorithm), self.data(load))
+        seen = [trainer.train_step(step, Phases(step)).metrics for step in range(steps)]
         names = {
             "refit": "seconds/refit",
             "requantise": "speculation/requantize_seconds",

@@ -1,26 +1,8 @@
-"""Algorithms by name; the trainer knows only this interface."""
-
-from collections.abc import Sequence
-from typing import Protocol
-
-from torch import Tensor
+"""Algorithms by name."""
 
 from erollout.algorithm.grpo import GRPO
+from erollout.algorithm.protocol import Algorithm
 from erollout.config import AlgorithmConfig
-from erollout.policy.batch import MicroBatch, TrainSample
-
-
-class Algorithm(Protocol):
-    metric_names: tuple[str, ...]
-    uses_reference: bool
-    aggregation: str
-
-    def shaped_reward(self, reward: float, sample: TrainSample) -> float: ...
-
-    def advantages(self, rewards: Sequence[float], groups: Sequence[int]) -> list[float]: ...
-
-    def token_loss(self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]: ...
-
 
 _ALGORITHMS: dict[str, type[GRPO]] = {"grpo": GRPO}
 

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from erollout.algorithm.protocol import Algorithm
+from erollout.parallel.collectives import all_sum
+from erollout.parallel.groups import ParallelContext
+from erollout.policy.actor import Actor
 from erollout.policy.batch import TrainSample, balance, token_weights
 from erollout.types import Rollout, ScoredRollout
 
@@ -30,13 +34,55 @@ def split(
 
     raw_logprobs: whether the engine's raw log-probs, and not the processed ones, are those to compare with the actor's.
     """
-    batches = []
-    for start in range(0, len(scored), global_batch_size):
-        part = [_train_sample(s.rollout, raw_logprobs) for s in scored[start : start + global_batch_size]]
-        weights = token_weights([len(sample.response_ids) for sample in part], aggregation)
-        mine = balance([sample.length for sample in part], data_parallel_size)[data_parallel_rank]
-        batches.append(MiniBatch([start + i for i in mine], [part[i] for i in mine], [weights[i] for i in mine]))
-    return batches
+    samples = [_train_sample(s.rollout, raw_logprobs) for s in scored]
+    return [
+        share(
+            samples,
+            range(start, min(start + global_batch_size, len(samples))),
+            data_parallel_size,
+            data_parallel_rank,
+            aggregation,
+        )
+        for start in range(0, len(samples), global_batch_size)
+    ]
+
+
+def share(samples: Sequence[TrainSample], indices: Sequence[int], ranks: int, rank: int, aggregation: str) -> MiniBatch:
+    """The share of data-parallel rank `rank` in one optimizer step on the samples with these indices, balanced by tokens."""
+    part = [samples[i] for i in indices]
+    weights = token_weights([len(sample.response_ids) for sample in part], aggregation)
+    mine = balance([sample.length for sample in part], ranks)[rank]
+    return MiniBatch([indices[i] for i in mine], [part[i] for i in mine], [weights[i] for i in mine])
+
+
+def add_logprobs(batches: Sequence[MiniBatch], actor: Actor, uses_reference: bool) -> None:
+    """Give the samples their old (and reference) log-probs, before any update changes the policy. Collective."""
+    for batch in batches:
+        old = actor.compute_logprobs(batch.samples)
+        ref = actor.compute_logprobs(batch.samples, reference=True) if uses_reference else old
+        for sample, old_logprobs, ref_logprobs in zip(batch.samples, old, ref, strict=True):
+            sample.old_logprobs, sample.ref_logprobs = old_logprobs, ref_logprobs
+
+
+def add_advantages(
+    batches: Sequence[MiniBatch], scored: Sequence[ScoredRollout], algorithm: Algorithm, context: ParallelContext
+) -> None:
+    """Give the samples their advantages in their groups, which lie on several ranks. Collective."""
+    shaped = [0.0] * len(scored)
+    if context.is_replica_leader:  # each sample's log-probs are known to one model replica only
+        for batch in batches:
+            for index, sample in zip(batch.indices, batch.samples, strict=True):
+                shaped[index] = algorithm.shaped_reward(scored[index].reward, sample)
+    groups = [sample.rollout.prompt_index for sample in scored]
+    advantages = algorithm.advantages(all_sum(shaped, context.device), groups)
+    for batch in batches:
+        for index, sample in zip(batch.indices, batch.samples, strict=True):
+            sample.advantage = advantages[index]
+
+
+def reported_samples(batches: Sequence[MiniBatch], context: ParallelContext) -> list[TrainSample]:
+    """This rank's samples for figures that are summed over all ranks: each sample is on one of them."""
+    return [sample for batch in batches for sample in batch.samples] if context.is_replica_leader else []
 
 
 def _train_sample(rollout: Rollout, raw: bool) -> TrainSample:

@@ -40,7 +40,7 @@ from erollout.checkpoint.manifest import (
 from erollout.checkpoint.resume import RunKind, changes, configuration, identity, read_state, require_resumable
 from erollout.checkpoint.writing import Writing
 from erollout.errors import UserError
-from erollout.parallel.collectives import all_gather, from_rank_zero
+from erollout.parallel.collectives import all_gather, from_rank_zero, on_rank_zero
 from erollout.policy.actor import Actor
 from erollout.policy.optimizer import restore_optimizer
 from erollout.rollout.partial import KeptRollouts
@@ -279,17 +279,16 @@ class Checkpointer:
 
     def _on_rank_zero(self, action: Callable[[], None]) -> None:
         """Run on rank 0 while the others wait; its failure is every rank's failure, with the same message."""
-        failure = None
-        if dist.get_rank() == 0:
+
+        def run() -> None:
             try:
                 action()
             except OSError as error:
-                failure = f"checkpoint.directory = {self.directory}: {error.strerror} ({error.filename})"
+                raise UserError(f"checkpoint.directory = {self.directory}: {error.strerror} ({error.filename})") from error
             except ValueError as error:
-                failure = str(error)
-        failure = from_rank_zero(failure)
-        if failure:
-            raise UserError(failure)
+                raise UserError(str(error)) from error
+
+        on_rank_zero(run)
 
 
 def _set_aside(damaged: list[tuple[Path, str]]) -> None:

@@ -106,25 +106,27 @@ def _demo_command(commands: Commands, name: str, run: Callable[..., int], text: 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     return _on_ranks(
-        options, arguments, lambda session, config: session.train(config), "reinforcement learning", require_groups
+        options, arguments, _training, lambda session, config: session.train(config), "reinforcement learning", require_groups
     )
 
 
 def _sft(options: argparse.Namespace, arguments: list[str]) -> int:
-    return _on_ranks(options, arguments, lambda session, config: session.supervised(config), "supervised")
+    return _on_ranks(options, arguments, _training, lambda session, config: session.supervised(config), "supervised")
 
 
 def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
-    return _on_ranks(options, arguments, lambda session, config: session.rollout(config, options.out))
+    return _on_ranks(options, arguments, _sampling, lambda sampling, config: sampling.rollout(config, options.out))
 
 
 def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
-    return _on_ranks(options, arguments, lambda session, config: session.compare(config))
+    return _on_ranks(options, arguments, _sampling, lambda sampling, config: sampling.compare(config))
 
 
 def _sweep(options: argparse.Namespace, arguments: list[str]) -> int:
     grid = {name: getattr(options, name) or () for name in ("batches", "contexts", "drafts")}
-    return _on_ranks(options, arguments, lambda session, config: session.sweep(config, options.out, grid, options.minutes))
+    return _on_ranks(
+        options, arguments, _sampling, lambda sampling, config: sampling.sweep(config, options.out, grid, options.minutes)
+    )
 
 
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -149,12 +151,16 @@ def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
 def _on_ranks(
     options: argparse.Namespace,
     arguments: list[str],
+    load: Callable[[], ModuleType],
     work: Callable[[ModuleType, Config], None],
     kind: "RunKind | None" = None,
     check: Callable[[Config], None] | None = None,
 ) -> int:
-    """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine."""
-    session: ModuleType | None = None
+    """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine.
+
+    `load` imports what does the work: with megatron-core that takes seconds, so only ranks do.
+    """
+    module: ModuleType | None = None
     with starting(speaks=not is_rank()):  # as a whole: a library that is loading may swallow an interrupt
         config = load_config(options.config, overrides(options))  # before the imports, which take seconds
         if check is not None:
@@ -175,7 +181,7 @@ def _on_ranks(
             require_one_task("FILE ...")
             preflight(config, kind)
         if is_rank() or expected_world_size(config) == 1:
-            session = _session()
+            module = load()
         else:
             from erollout.launch.local import launch_local
 
@@ -183,9 +189,9 @@ def _on_ranks(
             print(
                 f"Starting {world_size} ranks on this machine; each loads megatron-core first ...", file=sys.stderr, flush=True
             )
-    if session is None:
+    if module is None:
         return launch_local(arguments, world_size)
-    work(session, config)
+    work(module, config)
     return 0
 
 
@@ -200,11 +206,16 @@ def _require_room(world_size: int) -> int:
     return world_size
 
 
-def _session() -> ModuleType:
-    """Only ranks import it: with megatron-core it takes seconds."""
+def _training() -> ModuleType:
     from erollout.train import session
 
     return session
+
+
+def _sampling() -> ModuleType:
+    from erollout.command_line import sampling
+
+    return sampling
 
 
 def _print_error(error: UserError) -> None:

@@ -1,10 +1,14 @@
 """Small exchanges of Python values over the whole world. Every rank must call each of them, in the same order."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from erollout.errors import UserError
+
+Value = TypeVar("Value")
 
 
 def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
@@ -32,6 +36,21 @@ def from_rank_zero(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_zero(action: Callable[[], Value]) -> Value:
+    """Do it on rank 0 alone. Returns rank 0's value, or raises its UserError, on every rank: none is left in a collective."""
+    value: Value | None = None
+    failure = None
+    if dist.get_rank() == 0:
+        try:
+            value = action()
+        except UserError as error:
+            failure = str(error)
+    failure, value = from_rank_zero((failure, value))
+    if failure:
+        raise UserError(failure)
+    return value  # type: ignore[return-value]
 
 
 def _reduce(values: Sequence[float], device: torch.device, op: Any) -> list[float]:

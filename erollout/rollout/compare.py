@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from erollout.data.prompts import PromptDataset
+from erollout.drafter.drafter import RequantizeStats
 from erollout.rollout.rollout_worker import EVALUATION_STREAM, RolloutResult, RolloutWorker
 from erollout.rollout.steering import Share
 from erollout.speculation.statistics import merge
@@ -98,6 +99,20 @@ def compare_held_out(worker: RolloutWorker, data: PromptDataset, rounds: int = 3
         one = compare(lambda on: worker.rollout(few, sampling, 1, EVALUATION_STREAM, 0, on, learns=on), rounds)
     many = compare(lambda on: worker.evaluate(data, 0, on, learns=on), rounds)
     return {"one sequence at once": one, f"up to {worker.config.rollout.max_num_seqs} sequences at once": many}
+
+
+def drafter_as_in_training(worker: RolloutWorker, data: PromptDataset) -> tuple[RolloutResult, RequantizeStats]:
+    """Make the drafter as a training step does: of weights that just arrived, weighed by the tokens of a rollout before.
+
+    Returns that rollout, made without drafts, and what the drafter took. Collective over the world.
+    """
+    assert worker.speculation is not None
+    first = worker.evaluate(data, 0, speculates=False)
+    worker.engine.wake_up()
+    worker.speculation.learn_from([sample.rollout for sample in first.scored])
+    requantize = worker.load_weights()
+    assert requantize is not None
+    return first, requantize
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.state_machine import ClusterDecision
 from erollout.coordinator.throughput import PREFILL_TOKENS
 from erollout.engine.orders import Arrival, Control, Orders
+from erollout.resilience.unattended import ignore, never
 from erollout.security.unpickling import load_message
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
@@ -33,15 +34,6 @@ LOOKS_PER_WINDOW = 2
 """In the least time between two windows: a replica that has something to do looks no more often."""
 CURVE_CONTEXT_STEP = 1.25
 """The curve is predicted again when the mean context has changed by this factor."""
-
-
-def never_asked() -> bool:
-    """Of a run that no signal stops."""
-    return False
-
-
-def unwatched() -> None:
-    """Of a run without a watchdog."""
 
 
 @dataclass(slots=True)
@@ -87,8 +79,8 @@ class ReplicaControl:
         toggle: Toggle,
         exchange: Exchange | None,
         lock_step: bool = False,
-        asked: Callable[[], bool] = never_asked,
-        alive: Callable[[], None] = unwatched,
+        asked: Callable[[], bool] = never,
+        alive: Callable[[], None] = ignore,
     ) -> None:
         """
         Args:
@@ -354,7 +346,7 @@ class AgreedControl:
         arms: Sequence[Arm],
         requests: Sequence[RolloutRequest],
         interval: int,
-        alive: Callable[[], None] = unwatched,
+        alive: Callable[[], None] = ignore,
     ) -> None:
         """
         Args:

@@ -111,6 +111,11 @@ class RolloutInterrupted(Exception):
         super().__init__("the rollout was interrupted")
         self.kept = kept
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether there is something for another attempt."""
+        return self.kept is not None and bool(self.kept.samples)
+
 
 def as_partial(rollout: Rollout) -> PartialRollout:
     """A complete one, to be kept."""

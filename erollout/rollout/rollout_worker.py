@@ -26,9 +26,9 @@ from erollout.policy.initialization import first_weights
 from erollout.resharding.executor import Resharder, ReshardStats, wire_dtype
 from erollout.resharding.planner import plan_for_rank
 from erollout.resharding.transport import ProcessGroupTransport
+from erollout.resilience.unattended import ignore, never
 from erollout.rewards.failures import AllScoringFailed, FailureLog
 from erollout.rewards.pool import RewardPool
-from erollout.rollout.control import never_asked, unwatched
 from erollout.rollout.partial import KeptRollouts, RolloutInterrupted, as_partial, fitting, keep
 from erollout.rollout.steering import Course, Steering
 from erollout.speculation.statistics import SpeculationStatistics, merge
@@ -81,8 +81,8 @@ class RolloutWorker:
         context: ParallelContext,
         tokenizer: PreTrainedTokenizerBase,
         rewards: RewardPool,
-        asked: Callable[[], bool] = never_asked,
-        alive: Callable[[], None] = unwatched,
+        asked: Callable[[], bool] = never,
+        alive: Callable[[], None] = ignore,
     ) -> None:
         """
         Args:
@@ -251,6 +251,16 @@ class RolloutWorker:
     def text(self, rollout: Rollout) -> str:
         """The response as the scorer sees it."""
         return self.engine.response_text(rollout.response_ids)
+
+    def sample_row(self, scored: ScoredRollout) -> dict[str, object]:
+        """A row of the samples table."""
+        rollout = scored.rollout
+        return {
+            "prompt": self.tokenizer.decode(list(rollout.prompt_ids)),
+            "response": self.text(rollout),
+            "reward": scored.reward,
+            "finish_reason": rollout.finish_reason,
+        }
 
     def _gather(self, rollouts: list[Rollout], course: Course) -> "list[_Contribution]":
         """Every replica's rollouts and rewards on every rank."""

@@ -19,7 +19,8 @@ from erollout.engine.orders import Control
 from erollout.errors import UserError
 from erollout.parallel.collectives import all_sum, from_rank_zero
 from erollout.parallel.groups import ParallelContext
-from erollout.rollout.control import AgreedControl, ReplicaControl, never_asked, unwatched
+from erollout.resilience.unattended import ignore, never
+from erollout.rollout.control import AgreedControl, ReplicaControl
 from erollout.speculation.cost.cost_model import CalibratedCost
 from erollout.speculation.step import Load
 from erollout.speculation.toggle import Toggle
@@ -77,8 +78,8 @@ class Steering:
         context: ParallelContext,
         engine: Engine,
         speculation: SelfSpeculation | None,
-        asked: Callable[[], bool] = never_asked,
-        alive: Callable[[], None] = unwatched,
+        asked: Callable[[], bool] = never,
+        alive: Callable[[], None] = ignore,
     ) -> None:
         """As RolloutWorker. Raises UserError for a calibration that is not of this run."""
         self.config = config

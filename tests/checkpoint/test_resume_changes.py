@@ -190,19 +190,19 @@ def hyper_parameters(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], list[s
     import logging
 
     from erollout.train import session
-    from erollout.train.trainer import Trainer
+    from erollout.train.loop import RunLoop
 
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     found: list[dict[str, Any]] = []
 
-    def looked_at(self: Trainer) -> None:
-        found.extend({name: group[name] for name in NAMES} for group in self.actor.optimizer.param_groups)
+    def looked_at(self: RunLoop) -> None:
+        found.extend({name: group[name] for name in NAMES} for group in self.training.actor.optimizer.param_groups)
 
     log = logging.getLogger("erollout.checkpoint")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "run", looked_at)
+        patch.setattr(RunLoop, "run", looked_at)
         log.addHandler(handler)
         try:
             session.train(build_config(tree))

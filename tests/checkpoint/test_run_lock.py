@@ -310,7 +310,7 @@ def locked_places(tree: dict[str, Any]) -> list[str]:
     """The locks of a run that trains, and whether they are there when its verdict is written."""
     from erollout.resilience import stopping
     from erollout.train import session
-    from erollout.train.trainer import Trainer
+    from erollout.train.loop import RunLoop
 
     found: list[str] = []
     output = Path(tree["train"]["output_dir"])
@@ -326,7 +326,7 @@ def locked_places(tree: dict[str, Any]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_lock, "_BEAT_SECONDS", 0.01)
         patch.setattr(stopping, "_write", write)
-        patch.setattr(Trainer, "run", lambda self: time.sleep(0.2))
+        patch.setattr(RunLoop, "run", lambda self: time.sleep(0.2))
         session.train(build_config(tree))
     look()
     return found

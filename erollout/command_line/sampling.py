@@ -1,0 +1,101 @@
+"""The commands that sample with the model's weights and train nothing, on every rank: rollout, compare, calibrate sweep."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from erollout.calibration.measure import sweep_grid, sweep_into
+from erollout.config import Config
+from erollout.data.prompts import PromptDataset
+from erollout.errors import UserError
+from erollout.plots.rollout_figures import rollout_figures
+from erollout.plots.training_curves import save
+from erollout.rollout.compare import WHERE, compare_held_out, drafter_as_in_training
+from erollout.rollout.rollout_worker import RolloutWorker
+from erollout.tracking.console import print_summary, print_table
+from erollout.train.build import reward_pool, sampling_worker
+from erollout.train.evaluation import evaluation_metrics
+from erollout.train.world import World, joined
+
+
+def rollout(config: Config, out: str) -> None:
+    """Sample the held-out prompts, score them, and write one JSON line per response."""
+    with _sampling(config, "rollout") as (world, worker, data):
+        if worker.speculation is not None and worker.speculation.wants_rollouts:
+            logging.getLogger(__name__).info(
+                "speculation.drafter.format = %s: this command makes one rollout only, so there is none to learn from",
+                config.speculation.drafter.format,
+            )
+        result = worker.evaluate(data, step=0)
+        if world.context.rank == 0:
+            rows = [
+                {"reward": s.reward, "task": s.task, "text": worker.text(s.rollout), **asdict(s.rollout)} for s in result.scored
+            ]
+            _write_lines(Path(out), rows)
+            seconds = max(report["seconds"] for report in result.reports)
+            tokens = sum(report["tokens"] for report in result.reports)
+            facts = evaluation_metrics(result.scored, sum(result.failures.values()))
+            facts |= {"responses": len(rows), "tokens": int(tokens), "seconds": seconds, "tokens/s": tokens / seconds}
+            print_summary([*facts.items(), ("written to", out)])
+
+
+def compare(config: Config) -> None:
+    """Sample the held-out prompts with speculation off and on, in turns, and print what it saves."""
+    if config.speculation.mode == "off":
+        raise UserError("speculation.mode = off: there is nothing to compare with; set it to always")
+    with _sampling(config, "compare") as (world, worker, data):
+        first, requantize = drafter_as_in_training(worker, data)
+        comparisons = compare_held_out(worker, data)
+        if world.context.rank == 0:
+            options, figures = config.speculation, Path(config.train.output_dir) / "figures"
+            for case, comparison in comparisons.items():
+                print_summary(comparison.rows(), title=f"speculation off and {options.mode}, {case}")
+                print_table(WHERE, comparison.where(), title="where the seconds of a rollout go, and where speculation was on")
+            last = comparison.on[-1]
+            for name, figure in rollout_figures(last, worker.steering.last).items():
+                save(figure, figures / f"{name}.png")
+            facts = {
+                "drafts": f"{options.drafter.format}, {options.verification}",
+                "requantise seconds": requantize.seconds,
+                "why": "\n".join(last.courses[0].why),
+                "pictures": str(figures),
+            }
+            print_summary([*facts.items(), *evaluation_metrics(first.scored).items()], title="drafter and policy")
+
+
+def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes: float) -> None:
+    """Time single steps of the configured model and drafters on this device, and append each to a CSV file.
+
+    `grid`: as in calibration.measure.sweep_grid. Raises UserError for a file that is something else than a sweep.
+    """
+    if config.speculation.mode == "off":
+        raise UserError("speculation.mode = off has no drafter to measure; set speculation.mode=adaptive")
+    with joined(config) as world, reward_pool(config.rewards, world.resolved) as rewards:
+        worker = sampling_worker(world, rewards)
+        places = sweep_grid(grid, worker.engine, config.rollout, config.speculation.toggle.max_speculative_tokens)
+        model, writes = Path(config.model.path or "random").name, world.context.rank == 0
+        done, new = sweep_into(out, worker.engine, worker.steering.formats, places, minutes, model, writes)
+        if writes:
+            print_summary([("rows", done + new), ("measured now", new), ("written to", out)], title="sweep")
+
+
+@contextmanager
+def _sampling(config: Config, command: str) -> Iterator[tuple[World, RolloutWorker, PromptDataset]]:
+    """A worker with the model's weights, and the held-out prompts."""
+    with joined(config) as world, reward_pool(config.rewards, world.resolved) as rewards:
+        world.fix_date()
+        data = world.resolved.test_data
+        if data is None:
+            raise UserError(f"data.test_files is empty: `erollout {command}` samples the test prompts; name at least one file")
+        yield world, sampling_worker(world, rewards), data
+
+
+def _write_lines(path: Path, rows: list[dict[str, object]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from error

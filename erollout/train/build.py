@@ -1,0 +1,84 @@
+"""Builds the parts of a run from its configuration, on every rank."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from erollout.checkpoint.checkpointer import Checkpointer, RunState
+from erollout.config import Config, RewardsConfig
+from erollout.parallel.collectives import on_rank_zero
+from erollout.parallel.groups import current_rank
+from erollout.policy.actor import Actor
+from erollout.resilience.unattended import ignore
+from erollout.rewards.pool import RewardPool
+from erollout.rollout.rollout_worker import RolloutWorker
+from erollout.tracking.console import StepReporter
+from erollout.tracking.tracker import RunStatus, create_tracker
+from erollout.train.loop import Cadence, RunServices
+from erollout.train.preflight import Resolved, resolved_facts
+from erollout.train.world import RunningWorld, World
+
+
+def reward_pool(options: RewardsConfig, resolved: Resolved) -> RewardPool:
+    """Scoring processes of this rank's replica."""
+    if options.pool == "ray" and resolved.decode.tensor_rank(current_rank()) == 0:  # the other ranks score nothing
+        from erollout.rewards.ray_pool import RayRewardPool
+
+        return RayRewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
+    return RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
+
+
+def sampling_worker(world: World, rewards: RewardPool) -> RolloutWorker:
+    """A worker with the configured model's weights, for sampling without training: nothing of training is built."""
+    worker = RolloutWorker(world.config, world.resolved.architecture, world.context, world.resolved.tokenizer, rewards)
+    worker.load_weights()
+    return worker
+
+
+def training_worker(run: RunningWorld, rewards: RewardPool) -> RolloutWorker:
+    """A worker that takes its weights from the actor, and stops with the run."""
+    resolved = run.resolved
+    asked, alive = run.stop.is_asked, run.watchdog.alive
+    return RolloutWorker(run.config, resolved.architecture, run.context, resolved.tokenizer, rewards, asked, alive)
+
+
+def restored(run: RunningWorld, actor: Actor) -> tuple[Checkpointer, RunState]:
+    """The run's checkpoints, and where it goes on: the newest one, which is loaded, or the beginning. Collective."""
+    options = run.config.checkpoint
+    checkpointer = Checkpointer(run.config.checkpoint_directory, options.keep_last, actor, run.kind, options.asynchronous)
+    return checkpointer, checkpointer.restore() or RunState(0, None)
+
+
+def cadence(config: Config, steps: int, evaluates: bool) -> Cadence:
+    """When is done what in a run of so many steps."""
+    evaluation = config.evaluation.interval if evaluates else 0
+    return Cadence(steps, config.checkpoint.interval, config.fault_tolerance.checksum_interval, evaluation)
+
+
+@contextmanager
+def tracked(run: RunningWorld, state: RunState, total_steps: int) -> Iterator[tuple[RunServices, str]]:
+    """The services of a run whose tracking has begun, and its run id; its status follows from how the block ends."""
+    config, stop, tracker = run.config, run.stop, create_tracker(run.context.rank)
+    facts = resolved_facts(run.resolved)
+    # What rank 0 can't honour is every rank's error.
+    run_id = on_rank_zero(lambda: tracker.start(config, facts, state.run_id, config.train.output_dir, state.step))
+    tracker.log_config_artifacts(config, facts)
+    data = json.dumps(config.to_dict()["data"], sort_keys=True)
+    source = ", ".join(config.data.train_files) or f"{config.data.kind}, seeds from {config.data.train_seed}"
+    tracker.log_dataset(config.data.kind, source, hashlib.sha256(data.encode()).hexdigest()[:32])
+    stops = partial(stop.agree, device=run.context.device)
+    status: RunStatus = "FAILED"
+    try:
+        if run.context.rank == 0:
+            with StepReporter(total_steps, state.step) as reporter:
+                yield RunServices(tracker, reporter.update, stops, run.watchdog.enter), run_id
+        else:
+            yield RunServices(tracker, ignore, stops, run.watchdog.enter), run_id
+        status = "FINISHED" if stop.agreed is None else "KILLED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)

@@ -46,8 +46,8 @@ from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import ParallelContext, initialize, shut_down
 from erollout.policy.actor import Actor
 from erollout.rewards.pool import RewardPool
+from erollout.rollout.coordination import Coordination
 from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, RolloutWorker
-from erollout.rollout.steering import Steering
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.speculation.trace import DecisionTrace
 from erollout.train.loop import Phases
@@ -165,21 +165,21 @@ class Bench:
         self.worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, self.rewards)
         self.worker.load_weights()
 
-    def arm(self, mode: str, **coordinator: object) -> Steering:
+    def arm(self, mode: str, **coordinator: object) -> Coordination:
         """A run in this mode that has not begun yet."""
         config, worker = self.config, self.worker
         speculation = replace(config.speculation, mode=mode)
         config = replace(config, speculation=speculation, coordinator=replace(config.coordinator, **coordinator))
-        return Steering(config, self.context, worker.engine, worker.speculation if mode != "off" else None)
+        return Coordination(config, self.context, worker.engine, worker.speculation if mode != "off" else None)
 
     def data(self, load: Load) -> PromptDataset:
         return PromptDataset(load.source, PromptRenderer(self.config.data, self.resolved.tokenizer), self._limits)
 
-    def measure(self, arms: dict[str, Steering], load: Load, draws: int) -> Draws:
+    def measure(self, arms: dict[str, Coordination], load: Load, draws: int) -> Draws:
         """All arms on all draws. RuntimeError where tokens differ between arms."""
         data, outcomes = self.data(load), {name: list[Outcome]() for name in arms}
-        for steering in arms.values():
-            self._rollout(steering, load, _prompts(data, load, draws), draws)
+        for coordination in arms.values():
+            self._rollout(coordination, load, _prompts(data, load, draws), draws)
         names = list(arms)
         for draw in range(draws):
             for name in names[draw % len(names) :] + names[: draw % len(names)]:
@@ -189,9 +189,9 @@ class Bench:
                 raise RuntimeError(f"{load.name}, draw {draw}: the arms' tokens differ")
         return outcomes
 
-    def _rollout(self, steering: Steering, load: Load, prompts: Sequence[Prompt], draw: int) -> Outcome:
+    def _rollout(self, coordination: Coordination, load: Load, prompts: Sequence[Prompt], draw: int) -> Outcome:
         worker = self.worker
-        worker.steering = steering
+        worker.coordination = coordination
         worker.engine.rollout = replace(self.config.rollout, max_num_seqs=load.at_once)
         sampling = worker.sampling_params()
         if load.max_tokens is not None:
@@ -200,20 +200,20 @@ class Bench:
         start, computed = time.perf_counter(), time.process_time()
         result = worker.rollout(prompts, sampling, load.group_size, TRAINING_STREAM, draw + 1)
         seconds, computed = time.perf_counter() - start, time.process_time() - computed
-        assert steering.toggle is not None
-        return _outcome(result, all_gather((seconds, computed, _seconds_at(steering.toggle.trace))))
+        assert coordination.toggle is not None
+        return _outcome(result, all_gather((seconds, computed, _seconds_at(coordination.toggle.trace))))
 
-    def _keep_decisions(self, steering: Steering, name: str) -> None:
-        if self.decisions is not None and steering.toggle is not None:
+    def _keep_decisions(self, coordination: Coordination, name: str) -> None:
+        if self.decisions is not None and coordination.toggle is not None:
             name = name.replace(" ", "_").replace(",", "")
-            steering.toggle.trace.write(self.decisions / f"{name}.replica_{self.context.rank}.csv.gz")
+            coordination.toggle.trace.write(self.decisions / f"{name}.replica_{self.context.rank}.csv.gz")
 
     def other_phases(self, load: Load, steps: int) -> dict[str, float]:
         """Medians of the trainer's steps with that load: seconds of refit, requantise, logprobs, update."""
         config, options = self.config, self.config.rollout
         config = replace(config, rollout=replace(options, prompts_per_step=load.num_prompts, group_size=load.group_size))
         actor = Actor(config, self.resolved.architecture, self.context, steps)
-        self.worker.steering = self.arm("off")
+        self.worker.coordination = self.arm("off")
         self.worker.engine.rollout = replace(options, max_num_seqs=load.at_once)
         trainer = Trainer(config, actor, self.worker, build_algorithm(config.algorithm), self.data(load))
         seen = [trainer.train_step(step, Phases(step)).metrics for step in range(steps)]
@@ -241,7 +241,7 @@ def _outcome(result: RolloutResult, replicas: list[tuple[float, float, dict[str,
         tuple(map(len, responses)),
         hashlib.sha256(repr(responses).encode()).hexdigest(),
         result.speculation,
-        _over_replicas([course.metrics for course in result.courses], statistics.fmean),
+        _over_replicas([summary.metrics for summary in result.summaries], statistics.fmean),
         _over_replicas([seconds_at for *_, seconds_at in replicas], sum),
     )
 

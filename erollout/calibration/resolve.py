@@ -9,7 +9,7 @@ from erollout.calibration.file import Calibration, Identity, calibration_of_run
 from erollout.calibration.fit import fit, measured_passes
 from erollout.calibration.model_size import model_size
 from erollout.calibration.sweep import bootstrap, identify
-from erollout.config import Config
+from erollout.config import SpeculationConfig
 from erollout.engine.engine import Engine
 from erollout.parallel.collectives import from_rank_zero
 from erollout.speculation.cost.roofline import ModelSize
@@ -22,53 +22,52 @@ GUESS = Hardware("unknown", bandwidth=20e9, compute=200e9)
 """A CPU core, in orders of magnitude."""
 
 
-def named_calibration(config: Config, engine: Engine, formats: Sequence[str]) -> Calibration | None:
+def named_calibration(options: SpeculationConfig, engine: Engine, formats: Sequence[str]) -> Calibration | None:
     """The configured file's, or None where none is named.
 
     Raises UserError for one that is missing, damaged or of another model, hardware, layout or drafter.
     """
-    path = config.speculation.calibration
-    if path is None or config.speculation.mode == "off":
+    path = options.calibration
+    if path is None or options.mode == "off":
         return None
     calibration = calibration_of_run(path, lambda _: identify(engine, formats))
     logger.info("speculation.calibration: %s, of %s", path, calibration.identity.hardware)
     return calibration
 
 
-def present_calibration(config: Config, engine: Engine, formats: Sequence[str], num_sequences: int) -> Calibration:
+def present_calibration(options: SpeculationConfig, engine: Engine, formats: Sequence[str], num_sequences: int) -> Calibration:
     """What steps cost here and now, the same on every rank. Collective over the world; the engine is awake and idle.
 
     Args:
         formats: names of the drafters.
         num_sequences: most that a replica will decode at once.
     """
-    options, identity = config.speculation, identify(engine, formats)
+    identity = identify(engine, formats)
     if options.mode in ("off", "always"):
-        return _guessed(config, engine, identity)
+        return _guessed(options, engine, identity)
     seconds = options.toggle.bootstrap_seconds
     logger.info("speculation.calibration is not set: measuring this device's steps for about %g s", seconds)
-    drafts = _draft_lengths(config)
+    drafts = _draft_lengths(options)
     rows = bootstrap(engine, formats, num_sequences, drafts, seconds)  # on all replicas at once: they share the machine
-    return fit(measured_passes(from_rank_zero(rows)), _size(config, engine, identity), identity)
+    return fit(measured_passes(from_rank_zero(rows)), _size(options, engine, identity), identity)
 
 
-def _draft_lengths(config: Config) -> list[int]:
+def _draft_lengths(options: SpeculationConfig) -> list[int]:
     """What the mode may choose between."""
-    options = config.speculation
     if options.mode == "adaptive":
         return list(range(1, options.toggle.max_speculative_tokens + 1))
     return list(options.toggle.ladder.rungs) if options.mode == "ladder" else [options.num_speculative_tokens]
 
 
-def _guessed(config: Config, engine: Engine, identity: Identity) -> Calibration:
+def _guessed(options: SpeculationConfig, engine: Engine, identity: Identity) -> Calibration:
     """For modes that don't choose: only the coordinator compares replicas by it, and live steps correct it."""
     hardware = find_hardware(identity.hardware)
     hardware = replace(GUESS, name=hardware.name) if hardware.bandwidth == float("inf") else hardware
-    roofline = nominal_roofline(_size(config, engine, identity), hardware, identity.formats)
+    roofline = nominal_roofline(_size(options, engine, identity), hardware, identity.formats)
     return Calibration(identity, roofline, provenance={"source": GUESSED})
 
 
-def _size(config: Config, engine: Engine, identity: Identity) -> ModelSize:
-    drafter = config.speculation.drafter
+def _size(options: SpeculationConfig, engine: Engine, identity: Identity) -> ModelSize:
+    drafter = options.drafter
     ranks, dtype = identity.tensor_model_parallel_size, identity.dtype
     return model_size(engine.architecture, identity.formats, ranks, dtype, drafter.group_size)

@@ -55,12 +55,12 @@ def compare(config: Config) -> None:
                 print_summary(comparison.rows(), title=f"speculation off and {options.mode}, {case}")
                 print_table(WHERE, comparison.where(), title="where the seconds of a rollout go, and where speculation was on")
             last = comparison.on[-1]
-            for name, figure in rollout_figures(last, worker.steering.last).items():
+            for name, figure in rollout_figures(last, worker.coordination.last).items():
                 save(figure, figures / f"{name}.png")
             facts = {
                 "drafts": f"{options.drafter.format}, {options.verification}",
                 "requantise seconds": requantize.seconds,
-                "why": "\n".join(last.courses[0].why),
+                "why": "\n".join(last.summaries[0].why),
                 "pictures": str(figures),
             }
             print_summary([*facts.items(), *evaluation_metrics(first.scored).items()], title="drafter and policy")
@@ -77,7 +77,7 @@ def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes
         worker = sampling_worker(world, rewards)
         places = sweep_grid(grid, worker.engine, config.rollout, config.speculation.toggle.max_speculative_tokens)
         model, writes = Path(config.model.path or "random").name, world.context.rank == 0
-        done, new = sweep_into(out, worker.engine, worker.steering.formats, places, minutes, model, writes)
+        done, new = sweep_into(out, worker.engine, worker.coordination.formats, places, minutes, model, writes)
         if writes:
             print_summary([("rows", done + new), ("measured now", new), ("written to", out)], title="sweep")
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def rollout_figures(result: RolloutResult, toggle: Toggle | None) -> dict[str, "Figure"]:
     """By name. `toggle`: of the replica whose decisions are drawn, before its next rollout."""
-    lanes = [Lane(f"replica {index}", course.seconds, course.bins) for index, course in enumerate(result.courses)]
-    moves = result.courses[0].moves if result.courses else []
+    lanes = [Lane(f"replica {index}", summary.seconds, summary.bins) for index, summary in enumerate(result.summaries)]
+    moves = result.summaries[0].moves if result.summaries else []
     figures = {"occupancy": occupancy(lanes, [Transfer(s, m.source, m.target, m.num_sequences) for s, m in moves])}
     speculation = result.speculation
     if speculation.num_drafts:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from erollout.data.prompts import PromptDataset
 from erollout.drafter.drafter import RequantizeStats
 from erollout.rollout.rollout_worker import EVALUATION_STREAM, RolloutResult, RolloutWorker
-from erollout.rollout.steering import Share
+from erollout.rollout.summary import BatchShare
 from erollout.speculation.statistics import merge
 
 Rows = list[tuple[str, object]]
@@ -55,7 +55,7 @@ class Comparison:
         off, on = (_shares(results) for results in (self.off, self.on))
         rows: list[tuple[str, ...]] = []
         for batch in sorted(off.keys() | on.keys()):
-            before, after = off.get(batch, Share()), on.get(batch, Share())
+            before, after = off.get(batch, BatchShare()), on.get(batch, BatchShare())
             speeds = [share.emitted / share.seconds if share.seconds else 0.0 for share in (before, after)]
             drafts = after.num_speculative_tokens / after.speculating if after.speculating else 0.0
             rows.append(
@@ -127,19 +127,19 @@ def _at_once(worker: RolloutWorker, max_num_seqs: int) -> Iterator[None]:
 
 
 def _sequences(batch: int) -> str:
-    """Batch sizes of a Share, by the largest."""
+    """Batch sizes of a BatchShare, by the largest."""
     if batch < 3:
         return str(batch or "with prompts")
     return f"{batch // 2 + 1}-{batch}"
 
 
-def _shares(results: list[RolloutResult]) -> dict[int, Share]:
+def _shares(results: list[RolloutResult]) -> dict[int, BatchShare]:
     """Of all replicas and rollouts together, by batch size."""
-    total: dict[int, Share] = {}
+    total: dict[int, BatchShare] = {}
     for result in results:
-        for course in result.courses:
-            for batch, share in course.shares.items():
-                total.setdefault(batch, Share()).add(share)
+        for summary in result.summaries:
+            for batch, share in summary.shares.items():
+                total.setdefault(batch, BatchShare()).add(share)
     return total
 
 

@@ -29,8 +29,9 @@ from erollout.resharding.transport import ProcessGroupTransport
 from erollout.resilience.unattended import ignore, never
 from erollout.rewards.failures import AllScoringFailed, FailureLog
 from erollout.rewards.pool import RewardPool
+from erollout.rollout.coordination import Coordination
 from erollout.rollout.partial import KeptRollouts, RolloutInterrupted, as_partial, fitting, keep
-from erollout.rollout.steering import Course, Steering
+from erollout.rollout.summary import RolloutSummary
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.types import PartialRollout, Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
 
@@ -52,7 +53,7 @@ class RolloutResult:
     """One per decode replica: tokens, seconds, scoring errors."""
     speculation: SpeculationStatistics
     """Of all replicas together."""
-    courses: list[Course]
+    summaries: list[RolloutSummary]
     """One per decode replica: what was decided."""
     resumed_samples: int
     """Complete or begun when it started: an interrupted attempt left them."""
@@ -99,7 +100,7 @@ class RolloutWorker:
             architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
         )
         self.speculation = SelfSpeculation(config, self.engine) if config.speculation.mode != "off" else None
-        self.steering = Steering(config, context, self.engine, self.speculation, asked, alive)
+        self.coordination = Coordination(config, context, self.engine, self.speculation, asked, alive)
         self.resharder = self._build_resharder(architecture)
         self._failures = FailureLog()
         self._states: tuple[str, ...] = ()
@@ -149,10 +150,10 @@ class RolloutWorker:
         trains = stream == TRAINING_STREAM
         before = fitting(kept, requests, step)
         self.engine.wake_up()
-        control = self.steering.begin(before.resume(requests), trains if learns is None else learns, speculates)
+        control = self.coordination.begin(before.resume(requests), trains if learns is None else learns, speculates)
         rollouts = self._completed(before, by_index) + self._generate(control, by_index)
-        course = self.steering.end(self._decisions_file(step) if trains else None)
-        if self.steering.was_interrupted:
+        summary = self.coordination.end(self._decisions_file(step) if trains else None)
+        if self.coordination.was_interrupted:
             self.engine.sleep()
             raise RolloutInterrupted(self._kept(before, requests, rollouts) if trains else None)
         if self.speculation is not None and trains:
@@ -160,7 +161,7 @@ class RolloutWorker:
             if due or not self.speculation.has_learned:  # the first rollout of a resumed run too
                 self.speculation.learn_from(rollouts)
         self.engine.sleep()
-        parts = self._gather(rollouts, course)
+        parts = self._gather(rollouts, summary)
         if any(part.scoring_was_cut for part in parts):
             logger.info("asked to stop while responses were scored: the next attempt scores them")
             found = (as_partial(rollout) for part in parts for rollout in part.rollouts)
@@ -168,9 +169,9 @@ class RolloutWorker:
         result = _merged(parts, by_index, before, self._count_failures(parts, step))
         _require_complete(result, len(prompts) * group_size)
         if trains:
-            self._say_why(course)
+            self._say_why(summary)
         if trains:
-            self.steering.lengths = tuple(sorted(len(s.rollout.response_ids) for s in result.scored))
+            self.coordination.lengths = tuple(sorted(len(s.rollout.response_ids) for s in result.scored))
         return result
 
     def evaluate(self, data: PromptDataset, step: int, speculates: bool = True, learns: bool | None = None) -> RolloutResult:
@@ -183,7 +184,7 @@ class RolloutWorker:
     def state_dict(self) -> dict[str, Any]:
         """What later rollouts know from earlier ones, as JSON."""
         drafter = {"drafter": self.speculation.state_dict()} if self.speculation is not None else {}
-        return self.steering.state_dict() | drafter
+        return self.coordination.state_dict() | drafter
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """None: of a checkpoint in which there is nothing."""
@@ -191,7 +192,7 @@ class RolloutWorker:
             return
         if self.speculation is not None and "drafter" in state:
             self.speculation.load_state_dict(state["drafter"])
-        self.steering.load_state_dict(state)
+        self.coordination.load_state_dict(state)
 
     def sampling_params(self, temperature: float | None = None) -> SamplingParams:
         """The configured distribution; evaluation may have its own temperature."""
@@ -234,12 +235,12 @@ class RolloutWorker:
             mine = [*self.engine.left, *map(as_partial, rollouts)]
         return keep(requests, [*before.samples, *(sample for part in all_gather(mine) for sample in part)])
 
-    def _say_why(self, course: Course) -> None:
+    def _say_why(self, summary: RolloutSummary) -> None:
         """Log why the first replica speculates or not: in its first rollout, and when that changes."""
-        states = tuple(reason.partition(":")[0] for reason in course.why)
+        states = tuple(reason.partition(":")[0] for reason in summary.why)
         if self.context.rank == 0 and self.speculation is not None and states != self._states:
             self._states = states
-            logger.info("speculation in training rollouts: %s", "; ".join(course.why))
+            logger.info("speculation in training rollouts: %s", "; ".join(summary.why))
 
     def _decisions_file(self, step: int) -> Path | None:
         interval = self.config.speculation.trace_interval
@@ -262,7 +263,7 @@ class RolloutWorker:
             "finish_reason": rollout.finish_reason,
         }
 
-    def _gather(self, rollouts: list[Rollout], course: Course) -> "list[_Contribution]":
+    def _gather(self, rollouts: list[Rollout], summary: RolloutSummary) -> "list[_Contribution]":
         """Every replica's rollouts and rewards on every rank."""
         contribution: _Contribution | None = None
         if self.context.is_decode_leader:
@@ -270,7 +271,7 @@ class RolloutWorker:
             failed = len(rewards) < len(rollouts) or any(reward.error is not None for reward in rewards.values())
             report = self._report(rollouts, rewards)
             speculation = self.engine.stats.speculation
-            contribution = _Contribution(rollouts, rewards, report, speculation, course, failed and self._asked())
+            contribution = _Contribution(rollouts, rewards, report, speculation, summary, failed and self._asked())
         return [part for part in all_gather(contribution) if part is not None]
 
     def _count_failures(self, parts: "list[_Contribution]", step: int) -> Counter[str]:
@@ -318,7 +319,7 @@ class _Contribution:
     rewards: dict[tuple[int, int], Reward]
     report: dict[str, float]
     speculation: SpeculationStatistics
-    course: Course
+    summary: RolloutSummary
     scoring_was_cut: bool
     """The replica was asked to stop before all was scored, or scoring failed then: what a scorer had started may have had the
     signal too."""
@@ -338,7 +339,7 @@ def _merged(
         sorted(scored.values(), key=lambda s: (order[s.rollout.prompt_index], s.rollout.sample_index)),
         [part.report for part in parts],
         merge(part.speculation for part in parts),
-        [part.course for part in parts],
+        [part.summary for part in parts],
         len(kept.samples),
         kept.num_tokens,
         failures,

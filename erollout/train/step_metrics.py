@@ -42,7 +42,7 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
         "reshard/gigabytes_per_second": reshard.gigabytes_per_second,
     }
     metrics |= {f"{SCORING_ERRORS}/{kind}": float(number) for kind, number in result.failures.items()}
-    metrics |= course_metrics([course.metrics for course in result.courses])
+    metrics |= coordination_metrics([summary.metrics for summary in result.summaries])
     if refit.requantize is not None:
         metrics |= speculation_metrics(result.speculation, refit.requantize)
     metrics |= {f"response_length/{name}": value for name, value in summarize_lengths(lengths).items()}
@@ -54,7 +54,7 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
     return metrics
 
 
-def course_metrics(replicas: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def coordination_metrics(replicas: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """What toggle and coordinator did, of all replicas: means of the one, sums of the other (of shares the largest)."""
     metrics = {}
     for name in dict.fromkeys(name for replica in replicas for name in replica):

@@ -59,7 +59,7 @@ class Trainer:
             metrics |= self.updates.make(batches, step)
         seconds = phase.seconds()
         metrics |= rollout_metrics(result, seconds["seconds/rollout"], refit) | seconds
-        return StepReport(metrics, partial(rollout_figures, result, self.worker.steering.last))
+        return StepReport(metrics, partial(rollout_figures, result, self.worker.coordination.last))
 
     def evaluate(self, step: int) -> StepReport:
         """Held-out accuracy of the policy after `step` steps."""

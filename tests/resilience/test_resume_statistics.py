@@ -14,7 +14,7 @@ from erollout.checkpoint.manifest import STATE
 from erollout.drafter.drafter import tensor_name
 from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.engine import Engine
-from erollout.rollout.steering import Steering
+from erollout.rollout.coordination import Coordination
 from erollout.speculation.toggle import Toggle
 from erollout.types import RolloutRequest, SamplingParams
 
@@ -87,11 +87,11 @@ def test_what_auto_chose_is_kept_where_it_holds(rank_pool: RankPool, tmp_path: P
 
 def first_toggles(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """For RankPool.run: what the toggle of each training rollout knew at its begin, and drafters that were forgotten."""
-    begin, forget = Steering.begin, Toggle.forget
+    begin, forget = Coordination.begin, Toggle.forget
     known: list[dict[str, Any]] = []
     forgotten: list[str] = []
 
-    def recorded_begin(self: Steering, *arguments: Any) -> Any:
+    def recorded_begin(self: Coordination, *arguments: Any) -> Any:
         control = begin(self, *arguments)
         assert self.toggle is not None
         known.append(json.loads(json.dumps(self.toggle.state_dict())))
@@ -101,11 +101,11 @@ def first_toggles(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]
         forgotten.append(format)
         forget(self, format)
 
-    Steering.begin, Toggle.forget = recorded_begin, recorded_forget  # type: ignore[method-assign]
+    Coordination.begin, Toggle.forget = recorded_begin, recorded_forget  # type: ignore[method-assign]
     try:
         train_here(tree)
     finally:
-        Steering.begin, Toggle.forget = begin, forget  # type: ignore[method-assign]
+        Coordination.begin, Toggle.forget = begin, forget  # type: ignore[method-assign]
     return known, forgotten
 
 

@@ -19,7 +19,8 @@ from erollout.checkpoint.manifest import STATE
 from erollout.config import Config, build_config
 from erollout.errors import UserError
 from erollout.policy.families import policy_architecture
-from erollout.rollout.steering import Share, Steering, shares
+from erollout.rollout.coordination import Coordination
+from erollout.rollout.summary import BatchShare, shares
 from erollout.speculation.cost.roofline import PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
@@ -89,8 +90,8 @@ def test_shares_by_batch_size_add_up() -> None:
     for arm, batch, seconds, emitted in zip(arms, (0, 1, 3, 4, 9), (1.0, 2.0, 3.0, 4.0, 5.0), (5, 3, 3, 6, 9), strict=True):
         load = Load(batch, 10.0, 0 if batch else 50)
         trace.append(0.0, StepDecision(arm, Reason.KEPT), StepOutcome(arm, load, seconds, emitted=emitted))
-    decoding = {1: Share(2.0, 3, 2.0, 6.0), 4: Share(7.0, 9, 4.0, 4.0), 16: Share(5.0, 9, 0.0, 0.0)}
-    assert shares(trace) == {0: Share(1.0, 5, 0.0, 0.0), **decoding}
+    decoding = {1: BatchShare(2.0, 3, 2.0, 6.0), 4: BatchShare(7.0, 9, 4.0, 4.0), 16: BatchShare(5.0, 9, 0.0, 0.0)}
+    assert shares(trace) == {0: BatchShare(1.0, 5, 0.0, 0.0), **decoding}
 
 
 def _calibration(config: Config, **other: Any) -> Calibration:
@@ -165,12 +166,12 @@ def test_what_was_learnt_before_auto_chose_is_forgotten_once(
 
 def _train_with_a_stop(tree: dict[str, Any]) -> None:
     """Rank 1 stops in its first rollout, for longer than it is waited for."""
-    begin = Steering.begin
+    begin = Coordination.begin
 
-    def interrupted(self: Steering, *args: Any) -> Recorder:
+    def interrupted(self: Coordination, *args: Any) -> Recorder:
         return Recorder(begin(self, *args), [Event(1, "stop", 15.0)] if dist.get_rank() == 1 else [])
 
-    Steering.begin = interrupted  # type: ignore[assignment,method-assign]
+    Coordination.begin = interrupted  # type: ignore[assignment,method-assign]
     train_here(tree)
 
 

@@ -180,12 +180,12 @@ def _on_ranks(
         if not is_rank():
             require_one_task("FILE ...")
             preflight(config, kind)
-        if is_rank() or expected_world_size(config) == 1:
+        if is_rank() or expected_world_size(config.parallel) == 1:
             module = load()
         else:
             from erollout.launch.local import launch_local
 
-            world_size = _require_room(expected_world_size(config))
+            world_size = _require_room(expected_world_size(config.parallel))
             print(
                 f"Starting {world_size} ranks on this machine; each loads megatron-core first ...", file=sys.stderr, flush=True
             )

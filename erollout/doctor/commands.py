@@ -134,7 +134,7 @@ def _run_of(config: Config) -> Iterator[Finding]:
     """What this run needs beyond a machine that is fit."""
     from erollout.doctor.storage import check_store
 
-    store = [check_store(config)] if config.tracking.enabled else []
+    store = [check_store(config.tracking, config.train.output_dir)] if config.tracking.enabled else []
     yield from store
     checked = _preflight(config)
     if checked.text not in [finding.text for finding in store]:  # it looks at the store too

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from erollout.config import Config
+from erollout.config import TrackingConfig
 from erollout.doctor.report import Finding
 from erollout.errors import UserError
 from erollout.tracking.address import has_own_store, store_uri, uri_source
@@ -102,13 +102,13 @@ def within(seconds: float, topic: str, check: Callable[[], Finding]) -> Finding:
     )
 
 
-def check_store(config: Config) -> Finding:
+def check_store(tracking: TrackingConfig, output_dir: str) -> Finding:
     """A file in the run's directory needs no server."""
-    if has_own_store(config.tracking):
+    if has_own_store(tracking):
         return Finding("tracking", "SQLite in train.output_dir")
     from erollout.tracking.store import MlflowStore
 
-    store = MlflowStore(store_uri(config.tracking, config.train.output_dir), uri_source(config.tracking))
+    store = MlflowStore(store_uri(tracking, output_dir), uri_source(tracking))
     try:
         store.check()
     except UserError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from erollout.config import Config, DrafterConfig
+from erollout.config import DrafterConfig, SpeculationConfig
 from erollout.drafter.activation_statistics import InputStatistics, collect
 from erollout.drafter.assignment import LM_HEAD, assign_formats
 from erollout.drafter.auto_format import Overrides, select_formats
@@ -33,13 +33,13 @@ _CARRIED = -1
 class SelfSpeculation:
     """Of one decode rank. Methods are collective over the replica, `learn_from` over the world."""
 
-    def __init__(self, config: Config, engine: Engine) -> None:
+    def __init__(self, options: SpeculationConfig, engine: Engine) -> None:
         """Raises UserError for formats that the policy's shards, the device or the kernels can't have."""
-        self.config = config
+        self.options = options
         self.engine = engine
-        options = config.speculation.drafter
-        self._overrides = [(override.pattern, override.format) for override in options.overrides]
-        self._undecided = options.format == AUTO
+        drafter = options.drafter
+        self._overrides = [(override.pattern, override.format) for override in drafter.overrides]
+        self._undecided = drafter.format == AUTO
         self.has_learned = False
         """Whether there was a rollout to learn from: equal on all ranks."""
         self._sequences: list[tuple[int, ...]] = []
@@ -48,9 +48,9 @@ class SelfSpeculation:
         """Formats that `auto` has found, by layer."""
         self._is_resumed = False
         """The statistics are to be measured again, once there are weights."""
-        formats = dict(zip(drafter_names(options), (options.format, *options.alternatives), strict=True))
+        formats = dict(zip(drafter_names(drafter), (drafter.format, *drafter.alternatives), strict=True))
         self.drafters = {
-            name: self._build(FIRST_FORMAT if format == AUTO else format, self._overrides, options.lm_head)
+            name: self._build(FIRST_FORMAT if format == AUTO else format, self._overrides, drafter.lm_head)
             for name, format in formats.items()
         }
         """By their names in Arm.format, the default one first."""
@@ -68,7 +68,7 @@ class SelfSpeculation:
 
     def switch(self, on: bool) -> None:
         """Let `engine.generate` draft with the default drafter from now on, or not at all."""
-        options = self.config.speculation
+        options = self.options
         arm = Arm(self.formats[0], options.num_speculative_tokens) if on else OFF
         self.engine.speculate(self.drafters, arm, options.verification)
 
@@ -106,7 +106,7 @@ class SelfSpeculation:
         self.has_learned = True
         if not self.wants_rollouts:
             return
-        self._sequences = _first_tokens(rollouts, self.config.speculation.drafter.statistics_tokens)
+        self._sequences = _first_tokens(rollouts, self.options.drafter.statistics_tokens)
         statistics = self._measure(self.engine.policy_version or 0)
         if self._undecided:
             self._choose(statistics)
@@ -130,7 +130,7 @@ class SelfSpeculation:
     def _setting(self) -> dict[str, Any]:
         """What a choice of formats holds for, as JSON."""
         engine, device = self.engine, self.engine.cache.device
-        drafter = json.loads(json.dumps(asdict(self.config.speculation.drafter)))  # type: ignore[call-overload]  # see Config
+        drafter = json.loads(json.dumps(asdict(self.options.drafter)))  # type: ignore[call-overload]  # see Config
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         kind = [engine.kernel, engine.rollout.dtype, engine.rollout.tensor_model_parallel_size, engine.architecture.num_layers]
         return {"drafter": drafter, "device": device_name, "engine": kind}
@@ -146,7 +146,7 @@ class SelfSpeculation:
 
     def _choose(self, statistics: dict[str, InputStatistics]) -> None:
         """Replace the drafter by one with the formats that promise most; rank 0's choice holds for all."""
-        options, sequences = self.config.speculation.drafter, self._sequences
+        options, sequences = self.options.drafter, self._sequences
         choice = None
         if sequences:  # rank 0's replica has some whenever there is any prompt at all
             choice = select_formats(
@@ -164,7 +164,7 @@ class SelfSpeculation:
             selection.acceptance,
             selection.speed_up,
             selection.num_speculative_tokens,
-            self.config.speculation.num_speculative_tokens,
+            self.options.num_speculative_tokens,
         )
         self._take(overrides)
         self.drafter.use_statistics(statistics)
@@ -173,7 +173,7 @@ class SelfSpeculation:
 
     def _take(self, chosen: Overrides) -> None:
         """Replace the default drafter by one of these formats."""
-        options = self.config.speculation.drafter
+        options = self.options.drafter
         self._undecided, self._chosen = False, chosen
         speculates = self.engine.arm.speculates
         self.drafters[drafter_names(options)[0]] = self._build("none", [*chosen, *self._overrides], options.lm_head)
@@ -181,21 +181,21 @@ class SelfSpeculation:
 
     def _configured_layers(self) -> list[str]:
         """Layers whose format the configuration names: those that no default changes."""
-        layers, lm_head = target_linears(self.engine.model), self.config.speculation.drafter.lm_head
+        layers, lm_head = target_linears(self.engine.model), self.options.drafter.lm_head
         one, other = (assign_formats(layers, default, self._overrides, lm_head) for default in ("none", FIRST_FORMAT))
         return [layer for layer in layers if one[layer] is other[layer] and (layer != LM_HEAD or one[layer] is not None)]
 
     def _build(self, format: str, overrides: Overrides, lm_head: str) -> Drafter:
-        options = self.config.speculation.drafter
+        options = self.options.drafter
         return Drafter(
             self.engine.model,
-            lambda model: ModelProposer(model, self.config.speculation.verification, self.engine.sampler.kernel),
+            lambda model: ModelProposer(model, self.options.verification, self.engine.sampler.kernel),
             self.engine.max_model_len,
             format=format,
             group_size=options.group_size,
             lm_head=lm_head,
             overrides=overrides,
-            kernel=self.config.rollout.kernels,
+            kernel=self.engine.rollout.kernels,
         )
 
 

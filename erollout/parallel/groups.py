@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from erollout.config import Config
+from erollout.config import Config, ParallelConfig
 from erollout.environment import STORE, LauncherEnvironment, launcher_environment, stay_on_loopback, variable
 from erollout.errors import UserError
 from erollout.megatron_patches import apply_all
@@ -60,11 +60,11 @@ def resolve_layouts(config: Config, world_size: int) -> tuple[TrainLayout, Decod
     return train, DecodeLayout(world_size, config.rollout.tensor_model_parallel_size)
 
 
-def expected_world_size(config: Config) -> int:
+def expected_world_size(parallel: ParallelConfig) -> int:
     """The ranks that the launcher started, or that `erollout train` would start. Raises UserError when they disagree."""
-    wanted, started = config.parallel.world_size, _started_ranks()
+    wanted, started = parallel.world_size, _started_ranks()
     if started is None:
-        return wanted or config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        return wanted or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     if wanted not in (None, started):
         raise UserError(f"parallel.world_size = {wanted} but the launcher started {started} ranks; unset it or start {wanted}")
     return started
@@ -79,7 +79,7 @@ def initialize(config: Config) -> ParallelContext:
     from megatron.core import parallel_state
 
     launcher = launcher_environment()
-    world_size = expected_world_size(config)
+    world_size = expected_world_size(config.parallel)
     train, decode = resolve_layouts(config, world_size)
     device = _device(launcher.local_rank if launcher else 0)
     timeout = timedelta(seconds=config.parallel.timeout_seconds)

@@ -65,7 +65,7 @@ class Actor:
             ),
             wrapped,
         )
-        self.optimizer, self.scheduler = build_optimizer(config, self.model, total_steps)
+        self.optimizer, self.scheduler = build_optimizer(config.optimizer, self.model, total_steps)
         self.transformer.finalize_model_grads_func = finalize_model_grads
         self.transformer.grad_scale_func = self.optimizer.scale_loss
 

@@ -3,21 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import Module
 
-from erollout.config import Config
+from erollout.config import OptimizerConfig
 
 _CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
 """Options of a parameter group that a configuration sets; learning rate and weight decay follow from the schedule."""
 
 
-def build_optimizer(config: Config, model: Module, total_steps: int) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+def build_optimizer(
+    options: OptimizerConfig, model: Module, total_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Optimizer and schedule for a DistributedDataParallel-wrapped model; one schedule unit is one optimizer step."""
-    options = config.optimizer
-    bf16 = config.model.dtype == "bfloat16"
+    dtype = next(model.parameters()).dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -29,8 +31,8 @@ def build_optimizer(config: Config, model: Module, total_steps: int) -> tuple[Me
             adam_eps=options.adam_eps,
             clip_grad=options.clip_grad,
             use_distributed_optimizer=options.use_distributed_optimizer,
-            bf16=bf16,
-            params_dtype=next(model.parameters()).dtype,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
         ),
         [model],
     )

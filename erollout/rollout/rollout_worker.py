@@ -99,7 +99,7 @@ class RolloutWorker:
         self.engine = Engine(
             architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
         )
-        self.speculation = SelfSpeculation(config, self.engine) if config.speculation.mode != "off" else None
+        self.speculation = SelfSpeculation(config.speculation, self.engine) if config.speculation.mode != "off" else None
         self.coordination = Coordination(config, context, self.engine, self.speculation, asked, alive)
         self.resharder = self._build_resharder(architecture)
         self._failures = FailureLog()

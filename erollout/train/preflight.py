@@ -107,7 +107,7 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
 
 def work_out(config: Config, architecture: Architecture, rolls_out: bool = True) -> Sizes:
     """Layouts and sizes. Raises UserError where they don't fit the architecture or each other."""
-    train, decode = resolve_layouts(config, expected_world_size(config))
+    train, decode = resolve_layouts(config, expected_world_size(config.parallel))
     if rolls_out:
         check_context(config, architecture)
         _check_stop_ids(config, architecture)

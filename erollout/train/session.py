@@ -45,7 +45,7 @@ def train(config: Config) -> None:
                 _export(run, actor)
                 _log_figures(run, services.tracker)
         if context.rank == 0 and run.stop.agreed is None:
-            rows = summary_rows(_history(config), loop.state.history, config, run_id)
+            rows = summary_rows(_history(config), loop.state.history, config.tracking, config.train.output_dir, run_id)
             print_summary(rows, title=config.train.output_dir)
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from erollout.config import Config
+from erollout.config import TrackingConfig
 from erollout.drafter.drafter import RequantizeStats
 from erollout.rollout.rollout_worker import RefitStats, RolloutResult
 from erollout.security.redaction import redact
@@ -82,7 +82,11 @@ def speculation_metrics(statistics: SpeculationStatistics, requantize: Requantiz
 
 
 def summary_rows(
-    history: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]], config: Config, run_id: str
+    history: Sequence[Mapping[str, float]],
+    evaluations: Sequence[Mapping[str, float]],
+    tracking: TrackingConfig,
+    output_dir: str,
+    run_id: str,
 ) -> list[tuple[str, object]]:
     """The table at the end of a run: reward first and last, held-out accuracy before and after, seconds, where to look."""
     steps = [row for row in history if "reward/mean" in row]
@@ -110,9 +114,9 @@ def summary_rows(
         for name in ("acceptance_rate", "acceptance_length", "requantize_seconds"):
             mean = sum(row[f"speculation/{name}"] for row in drafted) / len(drafted)
             rows.append((f"speculation: {name.replace('_', ' ')}, mean of steps", f"{mean:.3f}"))
-    if config.tracking.enabled:
+    if tracking.enabled:
         rows.append(("MLflow run", run_id))
-        rows.append(("MLflow store", redact(store_uri(config.tracking, config.train.output_dir))))
+        rows.append(("MLflow store", redact(store_uri(tracking, output_dir))))
     return rows
 
 

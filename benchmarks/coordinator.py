@@ -34,7 +34,8 @@ import torch
 import torch.distributed as dist
 from decode import machine
 
-from erollout.config import CoordinatorConfig, SpeculationConfig, ToggleConfig
+from erollout.config import CoordinatorConfig
+from erollout.configuration.speculation import SpeculationConfig, ToggleConfig
 from erollout.coordinator.exchange import Exchange, Stream
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.state_machine import ClusterDecision, StateMachine

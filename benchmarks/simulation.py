@@ -27,7 +27,7 @@ from erollout.calibration.file import REFERENCE_FORMAT, Identity
 from erollout.calibration.fit import fit, measured_passes
 from erollout.calibration.model_size import describe_shape, known_model, model_size
 from erollout.calibration.sweep_file import read_sweep
-from erollout.config import DrafterConfig, SpeculationConfig, ToggleConfig
+from erollout.configuration.speculation import DrafterConfig, SpeculationConfig, ToggleConfig
 from erollout.simulation.draft_outcomes import SimulatedAcceptance
 from erollout.simulation.experiment import Setting, SimulatedRollout, Strategy, simulate
 from erollout.simulation.replica import Limits
@@ -171,7 +171,7 @@ def passes_14b() -> PassTimes:
 
 
 def reference_setting(passes: PassTimes, median: float, sigma: float, n: int) -> Setting:
-    drafter = DrafterConfig(format=REFERENCE_FORMAT)  # type: ignore[call-arg]  # mypy does not see through _section
+    drafter = DrafterConfig(format=REFERENCE_FORMAT)  # type: ignore[call-arg]  # mypy does not see through section
     toggle = ToggleConfig(max_speculative_tokens=15, margin=0.05, probe_interval=0)  # type: ignore[call-arg]
     return Setting(
         passes,

@@ -1,27 +1,24 @@
 """The configuration: every key, its default (written here and nowhere else) and its bounds.
 
-One YAML file plus dotted overrides (`optimizer.lr=1e-4`) become one frozen `Config`: config_file.py reads them as each key
-wants its value, bounds.py has the least and the largest of each number. What can be checked without starting a process is
+The keys of `speculation` are in configuration/speculation.py, all others here. One YAML file plus dotted overrides
+(`optimizer.lr=1e-4`) become one frozen `Config`: configuration/yaml_tree.py reads them as each key wants its value,
+configuration/bounds.py has the least and the largest of each number. What can be checked without starting a process is
 checked here; the message names the key, the value and the fix. Where Megatron has an option of the same meaning, the key has
 Megatron's name.
 """
 
 from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
 
 from erollout.configuration import bounds
+from erollout.configuration.section import section
+from erollout.configuration.speculation import SpeculationConfig, check_speculation
 from erollout.configuration.yaml_tree import describe, fit, read_tree
 from erollout.errors import UserError
 from erollout.security.redaction import keys_with_credentials, redact
-
-
-def _mode(value: Any) -> Any:
-    return "off" if value is False else value  # YAML's off
-
 
 LOCATIONS = (
     "model.path",
@@ -36,10 +33,8 @@ LOCATIONS = (
 )
 """Keys whose values are places in the filesystem."""
 
-_section = dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
-
-@_section
+@section
 class ModelConfig:
     path: bounds.Location | None = None
     """Hugging Face directory (config.json, safetensors, tokenizer) to start from."""
@@ -53,7 +48,7 @@ class ModelConfig:
     """Longest sequence; default: the architecture's."""
 
 
-@_section
+@section
 class ParallelConfig:
     world_size: bounds.Ranks | None = None
     """Number of ranks; default: those of one model, or as many as a launcher starts. Without a launcher, `erollout train`
@@ -65,7 +60,7 @@ class ParallelConfig:
     """Limit of any single collective. Longer than fault_tolerance.hang_seconds, which ends a run with a clearer message."""
 
 
-@_section
+@section
 class RolloutConfig:
     prompts_per_step: bounds.Samples = 32
     group_size: bounds.Samples = 8
@@ -108,82 +103,7 @@ class RolloutConfig:
         return bool(self.top_k) or self.top_p < 1 or self.min_p > 0 or self.repetition_penalty != 1
 
 
-@_section
-class FormatOverrideConfig:
-    pattern: str
-    """Glob over linear layers of the decode model: `layers.0.*`, `*.down_proj`."""
-    format: str
-
-
-@_section
-class DrafterConfig:
-    format: str = "w4a16_clip"
-    """A name of erollout/drafter/formats.py, or `auto`: the choice per layer with the most predicted speed-up."""
-    group_size: bounds.GroupSize = 128
-    """Weights that share a scale, of the int4 formats; it must divide every layer's input size on a decode rank."""
-    alternatives: tuple[str, ...] = ()
-    """Further formats that `adaptive` may draft with instead: each is one more drafter of the same weights."""
-    lm_head: Literal["target", "w8a8"] = "target"
-    """The drafter's LM head: the target's own, or an INT8 copy of it."""
-    overrides: tuple[FormatOverrideConfig, ...] = ()
-    """Other formats for some layers; the last pattern that matches a layer counts."""
-    statistics_tokens: bounds.Limit = 512
-    """Tokens of the last rollout that the activation statistics of w4a16_clip and the like are taken from; 0: none are."""
-    statistics_interval: bounds.Steps = 10
-    """Steps between two collections of these statistics."""
-
-
-@_section
-class LadderConfig:
-    """The paper's rule for the draft length: one rung up or down when whole rollouts ask for it."""
-
-    rungs: tuple[bounds.DraftLength, ...] = (5, 7, 9, 11)
-    raise_above: bounds.Fraction = 0.94
-    """Acceptance rate of a rollout that asks for the next longer draft."""
-    lower_below: bounds.Fraction = 0.85
-    persistence: bounds.Few = 2
-    """Rollouts in a row that must ask for it."""
-
-
-@_section
-class ToggleConfig:
-    margin: bounds.Fraction = 0.02
-    """A change must promise this share of the time per token."""
-    max_speculative_tokens: bounds.DraftLength = 8
-    """Longest draft that `adaptive` considers."""
-    acceptance_window: bounds.Steps = 150
-    """Drafts after which an old one counts e times less in the estimated acceptance."""
-    probe_interval: bounds.Interval = 200
-    """Steps between two probes of what is not chosen; 0: none."""
-    probe_steps: bounds.Few = 2
-    bootstrap_seconds: bounds.Seconds = 5.0
-    """Without a calibration file: how long this device is measured before the first rollout."""
-    ladder: LadderConfig = field(default_factory=LadderConfig)
-
-
-@_section
-class SpeculationConfig:
-    mode: Annotated[Literal["off", "always", "toggle", "adaptive", "ladder"], BeforeValidator(_mode)] = "off"
-    """`always`: every step drafts num_speculative_tokens. `toggle`: they are drafted in the steps where that is predicted to be
-    faster. `adaptive`: drafter and number too are chosen for each step. `ladder`: as `toggle`, with the paper's rule for the
-    number between rollouts."""
-    num_speculative_tokens: bounds.DraftLength = 3
-    """Tokens that the drafter proposes before the target verifies them all at once."""
-    verification: Literal["coupled", "rejection"] = "coupled"
-    """`coupled`: the samples are those of autoregressive decoding, token for token (on GPUs in distribution); refused on a CPU
-    whose kernels can't. `rejection`: the same distribution, with the highest acceptance."""
-    calibration: bounds.Location | None = None
-    """File of `erollout calibrate fit` for this model, device, layout and drafter; default: measured at the start."""
-    decision_interval: bounds.Few = 1
-    """Steps between two decisions; above 1 where a replica has several ranks, which must agree on each."""
-    trace_interval: bounds.Interval = 1
-    """Rollouts between two whose decisions are written to <train.output_dir>/decisions; 0: none. The newest
-    hundred of each replica are kept."""
-    toggle: ToggleConfig = field(default_factory=ToggleConfig)
-    drafter: DrafterConfig = field(default_factory=DrafterConfig)
-
-
-@_section
+@section
 class CoordinatorConfig:
     """How decode replicas work together. No server: every replica sees the same occupancies and takes the same decisions."""
 
@@ -200,7 +120,7 @@ class CoordinatorConfig:
     """After so long without an exchange a replica decides for itself until the next one; in lock step it warns and waits."""
 
 
-@_section
+@section
 class AlgorithmConfig:
     name: Literal["grpo"] = "grpo"
     clip_ratio_low: bounds.Fraction = 0.2
@@ -215,7 +135,7 @@ class AlgorithmConfig:
     aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
 
 
-@_section
+@section
 class RewardsConfig:
     function: str | None = None
     """Function (prompt: Prompt, response: str) -> float: `package.module:name`, or `path/file.py:name` with the path from the
@@ -236,7 +156,7 @@ class RewardsConfig:
     """When set: reward 1 at or above it, else 0 (some scorers give garbage a little more than 0)."""
 
 
-@_section
+@section
 class TaskConfig:
     name: str
     """A reasoning-gym task (`chain_sum`), or a name for a dataset file."""
@@ -245,7 +165,7 @@ class TaskConfig:
     """Arguments of the reasoning-gym task."""
 
 
-@_section
+@section
 class DataConfig:
     kind: Literal["reasoning_gym", "chain_sum_cot", "file"] = "reasoning_gym"
     """`chain_sum_cot`: the demo's chain sums with a written-out running sum."""
@@ -272,7 +192,7 @@ class DataConfig:
     """Of kind `chain_sum_cot`: min_terms, continue_probability, max_terms."""
 
 
-@_section
+@section
 class EvaluationConfig:
     interval: bounds.Interval = 0
     """Steps between held-out evaluations; one runs before the first and after the last step; 0: none."""
@@ -282,7 +202,7 @@ class EvaluationConfig:
     temperature: bounds.Temperature = 1.0
 
 
-@_section
+@section
 class OptimizerConfig:
     lr: bounds.LearningRate = 1e-6
     min_lr: bounds.LeastLearningRate = 0.0
@@ -297,7 +217,7 @@ class OptimizerConfig:
     use_distributed_optimizer: bool = False
 
 
-@_section
+@section
 class TrainConfig:
     steps: bounds.Steps = 100
     seed: bounds.Seed = 1234
@@ -309,14 +229,14 @@ class TrainConfig:
     output_dir: bounds.Location = "runs/default"
 
 
-@_section
+@section
 class SupervisedConfig:
     steps: bounds.Steps = 100
     batch_size: bounds.Samples = 64
     """Sequences per optimizer step."""
 
 
-@_section
+@section
 class TrackingConfig:
     enabled: bool = True
     uri: str | None = None
@@ -328,7 +248,7 @@ class TrackingConfig:
     system_metrics: bool = True
 
 
-@_section
+@section
 class CheckpointConfig:
     directory: bounds.Location | None = None
     """Default: <train.output_dir>/checkpoints."""
@@ -343,7 +263,7 @@ class CheckpointConfig:
     """Where to write the final policy as a Hugging Face directory."""
 
 
-@_section
+@section
 class FaultToleranceConfig:
     heartbeat_seconds: bounds.Heartbeat = 5.0
     """Between two writings of where each rank is (<train.output_dir>/heartbeats). At most 20."""
@@ -356,12 +276,13 @@ class FaultToleranceConfig:
     """Steps between comparisons of the parameters of data-parallel ranks; 0: none."""
 
 
-@_section
+@section
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    """Its keys are in configuration/speculation.py."""
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
@@ -375,7 +296,7 @@ class Config:
     fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload]  # mypy does not see through _section
+        return asdict(self)  # type: ignore[call-overload]  # mypy does not see through section
 
     @property
     def samples_per_step(self) -> int:
@@ -403,7 +324,7 @@ def _with_import_path(config: Config, directory: Path) -> Config:
     """A reward function may be in the configuration's directory: it is looked for there wherever the run is started."""
     if config.rewards.function is None or config.rewards.import_path is not None:
         return config
-    rewards = replace(config.rewards, import_path=str(directory))  # type: ignore[type-var]  # mypy does not see through _section
+    rewards = replace(config.rewards, import_path=str(directory))  # type: ignore[type-var]  # mypy does not see through section
     return replace(config, rewards=rewards)  # type: ignore[type-var]
 
 
@@ -486,7 +407,7 @@ def _check_consistency(config: Config) -> None:
             f"train.global_batch_size = {batch} does not divide rollout.prompts_per_step x rollout.group_size = "
             f"{config.samples_per_step}"
         )
-    _check_speculation(config.speculation)
+    check_speculation(config.speculation)
     _check_coordinator(config)
     if rollout.truncates and rollout.temperature != 1:
         raise UserError(
@@ -506,29 +427,6 @@ def require_groups(config: Config) -> None:
         raise UserError(
             f"rollout.group_size = 1: {config.algorithm.name.upper()} compares a response with the others to its prompt, and "
             "every advantage would be 0; set it to 2 or more (8 is the default)"
-        )
-
-
-def _check_speculation(options: SpeculationConfig) -> None:
-    drafter, rungs = options.drafter, options.toggle.ladder.rungs
-    if drafter.format == "auto" and drafter.statistics_tokens < 2:
-        raise UserError(
-            f"speculation.drafter.statistics_tokens = {drafter.statistics_tokens} leaves format = auto nothing to choose by; "
-            "set it to some hundred, or name a format"
-        )
-    if len({drafter.format, *drafter.alternatives}) <= len(drafter.alternatives):
-        raise UserError(f"speculation.drafter.alternatives = {list(drafter.alternatives)} names a format twice; remove one")
-    if drafter.alternatives and options.mode != "adaptive":
-        raise UserError(
-            f"speculation.drafter.alternatives = {list(drafter.alternatives)} but speculation.mode = {options.mode} drafts "
-            "with one format only; set the mode to adaptive or remove them"
-        )
-    if not rungs or list(rungs) != sorted(set(rungs)):
-        raise UserError(f"speculation.toggle.ladder.rungs = {list(rungs)} must ascend, with at least one; sort them")
-    if options.toggle.ladder.lower_below > options.toggle.ladder.raise_above:
-        raise UserError(
-            f"speculation.toggle.ladder.lower_below = {options.toggle.ladder.lower_below} is above raise_above = "
-            f"{options.toggle.ladder.raise_above}; lower it"
         )
 
 

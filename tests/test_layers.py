@@ -73,6 +73,8 @@ LIBRARIES = {
 PURE = (
     "configuration.arguments",
     "configuration.bounds",
+    "configuration.section",
+    "configuration.speculation",
     "calibration.file",
     "calibration.devices",
     "calibration.model_size",
@@ -110,6 +112,7 @@ PURE = (
     "train.evaluation",
     "configuration.hub",
     "rollout.partial",
+    "rollout.summary",
     "launch.commands",
     "launch.gate",
     "launch.meeting",

@@ -295,7 +295,7 @@ def _named_architecture(model: str, where: str) -> Architecture:
     from erollout.policy.families import policy_architecture
 
     if Path(model).is_dir():
-        return policy_architecture(ModelConfig(path=model))  # type: ignore[call-arg]  # mypy does not see through _section
+        return policy_architecture(ModelConfig(path=model))  # type: ignore[call-arg]  # mypy does not see through section
     architecture = known_model(model)
     if architecture is None:
         raise UserError(f"{where}: {model!r} is neither a folder nor a model whose sizes are known; give --model FOLDER")

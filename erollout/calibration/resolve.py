@@ -9,7 +9,7 @@ from erollout.calibration.file import Calibration, Identity, calibration_of_run
 from erollout.calibration.fit import fit, measured_passes
 from erollout.calibration.model_size import model_size
 from erollout.calibration.sweep import bootstrap, identify
-from erollout.config import SpeculationConfig
+from erollout.configuration.speculation import SpeculationConfig
 from erollout.engine.engine import Engine
 from erollout.parallel.collectives import from_rank_zero
 from erollout.speculation.cost.roofline import ModelSize

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from erollout.config import DrafterConfig, SpeculationConfig
+from erollout.configuration.speculation import DrafterConfig, SpeculationConfig
 from erollout.drafter.activation_statistics import InputStatistics, collect
 from erollout.drafter.assignment import LM_HEAD, assign_formats
 from erollout.drafter.auto_format import Overrides, select_formats

@@ -7,7 +7,7 @@ from typing import Any
 from erollout.calibration.file import Calibration, read_calibration
 from erollout.calibration.resolve import GUESSED, named_calibration, present_calibration
 from erollout.calibration.sweep import identify
-from erollout.config import SpeculationConfig
+from erollout.configuration.speculation import SpeculationConfig
 from erollout.engine.engine import Engine
 from erollout.errors import UserError
 from erollout.parallel.collectives import from_rank_zero

@@ -110,7 +110,7 @@ def build_setting(options: argparse.Namespace) -> "Setting":
     """Raises UserError for options that can't be simulated."""
     import numpy as np
 
-    from erollout.config import DrafterConfig, SpeculationConfig, ToggleConfig
+    from erollout.configuration.speculation import DrafterConfig, SpeculationConfig, ToggleConfig
     from erollout.simulation.draft_outcomes import parse_acceptance
     from erollout.simulation.experiment import Setting
     from erollout.simulation.replica import Limits
@@ -128,7 +128,7 @@ def build_setting(options: argparse.Namespace) -> "Setting":
     if not stepwise and options.kv_tokens:
         raise UserError("--kv-tokens needs --clock step: jumps do not preempt")
     quiet = {} if stepwise else {"probe_interval": 0}
-    drafter = DrafterConfig(format=format)  # type: ignore[call-arg]  # mypy does not see through _section
+    drafter = DrafterConfig(format=format)  # type: ignore[call-arg]  # mypy does not see through section
     toggle = ToggleConfig(max_speculative_tokens=options.max_speculative_tokens, **quiet)  # type: ignore[call-arg]
     speculation = SpeculationConfig(  # type: ignore[call-arg]
         num_speculative_tokens=options.num_speculative_tokens, drafter=drafter, toggle=toggle

@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from erollout.config import CoordinatorConfig, SpeculationConfig
+from erollout.config import CoordinatorConfig
+from erollout.configuration.speculation import SpeculationConfig
 from erollout.coordinator.state_machine import StateMachine
 from erollout.simulation.cluster import Cluster, Traffic
 from erollout.simulation.draft_outcomes import SimulatedAcceptance
@@ -170,7 +171,7 @@ def _replica(setting: Setting, workload: Workload, truth: Truth, chooser: Choose
 def _chooser(setting: Setting, mode: Mode, truth: Truth, cost: CalibratedCost) -> Chooser:
     if mode == "oracle":
         return Oracle(truth)
-    options = replace(setting.speculation, mode=mode)  # type: ignore[type-var]  # mypy does not see through _section
+    options = replace(setting.speculation, mode=mode)  # type: ignore[type-var]  # mypy does not see through section
     return Toggle(options, _formats(setting) if mode != "off" else (), cost)
 
 

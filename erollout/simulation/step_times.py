@@ -47,7 +47,7 @@ def _architecture(model: str) -> Architecture:
     path = Path(model)
     if path.exists():
         folder = str(path.parent if path.is_file() else path)
-        return policy_architecture(ModelConfig(path=folder))  # type: ignore[call-arg]  # mypy does not see through _section
+        return policy_architecture(ModelConfig(path=folder))  # type: ignore[call-arg]  # mypy does not see through section
     known = known_model(model)
     if known is None:
         raise UserError(f"--model {model} is no folder with a config.json, and no published model that is known by name")

@@ -6,7 +6,7 @@ what several rollouts in a row ask for is done.
 
 from typing import Any
 
-from erollout.config import LadderConfig
+from erollout.configuration.speculation import LadderConfig
 
 
 class Ladder:

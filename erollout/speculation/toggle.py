@@ -11,7 +11,7 @@ from copy import deepcopy
 from math import inf, log2, nan
 from typing import Any
 
-from erollout.config import SpeculationConfig
+from erollout.configuration.speculation import SpeculationConfig
 from erollout.speculation.acceptance import AcceptanceByContext
 from erollout.speculation.backoff import HoldBack
 from erollout.speculation.cost.cost_model import CostModel

@@ -16,7 +16,8 @@ from test_replica_control import ADAPTIVE, GROUP_SIZE, OFF_MODE, PATIENCE, SLOTS
 from test_speculative_engine import check_pool
 from tiny_speculation import DRAFTER, make_speculative_engine
 
-from erollout.config import CoordinatorConfig, SpeculationConfig
+from erollout.config import CoordinatorConfig
+from erollout.configuration.speculation import SpeculationConfig
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.state_machine import StateMachine
 from erollout.engine.engine import Engine

@@ -20,7 +20,8 @@ from test_engine import by_sample
 from tiny_decode import make_engine, prompts
 from tiny_speculation import DRAFTER, make_speculative_engine
 
-from erollout.config import CoordinatorConfig, SpeculationConfig
+from erollout.config import CoordinatorConfig
+from erollout.configuration.speculation import SpeculationConfig
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.occupancy import Occupancy
 from erollout.coordinator.state_machine import ClusterDecision, StateMachine

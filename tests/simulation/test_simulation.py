@@ -12,7 +12,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from erollout.config import DrafterConfig, SpeculationConfig
+from erollout.configuration.speculation import DrafterConfig, SpeculationConfig
 from erollout.errors import UserError
 from erollout.simulation.commands import add_command
 from erollout.simulation.draft_outcomes import SimulatedAcceptance, parse_acceptance

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_machine import FORMATS, Learner, Machine, long_tailed, passes
 
-from erollout.config import LadderConfig, SpeculationConfig, ToggleConfig
+from erollout.configuration.speculation import LadderConfig, SpeculationConfig, ToggleConfig
 from erollout.speculation.backoff import LONGEST, HoldBack
 from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.ladder import Ladder

@@ -1,8 +1,9 @@
-"""Which replica samples which prompt. Pure.
+"""Dispatch of prompts to replicas. Pure.
 
-Prompts are handed out in order, upwards, and never taken back. A replica that no window reaches claims prompts of its home
-(every replicas-th one, from its own number on), downwards: so hand-out and claims meet only where little is left. Others learn
-of a claim from the next occupancy. What was handed to another in between is sampled twice, which costs time and nothing else.
+Prompts are dispatched in ascending order and never recalled. A replica that no window reaches claims prompts of its home (every
+replicas-th one, starting at its own number) in descending order, so that dispatch and claims meet only near the end. The other
+replicas learn of a claim from the next occupancy. A prompt dispatched to another replica in between is sampled twice, which
+costs time and nothing else.
 """
 
 import heapq
@@ -13,11 +14,11 @@ from erollout.coordinator.occupancy import Occupancy
 from erollout.coordinator.throughput import seconds_per_token
 
 RESERVE_FACTOR = 2
-"""A replica's queue is to last for so many times what it completed between the last two windows."""
+"""Target length of a replica's queue, in multiples of the responses that it completed between the last two windows."""
 
 
 class HandOut:
-    """Of one rollout. The same arguments on every replica."""
+    """The dispatch of one rollout. The same arguments on every replica."""
 
     def __init__(self, replicas: int, num_prompts: int, group_size: int, max_num_seqs: int, lengths: RemainingLengths) -> None:
         self.replicas = replicas
@@ -26,9 +27,9 @@ class HandOut:
         self.max_num_seqs = max_num_seqs
         self.lengths = lengths
         self._next = 0
-        """All prompts before it are handed out or claimed."""
+        """The first prompt that is neither dispatched nor claimed."""
         self._claimed = [0] * replicas
-        """As the last window said."""
+        """Number of claimed prompts per replica, from the last window."""
         self._finished = [0] * replicas
 
     @property
@@ -37,23 +38,24 @@ class HandOut:
         return self._next >= self.num_prompts
 
     def everything(self) -> tuple[tuple[int, ...], ...]:
-        """All prompts in turns."""
+        """All prompts, round-robin."""
         self._next = self.num_prompts
         return tuple(tuple(range(replica, self.num_prompts, self.replicas)) for replica in range(self.replicas))
 
     def first(self) -> tuple[tuple[int, ...], ...]:
-        """In turns, what fills every replica's slots, and one more prompt each for when the first responses end."""
+        """The initial prompts, round-robin: enough to fill every replica's slots, and one more each for the first free slot."""
         rounds = -(-self.max_num_seqs // self.group_size) + 1
         self._next = min(rounds * self.replicas, self.num_prompts)
         return tuple(tuple(range(replica, self._next, self.replicas)) for replica in range(self.replicas))
 
     def learn_claims(self, window: Sequence[Occupancy]) -> None:
-        """Before `more`, of the same window."""
+        """Skip the prompts that replicas have claimed. Called before `more`, with the same window."""
         self._claimed = [occupancy.claimed for occupancy in window]
         self._skip_claimed()
 
     def more(self, window: Sequence[Occupancy]) -> tuple[tuple[int, ...], ...]:
-        """What the replicas with short queues get now; while that is not enough for all, who is predicted to be free first."""
+        """The prompts that replicas with short queues get now. When too few are left, the replica predicted to be free first
+        gets the next one."""
         given: dict[int, list[int]] = {}
         if not self.is_done:
             for replica in self._turns(window, self._room(window)):
@@ -64,12 +66,12 @@ class HandOut:
         return tuple(tuple(given.get(replica, ())) for replica in range(self.replicas)) if given else ()
 
     def claimable(self, replica: int, claimed: int) -> int | None:
-        """The next prompt that a replica may claim after so many, as far as the decisions made here say."""
+        """The next prompt that a replica with `claimed` claims may claim, by the decisions known here; None: there is none."""
         prompt = self._home_end(replica) - claimed * self.replicas
         return prompt if prompt >= self._next else None
 
     def is_claim(self, prompt: int, replica: int, claimed: int) -> bool:
-        """The prompt is one of the first so many that the replica claims."""
+        """Whether the prompt is among the first `claimed` ones that the replica claims."""
         return prompt % self.replicas == replica and prompt > self._home_end(replica) - claimed * self.replicas
 
     def _home_end(self, replica: int) -> int:
@@ -94,7 +96,7 @@ class HandOut:
         return prompt
 
     def _room(self, window: Sequence[Occupancy]) -> dict[int, int]:
-        """Prompts that each replica may get: for its slots, and for a queue that lasts until a late window."""
+        """Number of prompts that each replica has room for: in its slots and in a queue that lasts until a late window."""
         room = {}
         for replica, (occupancy, before) in enumerate(zip(window, self._finished, strict=True)):
             reserve = max(self.group_size, RESERVE_FACTOR * (occupancy.finished - before))
@@ -121,12 +123,12 @@ class HandOut:
                 heapq.heappop(heap)
 
     def _free_in(self, occupancy: Occupancy, given: int, seconds_per_response: float) -> float:
-        """Predicted seconds until a slot is free, when it has so many prompts more; the more negative, the more are free."""
+        """Predicted seconds until a slot is free after `given` more prompts; negative: slots are free now."""
         sequences = occupancy.outstanding + given * self.group_size
         return (sequences + 1 - self.max_num_seqs) * seconds_per_response
 
     def _seconds_per_response(self, occupancy: Occupancy) -> float:
-        """Predicted, between two responses that end, at the present load."""
+        """Predicted seconds between two completed responses, at the present load."""
         running = min(max(occupancy.outstanding, 1), self.max_num_seqs)
         residual = self.lengths.mean_residual(occupancy.age)
         return residual * seconds_per_token(occupancy.curve, running, self.max_num_seqs) / running

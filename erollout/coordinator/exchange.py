@@ -1,12 +1,12 @@
 """The cluster's one stream of operations: windows of occupancies, and the sequences that move between them.
 
-Every replica (its leader) takes part in the same operations over a gloo group of their own, in the same order, one after the
-other: window 1, the parcels of decision 1 if it moves sequences, window 2, ... A replica posts the next operation at a step
-border after the one before is complete, looks at the step borders whether it is, and never waits. All of them feed the complete
-windows to equal state machines, so all take the same decisions.
+The leaders of all replicas take part in the same operations over a gloo group of their own, in the same order, one after the
+other: window 1, the parcels of decision 1 if it migrates sequences, window 2, ... At a step border, a replica polls the pending
+operation and posts the next one once it is complete; it never waits. All replicas feed the complete windows to equal state
+machines, so all take the same decisions.
 
-An operation is an all-to-all: every two replicas talk directly, so that each of them notices at once when another one's
-connection ends. A peer that only stops costs nothing but time: operations wait for it, the replicas go on without them.
+An operation is an all-to-all: every two replicas are connected directly, so each notices at once when another's connection
+closes. A peer that only stalls costs nothing but time: the operation stays pending, and the replicas keep decoding.
 """
 
 import time
@@ -26,20 +26,20 @@ from erollout.coordinator.state_machine import ClusterDecision, Move, StateMachi
 from erollout.types import PartialRollout
 
 BUSY_SHARE = 0.0007
-"""Of a busy replica's time for windows: if they cost more than this, they follow each other more slowly."""
+"""Share of a busy replica's time that windows may take: if they cost more, the pause between them grows."""
 SLOWEST = 20
-"""Times window_seconds: the longest pause between two windows that the exchange's own cost may ask for."""
+"""Longest pause between two windows that the exchange's own cost may impose, in multiples of window_seconds."""
 
 
 class Stream:
-    """Operations over one group, one at a time, polled. All ranks post the same ones in the same order."""
+    """Operations over one group, one pending at a time, polled. All ranks post the same ones in the same order."""
 
     def __init__(self, group: dist.ProcessGroup, stall_seconds: float, patience_seconds: float) -> None:
         """
         Args:
             group: gloo, with a timeout beyond patience_seconds.
-            stall_seconds: after which a pending operation counts as stalled.
-            patience_seconds: after which nothing is expected of it any more.
+            stall_seconds: time after which a pending operation counts as stalled.
+            patience_seconds: time after which a pending operation is given up.
         """
         self.group = group
         self.rank = group.rank()
@@ -47,7 +47,7 @@ class Stream:
         self.stall_seconds = stall_seconds
         self.patience_seconds = patience_seconds
         self.error: str | None = None
-        """Why nothing will ever come again."""
+        """Why the stream is broken for good; None: it is not."""
         self._work: dist.Work | None = None
         self._received = array("d")
         self._options = AllToAllOptions()
@@ -65,18 +65,18 @@ class Stream:
         return self._waited > self.stall_seconds
 
     def gather(self, vector: Sequence[float]) -> None:
-        """Post: this rank's vector, as long on all ranks, to all; `poll` gives theirs in rank order."""
+        """Post this rank's vector, of equal length on all ranks, to all; `poll` returns all vectors in rank order."""
         self._post(array("d", vector) * self.size, len(vector) * self.size, [], [])
 
     def swap(self, parcels: Sequence["array[float]"], sizes: Sequence[int]) -> None:
-        """Post: a parcel (may be empty) to each rank; `poll` gives those for this rank, of these sizes, in rank order."""
+        """Post a parcel (possibly empty) to each rank; `poll` returns the parcels for this rank, of `sizes`, in rank order."""
         sent = array("d")
         for parcel in parcels:
             sent += parcel
         self._post(sent, sum(sizes), list(sizes), [len(parcel) for parcel in parcels])
 
     def poll(self) -> "array[float] | None":
-        """What the pending operation brought, once; None while it waits."""
+        """The result of the pending operation, returned once; None while it is pending."""
         if self._work is None:
             return None
         if not self._work.is_completed():
@@ -85,7 +85,7 @@ class Stream:
         work, self._work, self._waited = self._work, None, 0.0
         try:
             work.wait()
-        except RuntimeError as error:  # gloo's: a connection ended, or the group's timeout passed
+        except RuntimeError as error:  # from gloo: a connection closed, or the group's timeout passed
             self.error = _first_line(error)
             return None
         return self._received
@@ -94,7 +94,7 @@ class Stream:
         assert self.is_free
         self._received = array("d", bytes(8 * size))
         self._waited, self._polled_at = 0.0, time.monotonic()
-        try:  # by the group's own method: the checks of torch.distributed's function take twice as long as this
+        try:  # the group's own method: the checks in torch.distributed's function take twice as long as the call itself
             self._work = self.group.alltoall_base(_tensor(self._received), _tensor(sent), sizes, sent_sizes, self._options)
         except RuntimeError as error:
             self.error = _first_line(error)
@@ -110,16 +110,16 @@ class Stream:
 
 @dataclass(slots=True)
 class News:
-    """What the stream brought since the last look."""
+    """What the stream brought since the last poll."""
 
     decision: ClusterDecision | None = None
     release: int = 0
-    """So many sequences are to be given (`Exchange.give`): the stream waits for them."""
+    """Number of sequences to send (`Exchange.give`), which the stream waits for."""
     arrivals: list[PartialRollout] = field(default_factory=list)
 
 
 class Exchange:
-    """One replica's end of the stream in one rollout."""
+    """One replica's endpoint of the stream in one rollout."""
 
     def __init__(
         self,
@@ -132,10 +132,10 @@ class Exchange:
     ) -> None:
         """
         Args:
-            group: of the replicas' leaders, in their order; nothing else uses it, and nothing is pending in it.
-            machine: started with the same arguments on every replica.
+            group: the replicas' leaders, in replica order; not used by anything else, with no operation pending.
+            machine: state machine with the same arguments on every replica.
             max_tokens: longest response of the rollout.
-            patience_seconds: how long a replica that does not answer is waited for, once there is nothing else to do.
+            patience_seconds: how long to wait for a replica that does not answer, once there is nothing else to do.
         """
         self.stream = Stream(group, options.stall_seconds, patience_seconds)
         self.replica = group.rank()
@@ -144,33 +144,33 @@ class Exchange:
         self.window_seconds = options.window_seconds
         self.windows = self.moves_out = self.moves_in = self.sequences_out = self.sequences_in = 0
         self.seconds = 0.0
-        """Of this thread, in here."""
+        """Seconds that this thread spent in `poll`."""
         self._num_arms = num_arms
         self._width = 3 + 3 * max_tokens
         self._given: list[PartialRollout] = []
-        """Sequences of the last moves, kept until a window shows that their targets have them."""
+        """Sequences sent in the last moves, kept until a window shows that their targets received them."""
         self._release_asked = self._swap_due = False
         self._spent = 0.0
-        """Processor seconds of this thread for the present window."""
+        """CPU seconds of this thread for the present window."""
         self._pause = 0.0
         self._decided_at = -inf
 
     @property
     def has_ended(self) -> bool:
-        """Every response is complete, or all stop where they are, as all replicas know."""
+        """Whether all replicas have agreed that every response is complete or that the rollout is interrupted."""
         return self.decision.is_last
 
     @property
     def is_alone(self) -> bool:
-        """Nothing comes from the others, for the moment or for good."""
+        """Whether nothing arrives from the other replicas, for the moment or for good."""
         return self.stream.error is not None or self.stream.is_stalled
 
     def poll(self, occupancy: Callable[[], Occupancy], pause: float | None = None) -> News:
-        """Go on with the stream as far as it goes without waiting.
+        """Advance the stream as far as possible without waiting.
 
         Args:
             occupancy: called when a window is posted.
-            pause: least seconds between the last window and the next; None: so many that the exchange costs little.
+            pause: least seconds between the last window and the next; None: long enough that the exchange costs little.
         """
         started = time.perf_counter()
         news = News()
@@ -179,13 +179,13 @@ class Exchange:
             news.arrivals = self._swapped(result)
         elif result is not None:
             news.decision = self._gathered(result)
-        elif self.stream.is_free and not self.has_ended:  # not before the caller has carried out what came
-            news.release = self._go_on(occupancy, self._pause if pause is None else pause)
+        elif self.stream.is_free and not self.has_ended:  # only after the caller has carried out the last result
+            news.release = self._advance(occupancy, self._pause if pause is None else pause)
         self.seconds += time.perf_counter() - started
         return news
 
     def give(self, partials: list[PartialRollout]) -> None:
-        """Send the released sequences to their targets, as many to each as was decided, in order."""
+        """Send the released sequences to their targets in order, to each the number decided."""
         rest = list(partials)
         parcels = [array("d") for _ in range(self.stream.size)]
         for move in self.decision.moves:
@@ -199,13 +199,13 @@ class Exchange:
         self._post_swap(parcels)
 
     def take_back(self) -> list[PartialRollout]:
-        """After the stream broke: the sequences given away that may have reached nobody. Once."""
+        """The sequences sent away that may have reached no replica, returned once, after the stream broke."""
         assert self.stream.error is not None
         partials, self._given = self._given, []
         return partials
 
     def _gathered(self, result: "array[float]") -> ClusterDecision:
-        """Decide about a complete window."""
+        """Take the next decision, from a complete window."""
         started = time.thread_time()
         self.windows += 1
         window = []
@@ -216,7 +216,7 @@ class Exchange:
                 f"replica {replica} is in window {row[0]:.0f}, replica {self.replica} in {self.windows}"
             )
             window.append(Occupancy.from_vector(row[1:], self._num_arms))
-        self._given = []  # whoever has posted this window has taken in what the decision before sent there
+        self._given = []  # every replica that posted this window has received what the previous decision sent it
         self.decision = self.machine.advance(window)
         self._swap_due, self._release_asked = bool(self.decision.moves), False
         spent = self._spent + time.thread_time() - started
@@ -224,8 +224,8 @@ class Exchange:
         self._decided_at = time.monotonic()
         return self.decision
 
-    def _go_on(self, occupancy: Callable[[], Occupancy], pause: float) -> int:
-        """Post what is next in the stream, if it is time; how many sequences must be released for that."""
+    def _advance(self, occupancy: Callable[[], Occupancy], pause: float) -> int:
+        """Post the next operation if it is due. Returns the number of sequences to release first; 0: none."""
         if self._swap_due:
             return self._swap()
         if time.monotonic() >= self._decided_at + pause:
@@ -235,7 +235,7 @@ class Exchange:
         return 0
 
     def _swap(self) -> int:
-        """Post this replica's part in the decided moves; how many sequences it must release before that can be done."""
+        """Post this replica's part of the decided moves. Returns the number of sequences to release first; 0: none."""
         wanted = sum(move.num_sequences for move in self.decision.moves if move.source == self.replica)
         if not wanted:
             self._post_swap([array("d")] * self.stream.size)
@@ -249,7 +249,7 @@ class Exchange:
             self.stream.swap(parcels, [sum(self._parcel_size(m) for m in moves) for moves in self._moves_to_here()])
 
     def _swapped(self, result: "array[float]") -> list[PartialRollout]:
-        """The sequences that came here with the moves of the last decision."""
+        """The sequences that the last decision's moves brought to this replica."""
         self._swap_due = False
         partials, start = [], 0
         for moves in self._moves_to_here():
@@ -271,7 +271,7 @@ class Exchange:
 
 
 def encode(partials: Sequence[PartialRollout], num_sequences: int, width: int) -> "array[float]":
-    """Up to num_sequences responses in [1 + num_sequences * width]: how many; of each its place, tokens, log-probs."""
+    """Pack up to num_sequences responses, [1 + num_sequences * width]: their number, then index, tokens, log-probs of each."""
     parcel = array("d", bytes(8 * (1 + num_sequences * width)))
     parcel[0] = len(partials)
     for index, part in enumerate(partials):
@@ -283,7 +283,7 @@ def encode(partials: Sequence[PartialRollout], num_sequences: int, width: int) -
 
 
 def decode(parcel: "array[float]", width: int) -> list[PartialRollout]:
-    """What `encode` made."""
+    """The inverse of `encode`."""
     partials = []
     for index in range(int(parcel[0])):
         row = parcel[1 + index * width : 1 + (index + 1) * width]
@@ -294,7 +294,7 @@ def decode(parcel: "array[float]", width: int) -> list[PartialRollout]:
 
 
 def _tensor(values: "array[float]") -> Tensor:
-    """Over the same memory, float64."""
+    """A float64 tensor over the same memory."""
     return torch.frombuffer(values, dtype=torch.float64) if values else torch.empty(0, dtype=torch.float64)
 
 

@@ -1,18 +1,18 @@
-"""Which sequences of the tail go to another replica. Pure.
+"""Migration of the tail's sequences between replicas. Pure.
 
-When every prompt has its replica, some replicas end early and others have long responses left. A sequence can go on anywhere:
-its tokens are sent and computed again. That is worth it where smaller batches are faster, and this depends on the device, the
-drafter and the batch: 4 sequences instead of 2 cost nothing where a step only reads weights, but with speculation they do.
+When every prompt is dispatched, some replicas finish early and others have long responses left. A sequence can resume on any
+replica: its tokens are sent and prefilled again. This pays where smaller batches are faster, which depends on the device, the
+drafter and the batch: 4 sequences instead of 2 cost nothing where a step only reads weights, but do cost with speculation.
 
-How long a replica takes for k of n sequences, of which half are complete after q(1/2) more tokens, three quarters after q(3/4),
-..., and the last after q(n / (n + 1)), as the lengths of the last rollout say for their present age:
+The time that a replica takes for k of n sequences follows from the lengths of the last rollout at the sequences' present age:
+half are complete after q(1/2) more tokens, three quarters after q(3/4), ..., and the last after q(n / (n + 1)):
 
     seconds(k) = sum over j of (q(1 - 2^-(j+1)) - q(1 - 2^-j)) * seconds_per_token(3/4 k 2^-j)
 
-The longest of n responses does not get shorter when they are split: only each of its tokens comes faster.
+Splitting does not shorten the longest of n responses: it only makes each of its tokens faster.
 
-Only a replica with nothing left takes sequences: it has no response of its own that they could make late. And the source keeps
-some, so nothing goes back and forth: between two moves of a pair in opposite directions one of them completed all it had.
+Only an idle replica receives sequences, because it has no response of its own that they could delay. The source keeps some, so
+sequences do not migrate back and forth: between two opposite moves of a pair, one of the two completed all that it had.
 """
 
 import heapq
@@ -25,31 +25,31 @@ from erollout.coordinator.throughput import seconds_per_token
 
 MOVES_PER_WINDOW = 64
 GAIN = 0.05
-"""Share of the source's time that a move must save."""
+"""Least share of the source's remaining time that a move must save."""
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Sequences to go from one replica to another, by their tokens."""
+    """Migration of sequences, as their tokens, from one replica to another."""
 
     source: int
     target: int
     num_sequences: int
-    """At most; the source gives what it still has."""
+    """Upper limit: the source sends what it still has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Of the time until several sequences are complete."""
+    """A stage of the time until a batch of sequences is complete, during which the number alive is taken as constant."""
 
     tokens: float
-    """That each of them gets which is alive."""
+    """Tokens that each living sequence gets in this stage."""
     alive: float
-    """Share of the sequences that are, on the mean."""
+    """Mean share of the sequences that are alive."""
 
 
 class Rebalancing:
-    """Of one rollout. The same arguments on every replica."""
+    """The migration decisions of one rollout. The same arguments on every replica."""
 
     def __init__(self, max_num_seqs: int, lengths: RemainingLengths, window_seconds: float) -> None:
         self.max_num_seqs = max_num_seqs
@@ -58,9 +58,9 @@ class Rebalancing:
         self._before: Sequence[Occupancy] = ()
 
     def moves(self, window: Sequence[Occupancy]) -> tuple[Move, ...]:
-        """From the replicas that take longest to those that have nothing left; each one in one move at most.
+        """Moves from the replicas that take longest to idle ones, at most one per replica.
 
-        Called with every window in which every prompt has its replica.
+        Called with every window once every prompt is dispatched.
         """
         moves = []
         targets = [replica for replica, occupancy in enumerate(window) if not occupancy.outstanding][:MOVES_PER_WINDOW]
@@ -71,11 +71,11 @@ class Rebalancing:
         return tuple(moves)
 
     def seconds(self, occupancy: Occupancy, sequences: int, stages: Sequence[Stage]) -> float:
-        """Predicted time of a replica for so many sequences."""
+        """Predicted seconds of a replica for `sequences`."""
         return sum(s.tokens * seconds_per_token(occupancy.curve, s.alive * sequences, self.max_num_seqs) for s in stages)
 
     def stages(self, sequences: int, age: float) -> list[Stage]:
-        """Until so many sequences of that age are complete."""
+        """The stages until all of `sequences` responses with `age` tokens are complete."""
         stages, done, tokens = [], 0.0, 0.0
         while done < sequences / (sequences + 1):
             until = min((1 + done) / 2, sequences / (sequences + 1))
@@ -85,19 +85,19 @@ class Rebalancing:
         return stages
 
     def _slowest(self, window: Sequence[Occupancy], count: int) -> list[int]:
-        """The replicas that take longest, of those with sequences to spare, the slowest first."""
+        """The `count` replicas that take longest among those with sequences to spare, slowest first."""
         if not count:
             return []
         load = {replica: self._load(occupancy) for replica, occupancy in enumerate(window) if occupancy.outstanding > 1}
         return heapq.nlargest(count, load, load.__getitem__)
 
     def _load(self, occupancy: Occupancy) -> float:
-        """Roughly the seconds until a replica has nothing left."""
+        """Rough seconds until a replica is idle."""
         residual = self.lengths.mean_residual(occupancy.age)
         return residual * seconds_per_token(occupancy.curve, occupancy.outstanding, self.max_num_seqs)
 
     def _count(self, window: Sequence[Occupancy], source: int, target: int) -> int:
-        """How many sequences to move: so that both are done first; 0 if that gains too little."""
+        """Number of sequences to move so that the later of the two finishes soonest; 0 if the gain is too small."""
         giver, taker = window[source], window[target]
         has = giver.outstanding
         stages = self.stages(has, giver.running * giver.age / has)

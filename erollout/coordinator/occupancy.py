@@ -1,63 +1,63 @@
-"""What a decode replica tells the others at a step border: a short vector of numbers. Pure."""
+"""The state that a decode replica reports to the others at a step border: a short vector of numbers. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 CURVE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Batch sizes that a replica tells its speed for: powers of two."""
+"""Batch sizes for which a replica reports its predicted step time: powers of two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """Of one replica in one rollout, once it has carried out the last decision. Counts of work done are the rollout's."""
+    """State of one replica after it has carried out the last decision. Counters run from the start of the rollout."""
 
     steps: int = 0
     arm: int = 0
-    """Index into the agreed arms: what its last step did."""
+    """Arm of its last step, an index into the agreed list of arms."""
     running: int = 0
-    """Responses that decode or prefill now."""
+    """Responses in decoding or prefill."""
     waiting: int = 0
-    """Responses queued here that no pass runs now, siblings that wait for their prompt included."""
+    """Responses queued here and not in any pass, including siblings that wait for their shared prompt."""
     finished: int = 0
     """Responses completed here."""
     claimed: int = 0
-    """Prompts that it has claimed while no window came (`StateMachine.claim`)."""
+    """Prompts claimed while no window arrived (`StateMachine.claim`)."""
     asked: int = 0
-    """1: it was asked to stop."""
+    """1: a stop was requested here."""
     num_drafts: int = 0
     drafted: int = 0
     accepted: int = 0
     context: float = 0.0
-    """Mean tokens of the running ones."""
+    """Mean number of tokens of the running sequences, prompt included."""
     age: float = 0.0
-    """Mean response tokens of the running ones."""
+    """Mean number of response tokens of the running sequences."""
     seconds: float = 0.0
-    """Since the rollout began, by its own clock."""
+    """Seconds since the rollout began, by its own clock."""
     prefill_seconds: float = 0.0
-    """Predicted, of one prompt token."""
+    """Predicted seconds per prompt token."""
     seconds_per_token: tuple[float, ...] = ()
-    """Predicted, per arm of the agreed list: seconds per token of a sequence at the present load (inf: not possible)."""
+    """Predicted seconds per token of a sequence at the present load, per agreed arm; inf: not available."""
     curve: tuple[float, ...] = ()
-    """Predicted with the best arm, per CURVE_BATCHES: seconds in which every running sequence gets one token."""
+    """Predicted seconds per token of every running sequence with the best arm, at each of CURVE_BATCHES."""
 
     @property
     def outstanding(self) -> int:
-        """Responses that it still has to complete."""
+        """Responses that it has not completed yet."""
         return self.running + self.waiting
 
     def to_vector(self) -> list[float]:
-        """All fields, flat. As long for every replica, where the arms are agreed."""
+        """All fields, flat. The length is the same on every replica, because the arms are agreed."""
         return [*(float(getattr(self, name)) for name in _SCALARS), *self.seconds_per_token, *self.curve]
 
     @classmethod
     def from_vector(cls, vector: Sequence[float], num_arms: int) -> "Occupancy":
-        """What `to_vector` made: counts are whole numbers again."""
+        """The inverse of `to_vector`; counters are integers again."""
         start = len(_SCALARS)
         arms, curve = tuple(vector[start : start + num_arms]), tuple(vector[start + num_arms :])
         return cls(*map(int, vector[:_COUNTS]), *vector[_COUNTS:start], arms, curve)  # type: ignore[call-arg, arg-type]
 
 
 _SCALARS = tuple(field.name for field in fields(Occupancy) if field.type in (int, float))
-"""All fields but the last two."""
+"""All fields but the last two, counters first."""
 _COUNTS = sum(field.type is int for field in fields(Occupancy))
-"""So many come first."""
+"""Number of counters."""

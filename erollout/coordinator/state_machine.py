@@ -1,8 +1,8 @@
-"""The cluster's decisions: a deterministic machine that every replica runs over the same windows of occupancies. Pure.
+"""The cluster's decisions: a deterministic state machine that every replica runs over the same windows of occupancies. Pure.
 
-Equal inputs, equal decisions: nothing local enters, no clock, no cost model of one's own. What a replica predicts for itself
-stands in its occupancy, which it writes after it has carried out the decision before. So a window shows every prompt that was
-handed out and every sequence that was moved as someone's own, and the rollout is over when nobody has any left.
+Equal inputs give equal decisions: nothing local enters, neither a clock nor a replica's own cost model. What a replica predicts
+for itself is part of its occupancy, which it reports after it has carried out the previous decision. So a window counts every
+dispatched prompt and every migrated sequence at exactly one replica, and the rollout is complete when none has any left.
 """
 
 from collections.abc import Sequence
@@ -15,25 +15,25 @@ from erollout.coordinator.migration import Move, Rebalancing
 from erollout.coordinator.occupancy import Occupancy
 
 ARM_MARGIN = 0.03
-"""The cluster changes its arm for one that is better by this share."""
+"""Least relative gain for which the cluster changes its arm."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterDecision:
-    """Of one window."""
+    """The decision that all replicas take from one window."""
 
     epoch: int
     """Number of the window, from 1; 0 before the first."""
     arm: int | None = None
-    """Index into the agreed arms, for all replicas; None: each for itself."""
+    """Index into the agreed arms, for all replicas; None: each replica chooses its own."""
     hand_out: tuple[tuple[int, ...], ...] = ()
-    """Per replica: prompts (positions in the rollout's list) that are its own from now on; empty: none for anybody."""
+    """Prompts dispatched to each replica, as positions in the rollout's list; empty: none to any replica."""
     moves: tuple[Move, ...] = ()
     """Carried out before the next window."""
     finished: bool = False
     """Every response is complete: no window follows."""
     interrupted: bool = False
-    """A replica was asked to stop: none goes on with what it has left, and no window follows."""
+    """A stop was requested at a replica: all abort their remaining responses, and no window follows."""
 
     @property
     def is_last(self) -> bool:
@@ -41,7 +41,7 @@ class ClusterDecision:
 
 
 class StateMachine:
-    """Of one rollout. The same arguments on every replica."""
+    """The cluster's decisions in one rollout. The same arguments on every replica."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class StateMachine:
     ) -> None:
         """
         Args:
-            num_prompts: of the whole cluster, each sampled group_size times.
-            max_num_seqs: that one replica decodes at once.
-            lengths: of the last rollout's responses, of all replicas; empty before the first.
-            num_done: responses that an interrupted attempt has completed.
+            num_prompts: number of prompts of the whole cluster, each sampled group_size times.
+            max_num_seqs: largest batch of one replica.
+            lengths: response lengths of the last rollout on all replicas; empty before the first.
+            num_done: number of responses that an interrupted attempt has completed.
         """
         self.options = options
         self.num_responses = num_prompts * group_size - num_done
@@ -69,10 +69,10 @@ class StateMachine:
         self._epoch = 0
         self._arm = 0 if options.policy == "cluster" else None
         self._claimed_here = 0
-        """By this process's replica; the others learn it from its occupancy, and so does `advance`."""
+        """Number of prompts claimed by this process's replica; the others and `advance` learn it from its occupancy."""
 
     def start(self) -> ClusterDecision:
-        """Before the first window: what every replica begins with."""
+        """The decision before the first window: the initial prompts of every replica."""
         static = self.options.hand_out == "static"
         return ClusterDecision(0, self._arm, self._hand_out.everything() if static else self._hand_out.first())
 
@@ -97,9 +97,9 @@ class StateMachine:
         )
 
     def claim(self, replica: int) -> int | None:
-        """A prompt that this process's replica may sample though no window gave it, because none comes; None: there is none.
+        """Claim a prompt for this process's replica when no window arrives; None: there is none left to claim.
 
-        To be told in its occupancies from now on, as `claimed`.
+        The replica's occupancies report the claim from now on, as `claimed`.
         """
         prompt = self._hand_out.claimable(replica, self._claimed_here)
         self._claimed_here += prompt is not None
@@ -107,16 +107,16 @@ class StateMachine:
 
     @property
     def claimed(self) -> int:
-        """Prompts that this process's replica has claimed: for its occupancy."""
+        """Number of prompts that this process's replica has claimed, for its occupancy."""
         return self._claimed_here
 
     def mine(self, decision: ClusterDecision, replica: int) -> tuple[int, ...]:
-        """The prompts that a decision gives to this process's replica, without those that it had claimed before it came."""
+        """The prompts that a decision dispatches to this process's replica, without those that it has already claimed."""
         given = decision.hand_out[replica] if decision.hand_out else ()
         return tuple(prompt for prompt in given if not self._hand_out.is_claim(prompt, replica, self._claimed_here))
 
     def _best_arm(self, window: Sequence[Occupancy], present: int) -> int:
-        """The arm for all. In lock step all wait for the slowest; else what counts is the sum over all responses to come."""
+        """The arm for all replicas: least time of the slowest one in lock step, else least sum over outstanding responses."""
         busy = [occupancy for occupancy in window if occupancy.running]
         if not busy:
             return present

@@ -1,4 +1,4 @@
-"""What a replica's curve says of any number of sequences. Pure."""
+"""Seconds per token at any number of sequences, interpolated from a replica's reported curve. Pure."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from erollout.coordinator.occupancy import CURVE_BATCHES
 
 PREFILL_TOKENS = 2048
-"""Size of the prompt whose predicted seconds per token count for all: a short one seems free beside the weights."""
+"""Prompt length at which prefill seconds per token are predicted: a shorter prompt seems free beside the weights."""
 
 
 def seconds_per_token(curve: Sequence[float], sequences: float, max_num_seqs: int) -> float:
-    """Seconds in which each of so many sequences gets one token, on the mean, where only max_num_seqs run at once.
+    """Mean seconds in which each of `sequences` gets one token, when at most max_num_seqs run at once.
 
     Linear between CURVE_BATCHES, in proportion to the batch beyond the last.
 
     Args:
-        curve: seconds at CURVE_BATCHES; empty where nothing is known: then every batch takes as long.
+        curve: seconds at CURVE_BATCHES; empty: nothing is known, and every batch takes the same time.
     """
     if sequences > max_num_seqs:
         return sequences / max_num_seqs * seconds_per_token(curve, max_num_seqs, max_num_seqs)

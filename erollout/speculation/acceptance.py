@@ -1,8 +1,8 @@
-"""How many drafts of one drafter are accepted, by their position in the draft, estimated while drafts are verified. Pure.
+"""Online estimate of the acceptance of one drafter, by position in the draft. Pure.
 
-Of every position a decaying count of drafts that got so far (all tokens before were accepted) and of those whose token was
-accepted there too. A position of which little is known takes after the one before it: acceptance is nearly flat in depth.
-When the latest drafts contradict the counts, most of the counts are forgotten at once.
+For each position there are two decaying counts: drafts that reached it (all tokens before it were accepted), and those whose
+token was accepted there as well. A position with few drafts takes over the rate of the one before it: acceptance is nearly flat
+in depth. When the latest drafts contradict the counts, most of the counts are dropped at once.
 """
 
 from collections.abc import Sequence
@@ -10,39 +10,39 @@ from math import exp, isfinite
 from typing import Any
 
 PRIOR = 0.8
-"""Acceptance before any draft. INT4 drafters lie between 0.6 and 0.97: drafting looks worth a try, no more."""
+"""Assumed acceptance before any draft. INT4 drafters lie between 0.6 and 0.97, so this makes drafting just worth a try."""
 PRIOR_DRAFTS = 4.0
-"""Drafts that the prior weighs as much as."""
+"""Weight of the prior, in drafts."""
 NEIGHBOUR_DRAFTS = 50.0
-"""Drafts that the position before weighs as much as."""
+"""Weight of the previous position's rate, in drafts."""
 WHOLE_DRAFTS = 30.0
-"""Drafts at other contexts that count for one context, in all."""
+"""Weight of the drafts at all contexts in the rate at one context, in drafts."""
 RECENT = 0.1
-"""Of the window: what counts as the latest drafts."""
+"""Share of the window that counts as the latest drafts."""
 LEFT = 8.0
-"""Drafts that all together weigh when the latest contradict them."""
+"""Weight that remains of all counts, in drafts, when the latest ones contradict them."""
 CONTRADICTION = 4.0
-"""Standard errors between the latest drafts and all, at least: many, since drafts of one passage resemble each other."""
+"""Standard errors between the latest drafts and all that count as a contradiction: many, since nearby drafts are alike."""
 CARRIED = 0.25
-"""Of the window: most that all earlier rollouts weigh when one begins, since the policy has changed in between."""
+"""Largest weight of all earlier rollouts at the start of one, as a share of the window: the policy has changed since."""
 
 
 class Acceptance:
-    """Of one drafter, over the whole run."""
+    """Acceptance estimate of one drafter, kept for the whole run."""
 
     def __init__(self, window: float, whole: "Acceptance | None" = None) -> None:
         """
         Args:
-            window: drafts after which an old one counts e times less.
-            whole: what this is a part of: where little is known here, its rates are taken instead.
+            window: number of drafts after which an old one weighs e times less.
+            whole: estimate over all contexts, whose rates are used where this one has few drafts.
         """
         self.window = window
         self.whole = whole
         self.tried: list[float] = []
-        """By position: drafts whose tokens before it were all accepted."""
+        """Number of drafts that reached each position: all tokens before it were accepted."""
         self.accepted: list[float] = []
         self._recent = (0.0, 0.0)
-        """Of the latest drafts, all positions together: tokens tried and accepted."""
+        """Tokens tried and accepted in the latest drafts, all positions together."""
 
     def begin_rollout(self) -> None:
         most = CARRIED * self.window
@@ -50,7 +50,7 @@ class Acceptance:
             self._scale(most / self.tried[0])
 
     def observe(self, drafted_at: Sequence[int], accepted_at: Sequence[int]) -> None:
-        """Count one step's drafts, as StepOutcome has them."""
+        """Count the drafts of one step; arguments as in StepOutcome."""
         if not drafted_at:
             return
         self._scale(exp(-drafted_at[0] / self.window))
@@ -60,7 +60,7 @@ class Acceptance:
             self.accepted += [0.0] * missing
         before, reached, total = drafted_at[0], float(drafted_at[0]), 0.0
         for position, (drafted, accepted) in enumerate(zip(drafted_at, accepted_at, strict=True)):
-            if drafted != before:  # some drafts ended: those that go on were accepted so far as often as all
+            if drafted != before:  # some drafts were shorter: the longer ones were accepted up to here as often as all
                 reached *= drafted / before
                 before = drafted
             self.tried[position] += reached
@@ -70,7 +70,7 @@ class Acceptance:
         self._compare(drafted_at[0], total, sum(accepted_at))
 
     def _compare(self, drafts: int, tried: float, accepted: int) -> None:
-        """Forget most where the latest drafts, these among them, contradict all."""
+        """Drop most of the counts if the latest drafts, including these, contradict them."""
         keep = exp(-drafts / (RECENT * self.window))
         recent_tried, recent_accepted = self._recent
         recent_tried, recent_accepted = recent_tried * keep + tried, recent_accepted * keep + accepted
@@ -82,7 +82,7 @@ class Acceptance:
             self._scale(LEFT / self.tried[0])
 
     def rates(self, num_speculative_tokens: int) -> list[float]:
-        """Of the first, second, ... token of a draft: the chance that it is accepted where those before it are."""
+        """Probability that the first, second, ... token of a draft is accepted, given that all before it are."""
         if self.whole is not None:
             return self._partial_rates(self.whole.rates(num_speculative_tokens))
         rates, rate, weight = [], PRIOR, PRIOR_DRAFTS
@@ -98,9 +98,9 @@ class Acceptance:
         return rates + whole[len(rates) :]
 
     def lengths(self, num_speculative_tokens: int, survival: float = 1.0) -> list[float]:
-        """Tokens that a verify pass yields with drafts of 0, 1, 2, ... tokens, the recovered or bonus token included.
+        """Expected tokens per verify pass with drafts of 0, 1, 2, ... tokens, including the recovered or bonus token.
 
-        `survival`: chance that a token does not end its response; what is accepted behind one that does is lost.
+        `survival`: probability that a token does not end its response; tokens accepted after one that does are lost.
         """
         lengths, chance = [1.0], 1.0
         for rate in self.rates(num_speculative_tokens):
@@ -116,7 +116,7 @@ class Acceptance:
         return {"tried": list(self.tried), "accepted": list(self.accepted), "recent": list(self._recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for counts that no drafts can have."""
+        """Raises ValueError for impossible counts."""
         tried, accepted, recent = [[float(count) for count in state[key]] for key in ("tried", "accepted", "recent")]
         counts = tried + accepted + recent
         if len(tried) != len(accepted) or not all(isfinite(count) and count >= 0 for count in counts):
@@ -130,25 +130,25 @@ class Acceptance:
 
 
 class AcceptanceByContext:
-    """Of one drafter, over the whole run: in all, and at each octave of context, since long responses accept otherwise."""
+    """Acceptance of one drafter, overall and per octave of context: it differs between short and long responses."""
 
     def __init__(self, window: float) -> None:
         self.window = window
         self.whole = Acceptance(window)
         self.parts: dict[int, Acceptance] = {}
-        """By the number of binary digits of the mean context."""
+        """Estimates by the bit length of the mean context."""
 
     def begin_rollout(self) -> None:
         for known in (self.whole, *self.parts.values()):
             known.begin_rollout()
 
     def observe(self, drafted_at: Sequence[int], accepted_at: Sequence[int], context: float) -> None:
-        """Count one step's drafts, as StepOutcome has them."""
+        """Count the drafts of one step; arguments as in StepOutcome."""
         self.whole.observe(drafted_at, accepted_at)
         self.parts.setdefault(int(context).bit_length(), self._part()).observe(drafted_at, accepted_at)
 
     def at(self, context: float) -> Acceptance:
-        """What is known about a context, with what is known about others where that is little."""
+        """The estimate at a context, which falls back on all contexts where it has few drafts."""
         return self.parts.get(int(context).bit_length(), self.whole)
 
     def state_dict(self) -> dict[str, object]:
@@ -156,7 +156,7 @@ class AcceptanceByContext:
         return {"whole": self.whole.state_dict(), "parts": parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for counts that no drafts can have."""
+        """Raises ValueError for impossible counts."""
         self.whole.load_state_dict(state["whole"])
         self.parts = {int(octave): self._part() for octave in state["parts"]}
         for octave, part in state["parts"].items():

@@ -1,32 +1,32 @@
-"""Where speculation is held back for whole rollouts, because it lost time in earlier ones. Pure."""
+"""Backoff of speculation for whole rollouts, at batch sizes where it lost time in earlier ones. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
 
 LOSS = 0.01
-"""Share of a rollout's seconds that speculation must have lost, in all and at a size that is held back."""
+"""Least share of a rollout's seconds lost to speculation, overall and at the batch size, that starts a backoff."""
 LONGEST = 8
-"""Rollouts without speculation before it is tried again."""
+"""Longest backoff, in rollouts."""
 
 
 class HoldBack:
-    """By size: the number of binary digits of the batch size."""
+    """Exponential backoff per size, the bit length of the batch size."""
 
     def __init__(self) -> None:
         self.losses: dict[int, int] = {}
-        """Rollouts that lost there since one gained."""
+        """Number of rollouts that lost time, since the last one that gained, by size."""
         self.left: dict[int, int] = {}
-        """Rollouts that go without speculation from now on."""
+        """Number of rollouts still to go without speculation, by size."""
 
     def holds(self, batch: int) -> bool:
         return bool(self.left) and batch.bit_length() in self.left
 
     def end_rollout(self, saved: Mapping[int, float], seconds: float) -> list[int]:
-        """The sizes that are held back from now on, since speculation lost time in the whole rollout, and there.
+        """Start a backoff where speculation lost time, at the size and over the whole rollout. Returns the sizes concerned.
 
         Args:
-            saved: by it, in seconds, by size.
-            seconds: of the rollout.
+            saved: seconds that speculation saved, by size; negative: lost.
+            seconds: duration of the rollout.
         """
         self.left = {size: left - 1 for size, left in self.left.items() if left > 1}
         held = []

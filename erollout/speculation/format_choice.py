@@ -1,7 +1,7 @@
-"""Which parts of the drafter get which format: the choice with the most predicted speed-up, not with the fewest bits. Pure.
+"""Choice of a format for each part of the drafter, by the highest predicted speed-up, not by the fewest bits. Pure.
 
-A cycle drafts n tokens and verifies them at once; with T_T, T_D, T_V the seconds of a step of the target, a step of the drafter
-and a verify pass, r = T_D / T_T, v = T_V / T_T and L the tokens that a cycle yields, the speed-up is L / (n r + v)
+A cycle drafts n tokens and verifies them at once. With T_T, T_D, T_V the seconds of a target step, a drafter step and a verify
+pass, r = T_D / T_T, v = T_V / T_T and L the tokens that a cycle yields, the speed-up is L / (n r + v)
 (EfficientRollout, arXiv 2606.18967). Every token of a draft is accepted with probability a where those before it are, so
 L = 1 + a + a^2 + ... + a^n.
 """
@@ -12,34 +12,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A format for one unit of layers, measured with all others as the target has them."""
+    """A format for one unit of layers, measured with all other units as in the target."""
 
     format: str
     seconds: float
-    """Of the unit's layers, for one token."""
+    """Seconds of the unit's layers for one token."""
     acceptance: float
-    """Of a draft, in (0, 1]."""
+    """Acceptance of a draft token, in (0, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     formats: dict[str, str]
-    """By unit."""
+    """Format names by unit."""
     num_speculative_tokens: int
-    """The draft length that the speed-up is predicted for: the best."""
+    """The best draft length, for which the speed-up is predicted."""
     acceptance: float
-    """Predicted, of one draft."""
+    """Predicted acceptance of a draft token."""
     speed_up: float
-    """Predicted, over the target alone."""
+    """Predicted speed-up over autoregressive decoding."""
 
 
 def expected_length(acceptance: float, num_speculative_tokens: int) -> float:
-    """L: tokens per cycle, the recovered or bonus token included."""
+    """L: expected tokens per cycle, including the recovered or bonus token."""
     return sum(acceptance**i for i in range(num_speculative_tokens + 1))
 
 
 def predicted_speed_up(acceptance: float, num_speculative_tokens: int, r: float, v: float) -> float:
-    """L / (n r + v)."""
+    """Speed-up L / (n r + v) over autoregressive decoding."""
     return expected_length(acceptance, num_speculative_tokens) / (num_speculative_tokens * r + v)
 
 
@@ -48,15 +48,14 @@ def select(
 ) -> Selection:
     """Choose a format for every unit: the best of all combinations.
 
-    The losses -log(acceptance) of the units add up, which holds for small ones; a verify pass counts as one step of the target.
-    The speed-up grows with the acceptance and falls with the seconds: a combination that another one beats in both is dropped
-    as soon as it is seen.
+    The losses -log(acceptance) of the units are added, which holds for small ones; a verify pass counts as one target step. The
+    speed-up grows with acceptance and falls with seconds, so a combination dominated in both is dropped at once.
 
     Args:
-        units: the choices of each, at least one.
-        other_seconds: of a step of the drafter outside the units.
-        target_seconds: of a step of the target.
-        max_tokens: longest draft to consider.
+        units: choices of each unit, at least one.
+        other_seconds: seconds of a drafter step outside the units.
+        target_seconds: seconds of a target step.
+        max_tokens: longest draft length considered.
     """
     front = [_Combination(other_seconds, 1.0, {})]
     for unit, choices in units.items():
@@ -67,7 +66,7 @@ def select(
 
 @dataclass(frozen=True, slots=True)
 class _Combination:
-    """Choices for some units."""
+    """A choice for each of the first units."""
 
     seconds: float
     acceptance: float
@@ -85,7 +84,7 @@ class _Combination:
 
 
 def _undominated(combinations: list[_Combination]) -> list[_Combination]:
-    """Those that no other one beats or equals in both seconds and acceptance."""
+    """The combinations on the Pareto front of seconds and acceptance."""
     kept: list[_Combination] = []
     for combination in sorted(combinations, key=lambda c: (c.seconds, -c.acceptance)):
         if not kept or combination.acceptance > kept[-1].acceptance:

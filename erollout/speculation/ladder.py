@@ -1,7 +1,7 @@
-"""The paper's rule for the draft length: one rung up or down between rollouts. Pure.
+"""The paper's rule for the draft length: at most one rung up or down between rollouts. Pure.
 
-EfficientRollout (arXiv 2606.18967): a rollout whose acceptance rate is high asks for longer drafts, a low one for shorter ones;
-what several rollouts in a row ask for is done.
+EfficientRollout (arXiv 2606.18967): a high acceptance rate calls for longer drafts, a low one for shorter ones. The length
+changes when several rollouts in a row call for the same direction.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ class Ladder:
         self.options = options
         self.position = 0
         self._wish = 0
-        """Rollouts in a row that asked for longer drafts (positive) or shorter ones (negative)."""
+        """Number of rollouts in a row that called for longer drafts (positive) or shorter ones (negative)."""
 
     @property
     def rung(self) -> int:
@@ -22,7 +22,7 @@ class Ladder:
         return self.options.rungs[self.position]
 
     def end_rollout(self, acceptance_rate: float) -> bool:
-        """Whether the rung changed. `acceptance_rate`: of the rollout's drafts, of which there were some."""
+        """Returns whether the rung changed. `acceptance_rate`: over the rollout's drafts, of which there is at least one."""
         options = self.options
         direction = (acceptance_rate > options.raise_above) - (acceptance_rate < options.lower_below)
         self._wish = self._wish + direction if self._wish * direction > 0 else direction
@@ -37,7 +37,7 @@ class Ladder:
         return {"rung": self.rung, "wish": self._wish}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Where there is no such rung any more, the nearest. Raises ValueError for what is no state."""
+        """Takes the nearest rung if the saved one no longer exists. Raises ValueError for an invalid state."""
         rung, wish = state["rung"], state["wish"]
         if not isinstance(rung, int) or not isinstance(wish, int):
             raise ValueError(f"ladder at rung {rung!r} with wish {wish!r}")

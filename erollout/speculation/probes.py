@@ -1,7 +1,7 @@
-"""When an arm that is not chosen is run for a few steps, so that what is known of it stays true. Pure.
+"""Probes: a few steps with an arm that is not the chosen one, to keep its estimates up to date. Pure.
 
-Probes are paid from a budget, SHARE of the seconds that pass. Within it, what was never measured at about the present batch
-size comes first, what agreed with its prediction after `interval` steps, and what was found hopeless ever more rarely.
+Probes are paid from a budget, SHARE of the elapsed seconds. Arms never measured near the present batch size come first; an arm
+that agreed with its prediction is probed again after `interval` steps, and a hopeless one ever more rarely.
 """
 
 from dataclasses import dataclass
@@ -11,45 +11,45 @@ from typing import Any
 from erollout.speculation.step import OFF, Arm
 
 SHARE = 0.003
-"""Of all seconds, what probes may lose by prediction."""
+"""Share of all seconds that probes may lose, as predicted."""
 FIRST_STEPS = 6.0
-"""Autoregressive steps whose time stands in the budget at first, and after a change of the machine."""
+"""Initial budget, in autoregressive steps; restored after a change of the machine."""
 EARLY = 8
-"""Parts of the interval between two probes, and after which one that ended in a surprise is repeated."""
+"""Divisor of the interval that gives the pause between any two probes, and before repeating one that ended in a surprise."""
 AT_ONCE = 4
-"""Steps after which the first probe ever may come: until then the cost model is not checked against the machine."""
+"""Number of steps before the first probe: until then the cost model is not checked against the machine."""
 HOPELESS = 1.5
-"""Times the seconds per token of the chosen arm."""
+"""Ratio to the chosen arm's seconds per token above which a probed arm counts as hopeless."""
 RAREST = 16
-"""Intervals between probes of what stays hopeless."""
+"""Longest wait between probes of a hopeless arm, in intervals."""
 SURPRISE = 1.25
-"""Measured over predicted seconds, or the inverse, that call for another probe soon."""
+"""Ratio of measured to predicted seconds, or its inverse, above which another probe follows soon."""
 LASTING = 4
-"""Surprises in a row, to the same side, that are no outliers."""
+"""Number of consecutive surprises to the same side that count as a change of the machine."""
 EXTENSIONS = 2
-"""Of a probe that ends in a surprise."""
+"""Number of times that a probe is extended when it ends in a surprise."""
 
 Kind = tuple[Arm, int]
-"""An arm, and about which batch size: its number of binary digits."""
+"""An arm and the bit length of the batch size."""
 
 
 @dataclass(slots=True)
 class _Plan:
     due: int
-    """Step from which on a probe is welcome."""
+    """First step at which a probe is due."""
     wait: int
-    """Steps between two."""
+    """Number of steps between two probes."""
 
 
 class Probes:
-    """Of one replica, over the whole run."""
+    """The probes of one replica, over the whole run."""
 
     def __init__(self, interval: int, steps: int) -> None:
         """See ToggleConfig.probe_interval and probe_steps."""
         self.interval = interval
         self.steps = steps
         self.arm: Arm | None = None
-        """What is being probed."""
+        """The arm being probed; None: none is."""
         self._early = max(1, interval // EARLY)
         self._step = 0
         self._quiet_until = AT_ONCE
@@ -60,18 +60,18 @@ class Probes:
         self._left = self._extensions = 0
         self._hopeless = False
         self._surprises = 0
-        """In a row: positive for slow steps, negative for quick ones."""
+        """Number of consecutive surprises: positive for slow steps, negative for fast ones."""
 
     def passed(self, seconds: float) -> None:
-        """A step is over."""
+        """Account for one completed step of any arm."""
         self._step += 1
         if self._budget is not None:
             self._budget += SHARE * seconds
 
     def seen(self, arm: Arm, batch: int, predicted: float, seconds: float) -> None:
-        """A step of a chosen arm was measured: no probe of it is due for a while.
+        """Account for a measured step of the chosen arm: no probe of it is due for a while.
 
-        Several surprises in a row, to the same side: the machine has changed, and nothing that is known of the others counts.
+        Several surprises in a row to the same side mean that the machine has changed: all other arms become due.
         """
         plan = self._plans.get((arm, batch.bit_length()))
         if plan is None:
@@ -92,10 +92,10 @@ class Probes:
         return self.interval > 0 and self._step >= self._quiet_until
 
     def start(self, arm: Arm, batch: int, seconds: float, worth: float, per_token: float) -> bool:
-        """Whether to probe an arm now. It then is `arm` until enough steps have been measured.
+        """Start probing an arm if its probe is due and affordable; it then is `arm` until enough steps are measured.
 
         Args:
-            seconds: predicted, of a step of it.
+            seconds: predicted seconds of a step with the arm.
             worth: predicted seconds in which the chosen arm yields as many tokens.
             per_token: predicted seconds per token of the chosen arm.
         """
@@ -110,7 +110,7 @@ class Probes:
         return True
 
     def measured(self, predicted: float, seconds: float) -> None:
-        """A step of the probed arm was taken: predicted and measured seconds of it."""
+        """Account for a step of the probed arm, with its predicted and measured seconds."""
         assert self._budget is not None
         self._budget -= max(0.0, min(seconds, SURPRISE * predicted) - self._worth)
         self._left -= 1
@@ -125,7 +125,7 @@ class Probes:
             self._finish(surprising and not worse)
 
     def spoilt(self, seconds: float) -> None:
-        """A step of the probe was not its arm's (its drafts were cut, or prompts came in): paid for, but nothing is learnt."""
+        """Account for a probe's step that teaches nothing about its arm, because drafts were cut or prompts were prefilled."""
         assert self._budget is not None
         self._budget -= max(0.0, seconds - self._worth)
         self._left -= 1
@@ -133,7 +133,7 @@ class Probes:
             self._finish(surprising=False)
 
     def cancel(self) -> None:
-        """Stop probing; the plan stays as it was."""
+        """Stop probing without changing the plan."""
         self.arm = None
 
     def _finish(self, surprising: bool) -> None:
@@ -149,7 +149,7 @@ class Probes:
         self.arm = None
 
     def state_dict(self) -> dict[str, object]:
-        """Steps are counted from now."""
+        """The state, with steps counted from now."""
         plans = [
             [arm.format, arm.num_speculative_tokens, size, plan.due - self._step, plan.wait]
             for (arm, size), plan in self._plans.items()
@@ -157,7 +157,7 @@ class Probes:
         return {"budget": self._budget, "quiet": max(0, self._quiet_until - self._step), "plans": plans}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for what is no state."""
+        """Raises ValueError for an invalid state."""
         budget = None if state["budget"] is None else float(state["budget"])
         if budget is not None and not isfinite(budget):
             raise ValueError(f"a budget of {budget} s for probes")

@@ -1,4 +1,4 @@
-"""What speculation achieved: the counts, and the figures that are defined by them. Pure; sums over replicas by `merge`."""
+"""Counts of drafts and the figures defined by them, summed over replicas by `merge`. Pure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,42 +7,42 @@ from itertools import zip_longest
 
 @dataclass(slots=True)
 class SpeculationStatistics:
-    """Of one rollout. A draft is one sequence's run of proposed tokens, verified in one pass."""
+    """Draft counts of one rollout. A draft is the run of tokens proposed for one sequence and verified in one pass."""
 
     num_drafts: int = 0
     drafted: int = 0
-    """Tokens proposed."""
+    """Number of drafted tokens."""
     accepted: int = 0
-    """Tokens that the target took over."""
+    """Number of draft tokens that the target accepted."""
     emitted: int = 0
-    """Accepted tokens that stand in a response: not those after a token that ended it."""
+    """Number of accepted tokens that are part of a response: those after a token that ended it are not."""
     drafted_at: list[int] = field(default_factory=list)
-    """Tokens proposed as a draft's first, second, ..."""
+    """Number of tokens drafted at the first, second, ... position."""
     accepted_at: list[int] = field(default_factory=list)
-    """Tokens accepted as a draft's first, second, ...; as long as drafted_at."""
+    """Number of tokens accepted at the first, second, ... position; as long as drafted_at."""
     seconds_drafting: float = 0.0
-    """By the host's clock: on an accelerator, which works on while the host returns, a part of it counts as verifying."""
+    """Drafting time by the host's clock: on an accelerator, which works asynchronously, a part of it counts as verifying."""
     seconds_verifying: float = 0.0
-    """In passes with drafts: the target's forward pass, over whatever shares it, and the decision."""
+    """Time of passes with drafts: the target's forward pass, including other sequences that share it, and acceptance."""
 
     @property
     def acceptance_rate(self) -> float:
-        """Of the proposed tokens, the share accepted; 0 without any."""
+        """Share of the drafted tokens that were accepted; 0 without drafts."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens that a pass with a draft yields on average, the recovered or bonus token included; 1 without any draft."""
+        """Mean number of tokens per draft, including the recovered or bonus token; 1 without drafts."""
         return 1 + self.accepted / self.num_drafts if self.num_drafts else 1.0
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Share of a draft's first, second, ... tokens that were accepted: a token counts as rejected once one before it is."""
+        """Share of tokens accepted at the first, second, ... position: a token counts as rejected once one before it is."""
         return [accepted / drafted for accepted, drafted in zip(self.accepted_at, self.drafted_at, strict=True)]
 
     @property
     def wasted(self) -> int:
-        """Tokens proposed that stand in no response."""
+        """Number of drafted tokens that are part of no response."""
         return self.drafted - self.emitted
 
     def record(self, drafted: int, accepted: int, emitted: int) -> None:
@@ -56,7 +56,7 @@ class SpeculationStatistics:
         self.accepted_at = _added(self.accepted_at, [int(i < accepted) for i in range(drafted)])
 
     def add(self, part: "SpeculationStatistics") -> None:
-        """Count what another one has counted."""
+        """Add the counts of another instance."""
         self.num_drafts += part.num_drafts
         self.drafted += part.drafted
         self.accepted += part.accepted
@@ -68,7 +68,7 @@ class SpeculationStatistics:
 
 
 def merge(parts: Iterable[SpeculationStatistics]) -> SpeculationStatistics:
-    """The statistics of several replicas or rollouts together; seconds are added too."""
+    """The sum of the statistics of several replicas or rollouts, seconds included."""
     total = SpeculationStatistics()
     for part in parts:
         total.add(part)

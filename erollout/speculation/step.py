@@ -1,14 +1,14 @@
-"""A decode step as cost model, toggle and coordinator see it: ways to take it, its load, what came of it. Pure."""
+"""A decode step as cost model, toggle and coordinator see it: its arm, its load and its outcome. Pure."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Arm:
-    """One way to take a step: autoregressive (`OFF`), or drafting so many tokens and verifying them in one pass."""
+    """One way to take a step: autoregressive (`OFF`), or drafting num_speculative_tokens and verifying them in one pass."""
 
     format: str = ""
-    """Name of the drafter: its default format (`w4a16_clip`); "" drafts nothing."""
+    """Name of the drafter, its default format (`w4a16_clip`); "" drafts nothing."""
     num_speculative_tokens: int = 0
 
     @property
@@ -24,34 +24,34 @@ OFF = Arm()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one replica is about to compute in its next forward pass, and what waits behind it."""
+    """Load of one replica's next forward pass, and the sequences waiting behind it."""
 
     decoding: int
-    """Sequences that get their next token, or a run of drafts verified."""
+    """Number of sequences that decode their next token or have a draft verified."""
     context: float
-    """Mean tokens of those in the cache; 0 without any."""
+    """Mean number of their tokens in the KV cache; 0 without any."""
     prefill_tokens: int = 0
-    """Prompt (or recomputed) tokens that share the pass."""
+    """Number of prompt (or recomputed) tokens that share the pass."""
     waiting: int = 0
-    """Sequences that no pass runs yet."""
+    """Number of sequences that are not in any pass yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """Of one step: a forward pass, with its drafts."""
+    """The outcome of one step: a forward pass with its drafts."""
 
     arm: Arm
-    """What was done: OFF where no sequence could have drafts."""
+    """The arm taken: OFF where no sequence could have a draft."""
     load: Load
-    """What was computed: `decoding` and `prefill_tokens` of the pass itself."""
+    """The load computed, with `decoding` and `prefill_tokens` of the pass itself."""
     seconds: float
-    """Of the whole step, the host's work included, by the host's clock."""
+    """Duration of the whole step, host work included, by the host's clock."""
     seconds_drafting: float = 0.0
     emitted: int = 0
-    """Tokens appended to responses."""
+    """Number of tokens appended to responses."""
     drafted_at: tuple[int, ...] = ()
-    """Tokens proposed as a draft's first, second, ..."""
+    """Number of tokens drafted at the first, second, ... position."""
     accepted_at: tuple[int, ...] = ()
-    """Of these, accepted."""
+    """Number of these that were accepted."""
     finished: int = 0
-    """Responses that ended."""
+    """Number of responses completed."""

@@ -1,7 +1,7 @@
-"""Which arm a replica's next step takes, and what was learnt from the steps before. Pure.
+"""The toggle: chooses the arm of a replica's next step, and learns from the steps taken. Pure.
 
-The arm with the least predicted seconds per token: what its step costs at the present load over the tokens that it yields. Both
-are estimated from the steps that are taken; what is not taken is probed now and then.
+It chooses the arm with the least predicted seconds per token: the cost of its step at the present load over the tokens that it
+yields. Both are estimated from the steps taken; other arms are probed now and then.
 """
 
 import logging
@@ -23,25 +23,25 @@ from erollout.speculation.trace import DecisionTrace, Reason, StepDecision
 logger = logging.getLogger(__name__)
 
 _LOSS_TO_WARN_OF = 0.1
-"""Seconds of a rollout."""
+"""Seconds lost in a rollout from which on the log line is a warning."""
 
 REFRESH = 8
-"""Decisions for which predictions are kept while the load stays about the same."""
+"""Number of decisions for which predictions are cached while the load stays about the same."""
 CONTEXT_STEPS = 4
-"""Contexts per octave that count as one load."""
+"""Number of context buckets per octave: loads in one bucket count as the same."""
 REVERSAL_STEPS = 16
-"""So soon after a change, to change back must promise REVERSAL margins."""
+"""Number of steps after a change within which changing back must promise REVERSAL margins."""
 REVERSAL = 3.0
 WHOLE = 0.9
-"""Share of an arm's drafts that a step must have had for its time to be that of the arm."""
+"""Least share of the arm's draft tokens that a step must have had for its time to count as the arm's."""
 ENDING_WINDOW = 2000.0
-"""Tokens after which an old one counts e times less in how often a token ends its response."""
+"""Number of tokens after which an old one weighs e times less in the rate of tokens that end their response."""
 FIRST_TOKENS = 100.0
-"""Tokens that no response ended with, which are counted before any."""
+"""Initial count of tokens that did not end their response."""
 
 
 class Toggle:
-    """Of one replica, over the whole run."""
+    """The toggle of one replica, over the whole run."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class Toggle:
     ) -> None:
         """
         Args:
-            formats: the drafters that there are, the default one first; empty with mode off.
-            clock: seconds; only the trace depends on it.
+            formats: available drafters, the default one first; empty with mode off.
+            clock: returns seconds; only the trace depends on it.
         """
         assert formats or options.mode == "off"
         self.options = options
@@ -63,7 +63,7 @@ class Toggle:
         self.probes = Probes(options.toggle.probe_interval, options.toggle.probe_steps)
         self.hold = HoldBack()
         self.trace = DecisionTrace()
-        """Of the present rollout, or of the last one."""
+        """The decisions of the present rollout, or of the last one."""
         self._clock = clock
         self._arms = _arms(options, formats)
         self._index = {arm: index for index, arm in enumerate(self._arms)}
@@ -82,16 +82,16 @@ class Toggle:
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """What may be chosen, OFF first where it may be; the same list on all replicas."""
+        """Arms that may be chosen, OFF first if it is one of them; the same list on all replicas."""
         return self._arms
 
     def forget(self, format: str) -> None:
-        """Drop what was learnt of one drafter, between rollouts: another one has its name now."""
+        """Drop what was learnt about one drafter, between rollouts, because it has been replaced."""
         self.acceptance[format] = AcceptanceByContext(self.options.toggle.acceptance_window)
         self.cost.forget(format)
 
     def begin_rollout(self, learns: bool) -> None:
-        """`learns`: false for a validation rollout, which leaves no trace in acceptance, costs, ladder or probes."""
+        """`learns`: False for a validation rollout, which does not change acceptance, costs, ladder or probes."""
         self._learns = learns
         self.trace = DecisionTrace()
         self._began = self._clock()
@@ -101,7 +101,7 @@ class Toggle:
                 acceptance.begin_rollout()
 
     def decide(self, load: Load, imposed: Arm | None = None) -> Arm:
-        """The arm of the next step; an imposed one (the cluster's) is taken as it is."""
+        """Choose the arm of the next step. An imposed one (the cluster's) is taken as it is."""
         if imposed is not None:
             self.probes.cancel()
             self._current = self._index.get(imposed, self._current)
@@ -116,7 +116,7 @@ class Toggle:
         return self._decision.arm
 
     def observe(self, outcome: StepOutcome) -> None:
-        """What the step after the last decision came to."""
+        """Learn from the outcome of the step after the last decision."""
         self.trace.append(self._clock() - self._began - outcome.seconds, self._decision, outcome)
         if not self._learns:
             return
@@ -135,9 +135,9 @@ class Toggle:
         self._ended = self._ended * keep + outcome.finished
 
     def seconds_per_token(self, load: Load) -> tuple[float, ...]:
-        """Predicted for every arm: seconds in which each decoding sequence gets one token; inf for one that is closed now.
+        """Predicted seconds per token of each decoding sequence, per arm; inf for an arm that the ladder excludes now.
 
-        What prompt tokens cost an autoregressive pass is left out: it is paid once, whatever the arm.
+        The cost of prompt tokens is left out: it is the same for all arms.
         """
         values = self._predictions(load)
         if self.ladder is None:
@@ -148,10 +148,10 @@ class Toggle:
         )
 
     def end_rollout(self, acceptance_rate: float | None = None) -> None:
-        """Close the rollout's trace; where speculation lost time over the whole of it, say so and hold it back.
+        """Close the rollout's trace; where speculation lost time over the whole rollout, log it and start a backoff.
 
         Args:
-            acceptance_rate: of the whole cluster's drafts, for the ladder; None: of those here.
+            acceptance_rate: acceptance rate of the whole cluster, for the ladder; None: that of this replica.
         """
         trace = self.trace
         self._metrics = self._measured()
@@ -166,18 +166,21 @@ class Toggle:
             lost = -sum(saved.values())
             logger.log(
                 logging.WARNING if lost >= _LOSS_TO_WARN_OF else logging.INFO,
-                "speculation lost %.3g s of this rollout's %.3g s; it is held back %s",
+                "speculation lost %.3g s of this rollout's %.3g s; it is off %s",
                 lost,
                 trace.seconds,
-                ", ".join(f"at {2 ** (size - 1)}-{2**size - 1} sequences for {self.hold.left[size]} rollouts" for size in held),
+                ", ".join(
+                    f"at {2 ** (size - 1)}-{2**size - 1} sequences for the next {self.hold.left[size]} rollouts"
+                    for size in held
+                ),
             )
 
     def metrics(self) -> dict[str, float]:
-        """Of the last rollout that ended; empty before."""
+        """Metrics of the last complete rollout; empty before the first."""
         return dict(self._metrics)
 
     def explain(self, load: Load | None = None) -> str:
-        """Why speculation is on or off: in the last decision with decoding sequences, or what would be best at a load."""
+        """One line that says why speculation is on or off: in the last decision, or in the best one at a given load."""
         if not self.acceptance:
             return "off: speculation.mode is off"
         now = load is None and self._decision.reason is not Reason.IDLE
@@ -198,7 +201,7 @@ class Toggle:
         )
 
     def summary(self) -> str:
-        """What the last rollout's decisions came to, in words."""
+        """One line that sums up the decisions of the last rollout."""
         trace, metrics = self.trace, self._metrics
         batches = [b for b, n in zip(trace.columns["decoding"], trace.num_speculative_tokens, strict=True) if n]
         if not batches:
@@ -210,7 +213,7 @@ class Toggle:
         )
 
     def state_dict(self) -> dict[str, object]:
-        """Acceptance, online costs and ladder, as JSON: for the checkpoint."""
+        """State for the checkpoint, as JSON: acceptance, online costs, ladder, probes and backoff."""
         return {
             "acceptance": {format: known.state_dict() for format, known in self.acceptance.items()},
             "cost": self.cost.state_dict(),
@@ -221,9 +224,9 @@ class Toggle:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What fits the drafters of now is taken over; costs may be missing.
+        """Load what fits the present drafters; costs may be missing.
 
-        Raises ValueError for what no state_dict is; all is as before then.
+        Raises ValueError for an invalid state, and leaves all as it was.
         """
         acceptance, ladder, probes, hold = deepcopy((self.acceptance, self.ladder, self.probes, self.hold))
         try:
@@ -231,7 +234,9 @@ class Toggle:
                 if format in acceptance:
                     acceptance[format].load_state_dict(known)
                 else:
-                    logger.info("the run drafted with %s before; its acceptance is dropped", format)
+                    logger.info(
+                        "the checkpoint has an acceptance of drafter %s, which is not configured now; it is dropped", format
+                    )
             if ladder is not None and state["ladder"] is not None:
                 ladder.load_state_dict(state["ladder"])
             probes.load_state_dict(state["probes"])
@@ -239,7 +244,7 @@ class Toggle:
             ended, emitted = map(float, state["endings"])
             if not 0 <= ended <= emitted < inf:
                 raise ValueError(f"{ended} endings in {emitted} tokens")
-            if "cost" in state:  # last: it takes all or nothing
+            if "cost" in state:  # last, because it loads all or nothing
                 self.cost.load_state_dict(state["cost"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"no state of a toggle: {error!r}") from error
@@ -248,7 +253,7 @@ class Toggle:
         self._start_over()
 
     def _decided(self, load: Load) -> StepDecision:
-        """By predictions, at a load with decoding sequences."""
+        """The decision from predictions, at a load with decoding sequences."""
         if not self._chooses:
             return self._taken(self._arms[0], Reason.FIXED)
         if self.probes.arm is not None:
@@ -263,7 +268,7 @@ class Toggle:
         return self._taken(self._arms[self._current], reason)
 
     def _choose(self, batch: int) -> Reason:
-        """Move the present arm to the best one where that pays."""
+        """Change the present arm to the best one if that promises the margin."""
         if self.hold.holds(batch):
             self._current = 0
             return Reason.HELD
@@ -278,7 +283,7 @@ class Toggle:
         return Reason.BETTER
 
     def _start_probe(self, load: Load) -> None:
-        """Begin to measure something else than the present arm, where that is due."""
+        """Start a probe of an arm other than the present one, if one is due."""
         values, chosen = self._values, self._values[self._current]
         for target in self._alternatives():
             seconds = self.cost.step_seconds(self._arms[target], load)
@@ -286,7 +291,7 @@ class Toggle:
                 return
 
     def _alternatives(self) -> list[int]:
-        """What is worth a probe beside the present arm: the other side, the next longer and shorter draft, the best of every
+        """Arms worth a probe: on the other side of the toggle, with the next longer and shorter draft, and the best of each
         drafter."""
         values, current = self._values, self._current
         others = [index for index in range(1, len(values)) if index != current and values[index] < inf]
@@ -300,18 +305,18 @@ class Toggle:
         return list(dict.fromkeys([0, *(self._index[a] for a in near if self._index.get(a) in others), *best.values()]))
 
     def _observe_cost(self, arm: Arm, load: Load, seconds: float) -> None:
-        """Learn from a step that was all its arm's."""
+        """Learn the cost of a step that had all of its arm's drafts."""
         if load.decoding and not load.prefill_tokens:
             predicted = self.cost.step_seconds(arm, load)
             if arm == self.probes.arm:
                 self.probes.measured(predicted, seconds)
-                self._age = REFRESH  # what was measured counts at once
+                self._age = REFRESH  # so that the measurement counts at once
             else:
                 self.probes.seen(arm, load.decoding, predicted, seconds)
         self.cost.observe(arm, load, seconds)
 
     def _evaluate(self, load: Load) -> None:
-        """Predict for a load, or keep the predictions of one that was about the same."""
+        """Predict for a load, or reuse the predictions of one that was about the same."""
         key = _about(load)
         self._fresh = key != self._key or self._age >= REFRESH
         self._age += 1
@@ -322,26 +327,26 @@ class Toggle:
             self._key, self._age = key, 1
 
     def _taken(self, arm: Arm, reason: Reason) -> StepDecision:
-        """A decision with its predictions, and those of the best of the rest."""
+        """A decision with its prediction and that of the best other arm."""
         index, values = self._index.get(arm), self._values
         other = self._second if index == self._best else self._best
         predicted = values[index] if index is not None and values[index] < inf else nan
         return StepDecision(arm, reason, predicted, self._arms[other], values[other])
 
     def _predictions(self, load: Load) -> tuple[float, ...]:
-        """As `seconds_per_token`, of closed arms too."""
+        """Predictions as in `seconds_per_token`, for all arms."""
         step_seconds, lengths = self.cost.step_seconds, self._lengths(load.context)
         common = self._prefill_seconds(load)
         return tuple((step_seconds(arm, load) - common) / lengths[arm.format][arm.num_speculative_tokens] for arm in self._arms)
 
     def _lengths(self, context: float) -> dict[str, list[float]]:
-        """By format and num_speculative_tokens: tokens that a step yields."""
+        """Expected tokens per step and sequence, by format and num_speculative_tokens."""
         survival = 1 - self._ended / (self._emitted + FIRST_TOKENS)
         longest = max(arm.num_speculative_tokens for arm in self._arms)
         return {"": [1.0]} | {format: known.at(context).lengths(longest, survival) for format, known in self.acceptance.items()}
 
     def _prefill_seconds(self, load: Load) -> float:
-        """What prompt tokens add to an autoregressive pass."""
+        """Seconds that prompt tokens add to an autoregressive pass."""
         if not load.prefill_tokens:
             return 0.0
         whole = self.cost.step_seconds(OFF, load)
@@ -374,7 +379,7 @@ class Toggle:
         return metrics
 
     def _start_over(self) -> None:
-        """Forget what holds within one rollout."""
+        """Reset the state that belongs to one rollout."""
         self.probes.cancel()
         self._current, self._previous, self._since_change = 0, -1, REVERSAL_STEPS
         self._key, self._age = None, 0
@@ -385,17 +390,17 @@ class Toggle:
 _BECAUSE = {
     Reason.PROBE: " (a probe)",
     Reason.IMPOSED: " (the cluster's choice)",
-    Reason.HELD: " (held back: it lost time in earlier rollouts)",
+    Reason.HELD: " (backoff: it lost time in earlier rollouts)",
 }
 
 
 def _about(load: Load) -> tuple[int, int, int]:
-    """Loads for which this is equal are predicted alike."""
+    """Key of a load: loads with equal keys share their predictions."""
     return load.decoding, int(CONTEXT_STEPS * log2(load.context)) if load.context > 1 else 0, load.prefill_tokens
 
 
 def _arms(options: SpeculationConfig, formats: Sequence[str]) -> tuple[Arm, ...]:
-    """What a mode may choose from."""
+    """The arms that a mode may choose from."""
     if options.mode == "off":
         return (OFF,)
     fixed = Arm(formats[0], options.num_speculative_tokens)

@@ -1,4 +1,4 @@
-"""Every decision of one rollout of one replica, with what it predicted and what came of it. Pure."""
+"""Trace of all decisions of one replica in one rollout, with their predictions and outcomes. Pure."""
 
 import csv
 import gzip
@@ -20,53 +20,53 @@ from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 logger = logging.getLogger(__name__)
 
 KEPT_TRACES = 100
-"""Of a replica."""
+"""Number of traces kept per replica."""
 OUTLIER = 3.0
-"""Times its prediction: more of a step's seconds is not laid to its arm."""
+"""Cap on a step's seconds as attributed to its arm, in multiples of the prediction."""
 
 
 class Reason(IntEnum):
-    """Why an arm was taken."""
+    """Reason for which an arm was taken."""
 
     FIXED = 0
     """The mode leaves no choice."""
     IDLE = 1
     """No sequence decodes."""
     KEPT = 2
-    """No other promises the margin."""
+    """No other arm promises the margin."""
     BETTER = 3
-    """It promises more than the margin over the one before."""
+    """It promises more than the margin over the previous arm."""
     PROBE = 4
-    """To measure it."""
+    """It is being probed."""
     IMPOSED = 5
-    """By the cluster."""
+    """The cluster imposed it."""
     HELD = 6
-    """Speculation lost time in rollouts before."""
+    """Backoff: speculation lost time in earlier rollouts."""
 
 
 @dataclass(slots=True)
 class StepDecision:
-    """Predictions are seconds in which every decoding sequence gets one token; nan where there is none."""
+    """An arm with its reason. Predictions are seconds per token of every decoding sequence; nan: none."""
 
     arm: Arm
     reason: Reason
     predicted: float = nan
     other: Arm = OFF
-    """The best of the rest."""
+    """The best other arm."""
     other_predicted: float = nan
 
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """A span of a rollout's time; means are over its seconds, empty ones included."""
+    """A span of a rollout's time. Means are over all its seconds, idle ones included."""
 
     busy: float
-    """Share of its seconds that steps took."""
+    """Share of its seconds spent in steps."""
     decoding: float
-    """Mean number of sequences that decode."""
+    """Mean number of decoding sequences."""
     waiting: float
     speculating: float
-    """Share of its seconds in steps that speculate."""
+    """Share of its seconds spent in steps that speculate."""
     drafts: float
     """Mean num_speculative_tokens; 0 without speculation."""
 
@@ -86,17 +86,17 @@ COLUMNS = (
     *_WHOLE[4:],
     "reason",
 )
-"""Of the file. `start`: seconds since the rollout began; `seconds`: of the step."""
+"""Columns of the file. `start`: seconds since the rollout began; `seconds`: duration of the step."""
 
 
 class DecisionTrace:
-    """Columns of equal length, one entry for each step."""
+    """Columns of equal length, with one entry per step."""
 
     def __init__(self) -> None:
         self.columns: dict[str, array] = {name: array("q") for name in (*_WHOLE, *_NAMED)}
         self.columns |= {name: array("d") for name in _REAL}
         self.arms: list[Arm] = []
-        """What the columns `arm` and `other` index."""
+        """Arms that the columns `arm` and `other` index."""
         self._index: dict[Arm, int] = {}
         self._appends = [self.columns[name].append for name in COLUMNS]
 
@@ -104,7 +104,7 @@ class DecisionTrace:
         return len(self.columns["step"])
 
     def append(self, start: float, decision: StepDecision, outcome: StepOutcome) -> None:
-        """`start`: seconds from the rollout's begin to the step's."""
+        """`start`: seconds from the start of the rollout to the start of the step."""
         load, arm = outcome.load, outcome.arm
         index = self._index
         number = index.get(arm)
@@ -137,30 +137,30 @@ class DecisionTrace:
 
     @property
     def seconds(self) -> float:
-        """Of all steps."""
+        """Total seconds of all steps."""
         return sum(self.columns["seconds"])
 
     def total(self, column: str) -> int:
-        """Of a column of whole numbers."""
+        """Sum of an integer column."""
         return int(sum(self.columns[column]))
 
     def count(self, reason: Reason) -> int:
-        """Steps whose arm was taken for it."""
+        """Number of steps whose arm was taken for the given reason."""
         return self.columns["reason"].count(reason)
 
     @property
     def num_speculative_tokens(self) -> list[int]:
-        """Of every step."""
+        """Draft length of every step."""
         lengths = [arm.num_speculative_tokens for arm in self.arms]
         return [lengths[index] for index in self.columns["arm"]]
 
     @property
     def predicted_over_measured(self) -> float:
-        """Seconds that were predicted for the tokens of the steps without prompts, over those that they took; 1 without any."""
+        """Predicted over measured seconds, for the tokens of the steps without prompts; 1 without such steps."""
         columns = self.columns
         predicted = measured = 0.0
         for step, per_token in enumerate(columns["predicted"]):
-            if per_token == per_token and not columns["prefill_tokens"][step]:  # nan differs from itself
+            if per_token == per_token and not columns["prefill_tokens"][step]:  # excludes nan, which differs from itself
                 predicted += per_token * self.tokens(step)
                 measured += columns["seconds"][step]
         return predicted / measured if measured else 1.0
@@ -175,17 +175,17 @@ class DecisionTrace:
         return self.arms[self.columns["arm"][step]]
 
     def tokens(self, step: int) -> float:
-        """That each decoding sequence got, on average; 0 where none decoded."""
+        """Mean number of tokens per decoding sequence in a step; 0 where none decoded."""
         columns = self.columns
         decoding = columns["decoding"][step]
         if not decoding:
             return 0.0
-        if columns["prefill_tokens"][step]:  # emitted counts the first tokens of prompts too
+        if columns["prefill_tokens"][step]:  # emitted includes the first tokens after prompts
             return 1 + columns["accepted"][step] / decoding
         return columns["emitted"][step] / decoding
 
     def write(self, path: Path) -> bool:
-        """As gzipped CSV with a header, the same bytes for the same trace. Whether the disk took it: a run goes on without."""
+        """Write gzipped CSV with a header, deterministically. Returns False if the disk failed; the run continues."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -196,37 +196,37 @@ class DecisionTrace:
             partial.write_bytes(gzip.compress(text.getvalue().encode(), 6, mtime=0))
             os.replace(partial, path)
         except OSError as error:
-            logger.warning("the decisions of this rollout are not kept: %s can't be written (%s)", path, error)
+            logger.warning("the decision trace of this rollout is lost: %s can't be written (%s)", path, error)
             return False
         return True
 
     @classmethod
     def read(cls, path: Path) -> "DecisionTrace":
-        """What `write` wrote. UserError for a file that is missing or damaged."""
+        """Read what `write` wrote. Raises UserError for a missing or damaged file."""
         trace = cls()
         try:
             reader = csv.reader(io.StringIO(gzip.decompress(path.read_bytes()).decode()))
             if tuple(next(reader, ())) != COLUMNS:
-                raise ValueError("its header is not that of decisions")
+                raise ValueError("its header is not that of a decision trace")
             for row in reader:
                 trace._append_text(row)
         except (OSError, EOFError, ValueError, KeyError, OverflowError, zlib.error, csv.Error) as error:
             raise UserError(
-                f"{path} can't be read as the decisions of a rollout ({error}); give a file of <run>/decisions"
+                f"{path} can't be read as the decision trace of a rollout ({error}); give a file of <run>/decisions"
             ) from error
         return trace
 
     def binned(self, bins: int, seconds: float) -> list[Bin]:
-        """A summary of fixed size, to be gathered from many replicas: equal spans of [0, seconds)."""
+        """A summary of fixed size, for gathering from many replicas: equal spans of [0, seconds)."""
         names = ("start", "seconds", "decoding", "waiting")
         rows = zip(*(self.columns[name] for name in names), self.num_speculative_tokens, strict=True)
         return binned(((start, start + length, *rest) for start, length, *rest in rows), bins, seconds)
 
     def regret(self, seconds_per_token: Callable[[Load], Sequence[float]], arms: Sequence[Arm]) -> float:
-        """Seconds that the arms taken lost against the best one of every step, as predicted in hindsight.
+        """Seconds that the arms taken lost against the best arm of every step, as predicted in hindsight.
 
         Args:
-            seconds_per_token: of every arm, with all that is known now.
+            seconds_per_token: predictions for every arm, with all that is known now.
         """
         lost = 0.0
         known = {arm: index for index, arm in enumerate(arms)}
@@ -240,10 +240,10 @@ class DecisionTrace:
         """Seconds that speculating steps saved against autoregressive ones for the same tokens (negative: lost).
 
         Args:
-            step_seconds: predicted with all that is known now; the steps themselves count as measured, outliers cut.
-            probes: whether they count too.
+            step_seconds: predictions with all that is known now; the steps themselves count as measured, with outliers cut.
+            probes: whether probes are included.
 
-        Returns: by the number of binary digits of the batch size, where there were such steps.
+        Returns: saved seconds by the bit length of the batch size, where there were such steps.
         """
         saved: dict[int, float] = {}
         reasons = self.columns["reason"]
@@ -254,7 +254,7 @@ class DecisionTrace:
         return saved
 
     def gain(self, step: int, step_seconds: Callable[[Arm, Load], float]) -> float:
-        """Seconds that one step saved, as in `saved`; 0 without speculation."""
+        """Seconds that one step saved, as in `saved`; 0 if it did not speculate."""
         arm, load, tokens = self.arm(step), self.load(step), self.tokens(step)
         if not arm.speculates or not tokens:
             return 0.0
@@ -268,10 +268,10 @@ class DecisionTrace:
         return self._index[arm]
 
     def _texts(self, name: str) -> Iterable[str]:
-        """A column as it stands in the file."""
+        """A column as written in the file."""
         column = self.columns[name]
         if name == "start":
-            return (f"{value:.6f}" for value in column)  # microseconds, however long the rollout
+            return (f"{value:.6f}" for value in column)  # microsecond resolution, however long the rollout
         if name in _REAL:
             return (f"{value:.6g}" for value in column)
         if name == "reason":
@@ -299,7 +299,7 @@ def binned(spans: Iterable[tuple[float, float, float, float, int]], bins: int, s
     """Means over equal parts of [0, seconds).
 
     Args:
-        spans: start, end, sequences that decode, those that wait, num_speculative_tokens.
+        spans: start, end, decoding sequences, waiting sequences, num_speculative_tokens.
     """
     width, last = seconds / bins, bins - 1
     sums = [[0.0] * 5 for _ in range(bins)]
@@ -312,11 +312,11 @@ def binned(spans: Iterable[tuple[float, float, float, float, int]], bins: int, s
 
 
 def forget_others(written: Path, kept: int = KEPT_TRACES) -> None:
-    """Remove a replica's old traces, and those of steps that are to be made again. Files are `step_00000000.replica_00000...`.
+    """Remove a replica's old traces and those of steps that will be repeated. Files are `step_00000000.replica_00000...`.
 
     Args:
-        written: the newest one.
-        kept: so many with it.
+        written: the newest trace.
+        kept: number of traces to keep, the newest one included.
     """
     _, _, replica = written.name.partition(".")
     found = sorted(path.name for path in written.parent.glob(f"step_*.{replica}"))
@@ -327,7 +327,7 @@ def forget_others(written: Path, kept: int = KEPT_TRACES) -> None:
 
 
 def _arm(text: str) -> Arm:
-    """What str(Arm) made."""
+    """The inverse of str(Arm)."""
     format, found, n = text.rpartition(" n=")
     if not found and text != str(OFF):
         raise ValueError(f"no arm: {text!r}")

@@ -309,7 +309,7 @@ def test_speculation_that_lost_is_held_back_where_it_lost(caplog: pytest.LogCapt
     toggle.begin_rollout(True)
     assert toggle.decide(Load(1, 100.0)) == N3
     assert toggle.decide(Load(16, 100.0)) == OFF and toggle._decision.reason is Reason.HELD
-    assert "held back" in toggle.explain()
+    assert "backoff" in toggle.explain()
     toggle.end_rollout()
     assert not toggle.hold.left
 

@@ -1,1 +1,1 @@
-"""What a step costs: the roofline, what was measured, and what live steps correct."""
+"""Cost of a step: the roofline, measured ratios over it, and live corrections."""

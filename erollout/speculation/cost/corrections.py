@@ -1,12 +1,12 @@
-"""What live steps add to a calibration: multiplicative corrections, learnt robustly while the run goes on. Pure.
+"""Live corrections of a calibration: multiplicative factors, learnt robustly from the run's own steps. Pure.
 
-The logarithm of measured over predicted seconds is the sum of a part that all steps share (the machine is slower today), one
-of each drafter (or of none), and one of each arm around a batch size. Each part is a Gaussian random walk of its own, and a
-step's surprise goes to them in proportion to how uncertain they are: a Kalman filter that neglects the correlations. So the
-first steps move all parts, and a change later on moves the common one, whose walk is the widest.
+The logarithm of measured over predicted seconds is a sum of three parts: one that all steps share (a slower machine today), one
+per drafter (or none), and one per arm around a batch size. Each part is a Gaussian random walk, and a step's surprise is
+split between them in proportion to their uncertainty: a Kalman filter that neglects correlations. So the first steps move all
+parts, and a later change moves the common one, whose walk is the widest.
 
-A surprise counts only up to CLIP standard deviations: an outlier, however slow, moves little. When several in a row exceed that
-to the same side, they are no outliers: all parts become uncertain enough to follow at once, the common one most.
+A surprise is clipped at CLIP standard deviations, so an outlier moves little, however slow. Several clipped to the same side in
+a row are no outliers: all parts, the common one most, become uncertain enough to follow at once.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from erollout.speculation.step import Arm
 
 CLIP = 2.5
 PERSISTENCE = 5
-"""Clipped surprises of the same sign, in a row, that mean a lasting change."""
+"""Number of consecutive clipped surprises of the same sign that count as a lasting change."""
 COMMON_BLAME = 4.0
-"""How much more uncertain a lasting change makes the common part than the others: it is the machine, unless they are new."""
+"""Factor by which a lasting change widens the common part more than the others: most often the machine has changed."""
 NOISE_RANGE = (0.005, 0.3)
-"""Of a step's time, relative: least and most standard deviation that is believed."""
+"""Least and largest accepted standard deviation of a step's time, relative."""
 NOISE_RATE = 0.05
 SMALLEST_FACTOR = 0.01
-"""Of measured over predicted: a clock that jumped is not a step."""
+"""Least ratio of measured over predicted seconds: a smaller one comes from a clock that jumped."""
 
 
 @dataclass(slots=True)
@@ -39,22 +39,22 @@ class _Part:
         self.variance = min(self.variance + walk, limit)
 
     def learn(self, share: float, surprise: float, total: float) -> None:
-        """`share` of the part in the sum, whose variance with the noise is `total`."""
+        """Update with the part's `share` of the sum, whose variance including noise is `total`."""
         gain = self.variance * share / total
         self.value += gain * surprise
         self.variance *= 1 - gain * share
 
 
 _COMMON, _DRAFTER, _CELL = 0.2**2, 0.15**2, 0.1**2
-"""Prior variances, which are the largest too."""
+"""Prior variances, which are upper limits as well."""
 _COMMON_WALK, _DRAFTER_WALK, _CELL_WALK = 4e-5, 1e-6, 1e-6
-"""Added to the variances of what a step touches."""
+"""Variance added per step to each part that the step touches."""
 _PREFILL = 1.0
-"""Prior variance of prompt passes, of which nothing is measured beforehand. They say nothing of decoding, and learn alone."""
+"""Prior variance of prompt passes, which are not calibrated. They are corrected apart from decoding."""
 
 
 class Corrections:
-    """Of one replica's cost model."""
+    """The corrections of one replica's cost model."""
 
     def __init__(self) -> None:
         self._common = _Part(_COMMON)
@@ -63,10 +63,10 @@ class Corrections:
         self._prefill = _Part(_PREFILL)
         self._noise = 0.05**2
         self._run: list[float] = []
-        """Surprises in a row that were clipped, all of one sign."""
+        """Consecutive clipped surprises, all of one sign."""
 
     def factor(self, arm: Arm, batch: int) -> float:
-        """Of an arm's predicted seconds."""
+        """Correction factor for an arm's predicted seconds."""
         value = self._common.value
         drafter = self._drafters.get(arm.format)
         if drafter is not None:
@@ -79,11 +79,11 @@ class Corrections:
         return exp(value)
 
     def prefill_factor(self) -> float:
-        """Of the predicted seconds of prompt tokens."""
+        """Correction factor for the predicted seconds of prompt tokens."""
         return exp(self._common.value + self._prefill.value)
 
     def observe_prefill(self, ratio: float) -> None:
-        """As `observe`, from a pass that mostly consisted of prompt tokens."""
+        """Learn from a pass that consists mostly of prompt tokens, as `observe`."""
         surprise = log(max(ratio, SMALLEST_FACTOR) / self.prefill_factor())
         self._prefill.widen(_DRAFTER_WALK, _PREFILL)
         total = self._prefill.variance + self._noise
@@ -91,7 +91,7 @@ class Corrections:
         self._prefill.learn(1.0, max(-limit, min(limit, surprise)), total)
 
     def observe(self, arm: Arm, batch: int, ratio: float) -> None:
-        """Learn from a step. `ratio`: its seconds over those predicted without any correction."""
+        """Learn from a step. `ratio`: its measured seconds over those predicted without corrections."""
         surprise = log(max(ratio, SMALLEST_FACTOR) / self.factor(arm, batch))
         drafter = self._drafters.setdefault(arm.format, _Part(_DRAFTER))
         cells = [(self._cells.setdefault((arm, node), _Part(_CELL)), share) for node, share in _nodes(batch)]
@@ -106,7 +106,7 @@ class Corrections:
             part.learn(share, surprise, total)
 
     def _clipped(self, surprise: float, parts: Sequence[tuple[_Part, float]]) -> float:
-        """The part of a surprise that counts. Keeps the noise's level; when the machine has changed, widens the parts."""
+        """The clipped surprise. Updates the noise level, and widens the parts after a lasting change."""
         variance = _variance(parts)
         limit = CLIP * (variance + self._noise) ** 0.5
         if (change := self._change(surprise, limit)) is not None:
@@ -122,7 +122,7 @@ class Corrections:
         return clipped
 
     def _change(self, surprise: float, limit: float) -> float | None:
-        """The least of so many surprises to the same side that they can't all be outliers; None before there are so many."""
+        """The smallest of PERSISTENCE clipped surprises in a row to the same side; None before there are so many."""
         if abs(surprise) <= limit or (self._run and self._run[0] * surprise < 0):
             self._run = []
         if abs(surprise) > limit:
@@ -134,7 +134,7 @@ class Corrections:
         return least
 
     def forget(self, format: str) -> None:
-        """Drop what was learnt of one drafter."""
+        """Drop what was learnt about one drafter."""
         self._drafters.pop(format, None)
         self._cells = {key: part for key, part in self._cells.items() if key[0].format != format}
 
@@ -151,7 +151,7 @@ class Corrections:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for what nothing can have taught; all is as before then."""
+        """Raises ValueError for an impossible state, and leaves all as it was."""
         common, prefill = _part(*state["common"]), _part(*state["prefill"])
         drafters = {str(name): _part(*part) for name, *part in state["drafters"]}
         cells = {(Arm(str(format), int(n)), int(node)): _part(*part) for format, n, node, *part in state["cells"]}
@@ -163,14 +163,14 @@ class Corrections:
 
 
 def _part(value: float, variance: float) -> _Part:
-    """From a state. Raises ValueError."""
+    """Restore a part from a state. Raises ValueError."""
     if not (isfinite(value) and 0 <= variance < inf):
         raise ValueError(f"a correction of {value} with a variance of {variance}")
     return _Part(float(variance), float(value))
 
 
 def _variance(parts: Sequence[tuple[_Part, float]]) -> float:
-    """Of their sum."""
+    """Variance of the sum of the parts."""
     return sum(share * share * part.variance for part, share in parts)
 
 

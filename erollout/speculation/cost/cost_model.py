@@ -1,7 +1,7 @@
-"""What a step costs: predicted seconds of every arm at a load. Pure.
+"""Predicted seconds of every arm at a load. Pure.
 
-Three layers: a roofline, for what nothing is known of; over it the ratios that a sweep measured, which win where there are any;
-over both what the run's own steps teach.
+Three layers: a roofline where nothing was measured; the ratios to it from a sweep, which prevail where there are any; and
+corrections from the run's own steps.
 """
 
 from collections.abc import Mapping
@@ -14,54 +14,54 @@ from erollout.speculation.cost.roofline import Parts, Pass, Roofline
 from erollout.speculation.step import OFF, Arm, Load
 
 CONTEXT_STEPS = 8
-"""Contexts per octave that predictions are made for, and kept."""
+"""Number of contexts per octave for which predictions are made and cached."""
 
 
 class CostModel(Protocol):
-    """Seconds of one step on this hardware, for this model, and what they are known from."""
+    """Predicted seconds of one step of this model on this hardware, learnt from the steps taken."""
 
     def step_seconds(self, arm: Arm, load: Load) -> float:
-        """One pass of the target for OFF; otherwise n drafter steps and the verify pass of n + 1, the host's work included."""
+        """Seconds of one target pass for OFF, else of n drafter steps and a verify pass over n + 1 tokens, with host work."""
         ...
 
     def observe(self, arm: Arm, load: Load, seconds: float) -> None:
-        """Learn from a step that was taken. Robust to outliers: one slow step changes little."""
+        """Learn from a step. Robust to outliers: one slow step changes little."""
         ...
 
     def forget(self, format: str) -> None:
-        """Drop what was learnt of one drafter: it is another one now."""
+        """Drop what was learnt about one drafter, because it has been replaced."""
         ...
 
     def state_dict(self) -> dict[str, object]:
-        """What was learnt online, as JSON."""
+        """The state learnt online, as JSON."""
         ...
 
     def load_state_dict(self, state: dict[str, object]) -> None: ...
 
 
 class PassTimes:
-    """Seconds of single passes: a roofline, corrected where there are measurements. Nothing is learnt here."""
+    """Seconds of single passes from a roofline and, where available, measurements. Nothing is learnt online."""
 
     def __init__(self, roofline: Roofline, tables: Mapping[tuple[Pass, str], MeasuredTable] | None = None) -> None:
-        """`tables`: by pass and the drafter's format, which is "" for target and verify."""
+        """`tables`: measured ratios by pass and drafter format, which is "" for target and verify."""
         self.roofline = roofline
         self.tables = dict(tables or {})
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Drafters that there are times of."""
+        """Drafter formats with known times."""
         return tuple(self.roofline.draft)
 
     def target_seconds(self, batch: int, context: float) -> float:
-        """An autoregressive step."""
+        """Seconds of an autoregressive step."""
         return self.seconds("target", "", batch, context, 0)
 
     def draft_seconds(self, format: str, batch: int, context: float, num_speculative_tokens: int) -> float:
-        """One step of the drafter, in a cycle of so many."""
+        """Seconds of one drafter step, in a cycle of num_speculative_tokens."""
         return self.seconds("draft", format, batch, context, num_speculative_tokens)
 
     def verify_seconds(self, batch: int, context: float, num_speculative_tokens: int) -> float:
-        """The target's pass over num_speculative_tokens + 1 tokens of each sequence, and the decision."""
+        """Seconds of the target's pass over num_speculative_tokens + 1 tokens per sequence, including acceptance."""
         return self.seconds("verify", "", batch, context, num_speculative_tokens)
 
     def seconds(self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int) -> float:
@@ -70,29 +70,29 @@ class PassTimes:
         return seconds if table is None else seconds * exp(table.log_ratio(batch, context, num_speculative_tokens))
 
     def parts(self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int) -> Parts:
-        """By cause, as the roofline has it, scaled to the measured total."""
+        """Seconds by cause as in the roofline, scaled to the measured total."""
         parts = self.roofline.parts(kind, format, batch, context, num_speculative_tokens)
         scale = self.seconds(kind, format, batch, context, num_speculative_tokens) / parts.seconds
         return Parts(*(scale * part for part in (parts.memory, parts.compute, parts.overhead, parts.communication)))
 
     def step_seconds(self, arm: Arm, batch: int, context: float) -> float:
-        """A whole step over `batch` decoding sequences."""
+        """Seconds of a whole step over `batch` decoding sequences."""
         if not arm.speculates:
             return self.target_seconds(batch, context)
         n = arm.num_speculative_tokens
         return n * self.draft_seconds(arm.format, batch, context, n) + self.verify_seconds(batch, context, n)
 
     def speed_up(self, arm: Arm, batch: int, context: float, acceptance_length: float) -> float:
-        """Of an arm over none: L / (n r + v), with acceptance_length L."""
+        """Speed-up of an arm over autoregressive decoding: L / (n r + v), with acceptance_length L."""
         return acceptance_length * self.target_seconds(batch, context) / self.step_seconds(arm, batch, context)
 
     def prefill_seconds(self, tokens: int) -> float:
-        """A pass over prompt tokens alone."""
+        """Seconds of a pass over prompt tokens alone."""
         return self.roofline.prefill_seconds(tokens)
 
 
 class CalibratedCost:
-    """The CostModel over PassTimes, with live corrections. A prediction takes a few microseconds once its load was seen."""
+    """CostModel from PassTimes and live corrections. A cached prediction takes a few microseconds."""
 
     def __init__(self, passes: PassTimes) -> None:
         self.passes = passes
@@ -107,11 +107,11 @@ class CalibratedCost:
         return self._decode_seconds(arm, load) * self.corrections.factor(arm, load.decoding) + prefill
 
     def prefill_seconds(self, tokens: int) -> float:
-        """A pass over prompt tokens alone."""
+        """Seconds of a pass over prompt tokens alone."""
         return self.step_seconds(OFF, Load(0, 0.0, tokens))
 
     def observe(self, arm: Arm, load: Load, seconds: float) -> None:
-        """See CostModel. A pass with prompt tokens in it teaches what those cost, not what decoding does."""
+        """See CostModel. A pass with prompt tokens corrects the cost of prompt tokens, not of decoding."""
         if not load.prefill_tokens:
             if load.decoding:
                 self.corrections.observe(arm, load.decoding, seconds / self._decode_seconds(arm, load))
@@ -132,7 +132,7 @@ class CalibratedCost:
         self.corrections.load_state_dict(state)
 
     def _decode_seconds(self, arm: Arm, load: Load) -> float:
-        """Without corrections, at the middle of the context's step."""
+        """Seconds of decoding without corrections, at the centre of the context's bucket."""
         bucket = int(CONTEXT_STEPS * log2(load.context)) if load.context > 1 else 0
         key = (arm, load.decoding, bucket)
         seconds = self._seconds.get(key)
@@ -142,7 +142,7 @@ class CalibratedCost:
         return seconds
 
     def _prefill_seconds(self, arm: Arm, load: Load) -> float:
-        """What prompt tokens add to a pass, with their correction: the same whatever the arm, since they are paid once."""
+        """Corrected seconds that prompt tokens add to a pass: equal for all arms, because they are prefilled once."""
         tokens = load.prefill_tokens
         factor = self.corrections.prefill_factor()
         if not load.decoding:

@@ -1,11 +1,15 @@
-"""What was measured, over what the roofline predicts: log ratios, interpolated between the points. Pure.
+"""Log ratios of measured over predicted (roofline) seconds, interpolated between the measured points. Pure.
 
-The ratio of a point is a sum of four parts, each the median of what those before it leave. A curve over the rows of the matmuls
-is common to all draft lengths and contexts: matmuls see nothing but the number of rows, and their steps, at whole tiles, stand
-at the same rows for any draft length. Each draft length has a curve over the rows too, and each context has one over the batch.
-What then is left is the point's own, and counts up to MOST_OF_ITS_OWN: nothing makes a single point jump but other sequences
-running than were meant, as where the cache was too small for the batch. All parts are linear in the logarithms between
-neighbours, and fade outside the measured range.
+A point's log ratio is a sum of four parts, each fitted as the median of the residuals of the parts before it:
+
+1. a curve over matmul rows, common to all draft lengths and contexts: matmuls depend on the number of rows only, and their
+   jumps at whole tiles are at the same rows for any draft length;
+2. a curve over matmul rows for each draft length;
+3. a curve over the batch size for each context;
+4. the point's own residual, up to MOST_OF_ITS_OWN: a larger one means that the sweep ran other sequences than it meant to, as
+   where the cache was too small for the batch.
+
+All parts are linear in the logarithms between neighbours, and fade outside the measured range.
 """
 
 from bisect import bisect_left
@@ -15,9 +19,9 @@ from math import log2
 from statistics import median_high, median_low
 
 FADE_OCTAVES = 2.0
-"""Distance outside the measured range at which half of a ratio's logarithm is left."""
+"""Distance outside the measured range, in octaves, at which a log ratio has fallen to half."""
 MOST_OF_ITS_OWN = 0.05
-"""Log ratio that a single point shares with no other, at most."""
+"""Largest log ratio that a single point may have of its own."""
 
 _Row = Sequence[tuple[float, float]]
 """Values by position."""
@@ -27,20 +31,20 @@ _Plane = Sequence[tuple[float, _Row]]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measurement of a kind of pass (and a drafter's format)."""
+    """One measurement of a kind of pass (and drafter format)."""
 
     batch: int
     context: float
     num_speculative_tokens: int
     log_ratio: float
-    """Of measured over predicted seconds."""
+    """Logarithm of measured over predicted seconds."""
 
 
 class MeasuredTable:
-    """Ratios of one kind of pass. Without any point: 0 everywhere."""
+    """Log ratios of one kind of pass; without points, 0 everywhere."""
 
     def __init__(self, points: Iterable[Point], rows: Callable[[int, int], int]) -> None:
-        """`rows`: of the matmuls of a pass, by batch and num_speculative_tokens; see Roofline.rows."""
+        """`rows`: number of matmul rows of a pass, from batch and num_speculative_tokens; see Roofline.rows."""
         self.points = tuple(points)
         self._rows = rows
         self._curve: _Row = ()
@@ -48,7 +52,7 @@ class MeasuredTable:
         self._by_context: _Plane = ()
         self._own: Sequence[tuple[float, _Plane]] = ()
         self.alone: Sequence[tuple[Point, float]] = ()
-        """Of each point what it shares with no other, without bound: noise, or other sequences running than were meant."""
+        """Own residual of each point, without limit: noise, or a sweep that ran other sequences than it meant to."""
         self._curve = _row((self._position(p), rest) for p, rest in self._left())
         self._by_length = _plane((_length(p), self._position(p), rest) for p, rest in self._left())
         self._by_context = _plane((_context(p.context), log2(p.batch), rest) for p, rest in self._left())
@@ -60,7 +64,7 @@ class MeasuredTable:
         self._own = [(length, _plane(entries)) for length, entries in sorted(own.items())]
 
     def log_ratio(self, batch: int, context: float, num_speculative_tokens: int) -> float:
-        """0 batch is no pass."""
+        """The interpolated log ratio; 0 for batch 0, which is no pass."""
         rows, x = log2(self._rows(batch, num_speculative_tokens)), log2(batch)
         y, z = log2(num_speculative_tokens + 1), _context(context)
         own = [(length, _in_plane(plane, z, x)) for length, plane in _near(self._own, y)]
@@ -71,7 +75,7 @@ class MeasuredTable:
         return log2(self._rows(point.batch, point.num_speculative_tokens))
 
     def _left(self) -> list[tuple[Point, float]]:
-        """Of each point, what the parts so far leave."""
+        """Residual of each point after the parts fitted so far."""
         return [(p, p.log_ratio - self.log_ratio(p.batch, p.context, p.num_speculative_tokens)) for p in self.points]
 
 
@@ -84,7 +88,7 @@ def _context(context: float) -> float:
 
 
 def _row(entries: Iterable[tuple[float, float]]) -> _Row:
-    """The middle value at each position."""
+    """The median at each position."""
     at: dict[float, list[float]] = {}
     for position, value in entries:
         at.setdefault(position, []).append(value)
@@ -97,7 +101,7 @@ def _middle(values: Sequence[float]) -> float:
 
 
 def _plane(entries: Iterable[tuple[float, float, float]]) -> _Plane:
-    """By the first position; rows by the second."""
+    """Rows by the first position, values in a row by the second."""
     rows: dict[float, list[tuple[float, float]]] = {}
     for first, second, value in entries:
         rows.setdefault(first, []).append((second, value))
@@ -105,7 +109,7 @@ def _plane(entries: Iterable[tuple[float, float, float]]) -> _Plane:
 
 
 def _near(axis: Sequence[tuple[float, _Plane]], position: float) -> Sequence[tuple[float, _Plane]]:
-    """The neighbours of a position, which alone decide over its value."""
+    """The neighbours of a position, which alone determine its value."""
     index = bisect_left(axis, position, key=lambda entry: entry[0])
     return axis[max(0, index - 1) : index + 1]
 
@@ -116,7 +120,7 @@ def _in_plane(plane: _Plane, first: float, second: float) -> float:
 
 
 def _in_row(row: _Row, position: float) -> float:
-    """Linear between neighbours; beyond the ends the last value fades to 0, which it is without any."""
+    """Linear between neighbours, fading to 0 beyond the ends; 0 for an empty row."""
     if not row:
         return 0.0
     index = bisect_left(row, position, key=lambda entry: entry[0])

@@ -2,10 +2,10 @@
 
     T = max(bytes / bandwidth, FLOP / rate) + overheads + communication
 
-for a step of the target (1 token of each sequence), a step of the drafter (the same over the drafter's bytes) and the verify
-pass (n + 1 tokens of each). To the paper's overhead per sequence come one per pass, which is what a tiny model consists of, one
-per token of context, which attention kernels that walk a sequence's cache in order have, and tiles: a matmul computes whole
-blocks of rows, so the time climbs in steps.
+for a target step (1 token per sequence), a drafter step (the same with the drafter's bytes) and a verify pass (n + 1 tokens per
+sequence). Beyond the paper's overhead per sequence there are an overhead per pass (most of a tiny model's time), one per token
+of context (attention kernels that walk a sequence's cache in order), and tiles: a matmul computes whole blocks of rows, so its
+time grows in steps.
 """
 
 from collections.abc import Mapping
@@ -18,50 +18,50 @@ Pass = Literal["target", "draft", "verify"]
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What a pass reads and computes on one rank of a tensor-parallel replica."""
+    """Bytes and FLOP of a pass on one rank of a tensor-parallel replica."""
 
     weight_bytes: float
-    """Of the target."""
+    """Bytes of the target's weights."""
     draft_bytes: Mapping[str, float]
-    """Of each drafter by its format's name: scales, and what it shares with the target, included."""
+    """Weight bytes of each drafter by format name, including scales and what it shares with the target."""
     flops: float
-    """Of all matmuls with weights, for one token."""
+    """FLOP per token of all matmuls with weights."""
     attention_flops: float
-    """For one token and one token of its context."""
+    """FLOP of attention per token and token of its context."""
     kv_bytes: float
-    """In the cache, of one token."""
+    """Bytes of one token in the KV cache."""
     reduces: int = 0
-    """All-reduces of a pass: two a layer, none without tensor parallelism."""
+    """All-reduces per pass: two per layer, none without tensor parallelism."""
     reduce_bytes: float = 0.0
-    """Of one token in one all-reduce."""
+    """Bytes per token in one all-reduce."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """What a kind of pass costs on one hardware."""
+    """Cost coefficients of a kind of pass on given hardware."""
 
     bandwidth: float
     """Bytes/s."""
     compute: float
     """FLOP/s."""
     weight_factor: float = 1.0
-    """Of the time its weights take, over that of a plain read: eta of the paper."""
+    """Time to read the weights over that of a plain read: eta of the paper."""
     kv_factor: float = 1.0
-    """The same for the cache: kappa_eff / kappa."""
+    """The same for the KV cache: kappa_eff / kappa of the paper."""
     per_pass: float = 0.0
-    """Seconds, whatever is computed."""
+    """Fixed seconds per pass."""
     per_sequence: float = 0.0
     """Seconds per sequence: c of the paper."""
     per_token: float = 0.0
-    """Seconds per token of the verify pass: its decision."""
+    """Seconds per token of a verify pass, for acceptance."""
     per_context: float = 0.0
     """Seconds per token of the mean context, at any batch."""
     tile: int = 1
-    """Tokens that matmuls compute at once."""
+    """Number of tokens in a matmul tile."""
     sequence_tile: int = 1
-    """Sequences that the overhead grows by at once."""
+    """Number of sequences by which the overhead per sequence grows at once."""
     padded: bool = False
-    """Whether the drafter's batch is filled up to a multiple of n + 1, as in engines whose graphs serve both passes."""
+    """Whether the drafter's batch is padded to a multiple of n + 1, as in engines whose graphs serve both passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Communication:
     """All-reduces between the ranks of a replica."""
 
     latency: float = 0.0
-    """Seconds of one."""
+    """Seconds per all-reduce."""
     bandwidth: float = float("inf")
     """Bytes/s."""
     per_sequence: float = 0.0
@@ -78,7 +78,7 @@ class Communication:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Seconds of a pass by cause: `memory` and `compute` overlap, the rest comes on top."""
+    """Seconds of a pass by cause: `memory` and `compute` overlap, the rest is added."""
 
     memory: float
     compute: float
@@ -91,7 +91,7 @@ class Parts:
 
     @property
     def limit(self) -> str:
-        """What most of the time goes into."""
+        """The cause with the most seconds."""
         shares = {
             "bandwidth": self.memory if self.memory >= self.compute else 0.0,
             "compute": self.compute if self.compute > self.memory else 0.0,
@@ -103,19 +103,19 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """All passes of one model on one hardware."""
+    """Seconds of all passes of one model on given hardware."""
 
     size: ModelSize
     target: PassCost
     verify: PassCost
     draft: Mapping[str, PassCost]
-    """By format."""
+    """Costs of a drafter step, by format."""
     communication: Communication = field(default_factory=Communication)
 
     def parts(
         self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int = 0, prefill_tokens: int = 0
     ) -> Parts:
-        """Of one pass over `batch` sequences (and prompt tokens beside them). `format` counts for "draft", n for "verify"."""
+        """Parts of one pass over `batch` sequences and prefill_tokens. Only "draft" uses `format`, and only "verify" uses n."""
         size = self.size
         cost = self.target if kind == "target" else self.verify if kind == "verify" else self.draft[format]
         weights = size.draft_bytes[format] if kind == "draft" else size.weight_bytes
@@ -124,7 +124,7 @@ class Roofline:
         compute = _tiled(tokens, cost.tile) * (size.flops + size.attention_flops * context) / cost.compute
         rows = _tiled(batch, num_speculative_tokens + 1) if cost.padded else batch
         overhead = (
-            cost.per_token * (tokens - prefill_tokens)  # prompts are not decided about
+            cost.per_token * (tokens - prefill_tokens)  # prompt tokens need no acceptance
             + cost.per_pass
             + cost.per_sequence * _tiled(rows, cost.sequence_tile)
             + cost.per_context * context
@@ -134,7 +134,7 @@ class Roofline:
         return Parts(memory, compute, overhead, reduce)
 
     def rows(self, kind: Pass, format: str, batch: int, num_speculative_tokens: int) -> int:
-        """Of the matmuls of one pass: its tokens, and where the drafter's batch is filled up, what it is filled up to."""
+        """Number of matmul rows of one pass: its tokens, after padding where the drafter's batch is padded."""
         if kind == "draft":
             return _tiled(batch, num_speculative_tokens + 1) if self.draft[format].padded else batch
         return batch * (num_speculative_tokens + 1 if kind == "verify" else 1)
@@ -145,7 +145,7 @@ class Roofline:
         return self.parts(kind, format, batch, context, num_speculative_tokens, prefill_tokens).seconds
 
     def prefill_seconds(self, tokens: int) -> float:
-        """A pass over prompt tokens alone."""
+        """Seconds of a pass over prompt tokens alone."""
         return self.seconds("verify", "", 0, tokens / 2, 0, tokens)
 
 

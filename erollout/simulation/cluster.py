@@ -1,4 +1,4 @@
-"""All replicas of a simulated rollout under the real state machine: windows, hand-out of prompts, sequences that move."""
+"""A simulated cluster: replicas under the real state machine, with windows, dispatch of prompts and migration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from erollout.coordinator.state_machine import ClusterDecision, Move, StateMachi
 from erollout.simulation.replica import Replica
 
 EXCHANGE_SECONDS = 0.001
-"""From the last replica's post of an operation to the moment when all have it."""
+"""Seconds from the last replica's post of an operation until all have its result."""
 
 
 @dataclass(slots=True)
 class Traffic:
-    """Of the coordinator in one rollout."""
+    """The coordinator's traffic in one rollout."""
 
     windows: int = 0
     moves: int = 0
@@ -59,12 +59,12 @@ class Cluster:
         return max(replica.finished_at for replica in self.replicas)
 
     def _may_change(self) -> bool:
-        """Windows can still bring anything."""
+        """Whether further windows can change anything."""
         everything = self._handed_out == self.replicas[0].workload.num_prompts
         return not (everything and self.options.policy == "replica")
 
     def _at(self, time: float) -> float:
-        """Bring every replica to its first step border from this time on; when the last one is there."""
+        """Run every replica to its first step border at or after `time`. Returns the time of the last one's."""
         for replica in self.replicas:
             replica.run_until(time)
         return max(replica.now for replica in self.replicas)
@@ -80,7 +80,7 @@ class Cluster:
                 self._handed_out += len(prompts)
 
     def _move(self, moves: Sequence[Move]) -> float:
-        """Take sequences from one replica to another; all have them at the time returned."""
+        """Migrate sequences between replicas. Returns the time at which all have arrived."""
         parcels = []
         for move in moves:
             parts = self.replicas[move.source].release(move.num_sequences)

@@ -14,53 +14,61 @@ if TYPE_CHECKING:
     from erollout.simulation.experiment import Setting, Strategy
 
 STEPWISE_TOKENS = 1_000_000
-"""So many tokens of a rollout, at most, are simulated step by step where --clock is auto."""
+"""Largest rollout, in tokens, that --clock auto simulates step by step."""
 WINDOW_SECONDS, WINDOW_SECONDS_PER_REPLICA = 0.05, 1e-4
-"""Of the default --window-seconds: what is configured by default, and more where many replicas take part."""
+"""Default --window-seconds: the configuration's default, or more with many replicas."""
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `simulate` to the command line."""
-    parser = commands.add_parser("simulate", help="predict rollouts of a cluster, for each way to speculate and to coordinate")
+    parser = commands.add_parser(
+        "simulate", help="predict rollouts of a cluster for each speculation mode and coordination policy"
+    )
     source = parser.add_argument_group("hardware and model")
-    source.add_argument("--calibration", help="file of `erollout calibrate fit`")
-    source.add_argument("--hardware", help="instead: a device known by its name, as A100, H100, H200")
-    source.add_argument("--model", help="with --hardware: a published model's name, or a directory with its config.json")
-    source.add_argument("--drafter", default=None, help="format; default: the calibration's first, else w4a16_clip")
-    source.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of a replica")
+    source.add_argument("--calibration", help="calibration file from `erollout calibrate fit`")
+    source.add_argument("--hardware", help="a known device instead of a calibration: A100, H100, H200, ...")
+    source.add_argument("--model", help="with --hardware: name of a published model, or directory with its config.json")
+    source.add_argument("--drafter", default=None, help="drafter format; default: the calibration's first, else w4a16_clip")
+    source.add_argument("--tensor-parallel", type=int, default=1, help="GPUs per replica")
     cluster = parser.add_argument_group("cluster")
     size = cluster.add_mutually_exclusive_group()
-    size.add_argument("--gpus", type=int, help="of the cluster; default: those of one replica")
-    size.add_argument("--replicas", type=int, help="instead: how many replicas (default 1)")
-    cluster.add_argument("--max-num-seqs", type=int, default=128, help="that a replica decodes at once")
-    cluster.add_argument("--max-num-batched-tokens", type=int, default=8192, help="that a replica computes at once")
-    cluster.add_argument("--kv-tokens", type=int, help="that a replica's cache holds; default: enough")
+    size.add_argument("--gpus", type=int, help="GPUs of the cluster; default: those of one replica")
+    size.add_argument("--replicas", type=int, help="number of replicas, instead of --gpus (default 1)")
+    cluster.add_argument("--max-num-seqs", type=int, default=128, help="largest batch of a replica")
+    cluster.add_argument(
+        "--max-num-batched-tokens", type=int, default=8192, help="largest number of tokens in one pass of a replica"
+    )
+    cluster.add_argument("--kv-tokens", type=int, help="KV cache of a replica, in tokens; default: large enough")
     work = parser.add_argument_group("work")
-    work.add_argument("--prompts", type=int, help="of the whole cluster; default: what fills all slots")
-    work.add_argument("--group-size", type=int, default=8, help="responses of a prompt")
+    work.add_argument("--prompts", type=int, help="prompts of the whole cluster; default: as many as fill all slots")
+    work.add_argument("--group-size", type=int, default=8, help="responses per prompt")
     work.add_argument("--max-tokens", type=int, default=8192, help="longest response")
     work.add_argument("--lengths", default="lognormal:600,0.9", help="lognormal:median,sigma[,correlation] or a JSONL trace")
-    work.add_argument("--prompt-tokens", type=int, default=128, help="with lognormal lengths")
-    work.add_argument("--acceptance", default="0.9", help="of a draft, or shares by position: 0.95,0.9,0.84")
+    work.add_argument("--prompt-tokens", type=int, default=128, help="prompt length, with lognormal lengths")
+    work.add_argument("--acceptance", default="0.9", help="acceptance of a draft token, or shares by position: 0.95,0.9,0.84")
     arms = parser.add_argument_group("strategies")
     arms.add_argument("--modes", default="off,always,toggle,ladder,adaptive", help="also: oracle")
     arms.add_argument("--policies", default="replica", help="replica,cluster,makespan")
     arms.add_argument("--hand-outs", default="static", help="static,dynamic")
-    arms.add_argument("--num-speculative-tokens", type=int, default=5, help="of always and toggle")
+    arms.add_argument("--num-speculative-tokens", type=int, default=5, help="draft length of the modes always and toggle")
     arms.add_argument("--max-speculative-tokens", type=int, default=11, help="of adaptive")
     arms.add_argument(
-        "--window-seconds", type=float, help="between two exchanges of occupancies; default: grows with the replicas"
+        "--window-seconds", type=float, help="pause between two windows; default: grows with the number of replicas"
     )
     run = parser.add_argument_group("simulation")
-    run.add_argument("--seeds", type=int, default=3, help="draws of lengths and acceptance to average over")
-    run.add_argument("--rollouts", type=int, default=2, help="in a row: the next one knows what was learnt")
-    run.add_argument("--warm-up", type=int, default=1, help="of these, the first that do not count")
+    run.add_argument("--seeds", type=int, default=3, help="number of seeds for lengths and acceptance to average over")
+    run.add_argument(
+        "--rollouts", type=int, default=2, help="consecutive rollouts: each starts with what the ones before have learnt"
+    )
+    run.add_argument("--warm-up", type=int, default=1, help="initial rollouts to discard")
     run.add_argument("--noise", type=float, default=0.0, help="standard deviation of the logarithm of a step's time")
-    run.add_argument("--clock", choices=("auto", "step", "jump"), default="auto", help="step: every engine step; jump: events")
+    run.add_argument(
+        "--clock", choices=("auto", "step", "jump"), default="auto", help="step: simulate every engine step; jump: only events"
+    )
     rest = run.add_mutually_exclusive_group()
-    rest.add_argument("--rollout-share", type=float, default=0.65, help="of an RL step without speculation")
-    rest.add_argument("--rest-seconds", type=float, help="of an RL step, outside the rollout")
-    run.add_argument("--out", help="folder for rollouts.csv, summary.json and pictures")
+    rest.add_argument("--rollout-share", type=float, default=0.65, help="rollout's share of an RL step without speculation")
+    rest.add_argument("--rest-seconds", type=float, help="seconds of an RL step outside the rollout")
+    run.add_argument("--out", help="directory for rollouts.csv, summary.json and plots")
     parser.set_defaults(run=_run)
 
 
@@ -82,7 +90,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             soft_wrap=True,
         )
 
-    with _errors_alone("erollout.speculation"):  # toggles tell about losses: here of every replica
+    with _errors_alone("erollout.speculation"):  # toggles log their losses, here for every replica
         outcomes = compare(setting, strategies, options.seeds, tell)
     rest = options.rest_seconds if options.rest_seconds is not None else rest_of_step(outcomes, options.rollout_share)
     summaries = summarize(outcomes, rest)
@@ -185,7 +193,7 @@ def _check(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value > most:
             raise UserError(f"--{name.replace('_', '-')} {value} must be a number of at most {most}")
     if options.warm_up >= options.rollouts:
-        raise UserError(f"--warm-up {options.warm_up} leaves nothing of --rollouts {options.rollouts}; raise --rollouts")
+        raise UserError(f"--warm-up {options.warm_up} discards all of --rollouts {options.rollouts}; raise --rollouts")
     if not 0 < options.rollout_share <= 1:
         raise UserError(f"--rollout-share {options.rollout_share} must be above 0 and at most 1")
     if options.window_seconds is not None and not 0 < options.window_seconds < inf:

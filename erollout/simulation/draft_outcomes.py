@@ -1,4 +1,4 @@
-"""How many of a run of drafts the simulated target accepts."""
+"""Acceptance of drafts by the simulated target."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -8,14 +8,14 @@ import numpy as np
 from erollout.errors import UserError
 
 LONGEST = 64
-"""Drafts in a run that shares are kept for."""
+"""Longest draft for which shares are kept."""
 
 
 class SimulatedAcceptance:
-    """Shares of a draft's first, second, ... tokens that are accepted, all independent of sequence and time."""
+    """Share of drafts whose first, second, ... token is accepted, independent of sequence and time."""
 
     def __init__(self, shares: Sequence[float]) -> None:
-        """`shares`: falling, as a run reports them. Beyond the last, each is to the one before as the last two are."""
+        """`shares`: never rising, as a run reports them. They are continued with the ratio of the last two."""
         ratios = [share / before for share, before in zip(shares, [1.0, *shares], strict=False)]
         steps = ratios + [ratios[-1]] * (LONGEST - len(ratios))
         self.shares = tuple(np.cumprod(steps).tolist())
@@ -23,19 +23,19 @@ class SimulatedAcceptance:
 
     @classmethod
     def constant(cls, share: float) -> "SimulatedAcceptance":
-        """Every draft is accepted with this chance where all before it were."""
+        """Acceptance with the same probability at every position, given that all before it are accepted."""
         return cls((share,))
 
     def length(self, num_speculative_tokens: int) -> float:
-        """Mean tokens of a cycle, the recovered or bonus token included."""
+        """Mean number of tokens per cycle, including the recovered or bonus token."""
         return self._moments(num_speculative_tokens)[0]
 
     def variance(self, num_speculative_tokens: int) -> float:
-        """Of a cycle's tokens."""
+        """Variance of the number of tokens per cycle."""
         return self._moments(num_speculative_tokens)[1]
 
     def draw(self, num_speculative_tokens: int, chance: float) -> int:
-        """Accepted drafts of one run. `chance`: uniform in [0, 1)."""
+        """Number of accepted tokens of one draft. `chance`: uniform in [0, 1)."""
         accepted = 0
         while accepted < num_speculative_tokens and chance < self.shares[accepted]:
             accepted += 1
@@ -49,7 +49,7 @@ class SimulatedAcceptance:
 
 
 def parse_acceptance(text: str) -> SimulatedAcceptance:
-    """`0.9`: of each draft, given those before it; `0.95,0.9,0.84`: shares by position. Raises UserError."""
+    """Parse `0.9`, a conditional acceptance at every position, or `0.95,0.9,0.84`, shares by position. Raises UserError."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Simulated rollouts of one cluster: every strategy over the same lengths, several seeds, what each took."""
+"""Simulated rollouts of one cluster: every strategy over the same lengths, with several seeds."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +22,12 @@ from erollout.speculation.toggle import Toggle
 
 Mode = Literal["off", "always", "toggle", "adaptive", "ladder", "oracle"]
 MODES: tuple[Mode, ...] = ("off", "always", "toggle", "ladder", "adaptive", "oracle")
-"""`oracle` is none of the configuration: it knows what the simulated hardware will do."""
+"""`oracle` is not in the configuration: it knows what the simulated hardware will do."""
 
 INTRODUCED = 400
-"""Drafts that a toggle sees before its first rollout where it will not probe."""
+"""Number of drafts that a toggle observes before its first rollout if it will not probe."""
 SHOWN_REPLICAS = 64
-"""Of these the spans are kept, for pictures."""
+"""Number of replicas whose spans are kept for plots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all strategies have in common."""
+    """The settings that all strategies share."""
 
     passes: PassTimes
-    """What the replicas believe at the start: their calibration."""
+    """Pass times that the replicas assume at the start: their calibration."""
     truth: PassTimes
-    """What steps take."""
+    """True pass times."""
     acceptance: SimulatedAcceptance
     lengths: LengthSource
     replicas: int
@@ -56,48 +56,48 @@ class Setting:
     max_tokens: int
     limits: Limits = field(default_factory=Limits)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
-    """Its mode is the strategy's."""
+    """Options of speculation, but for the mode, which the strategy sets."""
     window_seconds: float = 0.05
     noise: float = 0.0
     """Standard deviation of the logarithm of a step's time."""
     rollouts: int = 1
-    """In a row, with new lengths each: what is learnt in one is known in the next."""
+    """Consecutive rollouts with new lengths; each starts with what the ones before have learnt."""
     warm_up: int = 0
-    """Of these, the first that do not count."""
+    """Initial rollouts to discard."""
     stepwise: bool = True
-    """Every step of every replica by the engine's scheduler; false: jumps between events."""
+    """True: every step of every replica, by the engine's scheduler; False: jumps between events."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRollout:
-    """Of one rollout; shares are between 0 and 1."""
+    """Result of one simulated rollout. Shares are between 0 and 1."""
 
     strategy: Strategy
     seed: int
     rollout: int
     seconds: float
-    """Until the last response is complete."""
+    """Seconds until the last response is complete."""
     tokens: int
     busy: float
-    """Share of all replicas' seconds in which they work."""
+    """Share of all replicas' seconds spent in steps."""
     batch: float
-    """Mean sequences that decode in a replica that works."""
+    """Mean number of decoding sequences during steps."""
     speculating: float
-    """Share of the working seconds in which drafts are verified."""
+    """Share of the busy seconds in steps that speculate."""
     acceptance_length: float
     regret: float
-    """Share of the working seconds that the best arm of each step would have saved."""
+    """Share of the busy seconds that the best arm of each step would have saved."""
     windows: int
     moves: int
     sequences_moved: int
     recomputed_tokens: int
     preemptions: int
     spans: tuple[tuple[BusySpan, ...], ...] = ()
-    """Of the first SHOWN_REPLICAS."""
+    """Busy spans of the first SHOWN_REPLICAS replicas."""
 
 
 def simulate(setting: Setting, strategy: Strategy, seed: int) -> Iterator[SimulatedRollout]:
-    """The rollouts that count, of one strategy. Equal seeds give all strategies the same lengths."""
+    """The rollouts of one strategy after the warm-up. Equal seeds give all strategies the same lengths."""
     truth = Truth(setting.truth, setting.acceptance, _considered(setting), setting.noise)
     choosers = [_chooser(setting, strategy.mode, truth, cost) for cost in _costs(setting)]
     if not setting.stepwise:
@@ -116,7 +116,7 @@ def simulate(setting: Setting, strategy: Strategy, seed: int) -> Iterator[Simula
 def compare(
     setting: Setting, strategies: Sequence[Strategy], seeds: int, progress: Callable[[SimulatedRollout], None] = lambda _: None
 ) -> list[SimulatedRollout]:
-    """All strategies over the same lengths."""
+    """Simulate all strategies over the same lengths."""
     outcomes = []
     for seed in range(seeds):
         for strategy in strategies:
@@ -180,7 +180,7 @@ def _toggles(choosers: Sequence[Chooser]) -> list[Toggle]:
 
 
 def _introduce(toggle: Toggle, truth: Truth) -> None:
-    """Show a toggle one step of each drafter's longest run: jumping replicas do not probe, so it could not learn of them."""
+    """Let a toggle observe a step of each drafter's longest draft: jumping replicas do not probe, so it could not learn it."""
     longest: dict[str, Arm] = {}
     for arm in sorted(toggle.arms, key=lambda arm: arm.num_speculative_tokens):
         longest[arm.format] = arm
@@ -193,7 +193,7 @@ def _introduce(toggle: Toggle, truth: Truth) -> None:
 
 
 def _costs(setting: Setting) -> list[CalibratedCost]:
-    """One for each replica; jumping ones, which may be many, share what they learn."""
+    """One cost model per replica; jumping replicas, which may be many, share one."""
     if setting.stepwise:
         return [CalibratedCost(setting.passes) for _ in range(setting.replicas)]
     return [CalibratedCost(setting.passes)] * setting.replicas
@@ -205,7 +205,7 @@ def _formats(setting: Setting) -> tuple[str, ...]:
 
 
 def _considered(setting: Setting) -> list[Arm]:
-    """All that any strategy may do."""
+    """All arms that any strategy may choose."""
     options = setting.speculation
     numbers = range(1, options.toggle.max_speculative_tokens + 1)
     lengths = dict.fromkeys((*numbers, options.num_speculative_tokens, *options.toggle.ladder.rungs))

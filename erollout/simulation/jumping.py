@@ -1,8 +1,9 @@
-"""A virtual replica that jumps: from one event (a response ends, is admitted, a window) to the next, not from step to step.
+"""A virtual replica that jumps from event to event (a response ends or is admitted, a window) instead of step to step.
 
-Its arithmetic stands for the scheduler's rules: first come, first served; a group's first response computes the prompt for all;
-prompts fill what decoding leaves of a pass. The cache is large enough. Passes with prompt tokens are taken one by one; between
-them all steps of a jump have the same arm, and take what its middle takes. A response's tokens in a jump are drawn as a sum.
+Its arithmetic follows the scheduler's rules: first come, first served; a group's first response prefills the prompt for all;
+prompts get the tokens that decoding leaves in a pass. The cache is always large enough. Passes with prompt tokens are simulated
+one by one; between them, all steps of a jump have the same arm and the duration of its middle step. The tokens that a response
+gets in a jump are drawn as a sum.
 """
 
 import heapq
@@ -20,26 +21,26 @@ from erollout.simulation.workload import Workload
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 
 FINISHES = 1 / 12
-"""A jump ends when this share of the responses has ended (at least one, and one where others wait for its place)."""
+"""Share of the responses whose completion ends a jump (at least one; exactly one when others wait for the slot)."""
 GROWTH = 0.2
-"""And when the context has grown by this share."""
+"""Relative growth of the context that ends a jump."""
 STRIDE = 4
-"""A jump may have so many times the steps of the one before, as long as the arm stays."""
+"""Largest ratio of a jump's steps to those of the previous jump with the same arm."""
 FEW_STEPS = 16
-"""So many are drawn one by one; the sum of more is normal."""
+"""Largest number of draws made one by one; the sum of more is drawn from a normal distribution."""
 
 
 class _Waiting(NamedTuple):
-    """A response that no pass runs yet, or whose tokens are being computed."""
+    """A response that is queued or in prefill."""
 
     order: int
     prompt: int
     sample: int
     emitted: int
     lag: int
-    """Tokens to be computed before the next one can be sampled."""
+    """Number of tokens to prefill before the next one can be sampled."""
     leads: bool = False
-    """The rest of its group waits for it."""
+    """Whether the rest of its group waits for its prompt."""
 
 
 class JumpingReplica(Replica):
@@ -49,9 +50,9 @@ class JumpingReplica(Replica):
         super().__init__(workload, truth, chooser, limits, generator)
         assert limits.kv_tokens is None, "a jumping replica does not preempt"
         self._decoding = np.empty((4, 0), np.int64)
-        """By column: order, prompt, sample, tokens in the cache."""
+        """Decoding responses; rows: order, prompt, sample, tokens in the cache."""
         self._left = np.empty(0, np.int64)
-        """Tokens that each decoding response still gets."""
+        """Remaining tokens of each decoding response."""
         self._prefilling: list[_Waiting] = []
         self._waiting: list[_Waiting] = []
         """A heap by order."""
@@ -123,7 +124,7 @@ class JumpingReplica(Replica):
             self._jump(arm, load, limit)
 
     def _pass(self, arm: Arm) -> None:
-        """One pass in which something is admitted or prefilled."""
+        """One pass that admits or prefills."""
         budget = self.limits.max_num_batched_tokens - len(self._left)
         chunks: list[tuple[_Waiting, int]] = []
         for waiting in self._prefilling:
@@ -150,7 +151,7 @@ class JumpingReplica(Replica):
                 self._first_tokens(waiting)
 
     def _first_tokens(self, waiting: _Waiting) -> None:
-        """A prompt is computed: its response gets a token, and with it those that waited for the same prompt."""
+        """Give the first token to a prefilled response and to those that waited for the same prompt."""
         lengths = self.workload.response_tokens[waiting.prompt]
         samples = range(self.workload.group_size) if waiting.leads else (waiting.sample,)
         for index, sample in enumerate(samples):
@@ -165,7 +166,7 @@ class JumpingReplica(Replica):
                 self._admit([one])
 
     def _admit(self, ready: Sequence[_Waiting]) -> None:
-        """Let them decode."""
+        """Move prefilled responses to decoding."""
         if not ready:
             return
         prompts, lengths = self.workload.prompt_tokens, self.workload.response_tokens
@@ -175,7 +176,7 @@ class JumpingReplica(Replica):
         self._left = np.concatenate([self._left, np.array(left, np.int64)])
 
     def _jump(self, arm: Arm, load: Load, limit: float) -> None:
-        """Several steps in which nothing but decoding happens."""
+        """Several steps of pure decoding."""
         each = self.truth.step_seconds(arm, load)
         length = self.truth.acceptance.length(arm.num_speculative_tokens)
         self._stride = STRIDE * self._stride if arm == self._arm else 1
@@ -195,18 +196,18 @@ class JumpingReplica(Replica):
         self._emit(arm, middle, seconds / steps, rates, steps, drafting)
 
     def _mean_seconds(self, arm: Arm, load: Load, steps: int) -> float:
-        """Of so many steps, with noise."""
+        """Mean seconds per step over `steps` steps, with noise."""
         seconds = self.truth.step_seconds(arm, load)
         if self.truth.noise:
             seconds *= 1 + self.truth.noise / steps**0.5 * float(self.generator.standard_normal())
         return seconds
 
     def _drafting(self, arm: Arm, room: int) -> int:
-        """Responses that get drafts in a pass with room for so many tokens of them."""
+        """Number of responses that get drafts in a pass with room for `room` draft tokens."""
         return min(len(self._left), room // arm.num_speculative_tokens) if arm.speculates else 0
 
     def _rates(self, arm: Arm, steps: int, drafting: int) -> NDArray[np.float64]:
-        """Tokens that each decoding response gets per step, over so many steps in which the first so many have drafts."""
+        """Tokens per step of each decoding response, over `steps` steps in which the first `drafting` ones have drafts."""
         n, acceptance = arm.num_speculative_tokens, self.truth.acceptance
         rates = np.ones(len(self._left))
         if steps > FEW_STEPS:
@@ -219,7 +220,7 @@ class JumpingReplica(Replica):
         return rates
 
     def _emit(self, arm: Arm, load: Load, seconds: float, rates: NDArray[np.float64], steps: int, drafting: int) -> None:
-        """Give the decoding responses their tokens, and tell the chooser of one of the steps."""
+        """Give the decoding responses their tokens, and let the chooser observe one of the steps."""
         count, n, ledger = len(self._left), arm.num_speculative_tokens, self.ledger
         if not count:
             return
@@ -239,7 +240,7 @@ class JumpingReplica(Replica):
         self.chooser.observe(StepOutcome(arm, load, seconds, 0.0, self._whole(in_a_step), *drafts, self._whole(ended / steps)))
 
     def _drafts(self, n: int, drafting: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Drafted and accepted at each position, in one step."""
+        """Tokens drafted and accepted at each position in one step."""
         if not drafting:
             return (), ()
         chances = np.sort(self.generator.random(drafting))
@@ -247,7 +248,7 @@ class JumpingReplica(Replica):
         return (drafting,) * n, tuple(accepted.tolist())
 
     def _whole(self, mean: float) -> int:
-        """A whole number with this mean."""
+        """A random integer with the given mean."""
         return int(mean + self.generator.random())
 
     def _finish(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Simulated rollouts as PNG files, for `erollout simulate --out`."""
+"""Plots of simulated rollouts as PNG files, for `erollout simulate --out`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from erollout.simulation.report import Summary
 from erollout.speculation.trace import Bin, binned
 
 BINS = 200
-"""Of a rollout's time."""
+"""Number of bins over a rollout's time."""
 
 
 def draw(out: Path, outcomes: Sequence[SimulatedRollout], summaries: Sequence[Summary]) -> None:
-    """`rollouts.png`; of each strategy's first rollout, `occupancy-<strategy>.png`; and `utilisation.png`. Raises UserError."""
+    """Draw `rollouts.png`, `utilisation.png` and, for each strategy's first rollout, `occupancy-<strategy>.png`. Raises UserError."""
     bars = [
         Bar(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.hand_out}", s.seconds.mean, s.seconds.half) for s in summaries
     ]
@@ -44,5 +44,5 @@ def draw(out: Path, outcomes: Sequence[SimulatedRollout], summaries: Sequence[Su
 
 
 def bins_of(spans: Sequence[BusySpan], seconds: float) -> list[Bin]:
-    """Equal parts of [0, seconds)."""
+    """Means over equal parts of [0, seconds)."""
     return binned(((s.start, s.end, s.running, 0.0, s.arm.num_speculative_tokens) for s in spans), BINS, seconds)

@@ -1,4 +1,4 @@
-"""A decode replica under a virtual clock: what its stepwise and its jumping form have in common."""
+"""A decode replica under a virtual clock: the common part of the stepwise and the jumping replica."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from erollout.simulation.workload import Workload
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 
 CURVE_CONTEXT_STEP = 1.25
-"""As a real replica: its curve is predicted again when the mean context has changed by this factor."""
+"""Change of the mean context after which the curve is predicted again, as in a real replica."""
 
 
 class Chooser(Protocol):
@@ -37,22 +37,22 @@ class Part(NamedTuple):
     prompt: int
     sample: int
     emitted: int
-    """Tokens that it has."""
+    """Number of tokens that it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of every replica's engine."""
+    """Engine limits of every replica."""
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_tokens: int | None = None
-    """That the cache holds; None: enough for all."""
+    """KV cache size in tokens; None: enough for all."""
     block_size: int = 16
 
 
 class BusySpan(NamedTuple):
-    """Steps in a row that did the same."""
+    """Consecutive steps with the same arm and number of sequences."""
 
     start: float
     end: float
@@ -62,7 +62,7 @@ class BusySpan(NamedTuple):
 
 @dataclass(slots=True)
 class Ledger:
-    """Of one replica in one rollout."""
+    """Counts of one replica in one rollout."""
 
     steps: int = 0
     tokens: int = 0
@@ -71,18 +71,18 @@ class Ledger:
     drafted: int = 0
     accepted: int = 0
     recomputed_tokens: int = 0
-    """Of responses, after a move or a preemption."""
+    """Number of tokens prefilled again, after a migration or a preemption."""
     preemptions: int = 0
     busy: float = 0.0
-    """Seconds of all steps."""
+    """Total seconds of all steps."""
     decoding: float = 0.0
-    """Seconds times sequences that decoded in them."""
+    """Sum over all steps of seconds times decoding sequences."""
     speculating: float = 0.0
-    """Seconds of steps with drafts."""
+    """Total seconds of steps with drafts."""
     lost: float = 0.0
-    """Seconds more than the best arm of each step would have taken for as many tokens."""
+    """Seconds lost against the best arm of each step, for the same number of tokens."""
     spans: list[BusySpan] | None = None
-    """Kept where there is a list."""
+    """Busy spans; None: not recorded."""
 
     def add(self, start: float, seconds: float, running: int, arm: Arm, steps: int) -> None:
         self.steps += steps
@@ -97,7 +97,7 @@ class Ledger:
 
 
 class Replica(ABC):
-    """Steps follow each other without a pause while there is work; `now` is then a step border."""
+    """A virtual replica. Steps follow each other without a pause while there is work; `now` is then a step border."""
 
     def __init__(
         self, workload: Workload, truth: Truth, chooser: Chooser, limits: Limits, generator: np.random.Generator
@@ -108,14 +108,14 @@ class Replica(ABC):
         self.limits = limits
         self.generator = generator
         self.imposed: Arm | None = None
-        """The cluster's arm; None: the chooser's."""
+        """The arm imposed by the cluster; None: the chooser decides."""
         self.now = 0.0
         self.finished_at = 0.0
-        """When its last response was complete."""
+        """Time at which its last response was complete."""
         self.ledger = Ledger()
         self._arm = OFF
         self._prompt_tokens = self._samples = 0
-        """Of all responses that it was given, prompt tokens once for each."""
+        """Prompt tokens and number of all responses dispatched here; prompt tokens count once per response."""
         self._curve: tuple[float, tuple[float, ...]] = 0.0, ()
         self._prefill = 0.0
 
@@ -125,34 +125,34 @@ class Replica(ABC):
 
     @abstractmethod
     def arrive(self, parts: Sequence[Part]) -> None:
-        """Queue responses that began elsewhere: their tokens are computed again."""
+        """Queue responses that migrated here: their tokens are prefilled again."""
 
     @abstractmethod
     def release(self, count: int) -> list[Part]:
-        """Forget up to so many responses, those first that cost least to compute again."""
+        """Release up to `count` responses, cheapest to prefill again first."""
 
     @property
     @abstractmethod
     def outstanding(self) -> int:
-        """Responses still to be completed here."""
+        """Number of responses that are not complete."""
 
     @abstractmethod
     def _step(self, limit: float) -> None:
-        """One step, or several alike that begin before the limit; `now` moves to the border after them."""
+        """Take one step, or several alike that begin before `limit`; `now` moves to the border after them."""
 
     @abstractmethod
     def _load(self) -> Load:
-        """What the next step is about to compute."""
+        """The load of the next step."""
 
     def run_until(self, time: float) -> None:
-        """Go on to the first step border at or after `time`; an idle replica waits until then."""
+        """Run to the first step border at or after `time`; an idle replica waits until then."""
         while self.now < time and self.outstanding:
             self._step(time)
         if self.now < time < inf:
             self.now = time
 
     def occupancy(self) -> Occupancy:
-        """What it tells the others at this border."""
+        """Its occupancy at this step border."""
         load, ledger, arms = self._load(), self.ledger, self.chooser.arms
         running = min(self.outstanding - min(load.waiting, self.outstanding), self.limits.max_num_seqs)
         asked = load if load.decoding else Load(max(running, 1), load.context)
@@ -175,12 +175,12 @@ class Replica(ABC):
         )
 
     def _given(self, prompt: int, samples: int) -> None:
-        """Count responses that are queued here from now on."""
+        """Count responses that are newly queued here."""
         self._prompt_tokens += samples * int(self.workload.prompt_tokens[prompt])
         self._samples += samples
 
     def _predict(self, context: float) -> None:
-        """Renew what the occupancy says of other batches, where the context has changed."""
+        """Update the occupancy's predictions for other batch sizes if the context has changed."""
         at, curve = self._curve
         if curve and at / CURVE_CONTEXT_STEP <= context <= at * CURVE_CONTEXT_STEP:
             return
@@ -190,7 +190,7 @@ class Replica(ABC):
         self._prefill = max(0.0, with_prompt - without) / PREFILL_TOKENS
 
     def _count(self, arm: Arm, load: Load, seconds: float, steps: int) -> None:
-        """Let so many steps pass, which take so long in all."""
+        """Account for `steps` steps that take `seconds` in total."""
         if load.decoding:
             best = self.truth.best(load)
             if best != arm:
@@ -203,7 +203,7 @@ class Replica(ABC):
         self.now += seconds
 
     def _seconds(self, arm: Arm, load: Load) -> float:
-        """Of one step, with noise."""
+        """Seconds of one step, with noise."""
         seconds = self.truth.step_seconds(arm, load)
         if self.truth.noise:
             seconds *= exp(self.truth.noise * float(self.generator.standard_normal()))

@@ -1,4 +1,4 @@
-"""What the simulated strategies came to: means with confidence intervals, as a table, CSV and JSON."""
+"""Summary of the simulated strategies: means with confidence intervals, as a table, CSV and JSON."""
 
 import csv
 import json
@@ -36,23 +36,23 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of one strategy, over all rollouts that count."""
+    """Summary of one strategy, over all rollouts after the warm-up."""
 
     strategy: Strategy
     seconds: Estimate
     saved: Estimate | None
-    """Share of the seconds of autoregressive decoding with the same coordination, over the same lengths; None without that."""
+    """Share of time saved against autoregressive decoding with the same coordination and lengths; None without that."""
     step_seconds: Estimate
     busy: Estimate
     batch: Estimate
     speculating: Estimate
     regret: Estimate
     moved: Estimate
-    """Sequences."""
+    """Number of migrated sequences."""
 
 
 def summarize(outcomes: Sequence[SimulatedRollout], rest_seconds: float) -> list[Summary]:
-    """By strategy, in their order. `rest_seconds`: of an RL step outside the rollout."""
+    """Summaries by strategy, in order. `rest_seconds`: seconds of an RL step outside the rollout."""
     by_strategy: dict[Strategy, list[SimulatedRollout]] = {}
     for outcome in outcomes:
         by_strategy.setdefault(outcome.strategy, []).append(outcome)
@@ -66,7 +66,7 @@ def rest_of_step(outcomes: Sequence[SimulatedRollout], rollout_share: float) -> 
 
 
 def table(summaries: Sequence[Summary], title: str) -> Table:
-    """Intervals are of 95 % confidence."""
+    """A table of the summaries, with 95 % confidence intervals."""
     result = Table(title=title, title_justify="left")
     result.add_column("mode", no_wrap=True)
     result.add_column("policy, hand-out", no_wrap=True)
@@ -84,7 +84,7 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
 
 
 def write(out: Path, outcomes: Sequence[SimulatedRollout], summaries: Sequence[Summary], setting: dict[str, object]) -> None:
-    """`rollouts.csv` with one line per rollout, `summary.json` with the setting and the means. Raises UserError."""
+    """Write `rollouts.csv`, one line per rollout, and `summary.json`, setting and means. Raises UserError."""
     names = [field.name for field in fields(SimulatedRollout) if field.name not in ("strategy", "spans")]
     try:
         out.mkdir(parents=True, exist_ok=True)

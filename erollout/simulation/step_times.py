@@ -1,4 +1,4 @@
-"""Where the simulated steps' seconds come from: a calibration, or a device's and a model's published figures."""
+"""Times of simulated steps, from a calibration or from published figures of a device and a model."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ DEFAULT_FORMAT = "w4a16_clip"
 def read_passes(
     calibration: str | None, hardware: str | None, model: str | None, drafter: str | None, tensor_parallel: int
 ) -> tuple[PassTimes, str]:
-    """Times of passes, and the drafter's format. See `erollout simulate --help` for the arguments. Raises UserError."""
+    """Pass times and the drafter's format; for the arguments see `erollout simulate --help`. Raises UserError."""
     if calibration is not None:
         if hardware is not None or model is not None:
-            raise UserError("--calibration says hardware and model; leave --hardware and --model away")
+            raise UserError("--calibration names hardware and model; leave out --hardware and --model")
         return _calibrated(calibration, drafter, tensor_parallel)
     if hardware is None or model is None:
-        raise UserError("name --calibration, or both --hardware and --model")
+        raise UserError("give --calibration, or both --hardware and --model")
     format = drafter or DEFAULT_FORMAT
     size = model_size(_architecture(model), [format], tensor_parallel)
     return PassTimes(nominal_roofline(size, find_hardware(hardware), [format])), format
@@ -43,7 +43,7 @@ def _calibrated(path: str, drafter: str | None, tensor_parallel: int) -> tuple[P
 
 
 def _architecture(model: str) -> Architecture:
-    """Of a published model by its name, or of a folder or file with a Hugging Face configuration."""
+    """Architecture of a published model by name, or of a directory or file with a Hugging Face configuration."""
     path = Path(model)
     if path.exists():
         folder = str(path.parent if path.is_file() else path)

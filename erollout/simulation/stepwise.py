@@ -15,11 +15,11 @@ from erollout.speculation.step import OFF, Load, StepOutcome
 from erollout.types import SamplingParams
 
 ROOM_FOR_DRAFTS = 16
-"""Tokens of a pool that is never to run out."""
+"""Tokens per sequence added to a pool that must never run out."""
 
 
 class StepwiseReplica(Replica):
-    """The loop of erollout/engine/engine.py, with the truth's seconds and acceptance where the model would be."""
+    """The loop of erollout/engine/engine.py, with true seconds and acceptance in place of the model."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class StepwiseReplica(Replica):
         self.chooser.observe(StepOutcome(arm, load, seconds, 0.0, emitted, *counts, finished))
 
     def _advance(self, item: ScheduledSequence, statistics: SpeculationStatistics) -> None:
-        """Give the sequences of a computed item their tokens."""
+        """Append the tokens of a computed item to its sequences."""
         chance = next(self._chances)
         for response in self.scheduler.computed(item):
             accepted = self.truth.acceptance.draw(item.num_drafts, chance) if item.num_drafts else 0
@@ -117,7 +117,7 @@ class StepwiseReplica(Replica):
 
 
 def _computed(batch: Batch, scheduler: Scheduler) -> Load:
-    """What a pass computes, as the engine reports it."""
+    """The load of a pass, as the engine reports it."""
     decoding = [item.start for item in batch.scheduled if item.num_tokens == 1 and item.catches_up]
     prefill = sum(item.num_tokens for item in batch.scheduled) - len(decoding)
     return Load(len(decoding), sum(decoding) / len(decoding) if decoding else 0.0, prefill, len(scheduler.waiting))

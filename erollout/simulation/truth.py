@@ -1,4 +1,4 @@
-"""The simulated hardware: what steps really take, and what is really accepted. Replicas only see what comes of it."""
+"""The simulated hardware: true step times and true acceptance. Replicas only observe outcomes."""
 
 from collections.abc import Sequence
 from math import log2
@@ -9,12 +9,12 @@ from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 
 
 class Truth:
-    """Shared by all replicas, which are alike."""
+    """True times and acceptance, shared by all replicas, which are alike."""
 
     def __init__(self, passes: PassTimes, acceptance: SimulatedAcceptance, arms: Sequence[Arm], noise: float = 0.0) -> None:
         """
         Args:
-            arms: what the best choice is sought among.
+            arms: candidates for the best arm.
             noise: standard deviation of the logarithm of a step's time.
         """
         self.acceptance = acceptance
@@ -24,16 +24,16 @@ class Truth:
         self._best: dict[tuple[int, int], Arm] = {}
 
     def step_seconds(self, arm: Arm, load: Load) -> float:
-        """Without noise."""
+        """True seconds of a step, without noise."""
         return self._cost.step_seconds(arm, load)
 
     def seconds_per_token(self, arm: Arm, load: Load) -> float:
-        """In which each decoding sequence gets one token; what prompt tokens add is left out."""
+        """True seconds per token of each decoding sequence, without the cost of prompt tokens."""
         decoding = Load(load.decoding, load.context)
         return self.step_seconds(arm, decoding) / self.acceptance.length(arm.num_speculative_tokens)
 
     def best(self, load: Load) -> Arm:
-        """What an oracle would do; prompt tokens don't count."""
+        """The best arm at a load; prompt tokens don't count."""
         key = load.decoding, int(CONTEXT_STEPS * log2(max(1.0, load.context)))
         if key not in self._best:
             self._best[key] = min(self.arms, key=lambda arm: self.seconds_per_token(arm, load))
@@ -41,7 +41,7 @@ class Truth:
 
 
 class Oracle:
-    """Stands in a replica where the toggle does, and knows the truth."""
+    """A chooser in place of the toggle that knows the truth."""
 
     def __init__(self, truth: Truth) -> None:
         self.truth = truth
@@ -51,7 +51,7 @@ class Oracle:
         return self.truth.best(load) if imposed is None else imposed
 
     def observe(self, outcome: StepOutcome) -> None:
-        """Nothing is to be learnt."""
+        """Does nothing: the oracle has nothing to learn."""
 
     def seconds_per_token(self, load: Load) -> tuple[float, ...]:
         return tuple(self.truth.seconds_per_token(arm, load) for arm in self.arms)

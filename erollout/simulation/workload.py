@@ -1,4 +1,4 @@
-"""What a simulated rollout has to produce: the length of every prompt and response, recorded or drawn."""
+"""Workload of a simulated rollout: the length of every prompt and response, recorded or drawn."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Of one rollout of the whole cluster."""
+    """Prompt and response lengths of one rollout of the whole cluster."""
 
     prompt_tokens: Integers
     """[prompts]"""
@@ -38,12 +38,12 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of all responses."""
+        """Total tokens of all responses."""
         return int(self.response_tokens.sum())
 
 
 class LengthSource(Protocol):
-    """Where workloads come from."""
+    """Source of workloads."""
 
     def draw(self, num_prompts: int, group_size: int, max_tokens: int, generator: np.random.Generator) -> Workload:
         """A rollout's workload; responses longer than max_tokens are cut there."""
@@ -58,7 +58,7 @@ class Lognormal:
     sigma: float
     """Standard deviation of a length's natural logarithm."""
     correlation: float = 0.5
-    """Between the logarithms of two responses to one prompt: hard prompts have long answers."""
+    """Correlation of the log lengths of two responses to one prompt: hard prompts have long answers."""
     prompt_tokens: int = 128
 
     def draw(self, num_prompts: int, group_size: int, max_tokens: int, generator: np.random.Generator) -> Workload:
@@ -70,10 +70,10 @@ class Lognormal:
 
 @dataclass(frozen=True, slots=True)
 class LengthTrace:
-    """Responses of a real rollout. As it was where the sizes agree; else its groups are drawn with replacement."""
+    """Lengths of a recorded rollout: unchanged if the sizes agree, otherwise its groups are drawn with replacement."""
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
-    """Per prompt: its tokens, and those of its responses."""
+    """Prompt tokens and response tokens, per prompt."""
 
     def draw(self, num_prompts: int, group_size: int, max_tokens: int, generator: np.random.Generator) -> Workload:
         sizes = {len(responses) for _, responses in self.groups}
@@ -93,7 +93,7 @@ class LengthTrace:
 
 
 def read_trace(path: str | Path) -> LengthTrace:
-    """The lengths in a file that `erollout rollout --out` wrote. Raises UserError with the line that is wrong."""
+    """Read the lengths from a file of `erollout rollout --out`. Raises UserError that names the faulty line."""
     groups: dict[int, tuple[int, list[int]]] = {}
     try:
         lines = Path(path).read_text().splitlines()
@@ -117,7 +117,7 @@ def read_trace(path: str | Path) -> LengthTrace:
 
 
 def parse_lengths(text: str, prompt_tokens: int = 128) -> LengthSource:
-    """`lognormal:median,sigma[,correlation]`, or the path of a trace. Raises UserError."""
+    """Parse `lognormal:median,sigma[,correlation]`, or read the trace at a path. Raises UserError."""
     if not text.startswith("lognormal:"):
         return read_trace(text)
     try:

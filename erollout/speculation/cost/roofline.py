@@ -115,7 +115,7 @@ class Roofline:
     def parts(
         self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int = 0, prefill_tokens: int = 0
     ) -> Parts:
-        """Parts of one pass over `batch` sequences and prefill_tokens. Only "draft" uses `format`, and only "verify" uses n."""
+        """Parts of one pass over `batch` sequences and prefill_tokens. Only "draft" uses `format`; "target" does not use n."""
         size = self.size
         cost = self.target if kind == "target" else self.verify if kind == "verify" else self.draft[format]
         weights = size.draft_bytes[format] if kind == "draft" else size.weight_bytes

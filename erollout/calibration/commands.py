@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from erollout.calibration.fit import Measured
 
 DEFAULT_ACCEPTANCE = 0.9
-"""Of each position of a draft, where nothing is said: about an INT4 drafter's on a policy in training."""
+"""Default acceptance at each position of a draft: about an INT4 drafter's on a policy in training."""
 DEFAULT_DRAFTS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 Run = Callable[[argparse.Namespace, list[str]], int]
@@ -36,34 +36,36 @@ Lengths = Callable[[int], float]
 
 
 def add_commands(subparsers: argparse._SubParsersAction, sweep: Run) -> None:
-    """Add `calibrate` to the command line. `sweep` measures: it needs ranks, which the caller starts."""
-    calibrate = subparsers.add_parser("calibrate", help="measure, fit and question what steps cost on this hardware")
+    """Add `calibrate` to the command line. `sweep` needs ranks, which the caller starts."""
+    calibrate = subparsers.add_parser("calibrate", help="measure and model the cost of decode steps on this hardware")
     commands = calibrate.add_subparsers(dest="calibration_command", required=True, metavar="command")
     _add_sweep(commands, sweep)
-    fit = _command(commands, "fit", _fit, "make a calibration from a sweep")
+    fit = _command(commands, "fit", _fit, "fit a calibration to a sweep")
     fit.add_argument("--csv", required=True, help="sweep to read")
     fit.add_argument("--out", required=True, help="JSON file to write")
-    fit.add_argument("--hardware", help="of the sweep, where the file does not say: A100, H100, ...")
+    fit.add_argument("--hardware", help="hardware of the sweep if its file does not say: A100, H100, ...")
     fit.add_argument(
-        "--model", help="of the sweep, where the file does not say: a name (Qwen2.5-7B) or a folder with config.json"
+        "--model", help="model of the sweep if its file does not say: a name (Qwen2.5-7B) or a directory with config.json"
     )
-    fit.add_argument("--format", default=REFERENCE_FORMAT, help="of the drafter, where the file does not say")
-    validate = _command(commands, "validate", _validate, "compare predictions with a sweep; exit status 1 when they are bad")
+    fit.add_argument("--format", default=REFERENCE_FORMAT, help="drafter format of the sweep if its file does not say")
+    validate = _command(
+        commands, "validate", _validate, "compare predictions with a sweep; exit status 1 if they miss the required accuracy"
+    )
     _add_config(validate)
     validate.add_argument("--csv", required=True, help="sweep to compare with")
     _add_acceptance(validate)
     validate.add_argument("--held-out", action="store_true", help="predict each batch size from a fit to all others")
-    validate.add_argument("--against", help="a second calibration, ours or the reference's, to compare with")
-    predict = _command(commands, "predict", _predict, "predicted times of every arm at one load")
+    validate.add_argument("--against", help="second calibration to compare, ours or the reference implementation's")
+    predict = _command(commands, "predict", _predict, "print predicted times of every arm at one load")
     _add_point(predict)
-    plot = _command(commands, "plot", _plot, "draw where speculation pays")
+    plot = _command(commands, "plot", _plot, "plot where speculation pays")
     _add_config(plot)
-    plot.add_argument("--csv", help="sweep whose points to draw too")
+    plot.add_argument("--csv", help="sweep whose measured points to plot as well")
     plot.add_argument("--out", required=True, help="PNG file to write")
     plot.add_argument("--drafts", type=_integers, help="num_speculative_tokens to choose from; default: the measured ones")
     _add_acceptance(plot)
-    _add_config(_command(commands, "info", _info, "what a calibration is of and how well it fits"))
-    _add_point(_command(commands, "explain", _explain, "say in words which arm is best at one load, and why"))
+    _add_config(_command(commands, "info", _info, "print what a calibration was measured on and how well it fits"))
+    _add_point(_command(commands, "explain", _explain, "explain which arm is best at one load"))
 
 
 def _command(commands: argparse._SubParsersAction, name: str, run: Run, text: str) -> argparse.ArgumentParser:
@@ -74,18 +76,20 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Run, text: st
 
 def _add_sweep(commands: argparse._SubParsersAction, run: Run) -> None:
     parser = _command(
-        commands, "sweep", run, "measure single steps on this device, with the model and drafters of a configuration"
+        commands, "sweep", run, "measure step times on this device with the model and drafters of a configuration"
     )
     add_run_arguments(parser)
-    parser.add_argument("--out", required=True, help="CSV file to write; one that is there is continued")
-    parser.add_argument("--batches", type=_integers, help="sequences, as 1,2,4,8")
-    parser.add_argument("--contexts", type=_integers, help="tokens of each, as 64,512")
+    parser.add_argument("--out", required=True, help="CSV file to write; an existing sweep is resumed")
+    parser.add_argument("--batches", type=_integers, help="batch sizes, as 1,2,4,8")
+    parser.add_argument("--contexts", type=_integers, help="context lengths in tokens, as 64,512")
     parser.add_argument("--drafts", type=_integers, help="num_speculative_tokens, as 1,3,7")
-    parser.add_argument("--minutes", type=float, default=5.0, help="to spend at most")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time limit")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="calibration: a JSON file of `fit`, or of the reference implementation")
+    parser.add_argument(
+        "--config", required=True, help="calibration: a JSON file from `fit`, or one of the reference implementation"
+    )
 
 
 def _add_acceptance(parser: argparse.ArgumentParser) -> None:
@@ -93,17 +97,21 @@ def _add_acceptance(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--acceptance", type=_share, default=DEFAULT_ACCEPTANCE, help="probability that the next token of a draft is accepted"
     )
-    group.add_argument("--length", type=_length, help="acceptance length L instead: one number for all n, or 3=3.6,7=6.7")
+    group.add_argument(
+        "--length", type=_length, help="acceptance length L instead of --acceptance: one number for all n, or 3=3.6,7=6.7"
+    )
 
 
 def _add_point(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", help="calibration; without one, what a device of known peaks should do (see --model)")
-    parser.add_argument("--model", help="without --config: a name (Qwen2.5-7B) or a folder with config.json")
+    parser.add_argument(
+        "--config", help="calibration; default: a prediction from published figures (see --model and --hardware)"
+    )
+    parser.add_argument("--model", help="without --config: a name (Qwen2.5-7B) or a directory with config.json")
     parser.add_argument("--hardware", help="without --config: A100, H100, ...")
     parser.add_argument("--tp", type=int, default=1, help="without --config: tensor_model_parallel_size")
-    parser.add_argument("--format", default=REFERENCE_FORMAT, help="without --config: of the drafter")
-    parser.add_argument("--batch", type=_positive, required=True, help="sequences that decode")
-    parser.add_argument("--context", type=_positive, required=True, help="tokens of each")
+    parser.add_argument("--format", default=REFERENCE_FORMAT, help="without --config: drafter format")
+    parser.add_argument("--batch", type=_positive, required=True, help="decoding sequences")
+    parser.add_argument("--context", type=_positive, required=True, help="context length in tokens")
     parser.add_argument("--drafts", type=_integers, default=DEFAULT_DRAFTS, help="num_speculative_tokens to consider, as 1,3,7")
     _add_acceptance(parser)
 
@@ -135,12 +143,12 @@ def _fit(options: argparse.Namespace, arguments: list[str]) -> int:
     print_accuracies("the roofline alone, at the points it was fitted to", calibration.diagnostics["roofline"])
     for component, names in calibration.diagnostics["at bounds"].items():
         if names:
-            print(f"{component}: {', '.join(names)} ended at a bound; the points don't determine it")
+            print(f"{component}: {', '.join(names)} ended at a bound; the points do not determine it")
     for line in (*noisy.lines(), *(f"WARNING: {warning}" for warning in (*noisy.warnings(), *gaps(rows)))):
         print(line)
     if hardware == "unknown":
-        print("no hardware is named in the sweep; give --hardware: a run refuses calibrations of other hardware")
-    print(f"written to {options.out}")
+        print("the sweep names no hardware; give --hardware, because a run only accepts a calibration of its own hardware")
+    print(f"wrote {options.out}")
     return 0
 
 
@@ -214,7 +222,7 @@ def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
         boundary(prediction, measurements(places, passes, lengths), title).savefig(options.out, dpi=150)
     except OSError as error:
         raise UserError(f"can't write {options.out}: {error.strerror}") from error
-    print(f"written to {options.out}")
+    print(f"wrote {options.out}")
     return 0
 
 
@@ -236,7 +244,7 @@ def _explain(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _differences(calibration: Calibration, row: SweepRow, path: str) -> list[str]:
-    """What a calibration and a sweep, both of which say it, are of, where it is not the same."""
+    """Print a note for each property that calibration and sweep both state and that differs."""
     mine = calibration.identity
     both = {
         "model sizes": (mine.model, row.architecture),
@@ -253,22 +261,26 @@ def _differences(calibration: Calibration, row: SweepRow, path: str) -> list[str
 
 
 def _in_sample(calibration: Calibration, points: Sequence["Measured"], options: argparse.Namespace) -> list[str]:
-    """A line where predictions are of times that the calibration was fitted to."""
+    """Print a note if the calibration was fitted to points of this sweep."""
     from erollout.calibration.validate import seen
 
     count, source = seen(calibration, points), str(calibration.provenance.get("csv_source") or "")
     if count:
-        known = f"{count} of the {len(points)} points of {options.csv} are those that {options.config} was fitted to"
+        known = f"{options.config} was fitted to {count} of the {len(points)} points of {options.csv}"
     elif Path(source).name == Path(options.csv).name:
-        known = f"{options.config} says that it was fitted to {source}"
+        known = f"{options.config} states that it was fitted to {source}"
     else:
         return []
-    hint = "the column `held out by batch` says it" if options.held_out else "--held-out says how well others are predicted"
-    return [f"IN SAMPLE: {known}. Its figures say how well it remembers these; {hint}"]
+    hint = (
+        "see the column `held out by batch` for accuracy on unseen points"
+        if options.held_out
+        else "give --held-out for accuracy on unseen points"
+    )
+    return [f"IN SAMPLE: {known}; {hint}"]
 
 
 def _one(rows: Sequence[SweepRow], path: str) -> SweepRow:
-    """A row that stands for all: a calibration is of one model, device and layout."""
+    """One row that represents all: a calibration covers one model, device and layout."""
     if not rows:
         raise UserError(f"sweep {path} has no points")
     kinds = {_kind(row) for row in rows}
@@ -278,13 +290,13 @@ def _one(rows: Sequence[SweepRow], path: str) -> SweepRow:
 
 
 def _kind(row: SweepRow) -> tuple[str, ...]:
-    """What a row is of."""
+    """Model, device and layout of a row."""
     ranks = f"TP{row.tensor_model_parallel_size}"
     return row.model, row.hardware, ranks, row.architecture, row.dtype, row.kernels
 
 
 def _architecture(model: str | None, row: SweepRow, path: str) -> Architecture:
-    """Of a sweep's model: as given, else as the sweep says, else by its name."""
+    """Architecture of a sweep's model: from the option, else from the sweep, else by the model's name."""
     if model is None and row.architecture:
         return parse_shape(row.architecture)
     return _named_architecture(model or row.model, f"sweep {path} names its model {row.model!r}")
@@ -298,16 +310,16 @@ def _named_architecture(model: str, where: str) -> Architecture:
         return policy_architecture(ModelConfig(path=model))  # type: ignore[call-arg]  # mypy does not see through section
     architecture = known_model(model)
     if architecture is None:
-        raise UserError(f"{where}: {model!r} is neither a folder nor a model whose sizes are known; give --model FOLDER")
+        raise UserError(f"{where}: {model!r} is neither a directory nor a known model; give --model DIRECTORY")
     return architecture
 
 
 def _point_passes(options: argparse.Namespace) -> PassTimes:
-    """Of the named calibration, or of a device's data sheet."""
+    """Pass times from the given calibration, or from a device's data sheet."""
     if options.config:
         return load_calibration(options.config).passes()
     if not options.model or not options.hardware:
-        raise UserError("give --config CALIBRATION, or --model and --hardware for what a data sheet promises")
+        raise UserError("give --config CALIBRATION, or --model and --hardware for a prediction from published figures")
     size = model_size(_named_architecture(options.model, "--model"), (options.format,), options.tp)
     return PassTimes(nominal_roofline(size, find_hardware(options.hardware), (options.format,)))
 
@@ -326,7 +338,7 @@ def _same(passes: PassTimes) -> Callable[[int], PassTimes]:
 
 
 def _lengths(options: argparse.Namespace) -> Lengths:
-    """Acceptance length by n, as the options say."""
+    """Acceptance length by num_speculative_tokens, from the options."""
     given: Mapping[int, float] | float | None = options.length
     if given is None:
         return lambda n: expected_length(options.acceptance, n)
@@ -335,7 +347,7 @@ def _lengths(options: argparse.Namespace) -> Lengths:
 
     def by_length(n: int) -> float:
         if n not in given:
-            raise UserError(f"--length says nothing of num_speculative_tokens = {n}; add {n}=...")
+            raise UserError(f"--length has no value for num_speculative_tokens = {n}; add {n}=...")
         return given[n]
 
     return by_length
@@ -385,5 +397,5 @@ def _length(text: str) -> float | dict[int, float]:
 def _at_least_one(text: str) -> float:
     value = float(text)
     if not 1 <= value < inf:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1: every cycle yields a token")
+        raise argparse.ArgumentTypeError(f"{text} is below 1: every cycle yields at least one token")
     return value

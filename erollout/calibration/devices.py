@@ -1,4 +1,4 @@
-"""What devices can do, by their names, and what a model is expected to cost on one before anything is measured. Pure."""
+"""Published figures of devices by name, and the roofline that they give before anything is measured. Pure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from erollout.errors import UserError
 from erollout.speculation.cost.roofline import Communication, ModelSize, PassCost, Roofline
 
 BANDWIDTH_SHARE, COMPUTE_SHARE = 0.78, 0.75
-"""Of the peaks, that decoding reaches (EfficientRollout's sweeps on A100: 0.77-0.79 and 0.75)."""
+"""Shares of the peaks that decoding reaches (EfficientRollout's sweeps on A100: 0.77-0.79 and 0.75)."""
 PER_SEQUENCE, PER_TOKEN, PER_PASS = 40e-6, 20e-6, 4e-4
 """Seconds of overhead per sequence, per token of a verify pass and per pass: from the same sweeps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One device, and its links to the others of a replica."""
+    """A device and its links to the other devices of a replica."""
 
     name: str
     bandwidth: float = float("inf")
-    """Peak, in bytes/s; infinite where it is not known."""
+    """Peak in bytes/s; infinite: unknown."""
     compute: float = float("inf")
-    """Peak dense FLOP/s in 16 bit."""
+    """Peak dense FLOP/s in 16 bits."""
     link_bandwidth: float = 20e9
     """Bytes/s of an all-reduce."""
     link_latency: float = 30e-6
@@ -42,11 +42,11 @@ _DEVICES = (
     Hardware("L40S", 0.864e12, 362e12),
     Hardware("RTX 4090", 1.008e12, 165e12),
 )
-"""From the makers' data sheets."""
+"""Known devices, from the manufacturers' data sheets."""
 
 
 def find_hardware(name: str) -> Hardware:
-    """The device whose name is part of the given one, the longest; one without peaks for others (any CPU)."""
+    """The known device with the longest name contained in the given one, else one without peaks (any CPU)."""
     plain = _plain(name)
     known = [device for device in _DEVICES if _plain(device.name) in plain]
     if known:
@@ -56,11 +56,11 @@ def find_hardware(name: str) -> Hardware:
 
 
 def nominal_roofline(size: ModelSize, hardware: Hardware, formats: Iterable[str]) -> Roofline:
-    """What to expect where nothing is measured. Raises UserError for a device without known peaks."""
+    """The expected roofline where nothing is measured. Raises UserError for a device without known peaks."""
     if hardware.bandwidth == float("inf"):
         names = ", ".join(device.name for device in _DEVICES)
         raise UserError(
-            f"hardware {hardware.name!r} is not known (known are {names}): measure it with `erollout calibrate sweep`"
+            f"hardware {hardware.name!r} is unknown; choose from {names}, or measure it with `erollout calibrate sweep`"
         )
     cost = PassCost(
         hardware.bandwidth * BANDWIDTH_SHARE, hardware.compute * COMPUTE_SHARE, per_pass=PER_PASS, per_sequence=PER_SEQUENCE

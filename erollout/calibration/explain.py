@@ -1,4 +1,4 @@
-"""A decision in words and numbers: what each arm costs at a load, what limits it, and where the boundary is. Pure."""
+"""Explanation of a decision: the cost of each arm at a load, what limits it, and where speculation stops to pay. Pure."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ from erollout.speculation.cost.roofline import Pass
 from erollout.speculation.step import OFF, Arm
 
 LARGEST_BATCH = 256
-"""To which the boundary is looked for."""
+"""Largest batch size considered for the boundary."""
 LIMITS = {
     "bandwidth": "reading weights and cache",
     "compute": "arithmetic",
@@ -17,7 +17,7 @@ LIMITS = {
 
 
 def explanation(passes: PassTimes, batch: int, context: float, lengths: Callable[[int], float], drafts: Sequence[int]) -> str:
-    """Several lines.
+    """The explanation, as lines of text.
 
     Args:
         lengths: acceptance length by num_speculative_tokens.
@@ -66,15 +66,15 @@ def _why(passes: PassTimes, kind: Pass, arm: Arm, batch: int, context: float) ->
 
 def _verdict(arm: Arm, speed_up: float) -> str:
     if speed_up > 1:
-        return f"So {arm} is {100 * (speed_up - 1):.1f} % faster than off."
-    return f"So off is best: {arm} would be {100 * (1 / speed_up - 1):.1f} % slower."
+        return f"Speculation pays: {arm} is {100 * (speed_up - 1):.1f} % faster than off."
+    return f"Speculation does not pay: {arm} is {100 * (1 / speed_up - 1):.1f} % slower than off."
 
 
 def _boundary(passes: PassTimes, arm: Arm, context: float, length: float) -> str:
-    """Batch sizes at which an arm beats off: several ranges, where times climb in steps."""
+    """Batch sizes at which an arm beats off: several ranges where times grow in steps."""
     pays = [batch for batch in range(1, LARGEST_BATCH + 1) if passes.speed_up(arm, batch, context, length) > 1]
     if not pays:
-        return f"{arm}: pays at no batch."
+        return f"{arm}: pays at no batch size."
     spans: list[tuple[int, int]] = []
     for batch in pays:
         spans = [*spans[:-1], (spans[-1][0], batch)] if spans and spans[-1][1] == batch - 1 else [*spans, (batch, batch)]

@@ -1,6 +1,6 @@
-"""A calibration: what one model costs on one hardware, as a JSON file that says what it is of. Pure.
+"""A calibration: costs of one model on one hardware, as a JSON file that states what they hold for. Pure.
 
-The reference implementation's configurations are read as they are, to compare its fit with ours; they hold a roofline alone.
+Configurations of the reference implementation, which hold only a roofline, can be read as well, to compare its fit with ours.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from erollout.speculation.cost.roofline import Communication, ModelSize, Pass, P
 KIND = "erollout calibration"
 VERSION = 1
 REFERENCE_FORMAT = "w4a16"
-"""What the reference implementation's drafter is, which its files do not say."""
+"""Format of the reference implementation's drafter, which its files do not state."""
 _REFERENCE_NUMBERS = {
     "hardware": ("tp", "BW_eff", "c_comm"),
     "model": ("W_t", "W_d", "C_dense", "C_attn", "kappa_theoretical"),
@@ -29,22 +29,22 @@ _REFERENCE_NUMBERS = {
 }
 _OVERHEADS = ("per_pass", "per_sequence", "per_token", "per_context", "latency", "reduces", "reduce_bytes")
 _MAY_BE_ZERO = frozenset(("attention_flops", "padded", *_OVERHEADS, "C_attn", "c_comm", "c_T", "c_V", "c_D"))
-"""Of the numbers that passes are computed from; all others are above 0."""
+"""Numbers that may be 0; all others that passes are computed from are above 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What times hold for. An empty name is not known, and matches any but the hardware's."""
+    """The model, hardware and layout that times hold for. An empty name is unknown and matches any, except for the hardware."""
 
     model: str
-    """Its sizes, by model_size.describe_shape."""
+    """The model's sizes, from model_size.describe_shape."""
     hardware: str
     tensor_model_parallel_size: int = 1
     formats: tuple[str, ...] = ()
-    """Of the drafters."""
+    """Formats of the drafters."""
     dtype: str = ""
     kernels: str = ""
-    """Of the decode model: `native`, `prepacked`, `torch`."""
+    """Kernels of the decode model: `native`, `prepacked` or `torch`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,14 @@ class Calibration:
     identity: Identity
     roofline: Roofline
     tables: Mapping[tuple[Pass, str], tuple[Point, ...]] = field(default_factory=dict)
-    """Measured over the roofline, by pass and drafter's format."""
+    """Measured points relative to the roofline, by pass and drafter format."""
     model_name: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Date, versions, source: for people."""
+    """Date, versions and source, for the reader."""
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
-    """How well the roofline fits, by component."""
+    """Accuracy of the roofline by component."""
     source: str = ""
-    """The file it was read from."""
+    """Path of the file that it was read from."""
 
     def passes(self) -> PassTimes:
         """Seconds of single passes."""
@@ -67,11 +67,11 @@ class Calibration:
         return PassTimes(self.roofline, tables)
 
     def cost_model(self) -> CalibratedCost:
-        """A new cost model, which has learnt nothing yet."""
+        """A new cost model without live corrections."""
         return CalibratedCost(self.passes())
 
     def require(self, run: Identity) -> None:
-        """Raise UserError, naming both sides, when the times are not of this run's model, hardware, layout and drafters."""
+        """Raise UserError, naming both sides, if the times are not for this run's model, hardware, layout and drafters."""
         for name in ("model", "hardware", "tensor_model_parallel_size", "dtype", "kernels"):
             mine, theirs = getattr(self.identity, name), getattr(run, name)
             if mine != theirs and (name == "hardware" or (mine and theirs)):
@@ -82,17 +82,17 @@ class Calibration:
 
     def _refuse(self, name: str, mine: object, theirs: object) -> None:
         raise UserError(
-            f"calibration {self.source or 'given'} is of {name} {mine}, this run has {theirs}: make one with "
+            f"calibration {self.source or 'given'} is for {name} {mine}, this run has {theirs}: make a new one with "
             "`erollout calibrate sweep` and `fit`"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, with a checksum."""
+        """A JSON tree with a checksum."""
         tree = _to_json(self)
         return {**tree, "checksum": _checksum(tree)}
 
     def save(self, path: str | Path) -> None:
-        """Raises UserError when the file can't be written."""
+        """Write the file. Raises UserError if it can't be written."""
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -101,7 +101,7 @@ class Calibration:
 
 
 def load_calibration(path: str | Path) -> Calibration:
-    """Read a calibration, ours or the reference implementation's. Raises UserError for one that is missing or damaged."""
+    """Read a calibration, ours or the reference implementation's. Raises UserError if it is missing or damaged."""
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -114,9 +114,9 @@ def load_calibration(path: str | Path) -> Calibration:
 
 
 def calibration_of_run(path: str, identity: Callable[[Calibration], Identity]) -> Calibration:
-    """`speculation.calibration` of a run that is of this identity.
+    """Read the `speculation.calibration` of a run with the given identity.
 
-    Raises UserError, naming the key, for one that is missing, damaged, or of something else.
+    Raises UserError, naming the key, if it is missing, damaged, or for another identity.
     """
     try:
         calibration = load_calibration(path)
@@ -127,9 +127,9 @@ def calibration_of_run(path: str, identity: Callable[[Calibration], Identity]) -
 
 
 def read_calibration(tree: Any, source: str) -> Calibration:
-    """What `to_dict` made, or the reference implementation's. Raises UserError, which names the source, for anything else."""
+    """The inverse of `to_dict`; also reads the reference implementation's. Raises UserError that names the source."""
     if not isinstance(tree, dict) or (tree.get("kind") != KIND and not {"hardware", "model", "calibration"} <= tree.keys()):
-        raise UserError(f"{source} is no calibration: it lacks kind = {KIND!r}; make one with `erollout calibrate fit`")
+        raise UserError(f"{source} is not a calibration: it lacks kind = {KIND!r}; make one with `erollout calibrate fit`")
     try:
         return _from_json(tree, source) if tree.get("kind") == KIND else _from_reference(tree, source)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -184,7 +184,7 @@ def _from_json(tree: dict[str, Any], path: str) -> Calibration:
 
 
 def _from_reference(tree: dict[str, Any], path: str) -> Calibration:
-    """The reference's roofline: eta_d on the drafter's weights, one kappa, a verify pass with n + 1 times the FLOP."""
+    """The reference's roofline: eta_d on the drafter's weights, one kappa, and n + 1 times the FLOP in a verify pass."""
     _require_numbers({name: {key: tree[name][key] for key in keys} for name, keys in _REFERENCE_NUMBERS.items()}, path)
     hardware, model, fit = tree["hardware"], tree["model"], tree["calibration"]
     size = ModelSize(
@@ -214,7 +214,7 @@ def _from_reference(tree: dict[str, Any], path: str) -> Calibration:
 
 
 def _require_numbers(tree: Mapping[str, Any], path: str, where: str = "") -> None:
-    """Raise UserError, naming file and key, for what can't be computed with."""
+    """Raise UserError, naming file and key, for values that are not usable numbers."""
     for key, value in tree.items():
         if isinstance(value, dict):
             _require_numbers(value, path, f"{where}{key}.")

@@ -1,8 +1,8 @@
-"""Fits a calibration to a sweep: the roofline's coefficients by robust least squares, then a table of what they leave over.
+"""Fit of a calibration to a sweep: the roofline's coefficients by robust least squares, then a table of the residuals.
 
-Residuals are logarithms of measured over predicted seconds, so that a millisecond of a short pass counts as much as ten of a
-ten times longer one; soft_l1 keeps points that did not run as meant (a cache that was full, so that fewer sequences ran) from
-deciding. Weak priors hold what few points can't tell: a sweep of five seconds gives a usable roofline too.
+Residuals are logarithms of measured over predicted seconds, so relative errors of short and long passes weigh the same. A
+soft_l1 loss limits the weight of points that did not run as meant (with a full cache, fewer sequences run). Weak priors fix what
+few points do not determine, so a sweep of five seconds gives a usable roofline too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,34 +23,34 @@ from erollout.speculation.cost.measured_table import Point
 from erollout.speculation.cost.roofline import Communication, ModelSize, Pass, PassCost, Roofline
 
 PASSES: Mapping[str, Pass] = {"target_decode": "target", "drafter_decode": "draft", "target_verify": "verify"}
-"""By mode of a sweep. target_decode_sd is an AR step too, of an engine that idles its drafter: not one of ours."""
+"""Kinds of pass by mode of a sweep. target_decode_sd, an AR step of an engine with an idle drafter, is not used here."""
 TILES = (1, 16, 32, 64, 128, 256)
-"""Tokens that a matmul may compute at once."""
+"""Candidate tile sizes of matmuls, in tokens."""
 SEQUENCE_TILES = (1, 4, 8, 16, 32)
-"""Sequences by which the drafter's time may grow at once."""
+"""Candidate steps, in sequences, in which the drafter's overhead grows."""
 SHAPE_EVIDENCE = 1.0
-"""Logarithm of the likelihood ratio with which a tile must explain the points better than none. Few points don't show one."""
+"""Least log likelihood ratio for preferring a tile to none: few points do not show one."""
 FLOOR = 0.02
-"""Log residual that is expected of any point: fits closer than that are equal."""
+"""Log residual expected at any point: closer fits count as equal."""
 OUTLIER = 0.05
-"""Log residual beyond which a point counts less."""
+"""Log residual beyond which a point's weight falls."""
 TOLERANCE, MOST_STEPS = 1e-5, 100
-"""Of a search: coefficients that the points don't determine would let it creep on for seconds."""
+"""Limits of a search: coefficients that the points do not determine would otherwise keep it going for seconds."""
 AT_BOUND = 1e-3
-"""Distance from a bound, in the units of the search, that counts as being there."""
+"""Distance from a bound, in the units of the search, within which a coefficient counts as at the bound."""
 PRIOR_WEIGHT = 0.01
-"""Of a coefficient's own prior, in units of a point."""
+"""Weight of a coefficient's prior, relative to a point's."""
 
 
 Shape = TypeVar("Shape")
-"""Of a search: what is chosen from a list, not fitted."""
+"""Discrete parameters of a search, chosen from a list."""
 Costs = TypeVar("Costs", bound=tuple[PassCost, ...])
-"""Of a search: one of each group of points."""
+"""Pass costs of a search, one for each group of points."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One pass of a sweep."""
+    """A measured pass of a sweep."""
 
     kind: Pass
     format: str
@@ -62,7 +62,7 @@ class Measured:
 
 
 def measured_passes(rows: Sequence[SweepRow], format: str = REFERENCE_FORMAT) -> list[Measured]:
-    """The rows that a calibration is of, by their medians. `format`: the drafter's, where rows don't name it."""
+    """The rows that a calibration is fitted to, with their medians. `format`: drafter format if rows do not state it."""
     return [
         Measured(
             PASSES[row.mode],
@@ -84,11 +84,11 @@ def fit(
     model_name: str = "",
     provenance: Mapping[str, Any] | None = None,
 ) -> Calibration:
-    """A calibration from measured passes: at least one of the target, of the verify pass and of each drafter.
+    """Fit a calibration to measured passes: at least one of the target, of the verify pass and of each drafter.
 
-    The peaks of the identity's hardware, where known, bound the coefficients; the links of its ranks cost what is usual.
+    The peaks of the identity's hardware, if known, bound the coefficients; all-reduces are assumed to have typical costs.
 
-    Raises UserError where one of these passes is missing.
+    Raises UserError if one of these passes is missing.
     """
     _check_complete(points, identity.formats)
     hardware = find_hardware(identity.hardware)
@@ -107,11 +107,11 @@ def _check_complete(points: Sequence[Measured], formats: Sequence[str]) -> None:
     needed: list[tuple[Pass, str]] = [("target", ""), ("verify", ""), *(("draft", format) for format in formats)]
     missing = [" ".join(key).strip() for key in needed if key not in present]
     if missing or not formats:
-        raise UserError(f"the sweep has no times of {', '.join(missing) or 'any drafter'}; measure those too")
+        raise UserError(f"the sweep has no times of {', '.join(missing) or 'any drafter'}; measure them too")
 
 
 class _Terms:
-    """One kind's points as arrays: what Roofline.seconds computes of each, for many coefficients in turn."""
+    """The points of one kind of pass as arrays: Roofline.seconds, vectorised over points."""
 
     def __init__(self, points: Sequence[Measured], size: ModelSize, links: Communication) -> None:
         self.measured = np.array([p.seconds for p in points])
@@ -142,7 +142,7 @@ def _tiled(count: NDArray[np.float64], tile: NDArray[np.float64] | int) -> NDArr
 def _fit_target(
     points: Sequence[Measured], size: ModelSize, links: Communication, peaks: Hardware
 ) -> tuple[PassCost, PassCost, list[str]]:
-    """Target and verify pass together: the same weights and matmuls; the cache's part and the overheads are their own."""
+    """Fit target and verify pass together: they share weights and matmuls, but not cache reads and overheads."""
     mine = [p for p in points if p.kind != "draft"]
     groups = [_Terms([p for p in mine if p.kind == kind], size, links) for kind in ("target", "verify")]
     unit = min(p.seconds for p in mine)
@@ -167,7 +167,7 @@ def _fit_target(
 def _fit_draft(
     points: Sequence[Measured], format: str, size: ModelSize, links: Communication, target: PassCost
 ) -> tuple[PassCost, list[str]]:
-    """One drafter: its weights may be read, and its numbers computed, slower or faster than the target's."""
+    """Fit one drafter: reading its weights and computing may be slower or faster than for the target."""
     mine = [p for p in points if p.kind == "draft" and p.format == format]
     unit = min(p.seconds for p in mine)
     search = [_Coefficient("weight_factor", 0.0, -1.5, 2.5), _Coefficient("compute", 0.0, -3.0, 4.0), *_own_search(mine)]
@@ -183,20 +183,20 @@ def _fit_draft(
 
 
 def _places(points: Sequence[Measured]) -> int:
-    """Points that tell something of tiles: contexts don't count."""
+    """Number of distinct points that say something about tiles: contexts don't count."""
     return len({(p.batch, p.num_speculative_tokens) for p in points})
 
 
 @dataclass(frozen=True, slots=True)
 class _Coefficient:
-    """Where to look for it: the value without any evidence, and its bounds."""
+    """A coefficient of the search: its prior value and its bounds."""
 
     name: str
     start: float
     low: float
     high: float
     weight: float = PRIOR_WEIGHT
-    """Of the value without evidence, against a point's."""
+    """Weight of the prior value, relative to a point's."""
 
 
 _OWN = (
@@ -205,11 +205,11 @@ _OWN = (
     _Coefficient("per_sequence", 0.01, 0.0, 0.5),
     _Coefficient("per_context", 0.01, 0.0, 1.0),
 )
-"""A pass's own: logarithm of kv_factor, per_pass, per_sequence and per_context in units of the shortest measured pass."""
+"""Coefficients of each pass: log kv_factor; per_pass, per_sequence and per_context in units of the shortest measured pass."""
 _CONTEXT_UNIT = 1000
-"""Tokens of context that per_context is searched for."""
+"""Unit of per_context in the search, in tokens."""
 _BY_CONTEXT = ("kv_factor", "per_context")
-"""Coefficients that points of one context say nothing about: any growth with the batch could be theirs."""
+"""Coefficients that points of a single context do not determine: any growth with the batch could be due to them."""
 
 
 def _own_search(points: Sequence[Measured]) -> tuple[_Coefficient, ...]:
@@ -234,9 +234,9 @@ def _search(
     shapes: Sequence[Shape],
     places: int,
 ) -> tuple[Costs, list[str]]:
-    """The costs with the least loss: with no tile, the first shape, unless one explains clearly more.
+    """The costs with the least loss, without tiles (the first shape) unless another shape is clearly better.
 
-    Second, the names of the coefficients that ended at a bound: evidence against the model, or none for the coefficient.
+    Also returns the names of the coefficients that ended at a bound: evidence against the model, or none for the coefficient.
     """
     start, low, high, weight = (np.array([getattr(c, f) for c in coefficients]) for f in ("start", "low", "high", "weight"))
 
@@ -280,7 +280,7 @@ def _tables(points: Sequence[Measured], roofline: Roofline) -> dict[tuple[Pass, 
 
 
 def _accuracies(points: Sequence[Measured], roofline: Roofline) -> dict[str, dict[str, float]]:
-    """By component, of the roofline alone: the table is exact at its points."""
+    """Accuracy of the roofline alone by component: the table is exact at its points."""
 
     def passes(_: int) -> PassTimes:
         return PassTimes(roofline)
@@ -290,9 +290,9 @@ def _accuracies(points: Sequence[Measured], roofline: Roofline) -> dict[str, dic
 
 
 def accuracy(points: Sequence[Measured], passes_for: Callable[[int], PassTimes]) -> dict[str, float]:
-    """R2 of the seconds (none where all are equal), mean absolute and mean relative error in per cent, and how many points.
+    """R2 of the seconds (none if all are equal), mean absolute error, mean relative error in per cent and number of points.
 
-    `passes_for`: what predicts the passes of a batch size.
+    `passes_for`: returns the pass times that predict a given batch size.
     """
     true = np.array([p.seconds for p in points])
     guess = np.array(

@@ -1,4 +1,4 @@
-"""What plots/speculation_map.py draws: predictions on a grid of batches and contexts, and what a sweep measured there."""
+"""Data for plots/speculation_map.py: predictions on a grid of batches and contexts, and measured points of a sweep."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,11 +10,11 @@ from erollout.speculation.step import OFF, Arm
 
 CELLS_PER_OCTAVE = 8
 SMALL_BATCHES = 64
-"""Up to which each batch size is a column: the boundary climbs and falls there."""
+"""Largest batch size up to which each one is a column: the boundary rises and falls there."""
 
 
 def measured_lengths(calibration: Calibration) -> list[int]:
-    """The num_speculative_tokens that were measured."""
+    """The measured values of num_speculative_tokens."""
     verify = calibration.tables.get(("verify", ""), ())
     return sorted({point.num_speculative_tokens for point in verify})
 
@@ -26,7 +26,7 @@ def predictions(
 
     Args:
         lengths: acceptance length by num_speculative_tokens.
-        arms: those that draft.
+        arms: arms that draft.
     """
 
     def best_draft(batch: int, context: int) -> tuple[float, Arm]:
@@ -39,7 +39,7 @@ def predictions(
 
 
 def measurements(places: Sequence[LoadPoint], passes: PassTimes, lengths: Callable[[int], float]) -> list[Measurement]:
-    """The best measured arm of every place, beside the one that is predicted among the measured."""
+    """The best measured arm at every point, and the one predicted best among those measured."""
     choose = predicted_best(lambda batch: passes, lengths)
     return [
         Measurement(
@@ -53,7 +53,7 @@ def measurements(places: Sequence[LoadPoint], passes: PassTimes, lengths: Callab
 
 
 def axis(low: float, high: float, dense_to: int = 0) -> list[int]:
-    """Integers from low to high: each one up to `dense_to`, above that CELLS_PER_OCTAVE to each doubling."""
+    """Integers from low to high: all up to `dense_to`, above that CELLS_PER_OCTAVE per octave."""
     values, value = list(range(int(low), min(dense_to, int(high)) + 1)), max(low, dense_to)
     while value < high:
         value *= 2 ** (1 / CELLS_PER_OCTAVE)

@@ -1,4 +1,4 @@
-"""What the passes of a model read and compute, from its architecture, the drafters' formats and the layout. Pure."""
+"""Bytes and FLOP of a model's passes, from its architecture, the drafters' formats and the layout. Pure."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,9 +9,9 @@ from erollout.policy.architecture import Architecture
 from erollout.speculation.cost.roofline import ModelSize
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Of a number, by the name of its dtype."""
+"""Bytes per number, by dtype name."""
 _BITS = {"w4": 4, "w8": 8, "fp8": 8, "int4": 4, "int8": 8}
-"""Of a weight, by the beginning of a format's name."""
+"""Bits per weight, by prefix of a format's name."""
 _SHAPE = {
     "layers": "num_layers",
     "hidden": "hidden_size",
@@ -21,7 +21,7 @@ _SHAPE = {
     "head": "kv_channels",
     "vocab": "vocab_size",
 }
-"""Words of an architecture's description, and the fields they stand for."""
+"""Keys of an architecture's description, and the fields they stand for."""
 
 
 def model_size(
@@ -34,12 +34,12 @@ def model_size(
 ) -> ModelSize:
     """Bytes and FLOP of one rank's passes.
 
-    The input embedding is not read but looked up, so it does not count; embedding, norms, and the LM head unless `lm_head` is
-    "w8a8", are the target's in every drafter.
+    The input embedding is looked up, not read, so it does not count. Every drafter shares the target's embedding and norms, and
+    its LM head unless `lm_head` is "w8a8".
 
     Args:
-        formats: of the drafters; with "+head" in it, its LM head is INT8. Raises UserError where a name tells no bits.
-        group_size: weights that share a scale, of the 4-bit formats.
+        formats: formats of the drafters; one with "+head" has an INT8 LM head. Raises UserError for unknown names.
+        group_size: number of weights that share a scale in 4-bit formats.
     """
     a, ranks, number = architecture, tensor_model_parallel_size, BYTES[dtype]
     linear = sum(
@@ -62,7 +62,7 @@ def model_size(
 
 
 def weight_bytes(format: str, number: int = 2, group_size: int = 128) -> float:
-    """Of one weight of a drafter's linear layer, its share of the scales included. Raises UserError for unknown names."""
+    """Bytes per weight of a drafter's linear layer, including its share of the scales. Raises UserError for unknown names."""
     if format.startswith("none"):
         return number
     bits = next((bits for name, bits in _BITS.items() if format.startswith(name)), 4 if format.startswith("auto") else None)
@@ -73,13 +73,13 @@ def weight_bytes(format: str, number: int = 2, group_size: int = 128) -> float:
 
 
 def describe_shape(architecture: Architecture) -> str:
-    """What identifies a model to a calibration: `layers=30 hidden=576 ...`. Its weights don't matter."""
+    """The sizes that identify a model in a calibration: `layers=30 hidden=576 ...`. Its weights don't matter."""
     words = [f"{word}={getattr(architecture, name)}" for word, name in _SHAPE.items()]
     return " ".join([*words, f"tied={int(architecture.tie_word_embeddings)}"])
 
 
 def parse_shape(text: str) -> Architecture:
-    """The architecture of a `describe_shape`: sizes alone, the rest at its defaults. Raises UserError."""
+    """The inverse of `describe_shape`: an architecture with these sizes and defaults for the rest. Raises UserError."""
     try:
         words = {word: int(value) for word, _, value in (part.partition("=") for part in text.split())}
         sizes = {name: words[word] for word, name in _SHAPE.items()}
@@ -99,7 +99,7 @@ def known_model(name: str) -> Architecture | None:
 
 
 def published_model(name: str) -> Architecture | None:
-    """As `known_model`, with what its tensors and context need beside the sizes."""
+    """The architecture as from `known_model`, with family, context length and biases."""
     architecture = known_model(name)
     if architecture is None:
         return None
@@ -120,7 +120,7 @@ _FAMILIES = {
     "llama3": ("llama", 131072, False),
     "smollm2": ("llama", 8192, False),
 }
-"""Family, context and whether queries, keys and values have a bias, by the beginning of a name."""
+"""Family, context length and whether queries, keys and values have a bias, by prefix of a name."""
 _KNOWN = {
     "Qwen2.5-0.5B": _row(24, 896, 4864, 14, 2, 64, 151936, 1),
     "Qwen2.5-1.5B": _row(28, 1536, 8960, 12, 2, 128, 151936, 1),
@@ -137,4 +137,4 @@ _KNOWN = {
     "SmolLM2-360M": _row(32, 960, 2560, 15, 5, 64, 49152, 1),
     "SmolLM2-1.7B": _row(24, 2048, 8192, 32, 32, 64, 49152, 1),
 }
-"""From the models' config.json."""
+"""Sizes of published models, from their config.json."""

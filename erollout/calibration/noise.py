@@ -1,7 +1,7 @@
-"""How noisy a sweep was: the spread of its repeated steps, how far the roofline is from its points, and its outliers.
+"""Noise of a sweep: the spread of repeated steps, the roofline's distance from the points, and outliers.
 
-Noise moves the boundary: an error of 1 % in a pass is one of up to 1 % in a speed-up. A point that no other resembles mostly
-did not run as meant, as where the cache was too small for the batch.
+Noise moves the boundary: an error of 1 % in a pass is one of up to 1 % in a speed-up. Most outliers did not run as meant, for
+example because the cache was too small for the batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,41 +18,41 @@ from erollout.speculation.cost.roofline import Pass
 MOST_UNCERTAIN = 0.03
 """Relative uncertainty of a median above which a sweep is too noisy to tell where speculation pays."""
 MOST_OFF = 0.1
-"""Median relative error of the roofline, over the points of a pass, that is worth a warning; real kernels: a few per cent."""
+"""Median relative error of the roofline over a pass's points that triggers a warning; real kernels have a few per cent."""
 MOST_OUTLIERS = 0.15
-"""Share of all points."""
+"""Share of outliers among all points that triggers a warning."""
 FEWEST_SAMPLES = 3
-"""Fewest samples of a row for its spread to mean anything."""
+"""Least number of samples per row for a meaningful spread."""
 NAMED = 8
-"""Outliers that are printed."""
+"""Number of outliers printed."""
 DISTINCT = {"batch": "batch size", "seq": "context", "gamma": "draft length"}
-"""What a sweep varies, by column."""
+"""Quantities that a sweep varies, by column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """All figures are relative."""
+    """Noise figures of a sweep, all relative."""
 
     spread: float
-    """Standard deviation of a row's repeated steps over their median: the median row's."""
+    """Standard deviation of repeated steps over their median; median over rows."""
     uncertainty: float
-    """Standard error of a row's median, by its spread: the median row's."""
+    """Standard error of a row's median, from its spread; median over rows."""
     off: Mapping[str, float]
-    """By pass, how far the roofline is from a point: the median point's. Noise, or what the roofline does not know."""
+    """Relative error of the roofline by pass, median over points: noise, or effects that the roofline lacks."""
     outliers: Sequence[tuple[str, float]]
-    """Points that lie further from what all others tell than MOST_OF_ITS_OWN, with how far; the furthest first."""
+    """Points further than MOST_OF_ITS_OWN from the prediction of all others, with their distance; the furthest first."""
     points: int
     single: int
-    """Rows of fewer than FEWEST_SAMPLES steps, whose spread says nothing."""
+    """Number of rows with fewer than FEWEST_SAMPLES steps, whose spread says nothing."""
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "off": dict(self.off), "outliers": [list(outlier) for outlier in self.outliers]}
 
     def lines(self) -> list[str]:
-        """For people, without warnings."""
+        """Lines to print, without warnings."""
         off = ", ".join(f"{name} {100 * value:.1f} %" for name, value in self.off.items())
         lines = [
-            f"noise: repeated steps spread by {100 * self.spread:.2f} %, which makes medians uncertain by "
+            f"noise: repeated steps spread by {100 * self.spread:.2f} %, so medians are uncertain by "
             f"{100 * self.uncertainty:.2f} %; the roofline is off by {off} (medians)"
         ]
         if self.outliers:
@@ -62,7 +62,7 @@ class Noise:
         return lines
 
     def warnings(self) -> list[str]:
-        """What makes the sweep a bad witness; none when all is well."""
+        """Reasons not to trust the sweep, one line each; none if all is well."""
         again = "measure again on an idle machine, or longer (--minutes)"
         warnings = []
         if self.uncertainty > MOST_UNCERTAIN:
@@ -71,7 +71,7 @@ class Noise:
             )
         if 2 * self.single > self.points:
             warnings.append(
-                f"{self.single} of {self.points} rows are of fewer than {FEWEST_SAMPLES} steps (n_samples), which say "
+                f"{self.single} of {self.points} rows have fewer than {FEWEST_SAMPLES} steps (n_samples), which say "
                 f"nothing of the noise: {again}"
             )
         for name, value in self.off.items():
@@ -86,7 +86,7 @@ class Noise:
 
 
 def noise(rows: Sequence[SweepRow], tables: Mapping[tuple[Pass, str], MeasuredTable]) -> Noise:
-    """Noise of a sweep. `tables`: those of the calibration that was fitted to it, by pass and format."""
+    """Noise of a sweep. `tables`: tables of the calibration fitted to it, by pass and format."""
     rows = [row for row in rows if row.mode in PASSES]
     repeated = [row for row in rows if row.n_samples >= FEWEST_SAMPLES]
     spreads = [row.std_ms / row.median_ms for row in repeated]
@@ -104,12 +104,12 @@ def noise(rows: Sequence[SweepRow], tables: Mapping[tuple[Pass, str], MeasuredTa
 
 
 def gaps(rows: Sequence[SweepRow]) -> list[str]:
-    """What a sweep does not vary, so that nothing says how times change with it: one line each."""
+    """Quantities that the sweep does not vary, so that their effect on times is unknown: one line each."""
     lines = []
     for column, name in DISTINCT.items():
         values = {getattr(row, column) for row in rows if row.mode in PASSES} - {0}
         if len(values) == 1:
             lines.append(
-                f"the sweep has one {name} alone, {min(values)}: what others cost is a guess; measure a second one too"
+                f"the sweep has a single {name}, {min(values)}: the cost of others is a guess; measure a second one too"
             )
     return lines

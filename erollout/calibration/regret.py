@@ -1,7 +1,7 @@
-"""What wrong choices cost: the time per token that a way of choosing arms loses against always choosing the best measured one.
+"""Regret: time per token that a way of choosing arms loses against always choosing the best measured arm.
 
-Two weightings: every measured (batch, context) alike, and by the steps that a long-tailed rollout spends there, which starts
-with all sequences and ends with one.
+There are two weightings: all measured (batch, context) alike, and by the steps of a long-tailed rollout, which starts with all
+sequences and ends with one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +14,17 @@ from erollout.speculation.cost.cost_model import PassTimes
 from erollout.speculation.step import OFF, Arm
 
 MEDIAN_TOKENS, SIGMA, MAX_TOKENS = 1024, 1.0, 8192
-"""Of the rollout's response lengths, which are lognormal up to the longest."""
+"""Parameters of the rollout's response lengths: lognormal, up to the longest."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPoint:
-    """A batch and context of a sweep."""
+    """A batch and context of a sweep, with its measured times."""
 
     batch: int
     context: float
     seconds_per_token: Mapping[Arm, float]
-    """Measured, of every arm and OFF: of one token for each sequence."""
+    """Measured seconds per token of each sequence, per arm, OFF included."""
 
     @property
     def best(self) -> float:
@@ -36,7 +36,7 @@ Chooser = Callable[[LoadPoint], Arm]
 
 @dataclass(frozen=True, slots=True)
 class Regret:
-    """Shares of time lost."""
+    """Shares of time lost, in both weightings."""
 
     grid: float
     rollout: float
@@ -51,7 +51,7 @@ def measured_places(cycles: Sequence[Cycle], lengths: Lengths) -> list[LoadPoint
 
 
 def regrets(places: Sequence[LoadPoint], choosers: Mapping[str, Chooser]) -> dict[str, Regret]:
-    """Of each way to choose."""
+    """Regret of each chooser."""
     weights = rollout_weights(places)
     return {
         name: Regret(_lost(places, [1 / place.best for place in places], chooser), _lost(places, weights, chooser))
@@ -65,7 +65,7 @@ def _lost(places: Sequence[LoadPoint], weights: Sequence[float], chooser: Choose
 
 
 def rollout_weights(places: Sequence[LoadPoint]) -> list[float]:
-    """Steps of a rollout nearest to each place. It begins with the sweep's largest batch and ends with one sequence."""
+    """Number of a rollout's steps nearest to each point. It begins with the sweep's largest batch and ends with one."""
     count = max(place.batch for place in places)
     quantiles = (NormalDist(log(MEDIAN_TOKENS), SIGMA).inv_cdf((i + 0.5) / count) for i in range(count))
     ends = sorted(min(MAX_TOKENS, round(exp(quantile))) for quantile in quantiles)
@@ -87,17 +87,17 @@ def autoregressive(place: LoadPoint) -> Arm:
 
 
 def always(arm: Arm) -> Chooser:
-    """The arm wherever it was measured."""
+    """A chooser of the arm wherever it was measured."""
     return lambda place: arm if arm in place.seconds_per_token else OFF
 
 
 def below(batch: int, arm: Arm) -> Chooser:
-    """The arm up to a batch size."""
+    """A chooser of the arm up to a batch size."""
     return lambda place: arm if place.batch <= batch and arm in place.seconds_per_token else OFF
 
 
 def best_threshold(places: Sequence[LoadPoint]) -> tuple[int, Arm]:
-    """The fixed batch size and arm that would have lost least over the rollout: known only afterwards."""
+    """The fixed batch size and arm with the least regret over the rollout, known only in hindsight."""
     arms = sorted({arm for place in places for arm in place.seconds_per_token if arm.speculates})
     candidates = [(batch, arm) for batch in sorted({0, *(place.batch for place in places)}) for arm in arms]
     weights = rollout_weights(places)
@@ -105,7 +105,7 @@ def best_threshold(places: Sequence[LoadPoint]) -> tuple[int, Arm]:
 
 
 def predicted_best(predictor: Predictor, lengths: Lengths) -> Chooser:
-    """The arm of least predicted time per token."""
+    """A chooser of the arm with the least predicted time per token."""
 
     def seconds_per_token(passes: PassTimes, place: LoadPoint, arm: Arm) -> float:
         return passes.step_seconds(arm, place.batch, place.context) / (

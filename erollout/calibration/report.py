@@ -1,4 +1,4 @@
-"""What the calibrate commands print: what a calibration is of, how well it fits and predicts, what it saves."""
+"""Output of the calibrate commands: identity of a calibration, accuracy of its fit and predictions, and savings."""
 
 from collections.abc import Mapping, Sequence
 
@@ -44,8 +44,8 @@ def print_signs(
     predictors: Mapping[str, Predictor],
     assumption: str,
 ) -> None:
-    """Sign accuracies of all predictors, and those at the point that the reference's figures near the boundary are of."""
-    table = Table(title=f"does speculation pay? right answers, {assumption}", title_justify="left")
+    """Print sign accuracies of all predictors, overall and at the point of the reference's figures near the boundary."""
+    table = Table(title=f"does speculation pay? correct predictions, {assumption}", title_justify="left")
     table.add_column("")
     for name in validations:
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""The costs that a run starts with: of the configured calibration, measured now, or guessed where nothing depends on them."""
+"""The calibration that a run starts with: configured, measured now, or guessed where nothing depends on it."""
 
 import logging
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from erollout.speculation.cost.roofline import ModelSize
 logger = logging.getLogger(__name__)
 
 GUESSED = "guessed"
-"""As source in a calibration's provenance: nothing was measured."""
+"""Source in the provenance of a calibration without measurements."""
 GUESS = Hardware("unknown", bandwidth=20e9, compute=200e9)
-"""A CPU core, in orders of magnitude."""
+"""Orders of magnitude of a CPU core."""
 
 
 def named_calibration(options: SpeculationConfig, engine: Engine, formats: Sequence[str]) -> Calibration | None:
-    """The configured file's, or None where none is named.
+    """The configured calibration, or None if none is configured.
 
-    Raises UserError for one that is missing, damaged or of another model, hardware, layout or drafter.
+    Raises UserError if it is missing, damaged, or for another model, hardware, layout or drafter.
     """
     path = options.calibration
     if path is None or options.mode == "off":
@@ -36,11 +36,11 @@ def named_calibration(options: SpeculationConfig, engine: Engine, formats: Seque
 
 
 def present_calibration(options: SpeculationConfig, engine: Engine, formats: Sequence[str], num_sequences: int) -> Calibration:
-    """What steps cost here and now, the same on every rank. Collective over the world; the engine is awake and idle.
+    """A calibration measured now, equal on all ranks. Collective over the world; the engine is awake and idle.
 
     Args:
         formats: names of the drafters.
-        num_sequences: most that a replica will decode at once.
+        num_sequences: largest batch of a replica.
     """
     identity = identify(engine, formats)
     if options.mode in ("off", "always"):
@@ -48,19 +48,19 @@ def present_calibration(options: SpeculationConfig, engine: Engine, formats: Seq
     seconds = options.toggle.bootstrap_seconds
     logger.info("speculation.calibration is not set: measuring this device's steps for about %g s", seconds)
     drafts = _draft_lengths(options)
-    rows = bootstrap(engine, formats, num_sequences, drafts, seconds)  # on all replicas at once: they share the machine
+    rows = bootstrap(engine, formats, num_sequences, drafts, seconds)  # on all replicas at once, because they share the machine
     return fit(measured_passes(from_rank_zero(rows)), _size(options, engine, identity), identity)
 
 
 def _draft_lengths(options: SpeculationConfig) -> list[int]:
-    """What the mode may choose between."""
+    """Draft lengths that the mode may choose."""
     if options.mode == "adaptive":
         return list(range(1, options.toggle.max_speculative_tokens + 1))
     return list(options.toggle.ladder.rungs) if options.mode == "ladder" else [options.num_speculative_tokens]
 
 
 def _guessed(options: SpeculationConfig, engine: Engine, identity: Identity) -> Calibration:
-    """For modes that don't choose: only the coordinator compares replicas by it, and live steps correct it."""
+    """A guess for modes that don't choose: only the coordinator uses it to compare replicas, and live steps correct it."""
     hardware = find_hardware(identity.hardware)
     hardware = replace(GUESS, name=hardware.name) if hardware.bandwidth == float("inf") else hardware
     roofline = nominal_roofline(_size(options, engine, identity), hardware, identity.formats)

@@ -1,11 +1,11 @@
-"""What steps cost on this device: single steps of the real engine, timed at chosen batches, contexts and draft lengths.
+"""Sweep: single steps of the real engine, timed at chosen batches, contexts and draft lengths.
 
-All ways of taking a step take turns, step by step, over the same sequences, so that a busy machine distorts them alike. Times
-are of whole steps, the host's work included, as the toggle will see them. Only the prompts are not computed: of each the last
-token goes through the model, and noise stands for the keys and values of the others, which takes as long to attend to.
+All arms take turns, step by step, over the same sequences, so that a busy machine distorts them alike. Times are those of whole
+steps, host work included, as the toggle will see them. Only prefill is skipped: the last token of each prompt goes through the
+model, and noise replaces the keys and values of the others, which take as long to attend to.
 
-Under tensor parallelism every rank of the replica calls the same with the same arguments. What depends on a clock is decided by
-the first of them.
+Under tensor parallelism every rank of the replica makes the same calls with the same arguments. Its first rank makes the
+decisions that depend on a clock.
 """
 
 import logging
@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 _Key = tuple[object, ...]
 
 LEAST_GROWTH = 32
-"""Tokens that contexts may grow by during a run; a quarter of the context where that is more."""
+"""Growth of contexts allowed during a run, in tokens; a quarter of the context if that is more."""
 BOOTSTRAP_TOKENS = 128
-"""Longest verify pass that a bootstrap measures: what more tokens cost follows from fewer."""
+"""Longest verify pass that a bootstrap measures: the cost of longer ones is extrapolated."""
 
 
 def sweep(
@@ -57,13 +57,13 @@ def sweep(
     """Time a grid of steps within a budget. The engine is awake and idle, with weights and drafters of one version.
 
     Args:
-        formats: names among engine.proposers.
-        rows_done: of an earlier sweep of the same grid: places that have all of their rows are left out.
-        on_row: called with each new row, a place's rows in one go.
-        model: its name, for people.
+        formats: names of engine.proposers.
+        rows_done: rows of an earlier sweep of the same grid: points with all of their rows are skipped.
+        on_row: called with each new row, all rows of a point together.
+        model: name of the model, for the reader.
 
-    Returns: the new rows. Places that the engine can't hold, or the budget has no time for, have none.
-    Raises UserError for rows_done of something else.
+    Returns: the new rows. Points that the engine can't hold, or that exceed the budget, have none.
+    Raises UserError for rows_done of another engine or device.
     """
     arms = [Arm(format, n) for format in formats for n in grid.num_speculative_tokens]
     measurement = _Sweep(engine, arms, engine.rollout.max_num_batched_tokens, model)
@@ -74,11 +74,11 @@ def sweep(
 def bootstrap(
     engine: Engine, formats: Sequence[str], max_num_seqs: int, drafts: Sequence[int], seconds: float
 ) -> list[SweepRow]:
-    """The few steps to begin with where no calibration is named: batches 1, 2, 4, ... at a rollout's usual context, and at a
-    short one if there is time; the ends first, so that little time spans the range too. As `sweep` otherwise.
+    """A short sweep for runs without a calibration: batches 1, 2, 4, ... at a rollout's usual context, and at a short one if
+    there is time, in coarse to fine order. As `sweep` otherwise.
 
     Args:
-        max_num_seqs: most sequences that one replica decodes at once.
+        max_num_seqs: largest batch of a replica.
         drafts: values of num_speculative_tokens that may be chosen later; up to three of them are measured.
     """
     longest = min(engine.max_model_len, engine.rollout.max_prompt_tokens + engine.rollout.max_tokens)
@@ -92,7 +92,7 @@ def bootstrap(
 
 
 def identify(engine: Engine, formats: Sequence[str]) -> Identity:
-    """What the times of this engine hold for."""
+    """Identity that this engine's times hold for."""
     rollout = engine.rollout
     return Identity(
         describe_shape(engine.architecture),
@@ -105,7 +105,7 @@ def identify(engine: Engine, formats: Sequence[str]) -> Identity:
 
 
 def hardware_name(device: torch.device) -> str:
-    """The GPU, or the CPU with the threads that a rank has of it."""
+    """Name of the GPU, or of the CPU with the number of threads per rank."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -118,22 +118,22 @@ def hardware_name(device: torch.device) -> str:
 
 
 class _Sweep:
-    """One replica's measurements, place by place."""
+    """Measurements of one replica, point by point."""
 
     def __init__(self, engine: Engine, arms: Sequence[Arm], most_tokens: int, model: str) -> None:
-        """`most_tokens`: of a verify pass; longer ones are not measured."""
+        """`most_tokens`: longest verify pass to measure."""
         self.engine = engine
         self.arms = tuple(arms)
         self.most_tokens = min(most_tokens, engine.rollout.max_num_batched_tokens)
         self.identity = identify(engine, tuple(dict.fromkeys(arm.format for arm in arms)))
         self.model = model
         self._cost_per_weight = 0.0
-        """Seconds of one repetition at the place before, over its weight; 0 at the first."""
+        """Seconds per weight of one repetition at the previous point; 0 at the first."""
 
     def rows(
         self, places: Sequence[SweepPoint], seconds: float, done: Set[_Key], on_row: Callable[[SweepRow], None]
     ) -> list[SweepRow]:
-        """Those of these places that are not done, as far as the budget reaches; of one place at least."""
+        """Measure the points that are not done, as far as the budget allows, and at least one."""
         rows: list[SweepRow] = []
         began = time.perf_counter()
         missing = [place for place in places if not self._keys(place) <= done]
@@ -147,7 +147,7 @@ class _Sweep:
         return rows
 
     def rows_in_rounds(self, places: Sequence[SweepPoint], seconds: float) -> list[SweepRow]:
-        """As `rows`, with each place visited LEAST_REPETITIONS times, so that a busy second harms no place alone."""
+        """As `rows`, but visit each point LEAST_REPETITIONS times, so that a busy second does not harm a single point."""
         taken: dict[SweepPoint, list[_Sample]] = {}
         with _measuring(self.engine) as stopwatch:
             for place, samples in self._visits(LEAST_REPETITIONS * list(places), seconds, 1, stopwatch):
@@ -160,7 +160,7 @@ class _Sweep:
         """SweepPoint by place what was measured there, within the budget. `least`: repetitions at each, where there is time."""
         places = [place for place in places if self._fits(place)]
         if places:
-            self._take(places[0], self._arms_at(places[0]), stopwatch)  # allocates and prepares, which the budget leaves out
+            self._take(places[0], self._arms_at(places[0]), stopwatch)  # allocates and prepares, outside the budget
         deadline = time.perf_counter() + seconds
         for index, place in enumerate(places):
             left = self._agreed(deadline - time.perf_counter())
@@ -171,37 +171,37 @@ class _Sweep:
             yield place, samples
 
     def require_same(self, rows: Iterable[SweepRow]) -> None:
-        """Raise UserError unless all rows are of this engine and device."""
+        """Raise UserError unless all rows were measured with this engine and device."""
         mine = self._row(SweepPoint(1, 1), OFF, "target_decode", [1.0])
         for row in rows:
             for name in ("hardware", "tensor_model_parallel_size", "architecture", "dtype", "kernels"):
                 if getattr(row, name) != getattr(mine, name):
                     raise UserError(
-                        f"the sweep so far is of {name} {getattr(row, name)!r}, this engine has {getattr(mine, name)!r}; "
+                        f"the existing sweep has {name} {getattr(row, name)!r}, this engine has {getattr(mine, name)!r}; "
                         "name another file, or delete it"
                     )
 
     def _arms_at(self, place: SweepPoint) -> tuple[Arm, ...]:
-        """In the order of one repetition, which ends with two steps without drafts: one right after drafts, one not."""
+        """Arms in the order of one repetition, which ends with two steps without drafts, of which the first follows drafts."""
         return *(arm for arm in self.arms if place.batch * (1 + arm.num_speculative_tokens) <= self.most_tokens), OFF, OFF
 
     def _fits(self, place: SweepPoint) -> bool:
-        """The engine can hold a place's sequences for one repetition."""
+        """Whether the engine can hold a point's sequences for one repetition."""
         end = _prompt_tokens(place) + _response_tokens(self._arms_at(place))
         return place.batch <= self.engine.rollout.max_num_seqs and end <= self._room(place)
 
     def _room(self, place: SweepPoint) -> int:
-        """Tokens that each sequence may have."""
+        """Number of tokens that each sequence may have."""
         cache = self.engine.cache
         return min(self.engine.max_model_len, cache.num_blocks // place.batch * cache.block_size)
 
     def _at_once(self, place: SweepPoint) -> int:
-        """Repetitions in one run, after which the contexts have grown too much."""
+        """Number of repetitions in one run before the contexts have grown too much."""
         growth = min(_growth(place.context), self._room(place) - _prompt_tokens(place) - _response_tokens(()))
         return max(1, growth // _most_emitted(self._arms_at(place)))
 
     def _measure(self, place: SweepPoint, share: float, left: float, least: int, stopwatch: "_Stopwatch") -> list["_Sample"]:
-        """Repeat all arms at a place, for its share of the seconds that are left."""
+        """Repeat all arms at a point, for its share of the remaining seconds."""
         arms = self._arms_at(place)
         if stopwatch.on_device:
             self._take(place, arms, stopwatch)  # compiles kernels for these shapes
@@ -217,13 +217,13 @@ class _Sweep:
         return samples
 
     def _take(self, place: SweepPoint, arms: tuple[Arm, ...], stopwatch: "_Stopwatch") -> list["_Sample"]:
-        """A step with each of these arms."""
+        """Take one step with each of these arms."""
         control = _Turns(arms, place.batch, stopwatch)
         self.engine.run(control, requests=_requests(self.engine, place, _response_tokens(arms)))
         return control.samples
 
     def _rows(self, place: SweepPoint, samples: Sequence["_Sample"]) -> list[SweepRow]:
-        """From samples in the order of whole repetitions."""
+        """Rows of a point from its samples, in the order of whole repetitions."""
         arms = self._arms_at(place)
         *drafting, after, plain = (samples[index :: len(arms)] for index in range(len(arms)))
         rows = [self._row(place, OFF, "target_decode", [s.seconds for s in plain])]
@@ -259,7 +259,7 @@ class _Sweep:
         )
 
     def _keys(self, place: SweepPoint) -> set[_Key]:
-        """Of all rows of a place."""
+        """Keys of all rows of a point."""
         return {_key(row) for row in self._rows(place, [_Sample(OFF, 1.0, 0.0)] * len(self._arms_at(place)))}
 
     def _agreed(self, value: float) -> float:
@@ -284,16 +284,16 @@ class _Sweep:
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """One step."""
+    """Times of one step."""
 
     arm: Arm
     seconds: float
     drafting: float
-    """Seconds."""
+    """Seconds spent drafting."""
 
 
 class _Turns:
-    """A Control that lets the sequences of a place take given steps, once all of them decode, and then drops them."""
+    """A Control that runs given steps over a point's sequences once all of them decode, and then drops them."""
 
     def __init__(self, arms: Sequence[Arm], batch: int, stopwatch: "_Stopwatch") -> None:
         self.arms = arms
@@ -317,14 +317,14 @@ class _Turns:
         if self._turn < 0:
             return
         arm, load = self.arms[self._turn], outcome.load
-        assert load.decoding == self.batch and not load.prefill_tokens, "other sequences decode than were to"
+        assert load.decoding == self.batch and not load.prefill_tokens, "the decoding sequences are not those of the point"
         assert sum(outcome.drafted_at) == self.batch * arm.num_speculative_tokens, "drafts were cut"
         drafting = self.stopwatch.seconds(outcome) if arm.speculates else 0.0
         self.samples.append(_Sample(arm, outcome.seconds, drafting))
 
 
 class _Stopwatch:
-    """How long a step's drafts took: by the host's clock where it waits for them, by the device's own on CUDA."""
+    """Timer of a step's drafting: the host's clock if it waits for the drafts, CUDA events on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_device = device.type == "cuda"
@@ -336,13 +336,13 @@ class _Stopwatch:
         return _Watched(proposer, self) if self.on_device else proposer
 
     def seconds(self, outcome: StepOutcome) -> float:
-        """Of the step that just ended, whose tokens are on the host."""
+        """Drafting seconds of the step that just ended, whose tokens are on the host."""
         return self.began.elapsed_time(self.ended) / 1e3 if self.on_device else outcome.seconds_drafting
 
 
 class _Watched:
-    """A proposer between two events of the device. The step before ended with its tokens on the host, so the first one passes
-    at once, and the time between them is the whole time of drafting, host and device."""
+    """A proposer between two device events. The previous step ended with its tokens on the host, so the first event passes at
+    once, and the time between the two is the whole time of drafting, host and device."""
 
     def __init__(self, proposer: Proposer, stopwatch: _Stopwatch) -> None:
         self.proposer = proposer
@@ -362,7 +362,7 @@ class _Watched:
 
 
 class _NoiseForPrompts(ModelRunner):
-    """Computes nothing but the last token of what a prompt's pass would compute."""
+    """A decode model that computes only the last token of a prompt's pass."""
 
     def __init__(self, model: DecodeModel) -> None:
         super().__init__(model)
@@ -381,7 +381,7 @@ class _NoiseForPrompts(ModelRunner):
 
 @contextmanager
 def _measuring(engine: Engine) -> Iterator[_Stopwatch]:
-    """The engine with timed drafters and cheap prompts, of which any number fits one pass; afterwards as it was."""
+    """Context in which the engine has timed drafters and cheap prompts, any number of which fit one pass."""
     stopwatch = _Stopwatch(engine.cache.device)
     rollout, runner, proposers = engine.rollout, engine.runner, engine.proposers
     tokens = rollout.max_num_seqs * engine.max_model_len
@@ -395,8 +395,8 @@ def _measuring(engine: Engine) -> Iterator[_Stopwatch]:
 
 
 def _requests(engine: Engine, place: SweepPoint, response_tokens: int) -> list[RolloutRequest]:
-    """One for each sequence of a place, so that it has its own keys and values. They are sampled as the run's own are: filters
-    cost time."""
+    """One request per sequence of a point, so that each has its own keys and values, with the run's sampling parameters:
+    filters cost time."""
     rollout = engine.rollout
     sampling = SamplingParams(
         temperature=rollout.temperature,
@@ -413,7 +413,7 @@ def _requests(engine: Engine, place: SweepPoint, response_tokens: int) -> list[R
 
 
 def _growth(context: int) -> int:
-    """Tokens that contexts may grow by in one run."""
+    """Growth of contexts allowed in one run, in tokens."""
     return max(LEAST_GROWTH, context // 4)
 
 
@@ -422,7 +422,7 @@ def _prompt_tokens(place: SweepPoint) -> int:
 
 
 def _response_tokens(arms: Sequence[Arm]) -> int:
-    """So many that no step with these arms has its drafts cut: the prompt's pass emits one, and one must follow drafts."""
+    """Response length at which no step with these arms has its drafts cut: prefill emits one, and one must follow drafts."""
     return _most_emitted(arms) + 2
 
 

@@ -1,7 +1,7 @@
 """Measured times of single steps as a CSV file: written by `erollout calibrate sweep`, read by fit and validate. Pure.
 
 Columns as in the reference implementation's sweeps (model, batch, seq, gamma, mode, mean_ms, median_ms, std_ms, min_ms, max_ms,
-n_samples), and after them ours, which a file may lack: they say what the times are of.
+n_samples), then our own, which a file may lack: they state what the times hold for.
 """
 
 import csv
@@ -15,23 +15,23 @@ from erollout.errors import UserError
 
 Mode = Literal["target_decode", "drafter_decode", "target_verify", "target_decode_sd"]
 SLACK = 1.02
-"""Of min_ms and max_ms, which a file may have rounded."""
+"""Tolerance of min_ms and max_ms, which may be rounded in a file."""
 LARGEST, LONGEST_MS = 10**8, 1e8
-"""Batch, context or draft length, and time, that a sweep can have. What is larger is a column in a wrong place."""
+"""Largest plausible batch, context or draft length, and time in ms: larger values come from a column in a wrong place."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
     model: str
     batch: int
-    """Sequences; 0 with seq 0: an aggregate that is not a point."""
+    """Number of sequences; 0 with seq 0: an aggregate, not a point."""
     seq: int
-    """Tokens of context of each."""
+    """Context length of each sequence, in tokens."""
     gamma: int
     """num_speculative_tokens; 0 in target_decode."""
     mode: Mode
     """target_decode: an AR step. drafter_decode: one step of the drafter. target_verify: the pass over 1 + gamma tokens of each
-    sequence with the decision. target_decode_sd: an AR step of an engine that has a drafter but does not use it."""
+    sequence, with acceptance. target_decode_sd: an AR step of an engine with an idle drafter."""
     mean_ms: float
     median_ms: float
     std_ms: float
@@ -39,15 +39,15 @@ class SweepRow:
     max_ms: float
     n_samples: int
     format: str = ""
-    """Of the drafter; "" in a file that does not say."""
+    """Drafter format; "" if the file does not state it."""
     hardware: str = ""
     tensor_model_parallel_size: int = 1
     architecture: str = ""
-    """Sizes of the model, by model_size.describe_shape."""
+    """Sizes of the model, from model_size.describe_shape."""
     dtype: str = ""
-    """Of the target's weights."""
+    """Dtype of the target's weights."""
     kernels: str = ""
-    """Of the decode model."""
+    """Kernels of the decode model."""
 
 
 COLUMNS = tuple(f.name for f in fields(SweepRow))
@@ -59,7 +59,7 @@ _NUMBERS: dict[str, type] = {
 
 
 def write_sweep(path: str | Path, rows: Iterable[SweepRow]) -> None:
-    """Raises UserError when the file can't be written."""
+    """Write a sweep. Raises UserError if the file can't be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("w", newline="", encoding="utf-8") as file:
@@ -71,13 +71,13 @@ def write_sweep(path: str | Path, rows: Iterable[SweepRow]) -> None:
 
 
 def read_sweep(path: str | Path, complete: bool = True) -> list[SweepRow]:
-    """The points of a sweep, without its aggregates. Rows are counted from 1, the header, as editors do.
+    """The points of a sweep, without its aggregates. Rows are numbered from 1, the header, as in editors.
 
     Args:
-        complete: refuse a sweep that lacks a mode; false while it is being measured.
+        complete: refuse a sweep that lacks a mode; False while it is being measured.
 
-    Raises UserError, naming file and row, for missing columns, modes and numbers that don't exist, times that can't be, and
-    rows without which others mean nothing.
+    Raises UserError, naming file and row, for missing columns, invalid modes and numbers, impossible times, and rows without
+    the others that they depend on.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
@@ -89,7 +89,7 @@ def read_sweep(path: str | Path, complete: bool = True) -> list[SweepRow]:
     except OSError as error:
         raise UserError(f"can't read sweep {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"sweep {path} is no CSV file: {error}") from None
+        raise UserError(f"sweep {path} is not a CSV file: {error}") from None
     points = [(number, row) for number, row in numbered if row.batch or row.seq]
     _check_duplicates(str(path), points)
     if complete:
@@ -98,7 +98,7 @@ def read_sweep(path: str | Path, complete: bool = True) -> list[SweepRow]:
 
 
 def _row(where: str, raw: dict[str, Any]) -> SweepRow:
-    """One line as numbers, checked by itself."""
+    """Parse one line and check it by itself."""
     if None in raw:
         raise UserError(f"sweep {where}: more fields than the header names (a comma inside a number?)")
     values: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def _row(where: str, raw: dict[str, Any]) -> SweepRow:
 
 
 def _problem(row: SweepRow) -> str | None:
-    """What can't be in a row."""
+    """What is wrong with a row; None: nothing."""
     if row.mode not in get_args(Mode):
         return f"mode = {row.mode!r} is none of {', '.join(get_args(Mode))}"
     if row.dtype and row.dtype not in BYTES:
@@ -152,14 +152,14 @@ def _check_duplicates(path: str, points: Sequence[tuple[int, SweepRow]]) -> None
         key = (row.model, row.format, row.tensor_model_parallel_size, row.mode, row.batch, row.seq, row.gamma)
         if key in first:
             raise UserError(
-                f"sweep {path}, row {number}: {row.mode} at batch {row.batch}, seq {row.seq}, gamma {row.gamma} stands in row "
+                f"sweep {path}, row {number}: {row.mode} at batch {row.batch}, seq {row.seq}, gamma {row.gamma} is in row "
                 f"{first[key]} already; delete one"
             )
         first[key] = number
 
 
 def _check_modes(path: str, points: Sequence[tuple[int, SweepRow]]) -> None:
-    """Every mode is there, and an AR step beside each speculative one: without it nothing says whether that pays."""
+    """Check that every mode is present, and an AR step beside each speculative one, to tell whether that pays."""
     present = {row.mode for _, row in points}
     missing = [mode for mode in get_args(Mode) if mode not in present and mode != "target_decode_sd"]
     if missing:

@@ -1,8 +1,8 @@
-"""Whether a calibration tells where speculation pays: predictions against the measured passes of a sweep.
+"""Validation of a calibration: does it predict where speculation pays, against the measured passes of a sweep?
 
 A cycle at a batch, context and draft length n is measured where the sweep has all three of its passes. Its speed-up is
-L T_T / (n T_D + T_V) with the acceptance length L; the prediction is right when it lies on the same side of 1. Near the
-boundary are the cycles whose measured speed-up is within NEAR of 1: the others are easy.
+L T_T / (n T_D + T_V) with the acceptance length L; the prediction is right if it lies on the same side of 1. Cycles whose
+measured speed-up is within NEAR of 1 are near the boundary: the others are easy.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ from erollout.speculation.step import Arm
 
 NEAR = 0.15
 FEWEST_NEAR = 10
-"""Cycles near the boundary that a share of them needs to mean something."""
+"""Least number of cycles near the boundary for a meaningful share."""
 
 Lengths = Callable[[int], float]
 """Acceptance length by num_speculative_tokens."""
 Predictor = Callable[[int], PassTimes]
-"""What predicts the passes of a batch size: the same for all, or one that has not seen this batch."""
+"""Pass times that predict a batch size: the same for all, or fitted without this batch size."""
 
 
 def lengths_at(acceptance: float) -> Lengths:
-    """With the same acceptance for every position of a draft: 1 + a + ... + a^n."""
+    """Acceptance lengths with the same acceptance at every position of a draft: 1 + a + ... + a^n."""
     return lambda n: expected_length(acceptance, n)
 
 
@@ -42,7 +42,7 @@ class Cycle:
     num_speculative_tokens: int
     target: float
     draft: float
-    """Of one drafter step."""
+    """Seconds of one drafter step."""
     verify: float
 
     @property
@@ -58,7 +58,7 @@ class Cycle:
 
 
 def measured_cycles(points: Sequence[Measured]) -> list[Cycle]:
-    """Of all (format, batch, context, n) with a drafter step, a verify pass and a target step."""
+    """Cycles of all (format, batch, context, n) with a drafter step, a verify pass and a target step."""
     at: dict[tuple[Pass, int, float, int], float] = {
         (p.kind, p.batch, p.context, p.num_speculative_tokens): p.seconds for p in points if p.kind != "draft"
     }
@@ -73,7 +73,7 @@ def measured_cycles(points: Sequence[Measured]) -> list[Cycle]:
 
 @dataclass(slots=True)
 class Score:
-    """How many predictions were right."""
+    """Count of right predictions."""
 
     right: int = 0
     total: int = 0
@@ -84,7 +84,7 @@ class Score:
 
     @property
     def share(self) -> float:
-        """NaN without any."""
+        """Share of right predictions; NaN without any."""
         return self.right / self.total if self.total else float("nan")
 
     def __str__(self) -> str:
@@ -96,9 +96,9 @@ class Validation:
     components: dict[str, dict[str, float]]
     """Accuracy of the seconds, by pass and format."""
     sign: Score
-    """Whether speculation pays."""
+    """Predictions whether speculation pays."""
     near: Score
-    """The same, of cycles near the boundary."""
+    """The same for cycles near the boundary."""
     by_length: dict[int, Score]
     """The same by num_speculative_tokens."""
     wrong: list[tuple[Cycle, float, float]]
@@ -107,15 +107,15 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """What a calibration has to reach."""
+    """Accuracy that a calibration must reach."""
 
     sign: float = 0.97
     near: float = 0.92
     mape: float = 15.0
-    """Of every component, in per cent."""
+    """Largest mean absolute percentage error of every component."""
 
     def failures(self, validation: Validation) -> list[str]:
-        """One line each; none when all is well."""
+        """Failures, one line each; none if all is well."""
         failures = []
         if not validation.sign.share >= self.sign:
             failures.append(f"sign accuracy {validation.sign} is below {100 * self.sign:.0f} %")
@@ -151,22 +151,23 @@ def validate(points: Sequence[Measured], predictor: Predictor, lengths: Lengths)
 
 
 def held_out(points: Sequence[Measured], size: ModelSize, identity: Identity) -> Predictor:
-    """For each batch size, a calibration from all points but those of that size: as honest as a sweep allows, since points
-    that differ only in context know each other's times.
+    """For each batch size, a calibration fitted to the points of all other batch sizes. Points that differ only in context are
+    too alike to be held out singly.
 
     Raises UserError for fewer than two batch sizes.
     """
     batches = {p.batch for p in points}
     if len(batches) < 2:
-        raise UserError(f"nothing can be held out by batch: the sweep has {len(batches)} batch size; measure a second one too")
+        raise UserError(f"can't hold out batch sizes: the sweep has {len(batches)} batch size; measure a second one too")
     passes = {batch: fit([p for p in points if p.batch != batch], size, identity).passes() for batch in batches}
     return passes.__getitem__
 
 
 def seen(calibration: Calibration, points: Sequence[Measured]) -> int:
-    """How many of these points the calibration was fitted to: its tables have the same time at the same place.
+    """Number of these points that the calibration was fitted to: its tables have the same time at the same point.
 
-    Not told by the file's name: a copy of the sweep, or a part of it, is as much in sample. 0 for a calibration without tables.
+    Times are compared, not file names, because a copy or a part of the sweep is in sample too. 0 for a calibration without
+    tables.
     """
     times = {
         (kind, format, p.batch, p.context, p.num_speculative_tokens): exp(p.log_ratio)

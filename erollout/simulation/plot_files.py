@@ -16,7 +16,7 @@ BINS = 200
 
 
 def draw(out: Path, outcomes: Sequence[SimulatedRollout], summaries: Sequence[Summary]) -> None:
-    """Draw `rollouts.png`, `utilisation.png` and, for each strategy's first rollout, `occupancy-<strategy>.png`. Raises UserError."""
+    """Draw `rollouts.png`, `utilisation.png` and `occupancy-<strategy>.png` of its first rollout. Raises UserError."""
     bars = [
         Bar(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.hand_out}", s.seconds.mean, s.seconds.half) for s in summaries
     ]

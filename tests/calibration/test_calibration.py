@@ -201,8 +201,8 @@ def test_a_calibration_is_read_as_it_was_saved(calibration: Calibration, tmp_pat
         (lambda text: text[:-200], "no valid JSON"),
         (lambda text: text.replace('"per_pass": 0', '"per_pass": 1'), "checksum"),
         (lambda text: text.replace('"version": 1', '"version": 9'), "version 9"),
-        (lambda text: '{"kind": "something"}', "is no calibration"),
-        (lambda text: "[1, 2]", "is no calibration"),
+        (lambda text: '{"kind": "something"}', "is not a calibration"),
+        (lambda text: "[1, 2]", "is not a calibration"),
     ],
 )
 def test_a_damaged_calibration_is_refused(

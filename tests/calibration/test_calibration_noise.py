@@ -56,9 +56,9 @@ def test_what_a_sweep_does_not_vary_is_told(tmp_path: Path, capsys: pytest.Captu
     write_sweep(csv, sweep(batches=(4,), contexts=(512,)))
     assert command("fit", "--csv", csv, "--out", out) == 0
     told = capsys.readouterr().out
-    assert "WARNING: the sweep has one batch size alone, 4" in told and "one context alone, 512" in told
+    assert "WARNING: the sweep has a single batch size, 4" in told and "a single context, 512" in told
     assert "one draft length" not in told
-    with pytest.raises(UserError, match="nothing can be held out by batch: the sweep has 1 batch size"):
+    with pytest.raises(UserError, match="can't hold out batch sizes: the sweep has 1 batch size"):
         command("validate", "--config", out, "--csv", csv, "--held-out")
 
 
@@ -70,9 +70,9 @@ def test_figures_of_the_points_that_were_fitted_are_in_sample(tmp_path: Path, ca
     assert command("fit", "--csv", csv, "--out", out) == 0
     capsys.readouterr()
     command("validate", "--config", out, "--csv", copy)
-    assert "IN SAMPLE: 27 of the 27 points of" in (told := capsys.readouterr().out) and "--held-out says how well" in told
+    assert "was fitted to 27 of the 27 points of" in (told := capsys.readouterr().out) and "give --held-out" in told
     command("validate", "--config", out, "--csv", csv, "--held-out")
-    assert "IN SAMPLE: 45 of the 45 points of" in (told := capsys.readouterr().out) and "held out by batch" in told
+    assert "was fitted to 45 of the 45 points of" in (told := capsys.readouterr().out) and "held out by batch" in told
     assert seen(load_calibration(out), measured_passes(sweep(noise=0.01, contexts=(512,)))) == 0
     write_sweep(copy, [replace(row, hardware="H100", median_ms=1.01 * row.median_ms) for row in rows])
     command("validate", "--config", out, "--csv", copy)

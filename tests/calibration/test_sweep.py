@@ -138,7 +138,7 @@ def test_rows_of_something_else_are_not_mixed_in() -> None:
 def test_a_file_that_is_no_sweep_stays_as_it_is(content: str, tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(content)
-    with pytest.raises(UserError, match="no sweep that can go on"):
+    with pytest.raises(UserError, match="not a sweep that can be resumed"):
         resume_rows(path)
     assert path.read_text() == content
 

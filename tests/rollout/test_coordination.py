@@ -106,7 +106,7 @@ def _calibration(config: Config, **other: Any) -> Calibration:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"model": "layers=2"}, "is of model layers=2, this run has layers="),
+        ({"model": "layers=2"}, "is for model layers=2, this run has layers="),
         ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size 2, this run has 1"),
         ({"formats": ("fp8",)}, "formats fp8, this run has w4a16, w8a8"),
         ({"dtype": "float32"}, "dtype float32, this run has bfloat16"),
@@ -135,7 +135,7 @@ def test_a_calibration_of_other_hardware_is_refused_by_the_ranks(rank_pool: Rank
     path = tmp_path / "calibration.json"
     tree = _tree(tmp_path, 1, speculation=ADAPTIVE | {"calibration": str(path)})
     _calibration(build_config(tree), hardware="A100").save(path)
-    with pytest.raises(RankFailure, match="is of hardware A100, this run has"):
+    with pytest.raises(RankFailure, match="is for hardware A100, this run has"):
         rank_pool.run(1, train_here, tree)
 
 

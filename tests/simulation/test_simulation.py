@@ -425,7 +425,7 @@ def test_without_autoregressive_decoding_nothing_is_said_of_savings(tmp_path: Pa
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "name --calibration"),
+        ((), "give --calibration"),
         (("--calibration", "nowhere.json"), "can't read calibration"),
         ((*SMALL, "--modes", "fast"), "--modes 'fast'"),
         ((*SMALL, "--policies", "server"), "--policies 'server'"),

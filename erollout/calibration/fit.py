@@ -1,8 +1,8 @@
 """Fit of a calibration to a sweep: the roofline's coefficients by robust least squares, then a table of the residuals.
 
 Residuals are logarithms of measured over predicted seconds, so relative errors of short and long passes weigh the same. A
-soft_l1 loss limits the weight of points that did not run as meant (with a full cache, fewer sequences run). Weak priors fix what
-few points do not determine, so a sweep of five seconds gives a usable roofline too.
+soft_l1 loss limits the weight of points that did not run as meant (with a full cache, fewer sequences run). Weak priors fix
+what few points do not determine, so a sweep of five seconds gives a usable roofline too.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -71,7 +71,7 @@ class Noise:
             )
         if 2 * self.single > self.points:
             warnings.append(
-                f"{self.single} of {self.points} rows have fewer than {FEWEST_SAMPLES} steps (n_samples), which say "
+                f"{self.single} of {self.points} rows have fewer than {FEWEST_SAMPLES} steps (n_samples), which says "
                 f"nothing of the noise: {again}"
             )
         for name, value in self.off.items():

@@ -1,9 +1,9 @@
-"""Saves and restores a run: Megatron's distributed checkpoint of model and optimizer, and a small JSON of the rest.
+"""Checkpoints of a run: Megatron's distributed checkpoint of model and optimizer, and a small JSON file for the rest.
 
-A checkpoint is a directory `step_00000010`. It is written under another name, in the background where that is asked for, and
-renamed once every file is there, so a crash while saving leaves the previous ones as they were. One whose files are damaged
-is set aside for the one before. The sharded format is independent of the layout: a run goes on
-with another tensor x pipeline x data split. Random numbers need no state: they are functions of (seed, step, prompt, position).
+A checkpoint is a directory `step_00000010`. It is written under another name, optionally in the background, and renamed once
+every file is complete, so a crash while saving leaves earlier checkpoints intact. A checkpoint with damaged files is set aside,
+and the one before is loaded. The sharded format is independent of the layout: a run can resume with another tensor x pipeline x
+data split. Random numbers need no state: they are functions of (seed, step, prompt, position).
 """
 
 import json
@@ -49,16 +49,16 @@ from erollout.security.unpickling import load_metadata
 logger = logging.getLogger(__name__)
 
 _FAILURES = (OSError, RuntimeError, KeyError, UnpicklingError, CheckpointingException, CheckpointException)
-"""What the two checkpoint libraries raise for files they can't write or read; the last is not even an Exception."""
+"""Errors of the two checkpoint libraries for files that can't be written or read; the last one is not an Exception."""
 
 _INDEX = ".metadata"
-"""torch.distributed's file of which tensors are where."""
+"""torch.distributed's index of tensors and files."""
 _COMMON = "common.pt"
-"""Megatron's file of what is not sharded."""
+"""Megatron's file of unsharded state."""
 KEPT = "rollouts.npz"
 """File of RunState.kept, which may be large."""
 
-# Optimizer state that any layout can read back.
+# optimizer state that any layout can load
 _OPTIMIZER_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -68,30 +68,30 @@ _OPTIMIZER_METADATA = {
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What a resumed run continues from, beside the tensors."""
+    """State that a resumed run continues from, besides tensors."""
 
     step: int
-    """Steps done; also the number of the next step and the policy version."""
+    """Number of completed steps; also the index of the next step and the policy version."""
     run_id: str | None
-    """MLflow run."""
+    """Id of the MLflow run."""
     history: tuple[dict[str, float], ...] = ()
     """Held-out evaluations so far."""
     rollout: dict[str, Any] | None = None
-    """What the rollout worker has learnt: acceptance, costs, lengths. None: nothing yet."""
+    """State learnt by the rollout worker: acceptance, costs, lengths. None: nothing yet."""
     kept: KeptRollouts | None = None
-    """Of the next step's rollout, which was interrupted. None: it was not begun."""
+    """Partial rollouts of the next step, whose rollout was interrupted. None: it had not begun."""
     date: str | None = None
-    """Day that a chat template with a clock is told, as 2026-11-30. None: of a checkpoint that doesn't say."""
+    """Date given to chat templates that use one, as 2026-11-30. None: the checkpoint does not state it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A checkpoint that is being written."""
+    """A checkpoint being written."""
 
     writing: Writing
     target: Path
     state: str
-    """Contents of STATE."""
+    """Content of the STATE file."""
     kept: KeptRollouts | None
     began: float
 
@@ -104,8 +104,8 @@ class Checkpointer:
     def __init__(self, directory: Path, keep_last: int, actor: Actor, kind: RunKind, asynchronous: bool = False) -> None:
         """
         Args:
-            kind: what the run does with the policy, so that it does not go on with another kind's optimizer.
-            asynchronous: `save` takes a copy, and a thread writes it.
+            kind: kind of run, so that it does not resume with the optimizer of another kind.
+            asynchronous: `save` copies the state, and a thread writes it.
         """
         self.directory = directory
         self.keep_last = keep_last
@@ -115,8 +115,9 @@ class Checkpointer:
         self._pending: _Pending | None = None
 
     def save(self, state: RunState) -> None:
-        """Collective. When it returns, the policy may change; asynchronous: the checkpoint counts only after `wait`, or some
-        `advance`. Raises UserError when the files, or those of the save before, can't be written; earlier ones are untouched.
+        """Save a checkpoint. Collective. Afterwards the policy may change. If asynchronous, it is complete only after `wait` or
+        a later `advance`. Raises UserError if its files, or those of the previous save, can't be written; earlier
+        checkpoints stay intact.
         """
         self.wait()
         target = self.directory / f"step_{state.step:08d}"
@@ -131,12 +132,12 @@ class Checkpointer:
             self.wait()
 
     def advance(self) -> None:
-        """Complete the checkpoint that is being written, if all ranks have written their part. Collective."""
+        """Complete the pending checkpoint if all ranks have written their part. Collective."""
         if self._pending is not None and all(all_gather(self._pending.writing.is_done)):
             self.wait()
 
     def wait(self) -> None:
-        """Complete the checkpoint that is being written, if there is one. Collective. Raises UserError when it can't be."""
+        """Complete the pending checkpoint, if any. Collective. Raises UserError if that fails."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -147,15 +148,15 @@ class Checkpointer:
         logger.info("saved checkpoint %s (%.1f s)", pending.target, time.monotonic() - pending.began)
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint, as rank 0 sees it; None when there is none. Collective."""
+        """The newest complete checkpoint as seen by rank 0; None: there is none. Collective."""
         found = self._complete()
         return found[-1] if found else None
 
     def restore(self) -> RunState | None:
-        """Load the newest checkpoint whose files are whole; None when there is none at all. Collective.
+        """Load the newest intact checkpoint; None: there are no checkpoints. Collective.
 
-        Damaged ones that are newer are renamed to `damaged_step_...`. Raises UserError when all are damaged, or the one that is
-        whole doesn't fit.
+        Newer damaged ones are renamed to `damaged_step_...`. Raises UserError if all are damaged, or if the intact one does not
+        fit the configuration.
         """
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self._complete()):
@@ -163,7 +164,7 @@ class Checkpointer:
             if reason is None:
                 self._on_rank_zero(lambda: _set_aside(damaged))
                 for other, why in damaged:
-                    logger.warning("checkpoint %s is damaged (%s): it is set aside for %s", other, why, path.name)
+                    logger.warning("checkpoint %s is damaged (%s): set aside, falling back on %s", other, why, path.name)
                 state = self.load(path)
                 logger.info("resumed from %s: step %d", path, state.step)
                 return state
@@ -177,11 +178,11 @@ class Checkpointer:
         return None
 
     def load(self, path: Path) -> RunState:
-        """Restore model, optimizer and schedule in place. Collective. Raises UserError for a checkpoint that doesn't fit."""
+        """Load model, optimizer and schedule in place. Collective. Raises UserError if the checkpoint does not fit."""
         document = read_state(path)
         require_resumable(path, document, self.actor.architecture, self.actor.config, self.kind)
         self._on_rank_zero(lambda: _require_plain(path))
-        updates = document["scheduler"]["num_steps"] - 1  # as Actor.num_updates
+        updates = document["scheduler"]["num_steps"] - 1  # as in Actor.num_updates
         expected = self._sharded_state(updates, is_loading=True)
         try:
             loaded = dist_checkpointing.load(expected, str(path))
@@ -205,7 +206,7 @@ class Checkpointer:
         return from_rank_zero(found)
 
     def _damage(self, path: Path) -> str | None:
-        """Of all ranks' findings the first; every rank reads its share of the files."""
+        """The first damage found by any rank, each of which reads its share of the files."""
         found = all_gather(damage(path, dist.get_rank(), dist.get_world_size()))
         return next((reason for reason in found if reason is not None), None)
 
@@ -219,10 +220,10 @@ class Checkpointer:
             ) from error
 
     def _sharded_state(self, updates: int, is_loading: bool) -> dict[str, Any]:
-        """`updates`: made so far. Steps may be more: those that were skipped count."""
+        """`updates`: number of updates so far. Steps may be more, because they include skipped updates."""
         model: dict[str, Any] = self.actor.module.sharded_state_dict()  # type: ignore[operator]
         if not updates:
-            return {"model": model}  # an optimizer has no state before the first
+            return {"model": model}  # an optimizer has no state before the first update
         optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
         return {"model": model, "optimizer": optimizer}
 
@@ -235,10 +236,10 @@ class Checkpointer:
             raise UserError(f"checkpoint {path} is damaged: can't read {KEPT} ({error}); remove the directory") from error
 
     def _prepare(self, partial: Path) -> None:
-        for left in self.directory.glob("step_*.partial"):  # by a crash or a full disk
+        for left in self.directory.glob("step_*.partial"):  # left by a crash or a full disk
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
-            else:  # somebody has put it there
+            else:  # put there by someone else
                 left.unlink()
         partial.mkdir(parents=True)
         self._require_space(partial)
@@ -249,7 +250,7 @@ class Checkpointer:
             return
         try:
             needed = total_bytes(existing[-1])
-        except UserError:  # damaged since: how much is needed is not known
+        except UserError:  # damaged since, so the needed size is unknown
             return
         free = shutil.disk_usage(partial).free
         if free < needed:
@@ -273,12 +274,12 @@ class Checkpointer:
         if pending.kept is not None:
             (partial / KEPT).write_bytes(pending.kept.to_bytes())
         write_manifest(partial, checksums)
-        publish(partial, target)  # perhaps again: a rollout can be interrupted twice, or a run go on from an older one
+        publish(partial, target)  # possibly again: a rollout may be interrupted twice
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
             remove(old)
 
     def _on_rank_zero(self, action: Callable[[], None]) -> None:
-        """Run on rank 0 while the others wait; its failure is every rank's failure, with the same message."""
+        """Run on rank 0 while the others wait; if it fails, all ranks fail with the same message."""
 
         def run() -> None:
             try:
@@ -292,16 +293,16 @@ class Checkpointer:
 
 
 def _set_aside(damaged: list[tuple[Path, str]]) -> None:
-    """Under a name that counts as no checkpoint, for whoever looks for the cause."""
+    """Rename damaged checkpoints so that they no longer count as checkpoints but remain for diagnosis."""
     for path, _ in damaged:
         places = (path.with_name(f"damaged_{path.name}{f'.{number}' * bool(number)}") for number in count())
         path.rename(next(place for place in places if not place.exists()))
 
 
 def _require_plain(path: Path) -> None:
-    """Raises UserError for files that name anything but what a checkpoint needs: whoever wrote them may be anyone.
+    """Raise UserError for pickled files with anything that a checkpoint does not need: they may come from anyone.
 
-    Both are read again later, by libraries that say less, and read as strictly.
+    Both files are read again later by the libraries, equally strictly, but with worse messages.
     """
     for name, read in ((_INDEX, _read_index), (_COMMON, partial(torch.load, map_location="cpu", weights_only=True))):
         try:
@@ -317,27 +318,27 @@ def _require_plain(path: Path) -> None:
 
 
 def _read_index(file: BinaryIO) -> None:
-    """Raises UnpicklingError where it leads to what is no file of the checkpoint."""
+    """Raise UnpicklingError if the index refers to anything but files of the checkpoint."""
     stored = getattr(load_metadata(file), "storage_data", None) or {}
     for name in {str(info.relative_path) for info in stored.values()}:
         _require_file(Path(file.name).parent, name)
 
 
 def _require_file(checkpoint: Path, name: str) -> None:
-    """A pipe would be waited for, for ever."""
+    """Raise unless `name` is a regular file of the checkpoint: reading from a pipe would block for ever."""
     if leaves(name) or not (checkpoint / name).is_file():
         raise UnpicklingError(f"{name} is no file of the checkpoint")
 
 
 def _space(directory: Path) -> str:
-    """In words; nothing where it can't be known."""
+    """Free space in words; empty if unknown."""
     with suppress(OSError):
         return f" ({shutil.disk_usage(directory).free / 2**20:.0f} MiB free there)"
     return ""
 
 
 def _reason(error: BaseException) -> str:
-    """One line of what a checkpoint library raised; of a collective failure, the first rank's."""
+    """One line on an error of a checkpoint library; for a collective failure, that of the first rank."""
     if isinstance(error, CheckpointException):
         for rank, (cause, _) in error.failures.items():
             return f"rank {rank}: {_reason(cause)}"

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole: a manifest lists every file, its size and checksum, and is written last. Pure file handling."""
+"""Manifest of a checkpoint: lists every file with size and checksum, and is written last. Pure file handling."""
 
 import errno
 import json
@@ -21,12 +21,12 @@ STATE = "state.json"
 REPLACED = ".replaced"
 _CHUNK_BYTES = 2**22
 _READ_AGAIN_AFTER = (1.0, 4.0)
-"""Seconds."""
+"""Pauses in seconds before a failed read is retried."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Of a file in the manifest."""
+    """Entry of a file in the manifest."""
 
     size: int
     """Bytes."""
@@ -34,7 +34,7 @@ class _Entry:
 
 
 def checksum(file: Path) -> str:
-    """CRC-32 in hexadecimal: finds what disks, copies and crashes do to bytes. Some 1 GB/s, without Python's lock."""
+    """CRC-32 in hexadecimal, to detect damage by disks, copies and crashes. About 1 GB/s, without the GIL."""
     value = 0
     with open(file, "rb") as contents:
         while chunk := contents.read(_CHUNK_BYTES):
@@ -43,7 +43,7 @@ def checksum(file: Path) -> str:
 
 
 def write_manifest(directory: Path, checksums: Mapping[str, str] | None = None) -> None:
-    """List all files of a finished checkpoint, flushed to disk. `checksums`: of those that are on disk, by the file's name."""
+    """List all files of a finished checkpoint, flushed to disk. `checksums`: known checksums by file name."""
     known = checksums or {}
     for pause in (*_READ_AGAIN_AFTER, None):
         files = {str(f.relative_to(directory)): f for f in sorted(directory.rglob("*")) if f.is_file() and f.name != MANIFEST}
@@ -51,7 +51,7 @@ def write_manifest(directory: Path, checksums: Mapping[str, str] | None = None) 
             break
         if pause is None:
             raise FileNotFoundError(errno.ENOENT, "written by a rank, and not to be seen by the first one", min(missing))
-        time.sleep(pause)  # a listing of a network filesystem may be old
+        time.sleep(pause)  # a directory listing on a network filesystem may be stale
     entries = {
         name: {"bytes": file.stat().st_size, "crc32": known[name] if name in known else checksum(file)}
         for name, file in files.items()
@@ -69,7 +69,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def _flush(path: Path) -> None:
-    """A file, or the names in a directory, to disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -78,8 +78,8 @@ def _flush(path: Path) -> None:
 
 
 def publish(written: Path, target: Path) -> None:
-    """Give a checkpoint its name. One that has it already stands aside meanwhile, and `finish_publishing` knows what to do
-    where this process ends in between. Raises OSError."""
+    """Rename a checkpoint to its final name. An existing one of that name is moved aside meanwhile; `finish_publishing` repairs
+    this if the process ends in between. Raises OSError."""
     replaced = target.with_name(f"{target.name}{REPLACED}")
     if target.exists():
         remove(replaced)
@@ -90,7 +90,7 @@ def publish(written: Path, target: Path) -> None:
 
 
 def finish_publishing(directory: Path) -> None:
-    """After a crash: a checkpoint that stood aside gets its name back, unless another one has it."""
+    """After a crash, restore the name of a checkpoint that was moved aside, unless another one has it."""
     for replaced in directory.glob(f"step_*{REPLACED}"):
         target = replaced.with_suffix("")
         if target.exists():
@@ -100,7 +100,7 @@ def finish_publishing(directory: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """The manifest goes first: a crash in between leaves no directory that looks complete. What can't be removed is said."""
+    """Remove a checkpoint, manifest first, so that a crash leaves none that looks complete. Failures are logged."""
     if not checkpoint.exists():
         return
     try:
@@ -111,7 +111,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def leaves(name: str) -> bool:
-    """Whether a file's name leads out of the checkpoint that lists it."""
+    """Whether a file name points outside the checkpoint that lists it."""
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts
 
@@ -121,10 +121,10 @@ def total_bytes(checkpoint: Path) -> int:
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files; None when they are as the manifest says.
+    """Description of damage to a checkpoint's files; None: they match the manifest.
 
-    Sizes are compared of all files, checksums of every `parts`-th from `part` on: ranks share the reading. A file that can't be
-    read is tried again some seconds later: network filesystems have their moments.
+    Sizes of all files are compared, and checksums of every `parts`-th file from `part` on, so that ranks share the reading. A
+    file that can't be read is retried some seconds later, because network filesystems fail temporarily.
     """
     for pause in _READ_AGAIN_AFTER:
         with suppress(OSError):
@@ -137,7 +137,7 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def _find_damage(checkpoint: Path, part: int, parts: int) -> str | None:
-    """Raises OSError, with the file's name, for what can't be read."""
+    """As `damage`, without retries. Raises OSError with the name of a file that can't be read."""
     name = MANIFEST
     try:
         for number, (name, entry) in enumerate(sorted(_entries(checkpoint).items())):
@@ -165,7 +165,7 @@ def _entries(checkpoint: Path) -> dict[str, _Entry]:
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text())
         entries = {name: _Entry(int(entry["bytes"]), str(entry["crc32"])) for name, entry in listed.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:  # not JSON, or not even text, or of something else
+    except (ValueError, AttributeError, KeyError, TypeError) as error:  # not JSON, not text, or something else
         raise UserError(f"{MANIFEST} is not a valid manifest") from error
     for name in filter(leaves, entries):
         raise UserError(f"{MANIFEST} lists {name}, which is not in the checkpoint")

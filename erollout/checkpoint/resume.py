@@ -1,6 +1,6 @@
-"""What may change in the configuration of a run that goes on from a checkpoint. Pure.
+"""Changes of the configuration allowed when a run resumes from a checkpoint. Pure.
 
-Every key stands in one of three tables: it is obeyed from the next step on, refused with the fix, or of no effect any more.
+Every key is in one of three tables: a change takes effect from the next step, is refused with a fix, or has no effect any more.
 """
 
 import json
@@ -17,8 +17,8 @@ from erollout.policy.architecture import Architecture
 RunKind = Literal["reinforcement learning", "supervised"]
 
 _LONGEST = 100
-"""Characters of a value in a message."""
-ELSEWHERE = "set train.output_dir to another place to begin another run"
+"""Longest value shown in a message, in characters."""
+ELSEWHERE = "set train.output_dir to another directory to start another run"
 
 OBEYED: Mapping[str, str] = {
     "model": "tokenizer max_position_embeddings",
@@ -44,11 +44,11 @@ OBEYED: Mapping[str, str] = {
     "checkpoint": "directory interval keep_last asynchronous resume export_path",
     "fault_tolerance": "heartbeat_seconds hang_seconds max_nonfinite_steps checksum_interval",
 }
-"""Keys by their section. The learning rate of a step is that of the new schedule, with the updates made so far."""
+"""Keys by section. The learning rate follows the new schedule at the number of updates made so far."""
 
 REFUSED: Mapping[str, str] = {
-    "model.architecture": f"the checkpoint is of that model; set it to that, or {ELSEWHERE}",
-    "model.dtype": f"the optimizer's state is of that type; set it to that, or {ELSEWHERE}",
+    "model.architecture": f"the checkpoint has that model; set it to that, or {ELSEWHERE}",
+    "model.dtype": f"the optimizer's state has that type; set it to that, or {ELSEWHERE}",
     "optimizer.use_distributed_optimizer": f"the optimizer's state is laid out by it; set it to that, or {ELSEWHERE}",
     "rollout.prompts_per_step": "prompts are counted by steps, so some would be skipped or taken twice; set it to that, or "
     f"{ELSEWHERE} (from this policy: checkpoint.export_path, then model.path)",
@@ -56,22 +56,22 @@ REFUSED: Mapping[str, str] = {
     f"{ELSEWHERE} (from this policy: checkpoint.export_path, then model.path)",
     "train.seed": f"all samples of a run are functions of it; set it to that, or {ELSEWHERE}",
 }
-"""Keys with the reason and the fix."""
+"""Keys with reason and fix."""
 
 UNREAD: Mapping[str, str] = {
-    "model.path": "the policy's weights are the checkpoint's; a reference is read from the new place",
+    "model.path": "the policy's weights are loaded from the checkpoint; a reference policy is read from the new path",
     "tracking.experiment": "the run stays in its experiment",
 }
-"""Keys whose new value does nothing, or only what is said here."""
+"""Keys whose new value has no effect but the one stated here."""
 
 
 _OF_KIND: Mapping[str, RunKind] = {"rollout.prompts_per_step": "reinforcement learning", "supervised.batch_size": "supervised"}
-"""Refused keys that runs of one kind read alone."""
+"""Refused keys that only runs of one kind read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A key that is not as the checkpoint has it. Values as JSON has them."""
+    """A key whose value differs from the checkpoint's. Values are as in JSON."""
 
     key: str
     before: Any
@@ -83,7 +83,7 @@ class Change:
 
 
 def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of a configuration with its value: `speculation.toggle.margin`; lists and mappings are one key."""
+    """Every dotted key of a configuration with its value (`speculation.toggle.margin`); a list or mapping is one key."""
     for item in fields(section):
         value = getattr(section, item.name)
         if is_dataclass(value):
@@ -93,19 +93,19 @@ def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def configuration(config: Config) -> dict[str, Any]:
-    """Every key by its dotted name, as JSON has it: places from the root of the filesystem on."""
+    """Every key by its dotted name, with values as in JSON and absolute paths."""
     found = {key: _absolute(value) if key in LOCATIONS else value for key, value in keys(config)}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=asdict))
     return plain
 
 
 def changes(saved: Mapping[str, Any], config: Config) -> list[Change]:
-    """Keys that differ from what a checkpoint was saved with. Those that one of the two does not know are not compared."""
+    """Keys whose values differ from those saved with a checkpoint. Keys that only one of the two has are not compared."""
     return [Change(key, saved[key], now) for key, now in configuration(config).items() if key in saved and saved[key] != now]
 
 
 def identity(architecture: Architecture, config: Config) -> dict[str, Any]:
-    """What of the model and its optimizer must be the same in the run that loads."""
+    """Properties of model and optimizer that must be equal in the run that loads the checkpoint."""
     return {
         "architecture": json.loads(json.dumps(asdict(architecture))),
         "dtype": config.model.dtype,
@@ -116,18 +116,18 @@ def identity(architecture: Architecture, config: Config) -> dict[str, Any]:
 def require_resumable(
     path: Path, document: Mapping[str, Any], architecture: Architecture, config: Config, kind: RunKind
 ) -> None:
-    """Raises UserError, with the key and the fix, where this configuration can't go on from the checkpoint at `path`.
+    """Raise UserError, with key and fix, if this configuration can't resume from the checkpoint at `path`.
 
-    `document`: what its STATE holds.
+    `document`: content of its STATE file.
     """
     if document["kind"] != kind:
         raise UserError(
-            f"checkpoint {path} is of a {document['kind']} run and this one is {kind}; set train.output_dir to another place "
+            f"checkpoint {path} is from a {document['kind']} run, this is a {kind} run; set train.output_dir to a new directory "
             "(a policy is handed on by checkpoint.export_path and model.path)"
         )
     _require_model(path, document["identity"], identity(architecture, config))
     for change in changes(document.get("configuration", {}), config):
-        if change.key == "model.architecture":  # which the model's identity says all of
+        if change.key == "model.architecture":  # covered by the model's identity
             continue
         if change.key in REFUSED and _OF_KIND.get(change.key, kind) == kind:
             raise UserError(
@@ -137,7 +137,7 @@ def require_resumable(
 
 
 def check_newest(architecture: Architecture, config: Config, kind: RunKind) -> None:
-    """Before anything is written: raises UserError where the newest checkpoint is there and can't be gone on from.
+    """Raise UserError, before anything is written, if the newest checkpoint exists but can't be resumed from.
 
     A damaged one is set aside only when it is loaded.
     """
@@ -146,7 +146,7 @@ def check_newest(architecture: Architecture, config: Config, kind: RunKind) -> N
         return
     if not config.checkpoint.resume:
         raise UserError(
-            f"checkpoint.resume = false but {found[-1]} is there; set it to true, or checkpoint.directory to a new place"
+            f"checkpoint.resume = false but {found[-1]} exists; set it to true, or checkpoint.directory to a new directory"
         )
     try:
         document = read_state(found[-1])
@@ -156,7 +156,7 @@ def check_newest(architecture: Architecture, config: Config, kind: RunKind) -> N
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What STATE of the checkpoint at `path` holds. Raises UserError."""
+    """Content of the STATE file of the checkpoint at `path`. Raises UserError."""
     try:
         document: dict[str, Any] = json.loads((path / STATE).read_text())
         if missing := {"step", "run_id", "history", "kind", "identity", "scheduler", "rollout"} - document.keys():
@@ -164,7 +164,7 @@ def read_state(path: Path) -> dict[str, Any]:
         if not isinstance(document["identity"]["architecture"], dict) or not isinstance(
             document.get("configuration", {}), dict
         ):
-            raise ValueError("its identity or configuration is none")
+            raise ValueError("it lacks an identity or configuration")
         if missing := {"dtype", "use_distributed_optimizer"} - document["identity"].keys():
             raise ValueError(f"no identity.{min(missing)}")
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
@@ -179,7 +179,7 @@ def _require_model(path: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]
     for key in here:
         if there.get(key) != here[key]:
             raise UserError(
-                f"checkpoint {path} is of another model: {key} = {there.get(key)} there, {here[key]} here; set "
+                f"checkpoint {path} has another model: {key} = {there.get(key)} there, {here[key]} here; set "
                 "checkpoint.directory to another place or restore the model"
             )
     for key, section in (("dtype", "model"), ("use_distributed_optimizer", "optimizer")):

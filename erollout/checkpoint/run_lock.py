@@ -1,8 +1,8 @@
-"""One run at a time in a directory: a file there names the owner, who keeps its date fresh.
+"""Lock that admits one run at a time to a directory: a file names the owner, which renews its modification time.
 
-Another run takes it over only when the owner is dead: its process is gone from this machine, Slurm has ended its job, or the
-file has not been touched for long. Made by O_EXCL and replaced by rename, it works on network filesystems too; ages are told by
-the filesystem's own clock.
+Another run takes the lock over only if the owner is dead: its process is gone from this machine, Slurm ended its job, or the
+file has not been renewed for long. It is created by O_EXCL and replaced by rename, so it works on network filesystems too; ages
+are measured by the filesystem's own clock.
 """
 
 import json
@@ -30,35 +30,35 @@ logger = logging.getLogger(__name__)
 
 LOCK = "lock"
 LOST = 71
-"""Exit status of a process whose lock another one has."""
+"""Exit status of a process that has lost its lock to another one."""
 _BEAT_SECONDS = 5.0
 _DEAD_SECONDS = 120.0
-"""After so long without a sign, an owner on another machine that is no job that Slurm here knows is taken for dead."""
+"""Age at which the lock of an owner on another machine, and not in a Slurm job known here, counts as abandoned."""
 _JOB_SECONDS = 3600.0
-"""The same of a job whose ranks have not begun: its batch script gives no signs."""
+"""The same for a job whose ranks have not started: its batch script does not renew the lock."""
 _ENDING_SECONDS = 10.0
-"""How long a live owner is waited for: it may be about to end."""
+"""Time to wait for a live owner, which may be about to end."""
 _SETTLE_SECONDS = 1.0
-"""Between taking over and being sure of it: two may do so at once, and the last one has it."""
+"""Pause before a takeover counts: two processes may take over at once, and the last one wins."""
 _LEFT = re.compile(r"lock\.([0-9a-f]{32}(\.now)?|\d+\.\d+)")
-"""Files that a process leaves beside the lock when it is killed at the wrong moment: this module's and train.sbatch's."""
+"""Temporary files beside the lock, of this module and train.sbatch, which a killed process may leave."""
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who holds a directory."""
+    """Owner of a run directory."""
 
     host: str
     pid: int
-    """0: a job as a whole, before its ranks begin."""
+    """Process id; 0: a job as a whole, before its ranks start."""
     started: float
-    """Of the process: when it began, so that a later one of the same id is not taken for it."""
+    """Start time of the process, to tell it from a later one with the same id."""
     machine: str
-    """Where process ids mean the same: this start of this machine, and its namespace."""
+    """Identity of the process id namespace: machine, boot and PID namespace."""
     job: str
-    """Of Slurm, by its number, or of `launch ray`; empty in none."""
+    """Slurm job number, or name of the `launch ray` job; empty: neither."""
     attempt: int
-    """How often the job was queued again."""
+    """Number of times that the job was requeued."""
     token: str
     cluster: str = ""
     """Of Slurm, by its name: another one counts its jobs from 1 too. Empty where it is not known."""
@@ -86,10 +86,10 @@ def this_process() -> Owner:
 
 
 class RunLock:
-    """Of one directory."""
+    """The lock of one run directory."""
 
     def __init__(self, directory: Path, key: str) -> None:
-        """`key`: of the configuration, that names the directory."""
+        """`key`: configuration key that names the directory."""
         self.path = directory / LOCK
         self.key = key
         self.owner = this_process()
@@ -97,7 +97,7 @@ class RunLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """In the block the directory is this process's. Raises UserError, with its owner, where another run has it."""
+        """Context that holds the lock. Raises UserError, naming the owner, if another run holds it."""
         self.take()
         self._remove_left()
         thread = threading.Thread(target=self._keep, name="run-lock", daemon=True)
@@ -106,11 +106,11 @@ class RunLock:
             yield
         finally:
             self._released.set()
-            thread.join(_BEAT_SECONDS)  # a filesystem that hangs doesn't keep the run from ending
+            thread.join(_BEAT_SECONDS)  # so that a hanging filesystem doesn't keep the process alive
             self._release()
 
     def take(self) -> None:
-        """A live owner is waited for a little; one whose signs alone say so, until it gives one or is taken for dead."""
+        """Acquire the lock. Waits briefly for a live owner, and for one of unknown state until it renews or counts as dead."""
         deadline = time.monotonic() + _ENDING_SECONDS
         silent = time.monotonic() + _DEAD_SECONDS  # by the clock here too: a date may be of the future
         first: tuple[str, float] | None = None
@@ -126,15 +126,15 @@ class RunLock:
                     continue
                 sign = (other.token, self._date())
                 if first is None and seconds <= _DEAD_SECONDS:
-                    logger.info("%s is held by %s: waiting up to %.0f s for a sign of it", self.path.parent, other, seconds)
+                    logger.info("%s is held by %s: waiting up to %.0f s for a sign of life", self.path.parent, other, seconds)
                 first = first or sign
                 is_late = time.monotonic() > deadline
                 if is_late and sign[1] < inf and (sign != first or seconds > _DEAD_SECONDS):
                     raise self._refusal(other)
-                time.sleep(2.0 if is_late else 0.5)  # Slurm is asked each time
+                time.sleep(2.0 if is_late else 0.5)  # asks Slurm each time
         except OSError as error:
             raise UserError(
-                f"{self.key} = {self.path.parent} can't be written: {error.strerror}; choose another place"
+                f"{self.key} = {self.path.parent} can't be written: {error.strerror}; choose another directory"
             ) from error
 
     def _create(self) -> bool:
@@ -146,7 +146,7 @@ class RunLock:
         return True
 
     def _take_over(self, dead: Owner | None, *, patient: bool) -> bool:
-        """None: of an owner that can't be read, for it has just gone, or was killed as it wrote."""
+        """Take the lock over. `dead`: the old owner; None: unreadable, because it has just gone or was killed while writing."""
         if dead is None and patient and self._age() < _ENDING_SECONDS:
             time.sleep(0.2)
             return False
@@ -162,14 +162,14 @@ class RunLock:
         if read_owner(self.path) != self.owner:
             return False
         if not is_of_this_job:
-            logger.info("%s was left by %s: it is this run's now", self.path.parent, dead or "nobody knows whom")
+            logger.info("%s was left by %s: taken over by this run", self.path.parent, dead or "an unknown owner")
         return True
 
     def _seconds_to_live(self, other: Owner) -> float:
-        """After how many seconds without a sign an owner is taken for dead: 0 where it is for sure, infinite where it lives."""
+        """Age in seconds at which an owner's lock counts as abandoned: 0 if it is surely dead, infinite if surely alive."""
         mine = self.owner
         if mine.is_of_job_of(other) and (other.attempt != mine.attempt or not other.pid):
-            return 0.0  # this very job, as it was before
+            return 0.0  # an earlier attempt of this job
         if other.pid and other.machine and other.machine == mine.machine:
             return inf if other.pid != mine.pid and _started(other.pid) == other.started else 0.0
         lives = None if mine.is_of_job_of(other) else self._job_lives(other)
@@ -189,7 +189,7 @@ class RunLock:
         return None
 
     def _age(self) -> float:
-        """Seconds since the owner's last sign, 0 where there is no file any more; both dates are the filesystem's."""
+        """Seconds since the owner's last renewal, 0 if the file is gone; both times are the filesystem's."""
         probe = self.path.with_name(f"{LOCK}.{self.owner.token}.now")
         probe.touch()
         try:
@@ -198,14 +198,14 @@ class RunLock:
             probe.unlink(missing_ok=True)
 
     def _date(self) -> float:
-        """Of the owner's last sign; infinite where there is no file."""
+        """Time of the owner's last renewal; infinite if there is no file."""
         try:
             return self.path.stat().st_mtime
         except FileNotFoundError:
             return inf
 
     def _remove_left(self) -> None:
-        """What others, killed as they looked at the lock or took it over, have left beside it."""
+        """Remove temporary files left by processes that were killed while checking or taking the lock."""
         with suppress(OSError):
             now = self._date()
             for path in self.path.parent.glob(f"{LOCK}.*"):
@@ -213,19 +213,19 @@ class RunLock:
                     path.unlink()
 
     def _refusal(self, other: Owner) -> UserError:
-        gone = "" if other.machine == self.owner.machine else f", or remove {self.path} if it is gone for sure"
+        gone = "" if other.machine == self.owner.machine else f", or remove {self.path} if you are sure that it is gone"
         return UserError(
             f"{self.key} = {self.path.parent} is in use by {other}: two runs would write to one place; end that one "
-            f"(`erollout launch stop {quote(str(self.path.parent))}`) or choose another place{gone}"
+            f"(`erollout launch stop {quote(str(self.path.parent))}`) or choose another directory{gone}"
         )
 
     def _keep(self) -> None:
-        """Give signs; end this process where another one has taken the lock: this one was suspended for long, or cut off."""
+        """Renew the lock; end this process if another one has taken it, because this one was suspended or cut off for long."""
         while not self._released.wait(_BEAT_SECONDS):
-            with suppress(OSError):  # a filesystem may be away for a while
+            with suppress(OSError):  # the filesystem may be unavailable for a while
                 holder = read_owner(self.path)
                 if holder is not None and holder != self.owner:
-                    os.write(2, f"erollout: error: {self.path.parent} is now held by {holder}: this process ends\n".encode())
+                    os.write(2, f"erollout: error: {self.path.parent} is now held by {holder}: ending this process\n".encode())
                     os._exit(LOST)
                 if holder is None and not self.path.exists():
                     self._create()
@@ -248,10 +248,10 @@ def read_owner(path: Path) -> Owner | None:
 
 
 def _started(pid: int) -> float | None:
-    """None where no such process runs."""
-    with suppress(OSError):  # not Linux, or it is gone
+    """Start time of a process; None: no such process runs."""
+    with suppress(OSError):  # not Linux, or the process is gone
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else float(fields[18])  # ticks since the boot, which no clock changes
+        return None if state in "ZX" else float(fields[18])  # ticks since boot, independent of clock changes
     with suppress(psutil.Error):
         return psutil.Process(pid).create_time()
     return None

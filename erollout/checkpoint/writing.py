@@ -1,7 +1,7 @@
-"""One rank's files of a checkpoint, written by a thread, so that training can go on meanwhile.
+"""Asynchronous writing of one rank's checkpoint files by a thread, while training continues.
 
-Megatron writes asynchronously in forked processes. A fork of a process in which gloo, NCCL and CUDA run may hang, and a thread
-does as well here: writing and checksums let go of Python's lock.
+Megatron writes asynchronously in forked processes. Forking a process in which gloo, NCCL and CUDA run may hang, and a thread
+serves as well: writing and checksums release the GIL.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from erollout.checkpoint.manifest import checksum
 
 
 class Writing:
-    """Of what one collective save has planned. Begins at once."""
+    """The write of one collective save, started at once."""
 
     def __init__(self, request: AsyncRequest, copies: bool) -> None:
-        """`copies`: whether the tensors change before the files are there."""
+        """`copies`: whether the tensors may change before the files are written."""
         self.checksums: dict[str, str] = {}
-        """Of this rank's files, by name, once it is done."""
+        """Checksums of this rank's files by name, once it is done."""
         self._request = request
         buckets = [] if request.async_fn is None else [_staged(bucket, copies) for bucket in request.async_fn_args[1]]
         self._thread = Thread(target=self._write, args=(buckets,), name="checkpoint", daemon=True)
@@ -30,11 +30,11 @@ class Writing:
 
     @property
     def is_done(self) -> bool:
-        """This rank's files are there, or could not be written."""
+        """Whether this rank's files have been written, or have failed."""
         return not self._thread.is_alive()
 
     def finish(self) -> None:
-        """Wait for this rank's files, then complete the checkpoint. Collective. Raises what torch's checkpoints raise."""
+        """Wait for this rank's files, then complete the checkpoint. Collective. Raises errors of torch's checkpoints."""
         self._thread.join()
         for complete in self._request.finalize_fns:
             complete()
@@ -59,20 +59,20 @@ class Writing:
 
 
 def _staged(bucket: WriteBucket, copies: bool) -> WriteBucket:
-    """A bucket whose tensors are in host memory, and its own if asked for."""
+    """A bucket with its tensors in host memory, copied if `copies`."""
     path, name, (values, tensors) = bucket
     return path, name, (values, [(item, tensor.to("cpu", copy=copies)) for item, tensor in tensors])
 
 
 def _write_bucket(transforms: Any, number: int, bucket: WriteBucket) -> Any:
-    """The library's list of what it wrote, or its Exception."""
+    """The library's list of results, or its Exception."""
     answers: SimpleQueue[tuple[int, Any]] = SimpleQueue()
     FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, _Counter(), use_fsync=True)
     return answers.get()[1]
 
 
 class _Counter:
-    """Stands for the queue by which the library's writer processes are counted: here is one thread."""
+    """Replacement for the queue that counts the library's writer processes: here there is one thread."""
 
     def get(self) -> None: ...
 

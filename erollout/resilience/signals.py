@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop, and how they wait for a process that does not listen yet. Light: scorers load it."""
+"""Signals that request a stop, and how to defer them until a process is ready. Light: scorers load it."""
 
 import os
 import signal
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
-"""A scheduler, and a terminal, send them to all processes of a job, whichever of them is meant."""
+"""Stop signals, which schedulers and terminals send to all processes of a job."""
 
 AGAIN_SECONDS = 0.3
-"""A second SIGINT sooner is the first one: a terminal, a launcher and what wraps them have all sent it."""
-ENDED_AT_ONCE = "SIGINT again: ended at once; the same command goes on from the newest checkpoint, if there is one"
-"""The last line of a run that Ctrl-C was pressed twice in."""
+"""A second SIGINT within this time counts as the first one: terminal, launcher and wrappers may each have sent it."""
+ENDED_AT_ONCE = "SIGINT again: aborted; run the same command to resume from the newest checkpoint, if there is one"
+"""Last line of a run after a second Ctrl-C."""
 
 
 @contextmanager
 def stops_wait() -> Iterator[None]:
-    """In the block they wait for this thread. A process that is started there inherits that, also beyond its exec, until it
-    unblocks them."""
+    """Context that blocks the stop signals for this thread. Processes started in it inherit this, through exec, until they
+    unblock them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -28,10 +28,10 @@ def stops_wait() -> Iterator[None]:
 
 @contextmanager
 def starting(speaks: bool = True) -> Iterator[None]:
-    """In the block, which loads libraries, Ctrl-C ends the process at once: nothing is to be saved yet, and a library may make
-    another error of an interrupt. Not outside the main thread.
+    """Context for loading libraries, in which Ctrl-C ends the process at once: there is nothing to save yet, and a library may
+    turn an interrupt into another error. Only for the main thread.
 
-    speaks: says so, which one process of a run does.
+    speaks: whether to print a line, which one process of a run does.
     """
 
     def end(number: int, frame: object) -> None:
@@ -40,7 +40,7 @@ def starting(speaks: bool = True) -> Iterator[None]:
         os._exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not _PYTHONS:
-        yield  # whoever has set another handler, or ignores it, knows better
+        yield  # a handler set by others, or SIG_IGN, takes precedence
         return
     signal.signal(signal.SIGINT, end)
     try:

@@ -1,7 +1,7 @@
-"""Ends a run on request: a signal sets a flag, which interrupts a rollout; all ranks agree, and a file says how the run ended.
+"""Stop requests: a signal sets a flag, which interrupts a rollout; all ranks agree, and a file records how the run ended.
 
-SIGUSR1 asks for a checkpoint and a later start (a time limit is near), SIGTERM and SIGINT (Ctrl-C) for a checkpoint and the
-end. A second SIGINT ends the process at once, whatever it is waiting in.
+SIGUSR1 requests a checkpoint and a requeue (a time limit is near); SIGTERM and SIGINT (Ctrl-C) request a checkpoint and the end
+of the run. A second SIGINT ends the process at once, even while it waits in a collective.
 """
 
 import logging
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERDICT = "verdict"
-"""File in train.output_dir, of one word: done, requeue or stopped. Exit statuses don't survive every launcher."""
+"""File in train.output_dir with one word: done, requeue or stopped. Not every launcher passes exit statuses on."""
 
 _REPEAT_SECONDS = 5.0
-"""A second SIGTERM after so long ends the process at once. Sooner, it is the first one, passed on by a launcher too."""
+"""Age of the first SIGTERM after which a second one ends the process at once. Earlier, it is a launcher's copy of the first."""
 _URGENCY = {signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}
-"""Where ranks were asked for different things, SIGTERM wins: who cancels a run doesn't want it back."""
+"""Precedence if ranks got different signals: SIGTERM wins, because a cancelled run must not be requeued."""
 
 
 class Stop:
-    """What this rank was asked for, and what all ranks have agreed on."""
+    """Stop request of this rank, and the agreement of all ranks."""
 
     def __init__(self, saves: bool, file: Path) -> None:
         """
         Args:
-            saves: whether the run has checkpoints at all.
-            file: for the verdict.
+            saves: whether the run saves checkpoints.
+            file: path of the verdict.
         """
         self.saves = saves
         self.file = file
@@ -51,28 +51,28 @@ class Stop:
         self._terminated_at: float | None = None
 
     def begin(self) -> None:
-        """All checks are passed: from here on the verdict of the attempt before is out of date."""
+        """Remove the verdict of the previous attempt. Called once all checks have passed."""
         if current_rank() == 0:
             self.file.unlink(missing_ok=True)
 
     def is_asked(self) -> bool:
-        """Whether this process was asked to stop."""
+        """Whether a stop was requested in this process."""
         return self._asked > 0
 
     def agree(self, step: int, device: "torch.device") -> bool:
-        """Whether all ranks stop after `step` steps: one of them was asked to. Collective."""
+        """Whether all ranks stop after `step` steps, because a stop was requested on any of them. Collective."""
         urgency = all_max([self._asked], device)[0]
         self.agreed = next((asked for asked, rank in _URGENCY.items() if rank == urgency), None)
         if self.agreed is None:
             return False
         logger.info("%s: stopping after step %d", self.agreed.name, step)
         if not self.saves:
-            logger.warning("checkpoint.interval = 0: nothing is saved, and the run can't be continued")
+            logger.warning("checkpoint.interval = 0: nothing is saved, and the run can't be resumed")
         return True
 
     @property
     def verdict(self) -> str:
-        """A run that saves nothing is not to be requeued: it would begin again each time."""
+        """The verdict. A run without checkpoints is not requeued, because it would start from scratch each time."""
         if self.agreed is None:
             return "done"
         return "requeue" if self._asked < _URGENCY[signal.SIGINT] and self._requeues else "stopped"
@@ -91,20 +91,20 @@ class Stop:
             self._terminated_at = self._terminated_at or now
         is_first, self._asked = not self._asked, max(self._asked, _URGENCY[asked])
         if is_first and current_rank() == 0:
-            again = "; once more ends it at once, unsaved" if asked is signal.SIGINT else ""
-            say(f"{asked.name}: stops a rollout at once, anything else at the end of this step{again}")
+            again = "; a second one aborts the run without saving" if asked is signal.SIGINT else ""
+            say(f"{asked.name}: stopping at once in a rollout, otherwise at the end of this step{again}")
 
 
 def say(text: str) -> None:
-    """A line on stderr: a signal may come in the middle of a print, and after the end of who reads it."""
+    """Write a line to stderr, safe in a signal handler: the signal may interrupt a print, and the reader may be gone."""
     with suppress(OSError):
         os.write(2, f"erollout: {text}\n".encode())
 
 
 @contextmanager
 def _ended_by_a_second_interrupt() -> Iterator[None]:
-    """A thread is told of each signal when it comes. The main thread hears of it only between two instructions of Python, and
-    may be waiting for other ranks for ever."""
+    """End the process at a second SIGINT, from a thread: the main thread handles signals only between Python instructions, and
+    may be blocked in a collective."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -130,14 +130,14 @@ def _ended_by_a_second_interrupt() -> Iterator[None]:
 
 @contextmanager
 def stoppable(output_dir: str, saves: bool) -> Iterator[Stop]:
-    """The signals are heard in the block; at its end the verdict is written. A block that fails after `begin` leaves none.
+    """Context that handles stop signals and writes the verdict at its end. If it fails after `begin`, there is no verdict.
 
-    A rank that is through ignores them from then on: others may still be at it, and one that a late signal ended would be taken
-    for a crash.
+    Afterwards a rank ignores the signals, because others may still be in the context, and a rank that a late signal ends would
+    count as crashed.
 
-    Raises SystemExit(143) after a SIGTERM, 130 after a SIGINT, where no launcher started this process: a launcher would take it
-    for a crash.
-    Raises UserError when the verdict can't be written.
+    Raises SystemExit(143) after a SIGTERM and SystemExit(130) after a SIGINT, unless a launcher started this process, which
+    would take that for a crash.
+    Raises UserError if the verdict can't be written.
     """
     stop = Stop(saves, Path(output_dir) / VERDICT)
     after = {number: signal.signal(number, stop.note) or signal.SIG_DFL for number in _URGENCY}

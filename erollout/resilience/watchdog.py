@@ -1,8 +1,9 @@
-"""Where every rank is, in small files, and the end of a rank that stays in one phase for too long.
+"""Watchdog: heartbeats of all ranks in small files, and the end of a rank that stays in one phase for too long.
 
-A collective that one rank never enters holds all others. A thread of each rank writes `heartbeats/rank_00000.json`, another one
-counts: the first that has waited for too long reads the others' files, says who is behind, leaves the stacks of its threads and
-ends its process, and with it the run: the launcher ends the other ranks. A filesystem that hangs delays only the message.
+A collective that one rank never enters blocks all others. On each rank, one thread writes `heartbeats/rank_00000.json`, and
+another one measures the time in the present phase. The first rank to exceed the limit reads the others' files, reports which
+rank is behind, dumps the stacks of its threads and ends its process; the launcher then ends the other ranks. A hanging disk
+delays only the report.
 """
 
 import faulthandler
@@ -24,18 +25,18 @@ from pydantic import TypeAdapter
 logger = logging.getLogger(__name__)
 
 HUNG = 70
-"""Exit status of a rank that waited for too long."""
+"""Exit status of a rank that exceeded the limit."""
 _LAST_WORDS_SECONDS = 15.0
-"""For the end of a rank whose filesystem does not answer."""
+"""Time for the report, after which a rank ends even if its filesystem hangs."""
 _SILENT_BEATS = 3.0
-"""A rank is silent when its file is older than so many heartbeats."""
+"""Age of a rank's file, in heartbeats, above which the rank counts as silent."""
 _LATEST = 1e11
-"""Seconds since the epoch that calendars know."""
+"""Latest time, in seconds since the epoch, that can be shown as a date."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Where a rank is. Times are seconds since the epoch."""
+    """Progress of a rank. Times are in seconds since the epoch."""
 
     rank: int
     host: str
@@ -43,20 +44,20 @@ class Heartbeat:
     step: int = 0
     phase: str = "start"
     phases: int = 0
-    """Phases entered so far: the same course on every rank, so it says who is behind."""
+    """Number of phases entered: equal on all ranks at the same point, so it shows which rank is behind."""
     since: float = 0.0
-    """Begin of the phase."""
+    """Start of the present phase."""
     beat: float = 0.0
-    """When this was written."""
+    """Time at which this was written."""
     collectives: dict[str, int] = field(default_factory=dict)
-    """Sequence number of the last collective of each process group, by its name, as far as the backend counts them."""
+    """Sequence number of the last collective, by process group name, if the backend counts them."""
 
 
 _HEARTBEAT = TypeAdapter(Heartbeat)
 
 
 class Watchdog:
-    """One per rank. `enter` is cheap; everything else happens in a thread between `start` and `stop`."""
+    """The watchdog of a rank. `enter` is cheap; all else happens in threads inside `watching`."""
 
     def __init__(self, output_dir: str, rank: int, world_size: int, heartbeat_seconds: float, hang_seconds: float) -> None:
         self._directory = Path(output_dir) / "heartbeats"
@@ -68,16 +69,16 @@ class Watchdog:
         self._write_failed = False
 
     def enter(self, step: int, phase: str) -> None:
-        """A phase begins, and the one before is over."""
+        """Enter the next phase."""
         self._place = replace(self._place, step=step, phase=phase, phases=self._place.phases + 1, since=time.time())
 
     def alive(self) -> None:
-        """A sign that a long phase goes on."""
+        """Report progress within a long phase."""
         self._signs += 1
 
     @contextmanager
     def watching(self) -> Iterator["Watchdog"]:
-        """In the block, hangs are found."""
+        """Context in which hangs are detected."""
         works = [self._beat, *([self._watch] if self._limit else [])]
         threads = [threading.Thread(target=work, name="watchdog", daemon=True) for work in works]
         for thread in threads:
@@ -87,7 +88,7 @@ class Watchdog:
         finally:
             self._ended.set()
             for thread in threads:
-                thread.join(self._period)  # a disk that hangs doesn't keep the run from ending
+                thread.join(self._period)  # so that a hanging disk doesn't keep the process alive
 
     def _beat(self) -> None:
         if self._place.rank == 0:
@@ -97,7 +98,7 @@ class Watchdog:
             self._write()
 
     def _watch(self) -> None:
-        """The seconds of a phase are counted in ticks: a process that was suspended as a whole did not wait meanwhile."""
+        """Count the seconds of a phase in ticks, so that the time in which the process was suspended does not count."""
         tick = min(self._period, self._limit / 4)
         watched, waited = (self._place.phases, self._signs), 0.0
         last = time.monotonic()
@@ -109,7 +110,7 @@ class Watchdog:
                 self._end(waited)
 
     def _forget_others(self) -> None:
-        """Files of a larger world that the run had before: its ranks would look silent."""
+        """Remove heartbeats of an earlier attempt with more ranks, which would look silent."""
         mine = {_file(self._directory, rank) for rank in range(self._world_size)}
         with suppress(OSError):
             for path in set(self._directory.glob("rank_*.json")) - mine:
@@ -143,11 +144,11 @@ class Watchdog:
 
 @contextmanager
 def at_most(seconds: float, what: str) -> Iterator[None]:
-    """A block that takes longer ends the process, after a line that says `what` hangs."""
+    """Context with a time limit, which ends the process after a line that says that `what` hangs."""
 
     def end() -> None:
         with suppress(OSError):
-            os.write(2, f"erollout: error: {what} takes more than {seconds:g} s: this process ends\n".encode())
+            os.write(2, f"erollout: error: {what} takes more than {seconds:g} s: ending this process\n".encode())
         os._exit(HUNG)
 
     timer = threading.Timer(seconds, end)
@@ -160,7 +161,7 @@ def at_most(seconds: float, what: str) -> Iterator[None]:
 
 
 def read_heartbeats(directory: Path, world_size: int) -> list[Heartbeat]:
-    """The last sign of every rank, in rank order; a file that can't be read is left out."""
+    """The last heartbeat of every rank in rank order, without unreadable files."""
     beats = []
     for rank in range(world_size):
         with suppress(OSError, ValueError):
@@ -171,7 +172,7 @@ def read_heartbeats(directory: Path, world_size: int) -> list[Heartbeat]:
 
 
 def describe_hang(mine: Heartbeat, others: list[Heartbeat], waited: float, period: float) -> str:
-    """One line: who waits where since when, and for whom."""
+    """One line on a hang: which rank waits where, since when and for which ranks."""
     now = time.time()
     silent = [beat for beat in others if now - beat.beat > _SILENT_BEATS * period]
     behind = [beat for beat in others if beat not in silent and beat.phases < mine.phases]
@@ -196,7 +197,7 @@ def _where(beat: Heartbeat) -> str:
 
 
 def _groups_behind(beat: Heartbeat, mine: Heartbeat) -> list[str]:
-    """Process groups in which the other rank has fewer collectives behind it."""
+    """Process groups in which the other rank has completed fewer collectives."""
     return [name for name, number in mine.collectives.items() if beat.collectives.get(name, number) < number]
 
 

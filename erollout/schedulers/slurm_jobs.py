@@ -1,4 +1,4 @@
-"""Slurm, asked by its commands. It may be busy, down or not there at all: each call is bounded."""
+"""Slurm through its commands. It may be busy, down or absent, so each call is bounded in time."""
 
 import re
 import subprocess
@@ -11,18 +11,18 @@ from erollout.environment import outside_of_jobs
 from erollout.errors import UserError
 
 _ANSWER_SECONDS = 60
-"""Slurm's commands wait without end for a controller that is down."""
+"""Time limit of a call: Slurm's commands wait for ever for a controller that is down."""
 _PAUSES = (5, 15, 45)
-"""Seconds before sbatch is tried again."""
+"""Pauses in seconds before sbatch is retried."""
 _BUSY = re.compile(
     r"timed out|unable to contact|connection (refused|reset)|zero bytes|temporarily|busy|try again|slow down|not respond",
     re.IGNORECASE,
 )
-"""What sbatch says when another time may be better."""
+"""Messages of sbatch after which a retry may succeed."""
 _PREFIXES = re.compile(r"^(\w+: )?(error: |fatal: )?")
 _FIELDS = ("JobID", "State", "RestartCnt", "Reason", "NodeList", "TimeUsed", "TimeLimit", "StartTime", "WorkDir")
 _SUBMITTED = re.compile(r"^(\d+)(?:;.*)?$", re.MULTILINE)
-"""The answer of `sbatch --parsable`, among what a site's own sbatch may add."""
+"""Output of `sbatch --parsable`, among lines that a site's own sbatch may add."""
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED"),
@@ -31,21 +31,21 @@ _ENDED = {
 
 
 class Refused(UserError):
-    """A job that Slurm has surely not taken."""
+    """Raised for a job that Slurm has definitely not accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlurmJob:
-    """What Slurm says of a job."""
+    """State of a job as reported by Slurm."""
 
     id: int
     state: str
     attempt: int
-    """Times that it was queued again."""
+    """Number of times that it was requeued."""
     reason: str
-    """Why it waits."""
+    """Reason why it is pending."""
     nodes: str
-    """As Slurm writes them: `n[1-4]`."""
+    """Nodes in Slurm's notation: `n[1-4]`."""
     used: str
     limit: str
     start: str
@@ -53,7 +53,7 @@ class SlurmJob:
 
     @property
     def is_alive(self) -> bool:
-        """It runs, or may yet run."""
+        """Whether it runs or may still run."""
         return self.state not in _ENDED
 
     @property
@@ -68,7 +68,7 @@ class SlurmJob:
 
 
 def answers() -> str | None:
-    """None when there is a scheduler that answers; otherwise why there is none."""
+    """None if a scheduler answers; otherwise why none does."""
     try:
         done = _call("scontrol", "ping")
     except UserError as error:
@@ -83,18 +83,18 @@ def cluster() -> str:
 
 
 def try_submission(command: Sequence[str]) -> str:
-    """What the scheduler says to a job that it is not given. Raises UserError when it would not take it."""
+    """Output of a test submission, which starts no job. Raises UserError if the scheduler would reject the job."""
     done = _call(command[0], "--test-only", *command[1:])
     if done.returncode:
-        raise UserError(f"the scheduler would not take the job: {_words(done)}")
+        raise UserError(f"the scheduler would reject the job: {_words(done)}")
     return _words(done)
 
 
 def submit(command: Sequence[str], directory: Path, known: Collection[int]) -> int:
-    """Submit, again after a while where the controller is busy. Returns the job's id.
+    """Submit a job, with retries while the controller is busy. Returns the job's id.
 
-    An answer can be lost when the job is not: one of `directory` whose id is not `known` is then the one. Raises UserError, of
-    which Refused.
+    If the answer is lost but not the job, the job is the one in `directory` whose id is not `known`. Raises UserError, and its
+    subclass Refused.
     """
     reason = ""
     for pause in (0, *_PAUSES):
@@ -110,26 +110,26 @@ def submit(command: Sequence[str], directory: Path, known: Collection[int]) -> i
             if done.returncode == 0:
                 if answers := _SUBMITTED.findall(done.stdout):
                     return int(answers[-1])
-                raise UserError(f"sbatch has taken a job and not said which: {reason}; see squeue --me")
+                raise UserError(f"sbatch has accepted a job but did not report its id: {reason}; see squeue --me")
             if not _BUSY.search(reason):
-                raise (UserError if pause else Refused)(f"sbatch: {reason}")  # a try before this one may have been taken
+                raise (UserError if pause else Refused)(f"sbatch: {reason}")  # an earlier attempt may have been accepted
     raise UserError(f"sbatch: {reason}")
 
 
 def jobs(ids: Collection[int], directory: Path) -> list[SlurmJob]:
-    """Those of the ids that Slurm still knows (for some minutes after their end), and mine of the directory; oldest first."""
-    names = ",".join(map(str, [*ids, *ids]))  # one alone that is not known is an error, in a list it is not
+    """The jobs with these ids that Slurm still knows (for minutes after their end), and mine in the directory; oldest first."""
+    names = ",".join(map(str, [*ids, *ids]))  # a single unknown id is an error, in a list it is not
     found = [*(_jobs(f"--jobs={names}") if ids else []), *(job for job in _jobs("--me") if job.directory == str(directory))]
     return [job for _, job in sorted({job.id: job for job in found}.items())]
 
 
 def cancel(job: SlurmJob) -> None:
-    """A job that waits goes at once."""
+    """Cancel a job; a pending one ends at once."""
     _must("scancel", str(job.id))
 
 
 def terminate(job: SlurmJob) -> None:
-    """The batch shell hears SIGTERM, and has the ranks save and end, in their own time."""
+    """Send SIGTERM to the batch shell, which lets the ranks save and exit in their own time."""
     _must("scancel", "--batch", "--signal=TERM", str(job.id))
 
 
@@ -158,6 +158,6 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _words(done: subprocess.CompletedProcess[str]) -> str:
-    """What a command has said, in one line."""
+    """Output of a command in one line."""
     lines = f"{done.stdout}\n{done.stderr}".splitlines()
     return "; ".join(words for line in lines if (words := _PREFIXES.sub("", line.strip()))) or f"status {done.returncode}"

@@ -1,1 +1,1 @@
-"""Tracking: a local journal of every figure, delivered to MLflow; the console; figures."""
+"""Tracking: a local journal of all metrics, delivered to MLflow, and the console."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a `key=value` line a step, above a live line on a terminal, and a table at the end."""
+"""Console output of a run: a `key=value` line per step, a live progress line on a terminal, and a final table."""
 
 import logging
 import time
@@ -29,9 +29,9 @@ FIGURES = (
 )
 """Label, tracked name and format, the most important first. A step without the figure leaves it out."""
 _BAR_FROM_WIDTH = 40
-"""Below it a terminal shows no bar, so that the figures have room."""
+"""Least terminal width for a progress bar, so that the figures have room."""
 SMOOTHING = 0.9
-"""Of the seconds per step that the remaining time is estimated from."""
+"""Exponential smoothing of the seconds per step, for the estimate of the remaining time."""
 
 
 class StepReporter:
@@ -39,7 +39,7 @@ class StepReporter:
     below them on a terminal a line that stays: step, remaining time, bar."""
 
     def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None) -> None:
-        """`first_step`: steps already done before this process (a resumed run)."""
+        """`first_step`: number of steps completed before this process (in a resumed run)."""
         self._console = console or Console(highlight=False)
         self._total = total_steps
         self._seconds_per_step: float | None = None
@@ -63,7 +63,7 @@ class StepReporter:
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show a finished step, or the evaluation after it. `step` counts from 1; 0 is an evaluation before the first."""
         if names.ACCURACY in values and names.STEP_SECONDS not in values:
-            self._last_update = time.monotonic()  # it is no part of the next step's time
+            self._last_update = time.monotonic()  # not part of the next step's time
             self._line(step, "evaluation ", evaluation_figures(values))
             return
         self._observe(values)
@@ -146,7 +146,7 @@ def print_summary(rows: Sequence[tuple[str, Any]], title: str = "", console: Con
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", console: Console | None = None) -> None:
-    """A table with a head; the first column to the left, the others to the right."""
+    """Print a table with a header; the first column is left-aligned, the others right-aligned."""
     table = Table(title=title or None, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
@@ -163,12 +163,12 @@ def _print(table: Table, console: Console | None) -> None:
 
 @contextmanager
 def _whoever_reads(console: Console) -> Iterator[None]:
-    """A full disk below stdout, or a reader that is gone (for which rich raises SystemExit), is no reason to end a run."""
+    """Context that ignores a full disk behind stdout or a closed pipe (rich raises SystemExit), which must not end a run."""
     try:
         yield
     except (OSError, SystemExit) as error:
         console.quiet = True
-        logger.warning("stdout takes nothing any more (%s): what comes is not shown", error)
+        logger.warning("can't write to stdout any more (%s): further output is dropped", error)
 
 
 def _progress_line(console: Console) -> Progress:

@@ -1,4 +1,4 @@
-"""Brings the journal to the tracking store from a background thread: in order, in batches, for as long as it takes."""
+"""Delivery of the journal to the tracking store by a background thread: in order, in batches, with retries."""
 
 import logging
 import threading
@@ -13,13 +13,13 @@ from erollout.tracking.journal import Journal, JournalEntry
 logger = logging.getLogger(__name__)
 
 METRICS_PER_BATCH = 1000
-"""MLflow's limit of one call."""
+"""MLflow's limit per call."""
 ASIDE_AT_ONCE = 20
 """How many of those that were refused for now are tried again at a time."""
 
 
 class RejectedError(Exception):
-    """The store answered that it will never take these records."""
+    """Raised if the store rejects records for good."""
 
 
 class RefusedForNow(Exception):
@@ -27,9 +27,9 @@ class RefusedForNow(Exception):
 
 
 class Delivery:
-    """Sends what the journal holds behind its delivered offset.
+    """Sends the journal's records after its delivered offset.
 
-    A store that does not answer is said once, asked again after growing pauses, and said once more when it is back. A record
+    If the store does not answer, this is logged once and retried with growing pauses; its return is logged too. A record that
     that the store refuses for good is counted and left out, so that it can't hold up those behind it. One that it refuses for
     now is set aside and tried again; the delivered offset stays before it, so that the next attempt at the run tries it too.
     """
@@ -62,7 +62,7 @@ class Delivery:
         self._thread.start()
 
     def finish(self, timeout_seconds: float) -> int:
-        """Deliver what is left, with one attempt and a time limit. Returns how many records are undelivered."""
+        """Deliver the rest in one attempt with a time limit. Returns the number of undelivered records."""
         self._finishing = True
         self._wake.set()
         self._thread.join(timeout_seconds)
@@ -79,7 +79,7 @@ class Delivery:
                 return
 
     def _deliver_all(self) -> bool:
-        """False when the store does not answer.
+        """Deliver everything in the journal. Returns False if the store does not answer.
 
         Whatever a tracking client, its database driver or its network stack raises must not end this thread, let alone
         training: hence the broad except, which reports and tries again.
@@ -87,7 +87,7 @@ class Delivery:
         try:
             refused_again = self._try_aside()
             while entries := self._journal.read(self._position, limit=1000):
-                self._journal.sync()  # what the store has must not be lost here, or it would be sent again
+                self._journal.sync()  # delivered records must be marked even so, or they would be sent again
                 for batch in group_entries(entries):
                     self._deliver(batch)
         except Exception as error:
@@ -140,7 +140,7 @@ class Delivery:
     def _say_away(self, error: Exception) -> None:
         if not self._away:
             logger.warning(
-                "tracking store %s does not answer; training goes on, metrics are kept in %s and delivered later (%s)",
+                "tracking store %s does not answer; training continues, metrics are kept in %s and delivered later (%s)",
                 self._store_name,
                 self._journal.path,
                 _one_line(error),
@@ -149,7 +149,7 @@ class Delivery:
 
     def _say_back(self) -> None:
         if self._away:
-            logger.warning("tracking store %s answers again; delivering what was kept", self._store_name)
+            logger.warning("tracking store %s answers again; delivering the kept records", self._store_name)
         self._away = False
 
     def _say_set_aside(self, entry: JournalEntry, error: Exception) -> None:
@@ -164,12 +164,12 @@ class Delivery:
 
     def _say_rejected(self, record: dict[str, Any], error: RejectedError) -> None:
         if not self.rejected:
-            logger.warning("tracking store %s refuses a %s record (%s)", self._store_name, record["kind"], _one_line(error))
+            logger.warning("tracking store %s rejects a %s record (%s)", self._store_name, record["kind"], _one_line(error))
         self.rejected += 1
 
 
 def group_entries(entries: list[JournalEntry]) -> list[list[JournalEntry]]:
-    """Neighbouring metrics records together, up to the limit of one call; anything else alone. Keeps the order."""
+    """Group adjacent metrics records up to the limit per call; other records stay single. Keeps the order."""
     groups: list[list[JournalEntry]] = []
     room = 0
     for entry in entries:

@@ -1,7 +1,7 @@
-"""The local record of a run: an append-only file of JSON lines, and how far it has been delivered.
+"""The journal of a run: an append-only file of JSON lines, and the offset up to which it has been delivered.
 
-Every line is written with a single write call before anything else happens to it, so a killed process loses nothing and a
-crash of the machine loses what the kernel had not flushed. A torn line is skipped when reading.
+Every line is written at once by a single write call, so a killed process loses nothing, and a crash of the machine loses only
+what the kernel had not flushed. A torn line is skipped when reading.
 """
 
 import json
@@ -23,20 +23,20 @@ FILE_NAME = "metrics.jsonl"
 
 
 def journal_path(output_dir: str | Path) -> Path:
-    """Where the journal of the run in an output directory lies."""
+    """Path of the journal of the run in an output directory."""
     return Path(output_dir).absolute() / "tracking" / FILE_NAME
 
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
     record: dict[str, Any] | None
-    """None: the line can't be read (torn by a crash or a full disk)."""
+    """The record; None: the line is unreadable (torn by a crash or a full disk)."""
     end: int
-    """Byte offset behind the line."""
+    """Byte offset of the line's end."""
 
 
 class Journal:
-    """Appends from any thread, reads from one. Raises OSError when the file can't be opened."""
+    """A journal file, appended by any thread and read by one. Raises OSError if it can't be opened."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,18 +50,18 @@ class Journal:
 
     @property
     def delivered(self) -> int:
-        """Byte offset up to which the store has everything."""
+        """Byte offset up to which all records are in the store."""
         return self._delivered
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Write one record. Raises OSError when the disk takes no more; later records are still readable then."""
+        """Write one record. Raises OSError if the disk is full; later records remain readable."""
         record = {"kind": kind, "time": int(time.time() * 1000), **fields}
         line = json.dumps(_encode(record), allow_nan=False).encode() + b"\n"
         with self._lock:
             data = b"\n" + line if self._torn else line
             self._torn = True
             if os.write(self._file, data) != len(data):
-                raise OSError(f"{self.path}: only a part of a line could be written")
+                raise OSError(f"{self.path}: a line was written incompletely")
             self._torn = False
 
     def read(self, offset: int, limit: int) -> list[JournalEntry]:
@@ -77,7 +77,7 @@ class Journal:
         return entries
 
     def records(self) -> list[dict[str, Any]]:
-        """Everything readable, oldest first."""
+        """All readable records, oldest first."""
         return [entry.record for entry in self.read(0, limit=2**62) if entry.record is not None]
 
     def undelivered(self, offset: int) -> int:
@@ -85,9 +85,9 @@ class Journal:
         return sum(entry.record is not None for entry in self.read(offset, limit=2**62))
 
     def mark_delivered(self, offset: int) -> None:
-        """Everything before `offset` need not be sent again. The file is replaced, so it is never half written.
+        """Record that everything before `offset` is delivered. The file is replaced, so it is never half written.
 
-        On a full disk only this process knows the offset: a later one sends some records again, which is harmless.
+        On a full disk only this process knows the offset; a later one sends some records again, which is harmless.
         """
         self._delivered = offset
         temporary = self._offset_path.with_suffix(".tmp")
@@ -96,20 +96,20 @@ class Journal:
             os.replace(temporary, self._offset_path)
 
     def sync(self) -> None:
-        """To disk. Not locked: whoever appends does not wait for it."""
+        """Flush to disk, without the lock, so that appends do not wait."""
         with suppress(OSError):
             os.fsync(self._file)
 
     def close(self) -> None:
         with self._lock:
             if self._file >= 0:
-                with suppress(OSError):  # what a failing disk holds of the journal is all there is; the run must still end well
+                with suppress(OSError):  # a failing disk must not keep the run from ending well
                     os.fsync(self._file)
                 os.close(self._file)
                 self._file = -1
 
     def _load_delivered(self, size: int) -> int:
-        """0 where the offset is lost or does not fit the journal: sending a record twice is harmless, skipping one is not."""
+        """The saved offset; 0 if it is lost or does not fit the journal: sending twice is harmless, skipping is not."""
         try:
             offset = int(self._offset_path.read_text())
         except (OSError, ValueError):
@@ -118,10 +118,10 @@ class Journal:
 
 
 def read_history(path: str | Path) -> list[dict[str, float]]:
-    """One dict per step, ascending, of `step` and all its metrics except system metrics.
+    """One dict per step, ascending, with `step` and all its metrics except system metrics.
 
-    An attempt that goes on from a checkpoint runs the steps after it again: what was recorded of them before is forgotten.
-    Raises OSError when there is no journal.
+    An attempt that resumes from a checkpoint repeats the steps after it; earlier records of them are dropped. Raises OSError if
+    there is no journal.
     """
     history: dict[int, dict[str, float]] = {}
     damaged = 0
@@ -136,7 +136,7 @@ def read_history(path: str | Path) -> list[dict[str, float]]:
                 row = history.setdefault(record["step"], {"step": record["step"]})
                 row.update({name: float(value) for name, value in (record["values"] | record.get("repeated", {})).items()})
     if damaged:
-        logger.warning("%s: %d lines can't be read, and are left out", path, damaged)
+        logger.warning("%s: skipped %d unreadable lines", path, damaged)
     rows = [
         {name: value for name, value in history[step].items() if not name.startswith("system/")} for step in sorted(history)
     ]
@@ -144,7 +144,7 @@ def read_history(path: str | Path) -> list[dict[str, float]]:
 
 
 def _encode(value: Any) -> Any:
-    """JSON has no NaN: non-finite numbers become the strings that float() reads back."""
+    """Encode non-finite numbers, which JSON lacks, as strings that float() reads back."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

@@ -11,14 +11,14 @@ QUIET = {
     "megatron": logging.WARNING,
     "mlflow": logging.WARNING,
     "matplotlib": logging.WARNING,
-    "torch.utils.cpp_extension": logging.ERROR,  # "No CUDA runtime is found", at import
+    "torch.utils.cpp_extension": logging.ERROR,  # logs "No CUDA runtime is found" at import
     "urllib3": logging.ERROR,
 }
-"""Libraries that log every migration and every retry: the delivery says once what matters."""
+"""Log levels of libraries that log every schema migration and retry: the delivery logs once what matters."""
 
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what sys.stderr is at that moment, so that lines appear above a live progress line and not through it."""
+    """Handler that writes to the current sys.stderr, so that lines appear above a live progress line."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -29,14 +29,14 @@ class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class _WithoutCredentials(logging.Formatter):
-    """Whatever a library says of the address that it was given."""
+    """Formatter that removes credentials, which libraries may log with an address."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 def configure_logging(rank: int) -> None:
-    """Rank 0 logs from INFO on, other ranks from WARNING on, each line with time and, unless rank 0, the rank."""
+    """Set up logging: from INFO on rank 0, from WARNING on other ranks, whose lines are prefixed with the rank."""
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler = _CurrentStderr()
     handler.setFormatter(_WithoutCredentials(f"%(asctime)s %(levelname)s {prefix}%(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -45,6 +45,6 @@ def configure_logging(rank: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Let libraries be heard from the levels of QUIET on, some of which speak when they are imported."""
+    """Set the log levels of QUIET, before the libraries are imported: some log at import."""
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)

@@ -35,7 +35,7 @@ def _interpolate(ordered: Sequence[float], position: float) -> float:
 
 
 def summarize_lengths(lengths: Sequence[int]) -> dict[str, float]:
-    """mean, p50, p90, p99 and max of lengths in tokens; nothing of no lengths. Tracked as `response_length/mean`, ..."""
+    """mean, p50, p90, p99 and max of lengths in tokens; empty without lengths. Tracked as `response_length/mean`, ..."""
     if not lengths:
         return {}
     p50, p90, p99 = percentiles(lengths, (50, 90, 99))
@@ -80,7 +80,7 @@ class PhaseTimer:
         return figures
 
     def _credit(self) -> None:
-        """Give the time since the last reading to the innermost phase."""
+        """Credit the time since the last reading to the innermost phase."""
         self._synchronize()
         now = self._clock()
         if self._active:
@@ -92,7 +92,7 @@ def memory_metrics(device: str = "cpu") -> dict[str, float]:
     """Peak resident memory of this process and, on `cuda`, peak allocated and reserved memory of the device; GiB."""
     figures = {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # Linux counts KiB
     if device.startswith("cuda"):
-        import torch  # only here: the rest of the package works without it
+        import torch  # imported here, because the rest of the module works without torch
 
         figures["memory/peak_cuda_allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         figures["memory/peak_cuda_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30

@@ -8,7 +8,7 @@ from erollout.security.redaction import redact
 
 
 def run_parameters(config: Config, resolved: Mapping[str, str | int | float]) -> dict[str, str]:
-    """The whole configuration, and as `resolved.…` what was resolved from it. Without credentials."""
+    """The whole configuration, and what was resolved from it as `resolved.…`, without credentials."""
     parameters = {**flatten(config.to_dict()), **{f"resolved.{name}": str(value) for name, value in resolved.items()}}
     if config.tracking.uri:
         parameters["tracking.uri"] = redact(config.tracking.uri)

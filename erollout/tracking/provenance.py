@@ -1,4 +1,4 @@
-"""Where a run comes from: source revision, version, host, and each attempt at it."""
+"""Provenance of a run: source revision, version, host and attempts."""
 
 import json
 import socket
@@ -10,13 +10,13 @@ import erollout
 from erollout.environment import job_name
 
 NOTE = "source.json"
-"""In a copied package, of which commit it is: an object of `commit` and `dirty`."""
+"""File in a copied package with its commit: an object of `commit` and `dirty`."""
 
 
 def attempt_tags(attempt: int, checkpoint: str | None) -> dict[str, str]:
-    """MLflow tags of an attempt, the first of which is 1: the newest attempt's source, and one tag of facts for each, as JSON.
+    """MLflow tags of an attempt, counted from 1: the newest attempt's source, and one JSON tag per attempt.
 
-    `checkpoint`: that it goes on from.
+    `checkpoint`: the one that it resumes from.
     """
     source = source_tags()
     facts = {
@@ -41,7 +41,7 @@ def source_tags() -> dict[str, str]:
 
 
 def checkout(folder: Path) -> tuple[str, bool]:
-    """Commit of a package's folder, and whether its files differ from it. The commit is empty where it is not known."""
+    """Commit of a package's directory (empty: unknown), and whether its files differ from it."""
     note = folder / NOTE
     if note.is_file():
         noted = json.loads(note.read_text())
@@ -51,7 +51,7 @@ def checkout(folder: Path) -> tuple[str, bool]:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; empty where there is no git, no checkout, or no answer in time."""
+    """Output of git; empty without git, checkout, or answer in time."""
     try:
         answer = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

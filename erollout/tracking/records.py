@@ -1,4 +1,4 @@
-"""What a line of the journal holds, by its kind. What a disk has made of a line must end no command."""
+"""Records of the journal by kind. A damaged line must not end a command."""
 
 import json
 from typing import Any
@@ -15,11 +15,11 @@ _FIELDS: dict[str, dict[str, type]] = {
     "status": {"status": str},
 }
 _MOST = 2**62
-"""Beyond any step and any time in milliseconds."""
+"""Larger than any step and any time in milliseconds."""
 
 
 def decode(line: bytes) -> dict[str, Any] | None:
-    """None for a line that is no record: torn, damaged, or of a kind or type that none is of."""
+    """Decode a line; None if it is not a valid record: torn, damaged, or of an unknown kind or type."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -41,7 +41,7 @@ def _is_whole(record: dict[str, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Also `nan` and `inf`, which JSON has no numbers for."""
+    """Whether a value is a number, or the text of `nan` or `inf`, which JSON lacks."""
     try:
         float(value)
     except (TypeError, ValueError, OverflowError):

@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 
 def read_samples(path: Path) -> list[Row]:
-    """The rows of a table file; none where there is none, or a damaged one."""
+    """The rows of a table file; none if it is missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         table = json.loads(path.read_text())
         rows = [dict(zip(table["columns"], row, strict=False)) for row in table["data"]]
@@ -21,7 +21,7 @@ def read_samples(path: Path) -> list[Row]:
 
 
 def encode_samples(rows: Sequence[Row]) -> bytes:
-    """A table file of rows, each with its step first; what only some have is null in the others."""
+    """A table file of rows, each with its step first; columns that a row lacks are null."""
     columns = list(dict.fromkeys(name for row in rows for name in row)) or ["step"]
     table = {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
     return json.dumps(table, default=str).encode()

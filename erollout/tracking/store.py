@@ -1,6 +1,6 @@
-"""The MLflow store: opens it with bounded waits, and turns journal records into MLflow calls. Only this file imports mlflow.
+"""The MLflow store: opens it with bounded waits, and turns journal records into MLflow calls. Only this module imports mlflow.
 
-Every call may be made twice with the same effect: MLflow's stores keep one point per (name, step, time, value), one value per
+All calls are idempotent: MLflow's stores keep one point per (name, step, time, value), one value per
 parameter and tag, one input per dataset digest, one file per artifact path.
 """
 
@@ -33,40 +33,42 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a training cluster reports nothing to third parties
 }
 CONNECT_SECONDS = (3.0, 5.0)
-"""Longest wait, when a run starts, for a connection to the server and for its answer."""
+"""Time limits at the start of a run for connecting to the server and for its answer."""
 PERMANENT = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"}
-"""MLflow error codes of a call that fails however often it is made."""
+"""MLflow error codes for which retrying is useless."""
 OF_STORAGE = re.compile(r"\((\w+\.)+(DatabaseError|OperationalError|InternalError|InterfaceError)\)")
-"""What a database says of itself, and not of the record, whatever code MLflow gives it: a damaged file may be put back."""
+"""Errors of the database itself, not of a record, whatever code MLflow gives them: a damaged file may be restored."""
 FORBIDDEN_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-. :/]")
 _MAKING_SECONDS = 3600
-"""Longer than the making of a SQLite file takes."""
+"""More than the time needed to create a SQLite file."""
 LONGEST_VALUE = 5000
-"""Characters of a parameter or tag; MLflow takes 6000 and 8000."""
+"""Longest parameter or tag in characters; MLflow's limits are 6000 and 8000."""
 
 
 class MlflowStore:
-    """One tracking store, by URI."""
+    """The tracking store at a URI."""
 
     def __init__(self, uri: str, source: str = "tracking.uri") -> None:
-        """`source`: of the URI, for messages."""
+        """`source`: name of the key or variable that sets the URI, for messages."""
         for name, value in MLFLOW_ENVIRONMENT.items():
             set_default(name, value)
         if uri.startswith("sqlite"):
-            set_default("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # an open file would outlive its being put back
+            set_default(
+                "MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool"
+            )  # an open connection would outlive the restoring of the file
         self.uri = uri
         self.name = redact(uri)
         self.source = source
 
     def check(self) -> None:
-        """Raises UserError, within seconds, unless the store answers."""
+        """Raise UserError, within seconds, unless the store answers."""
         if self.uri.startswith(("http://", "https://")):
             self._check_server()
         try:
             _make_database(self.uri)
             self._client().search_experiments(max_results=1)
             _remove_misnamed(self.uri)
-        except Exception as error:  # drivers and network stacks raise what they like; each means the store can't be used
+        except Exception as error:  # drivers and network stacks raise anything; each error means that the store can't be used
             raise self._unusable(error) from error
 
     def has_run(self, run_id: str) -> bool:
@@ -80,7 +82,7 @@ class MlflowStore:
             raise self._unusable(error) from error
 
     def find_run(self, experiment: str, tag: str, value: str) -> str | None:
-        """The id of a run with that tag; None where there is none."""
+        """The id of a run with that tag; None: there is none."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -92,7 +94,7 @@ class MlflowStore:
         return found[0].info.run_id if found else None
 
     def create_run(self, experiment: str, run_name: str | None, artifacts: Path, tags: dict[str, str]) -> str:
-        """Returns the run id. `artifacts` is where files go when no server stores them and the experiment is new."""
+        """Create a run and return its id. `artifacts`: directory for files if no server stores them and the experiment is new."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -110,7 +112,7 @@ class MlflowStore:
             raise self._unusable(error) from error
 
     def send(self, run_id: str, records: list[dict[str, Any]], directory: Path) -> None:
-        """Make the calls for journal records: several of metrics, or one of another kind. `directory` holds the files named.
+        """Send journal records: several of metrics, or one of another kind. `directory` holds the files that they name.
 
         Raises RejectedError for what the store will never take, RefusedForNow for what fails while others are taken, MLflow's
         or the driver's own errors for anything else.
@@ -129,7 +131,7 @@ class MlflowStore:
             if error.error_code in PERMANENT or self._fails_alone(run_id, records[0]):
                 raise RejectedError(str(error)) from error
             raise
-        except Exception as error:  # an artifact store's client raises what it likes
+        except Exception as error:  # an artifact store's client raises anything
             if self._fails_alone(run_id, records[0]):
                 raise RejectedError(str(error)) from error
             self._raise_if_others_are_taken(run_id, records[0], error)
@@ -145,9 +147,9 @@ class MlflowStore:
             raise RefusedForNow(str(error)) from error
 
     def _fails_alone(self, run_id: str, record: dict[str, Any]) -> bool:
-        """Whether a file or dataset failed while the store answers.
+        """Whether a file or dataset failed although the store answers.
 
-        Missing credentials of an artifact store, or a server too old for datasets, must not hold up the metrics behind it.
+        Missing credentials of an artifact store, or a server too old for datasets, must not block later metrics.
         """
         return record["kind"] in {"artifact", "dataset"} and self._client().get_run(run_id) is not None
 
@@ -168,7 +170,7 @@ class MlflowStore:
         match record["kind"]:
             case "params":
                 params = [Param(_name(name), str(value)[:LONGEST_VALUE]) for name, value in record["values"].items()]
-                for first in range(0, len(params), 100):  # MLflow's limit of one call
+                for first in range(0, len(params), 100):  # MLflow's limit per call
                     self._client().log_batch(run_id, params=params[first : first + 100])
             case "tags":
                 tags = [RunTag(_name(name), str(value)[:LONGEST_VALUE]) for name, value in record["values"].items()]
@@ -198,19 +200,19 @@ class MlflowStore:
             self._client().set_terminated(run_id, status=record["status"], end_time=record["time"])
 
     def _client(self) -> Any:
-        """An mlflow.MlflowClient. MLflow caches the store behind it; constructing one opens the store."""
+        """An mlflow.MlflowClient. Constructing one opens the store, which MLflow caches."""
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=self.uri)
 
     def _check_server(self) -> None:
-        """A plain request first: it is bounded whatever the user has set for MLflow's own."""
+        """Check the server by a plain request, whose time limit does not depend on MLflow's settings."""
         import requests
 
         try:
             requests.get(self.uri.rstrip("/") + "/health", timeout=CONNECT_SECONDS)
         except requests.exceptions.SSLError:
-            return  # MLflow has its own settings for certificates: its call decides
+            return  # MLflow has its own settings for certificates, so its own call decides
         except requests.RequestException as error:
             raise self._unusable(error) from error
 
@@ -223,7 +225,7 @@ class MlflowStore:
 
 
 def _make_database(uri: str) -> None:
-    """A new SQLite file gets its name when it is whole: of one whose making was killed MLflow can make nothing any more."""
+    """Create a SQLite file under a temporary name: MLflow can't use one whose creation was interrupted."""
     if not uri.startswith("sqlite"):
         return
     from mlflow import MlflowClient
@@ -243,27 +245,29 @@ def _make_database(uri: str) -> None:
         os.link(partial, path)
     _remove_misnamed(made)
     partial.unlink()
-    lock = hashlib.md5(made.encode(), usedforsecurity=False).hexdigest()  # of MLflow's own, for a database that is no more
+    lock = hashlib.md5(
+        made.encode(), usedforsecurity=False
+    ).hexdigest()  # an engine of MLflow's, for a database that no longer exists
     Path(tempfile.gettempdir(), f"db_init_lock-{lock}").unlink(missing_ok=True)
 
 
 def _remove_misnamed(uri: str) -> None:
-    """MLflow makes the directory of a SQLite file by its quoted name, beside the one that has the file."""
+    """Remove the directory that MLflow creates by the quoted name of a SQLite file's directory."""
     if not uri.startswith("sqlite:///"):
         return
     quoted = Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent
     for made in (quoted, *quoted.parents):
         if unquote(str(made)) == str(made):
             return
-        with suppress(OSError):  # it holds something: it is the user's
+        with suppress(OSError):  # not empty: it is the user's
             made.rmdir()
 
 
 def _remove_half_made(path: Path) -> None:
-    """What processes that were killed have left: of this host those that are gone, of others those that were long ago."""
+    """Remove files left by killed processes: on this host, of processes that are gone; on others, old ones."""
     for left in path.parent.glob(f"{escape(path.name)}.*.partial*"):
         host, _, pid = left.name.removeprefix(f"{path.name}.").partition(".partial")[0].rpartition(".")
-        with suppress(OSError):  # another process is at it too
+        with suppress(OSError):  # another process removes it too
             is_here = host == socket.gethostname() and pid.isdigit()
             if not psutil.pid_exists(int(pid)) if is_here else time.time() - left.stat().st_mtime > _MAKING_SECONDS:
                 left.unlink()

@@ -1,7 +1,7 @@
-"""CPU, memory, disk, network and GPU figures of this host, by MLflow's own monitors.
+"""CPU, memory, disk, network and GPU metrics of this host, from MLflow's own monitors.
 
-MLflow's ready-made monitor thread ends for good when its server once does not answer. Here the same figures go through the
-journal like all others.
+MLflow's own monitoring thread ends for good if its server fails to answer once. Here the same metrics go through the journal
+like all others.
 """
 
 import logging
@@ -44,7 +44,7 @@ class SystemMonitor:
                 if stopping:
                     return
         except Exception as error:
-            logger.warning("system metrics end here (%s: %s)", type(error).__name__, error)
+            logger.warning("system metrics stop here (%s: %s)", type(error).__name__, error)
 
 
 def _monitors() -> list[Any]:
@@ -57,5 +57,5 @@ def _monitors() -> list[Any]:
     try:
         monitors.append(GPUMonitor())
     except (ImportError, RuntimeError) as error:  # no nvidia-ml-py, or no NVIDIA GPU
-        logger.debug("no GPU figures: %s", error)
+        logger.debug("no GPU metrics: %s", error)
     return monitors

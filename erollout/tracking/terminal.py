@@ -1,4 +1,4 @@
-"""Tables on whatever stdout is: as wide as they are in a file or a pipe, folded and never cut on a terminal. Light."""
+"""Tables on stdout: at full width in a file or a pipe, folded and never cut on a terminal. Light."""
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
@@ -8,7 +8,7 @@ _WIDEST = 10_000
 
 
 def print_whole(renderable: RenderableType, console: Console | None = None) -> None:
-    """Print it so that nothing of it is lost."""
+    """Print a renderable without cutting anything."""
     console = console or Console(highlight=False)
     if isinstance(renderable, Table):
         for column in renderable.columns:

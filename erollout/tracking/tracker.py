@@ -1,11 +1,11 @@
 """Tracking of a run, as the trainer sees it.
 
-Rank 0 writes everything to a local journal at once; a background thread brings it to MLflow. Nothing after `start` waits for
+Rank 0 writes everything to a local journal at once; a background thread delivers it to MLflow. Nothing after `start` waits for
 the store or fails because of it, and a resumed run is the same MLflow run.
 
-Steps that are run again after a crash: the journal and the samples table hold the last attempt's figures only. MLflow can't
-take a point back and would draw two at one step, so it keeps the first attempt's: where nothing was changed in between, they
-differ in seconds only. Files and figures of such a step are replaced.
+Steps repeated after a crash: the journal and the samples table hold only the last attempt's values. MLflow can't remove a point
+and would show two at one step, so it keeps the first attempt's; unless something was changed in between, they differ only in
+seconds. Files and plots of such a step are replaced.
 """
 
 import json
@@ -37,47 +37,47 @@ UNHEEDED = {
     "MLFLOW_EXPERIMENT_NAME": "tracking.experiment",
     "MLFLOW_EXPERIMENT_ID": "tracking.experiment",
     "MLFLOW_RUN_NAME": "tracking.run_name",
-    "MLFLOW_RUN_ID": "train.output_dir to that run's: it goes on there",
+    "MLFLOW_RUN_ID": "train.output_dir to that run's directory, to resume it there",
 }
-"""Variables of MLflow, and what to set instead."""
+"""Variables of MLflow that are ignored, and what to set instead."""
 MARK = "erollout.mark"
-"""Tag by which a new run is found whose id was never heard of."""
+"""Tag by which a new run is found whose id was lost."""
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 Resolved = Mapping[str, str | int | float]
 
 
 class Tracker(Protocol):
-    """What the trainer calls, on every rank alike."""
+    """Interface of the trackers, called alike on every rank."""
 
     def start(
         self, config: Config, resolved: Resolved, run_id: str | None, output_dir: str | Path, step: int | None = None
     ) -> str:
-        """Begin a run, or go on with `run_id`. Returns the run id. Raises UserError when the store can't be used.
+        """Start a run, or resume `run_id`. Returns the run id. Raises UserError if the store can't be used.
 
-        `step`: that it goes on from, by its checkpoint: what was recorded of later ones is made again. None: not known.
+        `step`: the step of the checkpoint that it resumes from; records of later steps will be repeated. None: unknown.
         """
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of a step. A name that has a later or equal step already keeps the earlier value in MLflow."""
+        """Log metrics of a step. In MLflow, a name that already has this or a later step keeps its earlier value."""
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows of the samples table: prompt, response, reward, finish_reason, ..."""
+        """Log rows of the samples table: prompt, response, reward, finish_reason, ..."""
 
     def log_config_artifacts(self, config: Config, resolved: Resolved) -> None:
-        """The complete configuration (loadable again) and what was resolved from it, as YAML files."""
+        """Log the complete configuration (loadable again) and what was resolved from it, as YAML files."""
 
     def log_figure(self, name: str, figure: Any) -> None:
-        """A matplotlib figure as figures/<name>.png."""
+        """Log a matplotlib figure as figures/<name>.png."""
 
     def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
-        """Lineage: a dataset that the run reads. `source`: path, or what generates it. `digest`: at most 36 characters."""
+        """Log a dataset that the run reads. `source`: path, or its generator. `digest`: at most 36 characters."""
 
     def log_saved(self, step: int) -> None:
-        """A checkpoint is made. Without any, an attempt after a crash begins anew, as the same run."""
+        """Log a saved checkpoint. Without any, an attempt after a crash starts from scratch, as the same run."""
 
     def finish(self, status: RunStatus, timeout_seconds: float = 30.0) -> None:
-        """End the run; waits at most that long for the store and says what it does not have yet."""
+        """End the run. Waits up to timeout_seconds for the store and logs what it lacks."""
 
 
 def create_tracker(rank: int) -> Tracker:
@@ -133,7 +133,7 @@ class JournalTracker:
         past = self._open_journal(output_dir, run_id)
         starts = [record for record in past if record["kind"] == "start"]
         if starts:
-            run_id = starts[-1]["run_id"]  # another than the checkpoint's where the store was changed after it
+            run_id = starts[-1]["run_id"]  # differs from the checkpoint's if the store was changed after it
         attempt = len(starts) + 1
         uri = store_uri(config.tracking, output_dir)
         checkpoint = f"{config.checkpoint_directory}/step_{step:08d}" if step else None
@@ -168,7 +168,7 @@ class JournalTracker:
         self._append("metrics", step=step, values=fresh, **({"repeated": repeated} if repeated else {}))
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A step that is run again replaces its rows."""
+        """Log rows; a repeated step replaces its rows."""
         earlier = [row for row in read_samples(self._directory / SAMPLES_FILE) if row["step"] != step]
         self._write_samples([*earlier, *({"step": step, **row} for row in rows)])
 
@@ -203,13 +203,13 @@ class JournalTracker:
             undelivered = self._delivery.finish(timeout_seconds)
             if undelivered:
                 logger.warning(
-                    "%d tracking records are not in %s yet; they are kept in %s and delivered when the run is resumed",
+                    "%d tracking records are not in %s yet; they are kept in %s and delivered when the run resumes",
                     undelivered,
                     self._store_name,
                     self._journal.path,
                 )
             if self._delivery.rejected:
-                logger.warning("%d tracking records were refused by %s", self._delivery.rejected, self._store_name)
+                logger.warning("%d tracking records were rejected by %s", self._delivery.rejected, self._store_name)
         if self._lost:
             logger.warning("%d tracking records could not be written to %s", self._lost, self._directory)
         self._journal.close()
@@ -219,7 +219,7 @@ class JournalTracker:
         return self._journal.path.parent
 
     def _open_journal(self, output_dir: str | Path, run_id: str | None) -> list[dict[str, Any]]:
-        """Open the journal and return its records. One that never was of this run is moved aside together with its files."""
+        """Open the journal and return its records. A journal of another run is moved aside together with its files."""
         path = journal_path(output_dir)
         try:
             self._journal = Journal(path)
@@ -245,14 +245,14 @@ class JournalTracker:
     def _resolve_run(
         self, store: MlflowStore, config: Config, run_id: str | None, output_dir: Path, tags: dict[str, str], known: bool
     ) -> str:
-        """The run to record to. A store that this run has used before (`known`) may be away; a new one must answer."""
+        """The run to record to. A store that this run has used before (`known`) may be unavailable; a new one must answer."""
         try:
             store.check()
             if run_id and store.has_run(run_id):
                 return run_id
         except UserError as error:
             if run_id and known:
-                logger.warning("going on with run %s although its store does not answer: %s", run_id, error)
+                logger.warning("resuming run %s although its store does not answer: %s", run_id, error)
                 return run_id
             raise
         if run_id:
@@ -262,7 +262,7 @@ class JournalTracker:
         return self._new_run(store, config, output_dir, tags)
 
     def _new_run(self, store: MlflowStore, config: Config, output_dir: Path, tags: dict[str, str]) -> str:
-        """A kill before its id is in the journal leaves a run that the next attempt finds by its mark."""
+        """Create a run. If the process is killed before the id is in the journal, the next attempt finds the run by its mark."""
         marks = [record["mark"] for record in self._journal.records() if record["kind"] == "new"]
         if marks and (found := store.find_run(config.tracking.experiment, MARK, marks[-1])) is not None:
             return found
@@ -274,7 +274,7 @@ class JournalTracker:
     def _record_setup(
         self, config: Config, resolved: Resolved, tags: dict[str, str], past: list[dict[str, Any]], attempt: int
     ) -> None:
-        """Parameters once, as MLflow never changes one; what a later attempt changes becomes a tag of that attempt."""
+        """Log parameters once, because MLflow can't change them; changes by a later attempt become a tag of that attempt."""
         params = run_parameters(config, resolved)
         before: dict[str, str] = {}
         for record in past:
@@ -292,10 +292,10 @@ class JournalTracker:
             self._append("status", status="RUNNING")
 
     def _say_unheeded(self) -> None:
-        """What MLflow's own functions would take from the environment."""
+        """Warn of variables that MLflow's own functions would read and that are ignored here."""
         for name, key in UNHEEDED.items():
             if value := variable(name):
-                logger.warning("%s = %s is not heeded; set %s", name, value, key)
+                logger.warning("%s = %s is ignored; set %s", name, value, key)
 
     def _start_delivery(self, store: MlflowStore, run_id: str) -> None:
         directory = self._directory
@@ -304,7 +304,7 @@ class JournalTracker:
         self._delivery.start()
 
     def _log_system_metrics(self, values: dict[str, float]) -> None:
-        """Counted by their own steps, as MLflow does; on resume the count goes on."""
+        """Log system metrics with a step count of their own, as MLflow does, continued on resume."""
         step = 1 + max((last for name, last in list(self._last_step.items()) if name.startswith("system/")), default=-1)
         self.log_metrics(step, values)
 
@@ -320,14 +320,14 @@ class JournalTracker:
             self._append("tags", values={"mlflow.loggedArtifacts": json.dumps([{"path": SAMPLES_FILE, "type": "table"}])})
 
     def _append(self, kind: str, **fields: Any) -> None:
-        """A full disk costs records, said once, and never the run."""
+        """Append a record. A full disk loses records, which is logged once, but never ends the run."""
         try:
             self._journal.append(kind, **fields)
         except OSError as error:
             self._say_lost(error)
 
     def _write(self, path: Path, content: bytes) -> bool:
-        """Replace a file in one go: the delivery thread may be reading it."""
+        """Replace a file atomically, because the delivery thread may be reading it."""
         temporary = path.with_name(path.name + ".tmp")
         try:
             temporary.write_bytes(content)
@@ -346,7 +346,7 @@ class JournalTracker:
 
 
 def _is_unsaved(records: list[dict[str, Any]]) -> bool:
-    """Whether they are of a run that had no checkpoint yet and did not end well: without one, an attempt goes on with it."""
+    """Whether the records are of an unfinished run without a checkpoint: the next attempt continues it from scratch."""
     ended = [record["status"] for record in records if record["kind"] == "status"]
     saved = any(record["kind"] == "saved" or (record["kind"] == "start" and record.get("step")) for record in records)
     return not saved and "FINISHED" not in ended

@@ -105,7 +105,7 @@ def test_an_owner_elsewhere_lives_as_long_as_it_gives_signs(tmp_path: Path) -> N
     elsewhere = replace(this_process(), host="far", machine="another", pid=1)
     _leave(tmp_path, elsewhere, age=60)
     message = _refused(tmp_path)
-    assert "process 1 on far" in message and f"remove {tmp_path}/{LOCK} if it is gone for sure" in message
+    assert "process 1 on far" in message and f"remove {tmp_path}/{LOCK} if you are sure that it is gone" in message
     _leave(tmp_path, elsewhere, age=200)
     _lock(tmp_path).take()
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
@@ -166,7 +166,7 @@ def test_a_job_that_this_slurm_does_not_know_may_be_another_clusters(
     theirs = replace(this_process(), host="n1", machine="another", pid=pid, job="7")
     _leave(folder, theirs)
     message = _refused(folder, beats=pid > 0)
-    assert "(Slurm job 7)" in message and f"remove {folder}/{LOCK} if it is gone for sure" in message
+    assert "(Slurm job 7)" in message and f"remove {folder}/{LOCK} if you are sure that it is gone" in message
     assert fake.calls("squeue")
     _leave(folder, theirs, age=9000)
     _lock(folder).take()

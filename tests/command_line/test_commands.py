@@ -187,7 +187,7 @@ def test_error_of_all_ranks_is_one_line_and_a_busy_port_in_the_environment_is_no
         port = str(taken.getsockname()[1])
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         outcome = execute("train", "--config", config, "model.architecture.hidden_size=16", **address)
-    assert "step_00000001 is of another model" in outcome.error() and outcome.status == 2
+    assert "step_00000001 has another model" in outcome.error() and outcome.status == 2
 
 
 @pytest.mark.end_to_end

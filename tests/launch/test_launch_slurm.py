@@ -219,7 +219,7 @@ def test_a_dry_run_writes_nothing_and_says_all(folder: Path, fake: FakeSlurm) ->
 def test_a_dry_run_that_the_scheduler_would_refuse(folder: Path, fake: FakeSlurm) -> None:
     fake.refuses("Requested node configuration is not available")
     outcome = submit_tiny(folder, "--dry-run")
-    assert "the scheduler would not take the job: allocation failure: Requested node" in outcome.error()
+    assert "the scheduler would reject the job: allocation failure: Requested node" in outcome.error()
     assert "== command" in outcome.stdout
 
 

@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     outcome: Outcome = rank_pool.run(1, invoke_here, "train", "--config", str(run / "config.yaml"))[0]
     assert outcome.status == 0, outcome.stderr
     (line,) = [line for line in outcome.stderr.splitlines() if "is damaged" in line]
-    assert reason in line and str(checkpoints / NEWEST) in line and f"set aside for {OLDER}" in line
+    assert reason in line and str(checkpoints / NEWEST) in line and f"set aside, falling back on {OLDER}" in line
     assert _contents(checkpoints / f"damaged_{NEWEST}") == damaged
     assert [path.name for path in complete_checkpoints(checkpoints)] == [NEWEST, "step_00000006"]
     for mine, other in zip(history(run), unbroken, strict=True):
@@ -246,7 +246,7 @@ def test_run_of_another_kind_is_not_gone_on_with(first: str, rank_pool: RankPool
     assert done.status == 0, done.stderr
     before = _contents(tmp_path / "run" / "checkpoints")
     line = rank_pool.run(1, invoke_here, second, "--config", config)[0].error()
-    assert "step_00000001 is of a" in line and "train.output_dir" in line
+    assert "step_00000001 is from a" in line and "train.output_dir" in line
     assert _contents(tmp_path / "run" / "checkpoints") == before
 
 

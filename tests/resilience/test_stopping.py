@@ -190,7 +190,7 @@ def test_a_second_interrupt_ends_a_rank_that_waits_for_ever(tmp_path: Path) -> N
     done = subprocess.run(
         [sys.executable, "-c", HANGS, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith("erollout: SIGINT again: ended at once")
+    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith("erollout: SIGINT again: aborted")
     assert not (tmp_path / "verdict").exists()
 
 
@@ -243,7 +243,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_one_ends_at_once(ranks:
         if again:
             run.ranks()[1].suspend()  # the ranks can't agree to stop: nothing but a second interrupt ends the run
         run.process.send_signal(signal.SIGINT)
-        run.wait_until(lambda: "once more ends it at once" in run.text())
+        run.wait_until(lambda: "a second one aborts the run" in run.text())
         if again:
             time.sleep(0.5)
             run.process.send_signal(signal.SIGINT)
@@ -252,7 +252,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_one_ends_at_once(ranks:
     assert "Traceback" not in run.text()
     last = run.text().splitlines()[-1]
     if again:
-        assert last.startswith("erollout: SIGINT again: ended at once")
+        assert last.startswith("erollout: SIGINT again: aborted")
         assert not (tmp_path / "run" / "verdict").exists() and not complete_checkpoints(tmp_path / "run" / "checkpoints")
     else:
         (saved,) = complete_checkpoints(tmp_path / "run" / "checkpoints")

@@ -122,7 +122,7 @@ def require_resumable(
     """
     if document["kind"] != kind:
         raise UserError(
-            f"checkpoint {path} is from a {document['kind']} run, this is a {kind} run; set train.output_dir to a new directory "
+            f"checkpoint {path} is from a {document['kind']} run, this is a {kind} run; set train.output_dir to another place "
             "(a policy is handed on by checkpoint.export_path and model.path)"
         )
     _require_model(path, document["identity"], identity(architecture, config))

@@ -1,4 +1,4 @@
-"""The demo's task: sums of digits with a written running sum.
+"""The demo's task: sums of digits with written partial sums.
 
     prompt    4-1-7=
     response  4-1=3
@@ -30,7 +30,7 @@ class ChainSumArgs:
 
     min_terms: Annotated[int, Field(ge=2)] = 2
     continue_probability: Annotated[float, Field(ge=0, lt=1)] = 0.6
-    """Chance of each further term."""
+    """Probability of each further term."""
     max_terms: Annotated[int, Field(ge=2)] = 16
 
 
@@ -58,7 +58,7 @@ class ChainSumSource:
         )
 
     def _terms(self, rng: random.Random) -> list[int]:
-        """Signed digits, the first one not negative; redrawn (in the same number) until they belong to this split."""
+        """Signed digits, the first one not negative; redrawn, with their number kept, until they belong to this split."""
         count = self._args.min_terms
         while count < self._args.max_terms and rng.random() < self._args.continue_probability:
             count += 1
@@ -69,12 +69,12 @@ class ChainSumSource:
 
 
 def question(terms: list[int]) -> str:
-    """`4-1-7=` and a line end."""
+    """The question: `4-1-7=` and a newline."""
     return str(terms[0]) + "".join(f"{term:+d}" for term in terms[1:]) + "=\n"
 
 
 def solution(terms: list[int]) -> str:
-    """One line for each partial sum, then # and the result."""
+    """The solution: one line per partial sum, then # and the result."""
     lines, total = [], terms[0]
     for term in terms[1:]:
         lines.append(f"{total}{term:+d}={total + term}")

@@ -1,4 +1,4 @@
-"""What a column of a row holds: looked up by a dotted name, read as a question or as an answer."""
+"""Columns of a row: looked up by a dotted name, and read as a question or an answer."""
 
 import json
 import math
@@ -14,9 +14,9 @@ _WRITTEN_MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]")
 
 
 def look_up(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, or of a field inside one: `reward_model.ground_truth`. None where there is none.
+    """The value of a column or of a field inside one (`reward_model.ground_truth`); None: there is none.
 
-    A column of exactly that name comes first. Objects that are stored as JSON text are looked into.
+    A column with exactly that name takes precedence. Objects stored as JSON text are parsed.
     """
     if column in row:
         return row[column]
@@ -31,7 +31,7 @@ def look_up(row: Mapping[str, Any], column: str) -> Any:
 
 
 def required(row: Mapping[str, Any], column: str, key: str, origin: str) -> Any:
-    """As look_up. Raises UserError, naming `key`, for what is missing, null or NaN (a null of pandas')."""
+    """As look_up. Raises UserError, naming `key`, for a value that is missing, null or NaN (null in pandas)."""
     value = look_up(row, column)
     if value is None:
         raise UserError(f"{origin}: no column {column!r} ({_columns(row, column)}); fix the row or set {key}")
@@ -41,7 +41,7 @@ def required(row: Mapping[str, Any], column: str, key: str, origin: str) -> Any:
 
 
 def question(value: Any, origin: str, column: str) -> str | tuple[Message, ...]:
-    """Text, or messages that end with the user's. Raises UserError for anything else."""
+    """A question: text, or messages that end with the user's. Raises UserError for anything else."""
     if isinstance(value, str):
         if not _WRITTEN_MESSAGES.match(value):
             return require_text(value, origin, column)
@@ -59,7 +59,7 @@ def question(value: Any, origin: str, column: str) -> str | tuple[Message, ...]:
 
 
 def require_text(text: str, origin: str, column: str) -> str:
-    """The text. Raises UserError for half a character (a lone surrogate), which no tokenizer can encode."""
+    """Return the text. Raises UserError for half a character (a lone surrogate), which no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -90,7 +90,7 @@ def _part(part: Any, origin: str, column: str) -> str:
 
 
 def _columns(row: Mapping[str, Any], column: str) -> str:
-    """What is there instead, as deep as the dotted name leads."""
+    """The available columns, for messages, as deep as the dotted name leads."""
     path, value = "", row
     for part in column.split("."):
         inner = value.get(part)

@@ -1,4 +1,4 @@
-"""Datasets in files, with a prompt column and an answer column."""
+"""Datasets in files with a prompt column and an answer column."""
 
 import random
 from decimal import Decimal
@@ -18,7 +18,7 @@ class FileSource:
     def __init__(
         self, paths: tuple[str, ...], prompt_column: str, answer_column: str, task: str | None, shuffle_seed: int | None
     ) -> None:
-        """`task`: name to report rewards by; default: the file's. Raises UserError naming file and line of a bad row."""
+        """`task`: name for reporting rewards; default: the file's. Raises UserError naming file and line of a bad row."""
         self._items = [
             _task_item(origin, row, prompt_column, answer_column, task or Path(path).stem)
             for path in paths
@@ -34,7 +34,7 @@ class FileSource:
 
     @property
     def items(self) -> list[TaskItem]:
-        """In file order."""
+        """All items in file order."""
         return self._items
 
     def item(self, index: int) -> TaskItem:

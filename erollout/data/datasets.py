@@ -1,4 +1,4 @@
-"""The training and test sets that a configuration asks for."""
+"""Training and test sets from a configuration."""
 
 import logging
 from pathlib import Path
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 def build_datasets(
     data: DataConfig, limits: PromptLimits, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[PromptDataset, PromptDataset | None]:
-    """(train, test); no test set for kind `file` without data.test_files. Raises UserError for whatever can't be honoured.
+    """(train, test); no test set for kind `file` without data.test_files. Raises UserError for an impossible configuration.
 
-    A kind's module is imported when it is asked for: reasoning-gym and pyarrow take a second each.
+    A kind's module is imported on demand: reasoning-gym and pyarrow take a second each.
     """
     renderer = PromptRenderer(data, tokenizer)
     if data.kind == "file":
@@ -42,7 +42,7 @@ def build_datasets(
 def _file_datasets(
     data: DataConfig, limits: PromptLimits, renderer: PromptRenderer
 ) -> tuple[PromptDataset, PromptDataset | None]:
-    """Training rows are shuffled by data.train_seed, test rows keep their order. Lengths are checked here, not in mid-run."""
+    """File datasets: training rows shuffled by data.train_seed, test rows in order. Lengths are checked before the run."""
     from erollout.data.dataset_file import FileSource
 
     if len(data.tasks) > 1:
@@ -62,6 +62,6 @@ def _file_datasets(
     shared = sum(str(item.question) in seen for item in test_source.items)
     if shared:
         logger.warning(
-            "%d of %d test questions are also in data.train_files: held-out figures flatter", shared, len(test_source)
+            "%d of %d test questions are also in data.train_files: held-out accuracy will be too high", shared, len(test_source)
         )
     return train, test

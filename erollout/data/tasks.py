@@ -24,9 +24,9 @@ from erollout.errors import UserError
 
 BLOCK_SIZE = 500
 HASH_DEPENDENT = frozenset({"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"})
-"""They walk through sets of strings, whose order differs between processes unless Python's hashing is fixed."""
+"""Tasks that iterate over sets of strings, whose order differs between processes unless Python's hash seed is fixed."""
 UNREPEATABLE = frozenset({"codeio"})
-"""It runs snippets that draw from an unseeded generator."""
+"""Tasks that draw from an unseeded generator."""
 _MANAGED = {"seed": "data.train_seed and data.test_seed", "size": "data.train_size and data.test_size"}
 
 
@@ -34,7 +34,7 @@ class ReasoningGymSource:
     """Item i is drawn from task weights and seed + i alone."""
 
     def __init__(self, tasks: tuple[TaskConfig, ...], seed: int, size: int) -> None:
-        """Raises UserError for an unknown task, arguments that the task refuses, or seeds that tasks with NumPy can't take."""
+        """Raises UserError for an unknown task, arguments that the task rejects, or seeds too large for NumPy."""
         if seed + size > 2**32:
             raise UserError(
                 f"data: reasoning-gym takes seeds below 2^32, not {seed + size - 1}; lower data.train_seed or test_seed"

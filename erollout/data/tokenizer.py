@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers: loading one for a model, and making the demo's character tokenizer."""
+"""Hugging Face tokenizers: loading one for a model, and creating the demo's character tokenizer."""
 
 import string
 from pathlib import Path
@@ -11,12 +11,12 @@ from erollout.configuration.hub import fetch_line
 from erollout.errors import UserError
 
 CHARACTERS = "\n " + string.digits + string.ascii_lowercase + "+-*/=#().,:;?!<>'\"%^_[]"
-"""With three special tokens, 64 in all."""
+"""Characters of the demo's tokenizer; with three special tokens there are 64 tokens."""
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
 def load_tokenizer(path: str | Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Load from a local directory; `vocab_size` is the model's.
+    """Load a tokenizer from a local directory. `vocab_size`: the model's.
 
     Raises UserError for a directory without a readable tokenizer and for a vocabulary that exceeds the model's.
     """
@@ -43,7 +43,7 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> PreTrainedTokenizerBase
 def save_character_tokenizer(directory: str | Path) -> None:
     """Write a tokenizer with one token for each of CHARACTERS, loadable by AutoTokenizer.
 
-    Decoding gives back exactly the text that was encoded; a character that it does not know is an error, never dropped.
+    Decoding returns exactly the encoded text; an unknown character is an error and never dropped.
     """
     vocabulary = {token: index for index, token in enumerate([PAD, BOS, EOS, *CHARACTERS])}
     tokenizer = Tokenizer(WordLevel(vocabulary))

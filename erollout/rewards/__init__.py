@@ -1,4 +1,4 @@
-"""Scores for responses, from processes that may hang or crash. Light to import: every scoring process does."""
+"""Rewards: scores for responses from scoring processes, which may hang or crash. Light: every scoring process imports it."""
 
 from erollout.rewards.pool import RewardPool, ScoringCounts
 from erollout.rewards.scorers import Scorer, build_scorer

@@ -1,4 +1,4 @@
-"""Finding the final answer in a response, and the two scorers that only compare text or integers.
+"""The final answer in a response, and the two scorers that only compare text or integers.
 
 No import beyond the standard library: scoring processes load this first.
 """

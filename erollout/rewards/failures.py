@@ -1,4 +1,4 @@
-"""Why responses got no score, by kind: counted in the metrics, logged once."""
+"""Scoring failures by kind: counted in the metrics, logged once."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ KINDS = {"scorer took more than": "time_limit", "scorer ended its process": "pro
 
 
 class AllScoringFailed(UserError):
-    """Not one response of a rollout was scored: to go on would be to train on nothing."""
+    """Raised if no response of a rollout was scored, because there is nothing to train on."""
 
 
 def kind_of(error: str) -> str:
@@ -28,7 +28,7 @@ class FailureLog:
         self._known: set[str] = set()
 
     def note(self, errors: Iterable[str]) -> tuple[Counter[str], list[str]]:
-        """How many there are of each kind, and the text of the first of each kind that is new."""
+        """Counts of the errors by kind, and the first text of each new kind."""
         counts: Counter[str] = Counter()
         new = []
         for error in errors:

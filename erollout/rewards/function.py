@@ -1,4 +1,4 @@
-"""The function that scores: where it is named, how it is found, what it may return.
+"""The reward function: its name, how it is loaded, and what it may return.
 
 `package.module:name`, or `/path/file.py:name`. Scoring processes import this module: it is light.
 """
@@ -22,7 +22,7 @@ ScoreFunction = Callable[[Prompt, str], Any]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Module, or path of a file, and function. Raises UserError for a name of another form."""
+    """Split a name into module or file path, and function. Raises UserError for another form."""
     module, colon, function = name.rpartition(":")
     if not (module and colon and function.isidentifier()):
         raise UserError(f"rewards.function = {name!r} must look like package.module:function or path/file.py:function")
@@ -34,9 +34,9 @@ def is_file(name: str) -> bool:
 
 
 def absolute_name(name: str, directory: Path) -> str:
-    """A `path/file.py:name` with its path made absolute: from `directory`, the configuration's, else from the present one.
+    """A `path/file.py:name` with an absolute path, looked up in `directory` (the configuration's), then the current one.
 
-    Raises UserError, naming where it was looked for, when there is no such file.
+    Raises UserError, naming the directories searched, if there is no such file.
     """
     path, function = split_name(name)
     places = [(base / Path(path).expanduser()).absolute() for base in (directory, Path())]
@@ -52,11 +52,11 @@ def absolute_name(name: str, directory: Path) -> str:
 
 @lru_cache(maxsize=8)
 def load_function(name: str, import_path: str | None = None) -> ScoreFunction:
-    """The function. Raises UserError for one that isn't there or can't be called, and whatever its module raises.
+    """Load the function. Raises UserError if it is missing or not callable, and whatever its module raises.
 
     Args:
-        import_path: a directory of modules that may be imported; installed modules of the same name come first. For a file it
-            is the file's own directory that comes first, as in a script.
+        import_path: directory of importable modules; installed modules of the same name take precedence. For a file, the
+            file's own directory takes precedence, as in a script.
     """
     module_name, function_name = split_name(name)
     module = _load_file(Path(module_name)) if is_file(name) else _load_module(name, module_name, import_path)
@@ -72,11 +72,11 @@ def load_function(name: str, import_path: str | None = None) -> ScoreFunction:
 
 
 class NotANumber(ValueError):
-    """A function returned what is no reward."""
+    """Raised if a function returns something that is not a reward."""
 
 
 def reward_value(name: str, value: object) -> float:
-    """What a function returned, as a number. Raises NotANumber for anything that is none, and for one that is not finite."""
+    """The returned value as a number. Raises NotANumber for anything else, and for a number that is not finite."""
     if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
         raise NotANumber(f"{name} returned a {type(value).__name__}, {str(value)[:40]!r}; a reward is a number")
     try:

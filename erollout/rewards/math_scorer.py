@@ -17,7 +17,7 @@ for _name in ("math_verify.parser", "math_verify.grader"):
 
 
 def score(prompt: Prompt, response: str) -> float:
-    """1 when the response's answer equals the reference. Raises ValueError, naming the row, for one that can't be read."""
+    """1 if the response's answer equals the reference. Raises ValueError, naming the row, for an unreadable reference."""
     reference = str(prompt.item["answer"])
     try:
         gold = _gold(reference)
@@ -34,7 +34,7 @@ def score(prompt: Prompt, response: str) -> float:
 
 @lru_cache(maxsize=4096)
 def _gold(reference: str) -> Answer:
-    """Raises ValueError for a reference that says nothing, or nothing that can be compared."""
+    """The parsed reference. Raises ValueError if it is empty or can't be compared."""
     said = final_answers(reference) or [reference]
     gold = read_answer(said[0])
     if not gold.text or gold.text.lower() in ("nan", "none", "null"):
@@ -45,7 +45,7 @@ def _gold(reference: str) -> Answer:
 
 
 def _equal(gold: Answer, answer: Answer) -> bool:
-    """Words and letters of choices are compared as they are; the rest by value, in one unit where both name one."""
+    """Whether answers are equal: words and letters of choices as text, all else by value, in one unit if both name one."""
     if gold.unit and answer.unit and gold.unit[0] == answer.unit[0] and gold.unit != answer.unit:
         return False
     if gold.base != answer.base and None not in (gold.base, answer.base):

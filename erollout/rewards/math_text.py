@@ -1,4 +1,4 @@
-"""Mathematical answers as people write them, brought to a form that can be compared. Text only: sympy is not needed for it."""
+"""Normalisation of mathematical answers as people write them. Text only: does not need sympy."""
 
 import re
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ _UNITS = {
     "volume": ("l liter liters litre litres", "ml milliliter milliliters millilitre millilitres", "gallon gallons"),
 }
 _UNIT_OF = {name: (kind, names) for kind, units in _UNITS.items() for names in units for name in names.split()}
-"""What is measured and in which unit, by each name of the unit."""
+"""Quantity and unit by each name of the unit."""
 
 _MEASURE = re.compile(
     r"\s*(?:(?P<square>sq(?:uare)?\b\.?)|(?P<cubic>cu(?:bic)?\b\.?))?\s*(?P<name>[^\W\d_]+|[¢$€£₹₩°]|\\?\^?\{?\\circ)\s*"
@@ -118,22 +118,22 @@ class Answer:
     """One answer."""
 
     text: str
-    """Without decoration; in LaTeX where it was."""
+    """Text without decoration, still in LaTeX if it was."""
     number: Fraction | None = None
-    """When it is a number, perhaps with a unit; of a percentage what stands before the sign."""
+    """Value of a number, possibly with a unit; of a percentage, the part before the sign."""
     percent: bool = False
     unit: tuple[str, str] | None = None
     """What is measured and in which unit (and its power), of a number that names a common one."""
     base: int | None = None
     """The base that a subscript names; `number` is None then."""
     choice: str | None = None
-    """A to Z, when it can be read as the letter of a choice."""
+    """A to Z, if it can be read as the letter of a choice."""
     is_words: bool = False
-    """Words, which letter by letter would be a product of variables."""
+    """Whether it consists of words, which would otherwise be parsed as a product of variables."""
 
 
 def final_answers(response: str) -> list[str]:
-    """What a response gives as its answer, the most certain first: the marked part, else what it says after "the answer is"."""
+    """Candidates for a response's answer, most certain first: the marked part, else the text after "the answer is"."""
     marked = marked_answer(response)
     if marked is None:
         said = _said(response)
@@ -145,7 +145,7 @@ def final_answers(response: str) -> list[str]:
 
 
 def read_answer(text: str) -> Answer:
-    """An answer without its decoration, and what it can be read as."""
+    """Parse an answer: its text without decoration, and its readings."""
     plain = _undecorated(text)
     if (based := _SUBSCRIPT.fullmatch(plain.replace(" ", ""))) and not based[1].isalpha():  # a letter's is an index
         return Answer(based[1], base=int(based[2]))
@@ -163,7 +163,7 @@ def read_answer(text: str) -> Answer:
 
 
 def only_value(answer: Answer) -> Answer | None:
-    """What an answer that says more comes to: after its equals sign, or the only formula or number in it."""
+    """The value of a longer answer: after its equals sign, or the only formula or number in it."""
     text = answer.text
     if text.count("=") == 1 and "," not in text:
         return read_answer(text.partition("=")[2])
@@ -195,7 +195,7 @@ def _undecorated(text: str) -> str:
 
 
 def _number(text: str) -> tuple[Fraction | None, bool, tuple[str, str] | None]:
-    """The value, whether it is a percentage, and the unit. Exact; None for what is more than a number with a unit."""
+    """Exact value, whether it is a percentage, and unit; None if there is more than a number with a unit."""
     found = _NUMBER.fullmatch(text) if len(text) < 300 else None
     if found is None:
         return None, False, None

@@ -1,4 +1,4 @@
-"""Scoring beside the rollout: responses go in as they finish, rewards come out once all are done."""
+"""Scoring during the rollout: responses are submitted as they finish, and rewards collected once all are done."""
 
 import queue
 import threading
@@ -16,24 +16,24 @@ Key = tuple[int, int]
 """(prompt_index, sample_index)"""
 
 MAX_FAILED_STARTS = 3
-"""In a row; then responses are failed at once instead of waiting for one more start each, until the next `collect`."""
+"""Number of failed starts in a row after which responses fail at once, until the next `collect`."""
 _LOOK_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
-"""Between two tries to bring up a process elsewhere."""
+"""Longest pause between two attempts to start a process elsewhere."""
 MAX_LOSSES = 3
-"""A response whose machine was lost so often is failed: it may be why."""
+"""Number of lost machines after which a response fails: it may be the cause."""
 
 
 @dataclass(slots=True)
 class ScoringCounts:
-    """Of the responses of one `collect`."""
+    """Counts over the responses of one `collect`."""
 
     scored: int = 0
     errors: int = 0
-    """Scorer raised, ended its process, or could not be started."""
+    """Number of responses whose scorer raised, ended its process, or could not be started."""
     timeouts: int = 0
     first_error: str | None = None
-    """Of an error or time-out."""
+    """Text of the first error or time-out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class _Task:
     prompt: Prompt
     response: str
     losses: int = 0
-    """Machines, or their parts in scoring, that ended while they scored it."""
+    """Number of machines, or their scoring actors, lost while scoring it."""
 
 
 def never() -> bool:
@@ -50,11 +50,11 @@ def never() -> bool:
 
 
 class RewardPool:
-    """Scoring processes with a hard time limit for each response.
+    """Scoring processes with a hard time limit per response.
 
-    One thread per process hands it work and waits for the answer, so a stuck process is killed and replaced without a word
-    to the others. Whatever a scorer does costs its sample the reward, which becomes `error_value`; nothing is raised here.
-    Processes start with the first response. Use as a context manager: leaving it kills them.
+    One thread per process sends it work and waits for the answer, so a stuck process is killed and replaced without affecting
+    the others. If a scorer fails, its sample's reward becomes `error_value`; nothing is raised here. Processes start with the
+    first response. Use as a context manager, which kills them at its end.
     """
 
     def __init__(self, scorer: Scorer, num_workers: int, timeout_seconds: float, error_value: float) -> None:
@@ -74,7 +74,7 @@ class RewardPool:
         self._start_failure = "the pool is closed"
         self._closed = False
         self.counts = ScoringCounts()
-        """Of the latest `collect`."""
+        """Counts of the latest `collect`."""
 
     def submit(self, prompt: Prompt, rollout: Rollout, response: str) -> None:
         """Score a response in the background; returns at once."""
@@ -88,9 +88,9 @@ class RewardPool:
             self._start_threads()
 
     def collect(self, cut: Callable[[], bool] = never) -> dict[Key, Reward]:
-        """Wait for all that was submitted since the last call. Takes no longer than the time limits add up to.
+        """Wait for all responses submitted since the last call, at most for the sum of their time limits.
 
-        `cut`: looked at now and then; once true, there is no more waiting, and the pool is of no use after.
+        `cut`: polled; once it returns True, waiting ends, and the pool can't be used any more.
         """
         with self._state:
             while self._pending and not self._closed and not cut():
@@ -101,7 +101,7 @@ class RewardPool:
         return rewards
 
     def close(self) -> None:
-        """Kill the processes; what is not collected is lost. Idempotent."""
+        """Kill the processes; responses that are not collected are lost. Idempotent."""
         with self._state:
             self._closed = True
             for worker in self._workers.values():
@@ -131,9 +131,9 @@ class RewardPool:
             self._threads.append(thread)
 
     def _serve(self, slot: int) -> None:
-        """A thread's life: one process, replaced when it is lost.
+        """Loop of a thread with one process, replaced when it is lost.
 
-        The broad except keeps the thread alive through what nobody foresaw: without it, `collect` would wait forever.
+        The broad except keeps the thread alive after unforeseen errors, without which `collect` would wait for ever.
         """
         while (task := self._tasks.get()) is not None and not self._closed:
             try:
@@ -148,9 +148,9 @@ class RewardPool:
         self._drop(slot)
 
     def _score(self, slot: int, task: _Task) -> ScoreResult | None:
-        """A process that is killed from outside while it starts or idles is no fault of the response: another takes it.
+        """Score a response. If the process is killed while starting or idle, another one takes the response.
 
-        None: the response is handed back, for the slots that still have a machine.
+        Returns None if the response is returned to the queue for slots that still have a machine.
         """
         gone = ""
         found_gone = 0
@@ -180,13 +180,13 @@ class RewardPool:
         return ScoreResult(error=gone or self._start_failure)
 
     def _replace(self, slot: int) -> None:
-        """Bring up a process elsewhere, without holding a response meanwhile, unless no slot is left to take them."""
+        """Start a process elsewhere, without holding a response meanwhile, unless no slot is left to take them."""
         with self._state:
             self._replacing += 1
         pause = 1.0
         try:
             while not self._closed and self._replacing < self._num_workers:
-                with suppress(Exception):  # the cluster itself may be out of reach; the response is another's already
+                with suppress(Exception):  # the cluster may be unreachable; the response is already with another slot
                     self._ready_worker(slot)
                     return
                 self._drop(slot)
@@ -198,11 +198,11 @@ class RewardPool:
                 self._replacing -= 1
 
     def _start_worker(self) -> ScoringWorker:
-        """A process that may not be ready yet. Raises WorkerDied when there can't be one."""
+        """A process that may not be ready yet. Raises WorkerDied if it can't be started."""
         return Worker(self._scorer)
 
     def _ready_worker(self, slot: int) -> ScoringWorker:
-        """The slot's process, started if need be. Raises WorkerDied when it does not come up."""
+        """The slot's process, started if needed. Raises WorkerDied if it does not start."""
         with self._state:
             if slot in self._workers:
                 return self._workers[slot]
@@ -213,7 +213,7 @@ class RewardPool:
         return worker
 
     def _drop(self, slot: int) -> None:
-        """Broad, as `_serve` is: what can't be ended is left behind, but no response waits for it."""
+        """Close the slot's process. Broad except as in `_serve`: a process that can't be ended is left behind."""
         with self._state:
             worker = self._workers.pop(slot, None)
         if worker is not None:

@@ -1,4 +1,4 @@
-"""One response scored before a run, in a scoring process as the run has them: a function that can't score shows at once."""
+"""Probe of the reward function before a run: one response is scored in a scoring process like the run's."""
 
 import logging
 import time
@@ -14,16 +14,16 @@ from erollout.types import Prompt
 logger = logging.getLogger(__name__)
 
 _FORMS = ("{}", "<answer>{}</answer>", "#### {}", "\\boxed{{{}}}")
-"""Ways of writing the reference answer; a function may insist on one."""
+"""Formats of the reference answer, one of which a function may require."""
 _REFERENCE_SECONDS = 5.0
-"""For reading references before a run; what is wrong with later ones is counted in it."""
+"""Time for checking references before a run; errors in later ones are counted during it."""
 
 
 class ScorerProbe:
-    """A scoring process for a few trials. It starts at once, beside whatever the caller does until it asks."""
+    """A scoring process for a few trials, started in the background."""
 
     def __init__(self, scorer: Scorer, timeout_seconds: float) -> None:
-        """Raises UserError when no process can be started."""
+        """Raises UserError if no process can be started."""
         self._scorer = scorer
         self._timeout_seconds = timeout_seconds
         try:
@@ -38,13 +38,13 @@ class ScorerProbe:
         self._worker.close()
 
     def require_scores(self, prompt: Prompt, solution: str | None) -> None:
-        """Raises UserError for a function that does not load, hangs, or returns what is no number.
+        """Raise UserError for a function that does not load, hangs, or returns something that is not a number.
 
-        One that raises at every form of a right answer may insist on another form, and is warned of: a step whose responses
-        all fail ends the run.
+        A function that raises for every form of a right answer may require another form, so this is only a warning: a step
+        whose responses all fail ends the run.
 
         Args:
-            solution: a right answer; None where there is none in writing.
+            solution: a right answer; None: none is available.
         """
         try:
             self._worker.wait_until_ready()
@@ -60,14 +60,14 @@ class ScorerProbe:
                 break
         what = f"{self._key()} can't score the first item ({prompt.task})"
         if refused := next((outcome for outcome in failed if not outcome.raised), None):
-            fix = "mend it, or raise rewards.timeout_seconds" if refused.timed_out else "mend it"
+            fix = "fix it, or raise rewards.timeout_seconds" if refused.timed_out else "mend it"
             raise UserError(f"{what}: {refused.error}; {fix}")
         logger.warning(
             "%s, however its answer is written: %s; responses that it raises at get rewards.error_value", what, failed[0].error
         )
 
     def require_readable(self, prompts: Iterable[Prompt]) -> None:
-        """Raises UserError for reference answers that the function can't read: how many, and the first, with its row."""
+        """Raise UserError, with count and first row, for reference answers that the function can't read."""
         failed, end = [], time.monotonic() + _REFERENCE_SECONDS
         for prompt in prompts:
             outcome = self._score(prompt, "0")

@@ -1,7 +1,7 @@
-"""Scoring on the nodes of a Ray cluster, when it outgrows one machine. Loads ray: only for those who ask for it.
+"""Scoring on the nodes of a Ray cluster. Loads ray, so it is imported only on demand.
 
-An actor holds the scoring process of worker.py on whichever node has a CPU for it, so limits and rewards are those of the
-process pool. Killing an actor alone would leave behind what a scorer has started: the actor kills its process first.
+An actor runs the scoring process of worker.py on any node with a free CPU, so limits and rewards are those of the process pool.
+Killing only an actor would leave processes started by a scorer, so the actor kills its process first.
 """
 
 import pickle
@@ -24,9 +24,9 @@ from erollout.rewards.worker import START_TIMEOUT_SECONDS, ScoreResult, Worker, 
 from erollout.schedulers.ray_cluster import join_cluster, resources_free
 
 _ANSWER_SECONDS = 60.0
-"""On top of the limit for a response: for a busy node, and for the cluster to find that one is dead."""
+"""Time added to the limit of a response, for a busy node and for Ray to detect a dead one."""
 _IDLE_SECONDS = 1.0
-"""After so long without an answer, an actor is asked whether it lives before it gets a response."""
+"""Idle time after which an actor is pinged before it gets a response."""
 _STOP_SECONDS = 5.0
 _KEY = "rewards.pool = ray"
 
@@ -37,9 +37,9 @@ class RayRewardPool(RewardPool):
     def __init__(
         self, scorer: Scorer, num_workers: int, timeout_seconds: float, error_value: float, address: str = "auto"
     ) -> None:
-        """Reserves a CPU of the cluster for each process, and starts the first.
+        """Reserve a CPU of the cluster for each process, and start the first one.
 
-        Raises UserError for a cluster that can't be joined or has too few CPUs free, and for a first process that fails.
+        Raises UserError if the cluster can't be joined or has too few free CPUs, or if the first process fails.
         """
         super().__init__(scorer, num_workers, timeout_seconds, error_value)
         self._leaves = not ray.is_initialized()
@@ -64,7 +64,7 @@ class RayRewardPool(RewardPool):
         return RayWorker(self._scorer, self._places)
 
     def _require_places(self, cluster: str) -> None:
-        """Each process has a CPU reserved; Ray finds another place for those of a node that dies. Raises WorkerDied."""
+        """Reserve a CPU for each process; Ray moves the reservations of a dead node. Raises WorkerDied."""
         if not self._places.wait(START_TIMEOUT_SECONDS):
             raise WorkerDied(
                 f"rewards.num_workers = {self._num_workers} for each decode replica needs as many CPUs of the cluster at "
@@ -76,9 +76,9 @@ class RayWorker:
     """A scoring process on some node, seen from the rank."""
 
     def __init__(self, scorer: Scorer, places: PlacementGroup) -> None:
-        """Returns before the process is there: see `wait_until_ready`."""
+        """Returns before the process is ready: see `wait_until_ready`."""
         self.pid = 0
-        """On its node, once it is ready."""
+        """Process id on its node, once it is ready."""
         options: dict[str, Any] = {
             "num_cpus": 1,
             "max_restarts": 0,
@@ -92,7 +92,7 @@ class RayWorker:
         self._killed = False
 
     def wait_until_ready(self) -> None:
-        """Until it has loaded the scorer. Raises WorkerDied when it never will."""
+        """Wait until it has loaded the scorer. Raises WorkerDied if that fails."""
         try:
             answer: int | str = ray.get(self._actor.ready.remote(), timeout=2 * START_TIMEOUT_SECONDS)
         except GetTimeoutError as error:
@@ -104,7 +104,7 @@ class RayWorker:
         self.pid = answer
 
     def score(self, prompt: object, response: str, timeout_seconds: float) -> ScoreResult:
-        """Raises WorkerDied as Worker.score does, and WorkerLost when the node or the actor is gone or silent."""
+        """Score as Worker.score. Also raises WorkerLost if the node or the actor is gone or silent."""
         try:
             item = pickle.dumps((prompt, response))
         except Exception as error:  # pickling an item runs foreign code
@@ -124,7 +124,7 @@ class RayWorker:
         return answer
 
     def kill(self) -> None:
-        """End the process, all that it started, and the actor; idempotent."""
+        """End the process, all processes that it started, and the actor. Idempotent."""
         with self._kill_lock, suppress(RayError):
             if self._killed or not ray.is_initialized():
                 return
@@ -139,10 +139,10 @@ class RayWorker:
 
 
 class _Host:
-    """The actor. What a rank should read of a failure is returned as text: Ray makes a page of an exception."""
+    """The actor. Failures are returned as one line of text, because Ray turns an exception into a page."""
 
     def __init__(self, scorer: Scorer) -> None:
-        """Ray calls it in the main thread, with which the process may die: see Worker."""
+        """Called by Ray in the main thread, so the process may end with it: see Worker."""
         self._worker = Worker(scorer)
         self._failure: str | None = None
         try:
@@ -151,7 +151,7 @@ class _Host:
             self._failure = str(error)
 
     def ready(self) -> int | str:
-        """The process's id, or why there is none."""
+        """The process's id, or the reason why there is none."""
         return self._failure or self._worker.pid
 
     def score(self, item: bytes, timeout_seconds: float) -> ScoreResult | str:
@@ -169,5 +169,5 @@ class _Host:
 
 
 def _last_line(error: RayError) -> str:
-    """Ray's messages are pages; the cause stands in the last line."""
+    """The last line of one of Ray's long messages, which states the cause."""
     return str(error).strip().splitlines()[-1].strip()

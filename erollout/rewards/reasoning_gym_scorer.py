@@ -11,7 +11,7 @@ from erollout.types import Prompt
 
 
 def score(prompt: Prompt, response: str) -> float:
-    """The task's score of the final answer, 0 to 1. Raises what the task raises: some do on garbage.
+    """The task's score of the final answer, 0 to 1. Raises what the task raises, which some do on garbage.
 
     Several tasks give partial credit, down to 0.01 for garbage: see rewards.threshold.
     """

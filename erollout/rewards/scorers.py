@@ -1,4 +1,4 @@
-"""Which function scores a response: the task's own, or one that the user names."""
+"""Choice of the reward function: the task's own, or one named by the user."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ DEFAULT_FUNCTIONS = {
     "chain_sum_cot": "erollout.rewards.answers:integer_match",
     "file": "erollout.rewards.math_scorer:score",
 }
-"""By data.kind. `erollout.rewards.answers:exact_match` is there for the asking."""
+"""Default functions by data.kind. `erollout.rewards.answers:exact_match` can be chosen as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Scorer:
         return value if self.threshold is None else float(value >= self.threshold)
 
     def load(self) -> None:
-        """Import what scoring needs, so that no response pays for it. Raises as `load_function`."""
+        """Import what scoring needs, so that this does not count against a response's time. Raises as `load_function`."""
         load_function(self.function, self.import_path)
 
 
 def build_scorer(rewards: "RewardsConfig", data: "DataConfig") -> Scorer:
-    """Imports nothing: a user's module runs in scoring processes alone. Raises UserError for a name that can't be one."""
+    """Build the scorer without importing its module, which runs only in scoring processes. Raises UserError for a bad name."""
     if rewards.function is None:
         return Scorer(DEFAULT_FUNCTIONS[data.kind], rewards.threshold)
     split_name(rewards.function)

@@ -1,8 +1,8 @@
-"""One scoring process: both ends of it.
+"""Both ends of a scoring process.
 
-The process is a fresh interpreter, started by exec: nothing is forked from a rank with its threads and sockets, and the
-rank's main module is not imported again, as multiprocessing would. It leads a session of its own, so that killing it
-takes along whatever a scorer has started, and Ctrl-C in the terminal reaches only the ranks.
+The process is a fresh interpreter, started by exec: nothing is forked from a rank with its threads and sockets, and the rank's
+main module is not imported again, as multiprocessing would do. It leads its own session, so that killing it ends all processes
+that a scorer has started, and Ctrl-C in the terminal reaches only the ranks.
 """
 
 import ctypes
@@ -30,37 +30,37 @@ from erollout.security.unpickling import load_message
 from erollout.types import Prompt
 
 START_TIMEOUT_SECONDS = 120.0
-"""For the interpreter and the scorer's imports; a loaded machine takes a few seconds."""
+"""Time limit for the interpreter and the scorer's imports, which take a few seconds on a loaded machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """What came of one response: a value, or why there is none."""
+    """Result of scoring one response: a value, or the reason why there is none."""
 
     value: float | None = None
     error: str | None = None
     raised: bool = False
-    """The function raised: another response it may score."""
+    """The function raised; it may still score other responses."""
     timed_out: bool = False
     worker_lost: bool = False
     """The process is dead or stuck and must be closed."""
 
 
 class WorkerDied(Exception):
-    """The process is gone, and nothing was scored; the message says when it went."""
+    """Raised if the process is gone before anything was scored; the message says when it ended."""
 
 
 class WorkerLost(Exception):
-    """The process's machine is gone, or not heard any more: another may score the response."""
+    """Raised if the process's machine is gone or silent; another one may score the response."""
 
     def __init__(self, reason: str, *, scoring: bool) -> None:
-        """`scoring`: it had the response, which may be what ended it."""
+        """`scoring`: whether it had the response, which may have ended it."""
         super().__init__(reason)
         self.scoring = scoring
 
 
 class ScoringWorker(Protocol):
-    """What a pool asks of a process, wherever it runs; Worker says what each does."""
+    """Interface of a scoring process, local or remote, as documented in Worker."""
 
     @property
     def pid(self) -> int: ...
@@ -75,10 +75,10 @@ class ScoringWorker(Protocol):
 
 
 class Worker:
-    """A scoring process, seen from the rank. For one thread, but for `kill`."""
+    """A scoring process, seen from the rank. Used by a single thread, except for `kill`."""
 
     def __init__(self, scorer: Scorer) -> None:
-        """Returns before the process is ready: see `wait_until_ready`. Raises WorkerDied when there can't be one.
+        """Returns before the process is ready: see `wait_until_ready`. Raises WorkerDied if it can't be started.
 
         The calling thread must live as long as the process: see `_die_with`.
         """
@@ -96,7 +96,7 @@ class Worker:
         return self._process.pid
 
     def wait_until_ready(self) -> None:
-        """Until it has loaded the scorer. Raises WorkerDied, with the reason in one line, when it never will."""
+        """Wait until it has loaded the scorer. Raises WorkerDied, with a one-line reason, if that fails."""
         try:
             self._connection.send((self._scorer, os.getpid()))
             if not self._connection.poll(START_TIMEOUT_SECONDS):
@@ -108,7 +108,7 @@ class Worker:
             raise WorkerDied(error)
 
     def score(self, prompt: Prompt, response: str, timeout_seconds: float) -> ScoreResult:
-        """Raises WorkerDied when the process was gone before it had taken the response."""
+        """Score a response. Raises WorkerDied if the process ended before it had received the response."""
         try:
             self._connection.send((prompt, response))
         except OSError as error:
@@ -131,16 +131,16 @@ class Worker:
         return ScoreResult(error=f"scorer took more than {timeout_seconds:g} s", timed_out=True, worker_lost=True)
 
     def _hear(self) -> Any:
-        """What scores may execute what a model has written: what comes from there is no more than an answer."""
+        """Receive an answer. A scorer may execute model output, so the message is not trusted beyond its form."""
         return load_message(self._connection.recv_bytes())
 
     def kill(self) -> None:
-        """End the process and all that it started; idempotent."""
+        """End the process and all processes that it started. Idempotent."""
         with self._kill_lock:
-            if self._process.returncode is None:  # not yet reaped, so the id is still its own, even when it is dead
+            if self._process.returncode is None:  # not yet reaped, so the id is still its own, even if it is dead
                 started: list[psutil.Process] = []
                 with suppress(psutil.Error, OSError):
-                    started = psutil.Process(self._process.pid).children(recursive=True)  # may lead sessions of their own
+                    started = psutil.Process(self._process.pid).children(recursive=True)  # children may lead their own sessions
                 os.killpg(self._process.pid, signal.SIGKILL)
                 for process in started:
                     with suppress(psutil.Error, OSError):  # gone, or another user's, as sandboxes may be
@@ -162,7 +162,7 @@ def _start(descriptor: int) -> "subprocess.Popen[bytes]":
 
 
 def main(descriptor: int) -> None:
-    """The process itself: load the scorer, then score until the rank hangs up."""
+    """Main function of the process: load the scorer, then score until the rank closes the connection."""
     _leave_stops_to_ranks()
     os.set_inheritable(descriptor, False)
     connection = Connection(descriptor)
@@ -175,17 +175,19 @@ def main(descriptor: int) -> None:
     while True:
         try:
             prompt, response = connection.recv()
-            connection.send(None)  # taken: if the process dies from here on, the response may be why
+            connection.send(None)  # received: if the process ends from here on, the response may be the cause
         except (EOFError, OSError):
             return
         outcome = _outcome(scorer, prompt, response)
-        if os.getpid() != process:  # what is scored has forked, and this is the child: a second answer would be the next one's
+        if (
+            os.getpid() != process
+        ):  # the scored code has forked, and this is the child: its answer would be taken for the next response's
             os._exit(0)
         connection.send(outcome)
 
 
 def _load(scorer: Scorer) -> str | None:
-    """Broad on purpose: importing runs foreign code, and the rank is to hear why it failed."""
+    """Load the scorer. Broad except on purpose: importing runs foreign code, and its error is reported to the rank."""
     try:
         scorer.load()
     except UserError as error:
@@ -202,7 +204,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> ScoreResult:
-    """Broad on purpose: a scorer is foreign code, and whatever it raises costs one sample its reward, no more."""
+    """Score one response. Broad except on purpose: a scorer is foreign code, and an error costs only one sample its reward."""
     try:
         return ScoreResult(value=scorer(prompt, response))
     except NotANumber as error:
@@ -212,14 +214,14 @@ def _outcome(scorer: Scorer, prompt: Prompt, response: str) -> ScoreResult:
 
 
 def _place(error: Exception) -> str:
-    """Where it was raised."""
+    """File and line where the error was raised."""
     *_, frame = traceback.extract_tb(error.__traceback__)
     return f" ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 
 def _leave_stops_to_ranks() -> None:
-    """Not heed them: no score is to be lost by them. They have a handler and are not ignored, so that what a scorer starts has
-    the defaults again."""
+    """Ignore stop signals, so that no score is lost. Uses handlers, not SIG_IGN, so that processes started by a scorer have the
+    defaults again."""
 
     def restore() -> None:
         for number in STOPS:
@@ -238,7 +240,7 @@ def _leave_stops_to_ranks() -> None:
 
 
 def _die_with(parent: int) -> None:
-    """A scorer stuck in a loop would outlive a killed rank; Linux can end it then."""
+    """Let Linux end this process with its parent: a scorer stuck in a loop would outlive a killed rank."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

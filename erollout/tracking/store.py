@@ -94,7 +94,7 @@ class MlflowStore:
         return found[0].info.run_id if found else None
 
     def create_run(self, experiment: str, run_name: str | None, artifacts: Path, tags: dict[str, str]) -> str:
-        """Create a run and return its id. `artifacts`: directory for files if no server stores them and the experiment is new."""
+        """Create a run, return its id. `artifacts`: directory for files if no server stores them and the experiment is new."""
         from mlflow.exceptions import MlflowException
 
         try:

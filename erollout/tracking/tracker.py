@@ -262,7 +262,7 @@ class JournalTracker:
         return self._new_run(store, config, output_dir, tags)
 
     def _new_run(self, store: MlflowStore, config: Config, output_dir: Path, tags: dict[str, str]) -> str:
-        """Create a run. If the process is killed before the id is in the journal, the next attempt finds the run by its mark."""
+        """Create a run. If the process is killed before its id is in the journal, the next attempt finds it by its mark."""
         marks = [record["mark"] for record in self._journal.records() if record["kind"] == "new"]
         if marks and (found := store.find_run(config.tracking.experiment, MARK, marks[-1])) is not None:
             return found

@@ -363,7 +363,7 @@ def test_a_function_that_raises_is_warned_of(
 
 def test_a_function_that_hangs_is_refused(user_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        UserError, match=r"my_scores\.py:hangs.*scorer took more than 1 s; mend it, or raise rewards\.timeout_seconds"
+        UserError, match=r"my_scores\.py:hangs.*scorer took more than 1 s; fix it, or raise rewards\.timeout_seconds"
     ):
         probe(in_file("my_scores.py:hangs", user_file, monkeypatch), timeout_seconds=1.0)
 

@@ -304,7 +304,11 @@ def test_speculation_that_lost_is_held_back_where_it_lost(caplog: pytest.LogCapt
             running = [s for s in running if s[0] < s[1]]
     with caplog.at_level(logging.WARNING):
         toggle.end_rollout()
-    assert "speculation lost" in caplog.text and "16-31 sequences for 1 rollouts" in caplog.text and len(caplog.records) == 1
+    assert (
+        "speculation lost" in caplog.text
+        and "16-31 sequences for the next 1 rollouts" in caplog.text
+        and len(caplog.records) == 1
+    )
     assert "1-1" not in caplog.text
     toggle.begin_rollout(True)
     assert toggle.decide(Load(1, 100.0)) == N3

@@ -392,7 +392,7 @@ def test_the_environment_names_the_store_where_the_configuration_does_not(
     tracker, run_id = begin(output_dir)
     tracker.finish("FINISHED")
     assert client(f"sqlite:///{central}").get_run(run_id).info.status == "FINISHED"
-    assert "MLFLOW_EXPERIMENT_NAME = theirs is not heeded; set tracking.experiment" in caplog.text
+    assert "MLFLOW_EXPERIMENT_NAME = theirs is ignored; set tracking.experiment" in caplog.text
     tracker, other = begin(tmp_path / "other", uri=f"sqlite:///{output_dir}/mlflow.db")
     tracker.finish("FINISHED")
     assert client(f"sqlite:///{output_dir}/mlflow.db").get_run(other).info.status == "FINISHED"
@@ -441,7 +441,7 @@ def test_refused_record_does_not_hold_up_the_others(output_dir: Path, caplog: py
     tracker.finish("FINISHED")
     uri = f"sqlite:///{output_dir}/mlflow.db"
     assert steps_of(uri, run_id) == [1, 3] and client(uri).get_run(run_id).info.status == "FINISHED"
-    assert "1 tracking records were refused" in caplog.text
+    assert "1 tracking records were rejected" in caplog.text
 
 
 def test_what_a_store_does_not_take_for_now_does_not_hold_up_the_others(

@@ -1,4 +1,4 @@
-"""Interfaces and addresses of this node, as a launcher needs them."""
+"""Network interfaces and addresses of this node, for the launcher."""
 
 import socket
 from contextlib import suppress
@@ -27,9 +27,9 @@ def interface_with(address: str) -> str | None:
 
 
 def interface_variables(interface: str | None, chosen: str | None) -> dict[str, str]:
-    """Variables by which gloo and NCCL take the interface, unless the user has set them. `chosen`: on the command line.
+    """Variables that set the interface of gloo and NCCL, unless the user has set them. `chosen`: given on the command line.
 
-    Raises UserError when that contradicts what is set.
+    Raises UserError if that contradicts a variable.
     """
     names = {name: interface for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface is not None}
     for name in names:
@@ -43,22 +43,24 @@ def resolve(host: str) -> str:
         return socket.gethostbyname(host)
     except OSError as error:
         raise UserError(
-            f"--head = {host} is not known here ({error.strerror}); give its IPv4 address, or try it on one of the nodes"
+            f"--head = {host} can't be resolved here ({error.strerror}); give its IPv4 address, or try on one of the nodes"
         ) from error
 
 
 def address_towards(head: str) -> str:
-    """This node's address on the way to the head. Sends nothing."""
+    """This node's address on the route to the head. Sends nothing."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((head, 1))
             return probe.getsockname()[0]
     except OSError as error:
-        raise UserError(f"--head = {head} has no way from here ({error.strerror}); give an address in this network") from error
+        raise UserError(
+            f"--head = {head} has no route from here ({error.strerror}); give an address in this network"
+        ) from error
 
 
 def is_here(address: str) -> bool:
-    """Only an address of this machine can be listened on."""
+    """Whether the address belongs to this machine, which it can then listen on."""
     with socket.socket() as probe, suppress(OSError):
         probe.bind((address, 0))
         return True

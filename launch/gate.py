@@ -1,8 +1,8 @@
-"""The one port of a run that other nodes reach: behind it are the seats of the nodes and the run's store.
+"""The gate: the only port of a run that other nodes can reach, with the nodes' seats and the run's store behind it.
 
-torch's store listens on every interface and asks nobody who they are. Here it listens on the loopback of the head, and each
-other node has a port on its own loopback that leads there; between the nodes stands this gate. It listens on one address, and
-whoever connects proves first that he knows the run's secret, as the gate proves it to him:
+torch's store listens on every interface without authentication. Here it listens on the head's loopback, and each other node has
+a loopback port that is forwarded to it through this gate. The gate listens on one address; gate and node first prove to each
+other that they know the run's secret:
 
     gate: erollout RUN_ID NONCE
     node: NONCE HMAC             of "node", the run id and both nonces, by SHA-256 with the secret as key
@@ -26,9 +26,9 @@ from ipaddress import ip_address
 from typing import Any
 
 HELLO_SECONDS = 10
-"""For the other end to say what it must say first."""
+"""Time limit for the handshake."""
 MOST_UNPROVEN = 1024
-"""Connections at once: whoever reaches the port can open more than this process may hold."""
+"""Limit of unauthenticated connections, so that they can't exhaust this process's file descriptors."""
 _LONGEST_LINE = 1024
 _CHUNK = 2**16
 BACKLOG = 4096
@@ -38,29 +38,29 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Stranger(Exception):
-    """The other end is not of this run; the message says what it is."""
+    """Raised if the other end does not belong to this run; the message says what it is."""
 
 
 class Gate:
-    """On the head. Serves in a thread of its own until the process ends, or `close`."""
+    """The gate on the head. Serves in its own thread until `close` or the end of the process."""
 
     def __init__(self, listener: socket.socket, run_id: str, secret: str, nodes: int, store_port: int) -> None:
         """
-        Args:
-            listener: bound to the address that the other nodes connect to.
-            nodes: that have a seat.
-            store_port: on the loopback.
+                Args:
+                    listener: bound to the address that the other nodes connect to.
+        nodes: number of seats.
+                    store_port: port of the store on the loopback.
         """
         self._run_id, self._secret, self._nodes, self._store_port = run_id, secret, nodes, store_port
         self._seats: dict[asyncio.StreamWriter, str] = {}
-        """Addresses of the nodes that wait, in the order in which they came."""
+        """Addresses of the waiting nodes, in order of arrival."""
         self._is_full = False
         self._unproven = 0
-        """Connections that have not shown yet that they know the secret."""
+        """Number of connections that are not authenticated yet."""
         self.close = _serve(listener, self._answer)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._unproven == MOST_UNPROVEN:  # of this run's nodes each tries again
+        if self._unproven == MOST_UNPROVEN:  # nodes of this run retry
             return
         self._unproven += 1
         try:
@@ -68,14 +68,16 @@ class Gate:
                 wish = await self._wish(reader, writer)
         finally:
             self._unproven -= 1
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a node may vanish in silence
+        writer.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
+        )  # a node may vanish without closing
         if wish == ["store"]:
             await _relay((reader, writer), await asyncio.open_connection("127.0.0.1", self._store_port))
         elif len(wish) == 2 and wish[0] == "seat":
             await self._give_seat(wish[1], reader, writer)
 
     async def _wish(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> list[str]:
-        """What a node of this run wants; nothing for anyone else."""
+        """Authenticate a connection and return its request; empty: it is not of this run."""
         own = secrets.token_hex(16)
         writer.write(f"erollout {self._run_id} {own}\n".encode())
         theirs, _, proof = (await reader.readline()).decode("ascii").strip().partition(" ")
@@ -102,7 +104,7 @@ class Gate:
 
 
 class GateEntry:
-    """On a node without the store: a port of its loopback that leads there, until the process ends, or `close`."""
+    """On a node without the store: a loopback port forwarded to it, until `close` or the end of the process."""
 
     def __init__(self, place: tuple[str, int], run_id: str, secret: str) -> None:
         listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
@@ -116,7 +118,7 @@ class GateEntry:
 
 
 def ask(place: tuple[str, int], run_id: str, secret: str, wish: str) -> socket.socket:
-    """Connect to the gate and tell it the wish. Raises Stranger where another one is there, OSError where none is."""
+    """Connect to the gate and send a request. Raises Stranger if something else listens there, OSError if nothing does."""
     with ExitStack() as failed:
         connection = failed.enter_context(socket.create_connection(place, timeout=HELLO_SECONDS))
         said = read_line(connection)
@@ -139,7 +141,7 @@ def ask(place: tuple[str, int], run_id: str, secret: str, wish: str) -> socket.s
 
 
 def read_line(connection: socket.socket) -> str:
-    """No byte beyond its end; empty where the other end has hung up. Raises OSError, Stranger for no line of text."""
+    """Read a line, and no byte beyond it; empty if the other end has closed. Raises OSError, and Stranger for other data."""
     line = b""
     while not line.endswith(b"\n"):
         byte = connection.recv(1)
@@ -159,10 +161,10 @@ def _proof(secret: str, role: str, run_id: str, gates: str, nodes: str) -> str:
 def _serve(
     listener: socket.socket, answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ) -> Callable[[], None]:
-    """Answer all who connect, in a thread of its own. Returns what ends it."""
+    """Serve connections in a new thread. Returns a function that ends it."""
 
     async def guarded(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # whoever connects may send what he likes, or leave at any moment; and asyncio reports a task that `close` has cancelled
+        # a peer may send anything or leave at any moment, and asyncio reports tasks cancelled by `close`
         with suppress(OSError, ValueError, TimeoutError, Stranger, asyncio.IncompleteReadError, asyncio.CancelledError):
             await answer(reader, writer)
         writer.close()
@@ -185,7 +187,7 @@ def _serve(
 
 def _run(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
     task = loop.create_task(work)
-    loop.run_forever()  # until it is stopped
+    loop.run_forever()  # runs until it is stopped
     for left in (task, *asyncio.all_tasks(loop)):
         left.cancel()
     loop.run_until_complete(asyncio.gather(*asyncio.all_tasks(loop), return_exceptions=True))
@@ -193,7 +195,7 @@ def _run(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> No
 
 
 async def _relay(one: Streams, other: Streams) -> None:
-    """Both ways, until either end is closed."""
+    """Relay bytes both ways until either end is closed."""
     ways = [asyncio.create_task(_pass_on(one[0], other[1])), asyncio.create_task(_pass_on(other[0], one[1]))]
     try:
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine, as `torchrun --standalone` does, and reports how they ended."""
+"""Start of a run's ranks on this machine, like `torchrun --standalone`, with a report of how they ended."""
 
 import logging
 import os
@@ -26,17 +26,17 @@ from erollout.resilience.signals import AGAIN_SECONDS, ENDED_AT_ONCE, STOPS, sto
 
 _POLL_SECONDS = 0.2
 _AGENT_KILLS_SECONDS = 30
-"""After a failure torch's agent sends the other ranks SIGTERM, and so much later SIGKILL."""
+"""Time between SIGTERM and SIGKILL that torch's agent sends to the other ranks after a failure."""
 
 
 def launch_local(arguments: Sequence[str], world_size: int, log_dir: Path | None = None, interface: str | None = None) -> int:
     """Run `erollout <arguments>` on `world_size` ranks and wait for them; see run_ranks.
 
-    The ranks meet in a file without a name, and nothing of them listens beyond this machine, unless an `interface` is given:
-    that of gloo and NCCL, whose variables the caller has set.
+    The ranks' rendezvous is an unlinked file, and nothing listens beyond this machine unless an `interface` for gloo and NCCL
+    is given, whose variables the caller has set.
     """
     set_default("OMP_NUM_THREADS", "1")
-    set_default("PYTHONHASHSEED", "0")  # some tasks draw from sets: their items must be the same on every rank
+    set_default("PYTHONHASHSEED", "0")  # some tasks draw from sets, whose order must be the same on every rank
     if interface is None:
         stay_on_loopback()
         _require_port()
@@ -50,19 +50,19 @@ def run_ranks(
 ) -> int:
     """Run `erollout <arguments>` on this node's ranks and wait for them.
 
-    When a rank fails, the others are ended. SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks, which save and stop; a
-    second SIGINT ends them at once.
+    If a rank fails, the others are ended. SIGTERM, SIGINT and SIGUSR1 are forwarded to the ranks, which save and stop; a second
+    SIGINT ends them at once.
 
     Args:
-        ranks: on this node.
-        log_dir: for a copy of what each rank prints.
-        address: of this node, as the others know it.
+        ranks: number of ranks on this node.
+        log_dir: directory for a copy of each rank's output.
+        address: address of this node, as known to the others.
 
     Returns:
         Exit status: 0 (also after SIGUSR1), that of the first rank that failed, or 128 + the signal that ended it or this
         process.
 
-    Raises DistError when the nodes have lost each other, UserError when nothing can be written to `log_dir`.
+    Raises DistError if the nodes have lost each other, UserError if `log_dir` is not writable.
     """
     config = LaunchConfig(
         min_nodes=1,
@@ -87,7 +87,7 @@ def run_ranks(
             print(f"erollout: {ENDED_AT_ONCE}", file=sys.stderr, flush=True)
             return 128 + signal.SIGINT
         rank, first = first_failure(error.failures)
-        if first.exitcode > 0:  # it has said why
+        if first.exitcode > 0:  # it has reported the reason
             return first.exitcode
         print(_killed(rank, first.pid, -first.exitcode), file=sys.stderr, flush=True)
         return 128 - first.exitcode
@@ -97,14 +97,14 @@ def run_ranks(
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank that brought the others down, and how it ended.
+    """The rank whose failure ended the others, and how it failed.
 
     Args:
-        failures: by rank, in the order in which torch's agent found them: those that it ended itself come last. Times are whole
-            seconds.
+        failures: failures by rank, in the order in which torch's agent found them, with those that it ended itself last. Times
+            are in whole seconds.
     """
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
-    for other, failure in failures.items():  # those that lose a killed one may be found at the same time
+    for other, failure in failures.items():  # ranks that lose a killed one may be found at the same time
         is_agents = failure.exitcode == -signal.SIGTERM or failure.timestamp >= first.timestamp + _AGENT_KILLS_SECONDS
         if failure.exitcode < 0 and not is_agents:
             return other, failure
@@ -112,8 +112,8 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessF
 
 
 def _killed(rank: int, pid: int, number: int) -> str:
-    """One line: survivors say only that a connection is gone."""
-    cause = "; was there too little memory (`dmesg`)?" if number == signal.SIGKILL else ""
+    """One line on a killed rank: the survivors only report a lost connection."""
+    cause = "; possibly out of memory (see `dmesg`)" if number == signal.SIGKILL else ""
     return (
         f"erollout: error: rank {rank} (pid {pid}, host {socket.gethostname()}) was ended by "
         f"{signal.Signals(number).name}{cause}"
@@ -123,7 +123,7 @@ def _killed(rank: int, pid: int, number: int) -> str:
 def _rank_logs(log_dir: Path) -> RankLogs:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # torch copies the lines to it, and does not flush
+            stream.reconfigure(line_buffering=True)  # torch copies the lines to it without flushing
     set_default("PYTHONUNBUFFERED", "1")
     try:
         return RankLogs(log_dir)
@@ -133,14 +133,14 @@ def _rank_logs(log_dir: Path) -> RankLogs:
 
 @contextmanager
 def _passing_on() -> Iterator[set[int]]:
-    """In the block, STOPS go to the ranks; yields those that came, and SIGKILL where a second SIGINT has ended the ranks.
+    """Context that forwards STOPS to the ranks. Yields those received, and SIGKILL if a second SIGINT has ended the ranks.
 
-    Torch's agent would die of SIGUSR1, and kill the ranks some time after SIGTERM. The ranks start with the signals blocked,
-    as this process has them: one that comes before a rank listens waits for it. Linux only; elsewhere the agent decides.
+    Torch's agent would die of SIGUSR1, and kill the ranks some time after SIGTERM. The ranks inherit blocked signals from this
+    process, so one that arrives before a rank is ready stays pending. Linux only; elsewhere the agent handles signals.
     """
     passed: set[int] = set()
     name_launcher()
-    if sys.platform != "linux":  # no /proc to find the ranks by
+    if sys.platform != "linux":  # no /proc to find the ranks
         yield passed
         return
     waiting: list[tuple[int, float]] = []
@@ -159,10 +159,10 @@ def _passing_on() -> Iterator[set[int]]:
 
 
 def _pass_on(waiting: list[tuple[int, float]], passed: set[int], ended: threading.Event) -> None:
-    """This thread alone is sure to take the signals in; Python runs their handlers in the main thread all the same.
+    """Receive and forward signals. Only this thread has them unblocked; Python runs their handlers in the main thread anyway.
 
     Args:
-        waiting: signals, each with the second in which it came.
+        waiting: signals to forward, each with its time of arrival.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     interrupted: float | None = None
@@ -173,7 +173,7 @@ def _pass_on(waiting: list[tuple[int, float]], passed: set[int], ended: threadin
             number, at = waiting.pop(0)
             if number == signal.SIGINT and interrupted is not None:
                 if at - interrupted <= AGAIN_SECONDS:
-                    continue  # not passed on either: it may reach a rank later than that after the first
+                    continue  # not forwarded either: it may reach a rank later than AGAIN_SECONDS after the first
                 number = signal.SIGKILL
                 passed.add(number)
             elif number == signal.SIGINT:
@@ -184,17 +184,17 @@ def _pass_on(waiting: list[tuple[int, float]], passed: set[int], ended: threadin
 
 
 def _children() -> list[int]:
-    """Process ids of the ranks that run; none while they are being started."""
+    """Process ids of the running ranks; none while they are being started."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # it has ended in the meantime
             parent = file.read_text().rpartition(")")[2].split()[1]
             found += [int(file.parent.name)] if int(parent) == os.getpid() else []
     return found
 
 
 def _require_port() -> None:
-    """The ranks listen on ports of the loopback; gloo says in a traceback that there is none. Raises UserError."""
+    """Raise UserError if there is no free loopback port for the ranks, which gloo would report by a traceback."""
     try:
         socket.create_server((LOOPBACK, 0)).close()
     except OSError as error:
@@ -206,7 +206,7 @@ def _require_port() -> None:
 
 @contextmanager
 def _store_file() -> Iterator[str]:
-    """Path of an empty file that this user alone can open, and that ends with this process, however it ends."""
+    """Path of an empty file that only this user can open and that vanishes with this process."""
     if sys.platform == "linux":
         file = os.memfd_create("erollout-store")
         try:

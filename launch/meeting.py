@@ -1,4 +1,4 @@
-"""Where the nodes of a run meet: a gate on the head, and behind it a store, for those alone that know the run's secret.
+"""Rendezvous of a run's nodes: a gate on the head, with a store behind it, for nodes that know the run's secret.
 
 Light at import: torch is loaded when the store is joined.
 """
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 FIRST_PORT, NUM_PORTS = 20000, 10000
-"""Derived ports lie below those that Linux gives to outgoing connections (32768 and more)."""
+"""Range of derived ports, below those of outgoing connections on Linux (from 32768)."""
 _RETRY_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """As this node sees it."""
+    """The rendezvous as seen from this node."""
 
     run_id: str
     head: str
-    """IPv4 address."""
+    """IPv4 address of the head."""
     port: int
     address: str
-    """Of this node, towards the head."""
+    """Address of this node on the route to the head."""
     interface: str | None
-    """That has the address; None where none is known to have it."""
+    """Interface with this address; None: unknown."""
     is_head: bool
     wait_seconds: int
 
@@ -46,7 +46,7 @@ class Meeting:
 
 
 def meeting(head: str, interface: str | None, run_id: str, wait_seconds: int) -> Meeting:
-    """`head`: HOST or HOST:PORT; without PORT it follows from the run id. Raises UserError where the head can't be known."""
+    """The rendezvous at `head`, HOST or HOST:PORT; the default port is derived from the run id. Raises UserError."""
     host, there, chosen = find_head(head)
     port = chosen or FIRST_PORT + int(digest([run_id]), 16) % NUM_PORTS
     address = address_towards(there) if interface is None else address_of(interface)
@@ -59,7 +59,7 @@ def meeting(head: str, interface: str | None, run_id: str, wait_seconds: int) ->
 
 
 def find_head(head: str) -> tuple[str, str, int | None]:
-    """Host as given, its IPv4 address, and the port where one is given. Raises UserError for a head that can't be known."""
+    """Host as given, its IPv4 address and the port, if given. Raises UserError if the host can't be resolved."""
     match = re.fullmatch(r"([^:]+)(?::(\d{1,5}))?", head)
     if match is None or not 0 < int(match[2] or 1) < 2**16:
         raise UserError(f"--head = {head}; give HOST or HOST:PORT, with a name or an IPv4 address")
@@ -72,20 +72,20 @@ def digest(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """This node's way to the run's store."""
+    """This node's access to the run's store."""
 
     port: int
-    """On the loopback."""
+    """Loopback port of the store."""
     holds: bool
     """Whether the store is in this process."""
 
 
 @contextmanager
 def joined(meeting: Meeting, secret: str, nodes: int) -> Iterator[Access]:
-    """The way to the store of the run, for the block.
+    """Context with access to the run's store.
 
-    Several agents may be on the head: the first holds the store. Raises UserError for a head that does not answer in time, or a
-    port that something else has taken.
+    There may be several agents on the head, of which the first holds the store. Raises UserError if the head does not answer in
+    time or something else has taken the port.
     """
     end = time.monotonic() + meeting.wait_seconds
     while True:
@@ -117,7 +117,7 @@ def joined(meeting: Meeting, secret: str, nodes: int) -> Iterator[Access]:
 
 
 def take_seat(meeting: Meeting, secret: str, nodes: int) -> int:
-    """This node's number, when all have come. Raises UserError when they don't within the meeting's time, or too many do."""
+    """This node's number, once all nodes have arrived. Raises UserError if they don't in time, or if too many do."""
     try:
         with ask((meeting.head, meeting.port), meeting.run_id, secret, f"seat {meeting.address}") as connection:
             connection.settimeout(meeting.wait_seconds)
@@ -130,13 +130,13 @@ def take_seat(meeting: Meeting, secret: str, nodes: int) -> int:
             "give the same command on each node"
         ) from error
     if not answer.startswith("{"):
-        why = f"{nodes} nodes are there without this one" if answer else "it is gone"
-        raise UserError(f"the head {meeting.place} gives this node no number: {why}; look at the output of the others")
+        why = f"there are already {nodes} nodes" if answer else "it has closed the connection"
+        raise UserError(f"the head {meeting.place} assigns this node no number: {why}; see the output of the other nodes")
     return int(json.loads(answer)["node"])
 
 
 def _open_gate(meeting: Meeting, secret: str, nodes: int) -> "tuple[TCPStore, Gate] | None":
-    """None where the port is taken since, by the run's own other agent or by a stranger."""
+    """Open the gate with the store. Returns None if the port has been taken, by another agent of the run or by a stranger."""
     from torch.distributed import TCPStore
 
     own = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)

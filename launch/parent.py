@@ -1,4 +1,4 @@
-"""Ties a rank's life to its launcher's. Light at import: a rank does this before anything that takes seconds."""
+"""Ends a rank together with its launcher. Light at import: a rank does this before anything that takes seconds."""
 
 import ctypes
 import os
@@ -13,25 +13,25 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def name_launcher() -> None:
-    """Tell the ranks that this process starts who their launcher is."""
+    """Tell the ranks that this process is their launcher."""
     set_variable(_LAUNCHER, str(os.getpid()))
 
 
 def end_with_parent() -> None:
-    """Let the kernel end this rank when the launcher dies, however it dies: ranks that go on alone would write to the same
-    checkpoints as the run that is started next. Linux only; elsewhere they end at the next collective that misses someone.
+    """Let the kernel end this rank when the launcher dies: orphaned ranks would write to the same checkpoints as the next start
+    of the run. Linux only; elsewhere they end at the next collective with a missing rank.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         launcher = variable(_LAUNCHER)
-        if launcher is not None and launcher != str(os.getppid()):  # it died before the call above
+        if launcher is not None and launcher != str(os.getppid()):  # the launcher died before the call above
             os.write(2, f"erollout: the launcher of this rank, process {launcher}, is gone\n".encode())
             os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def require_one_task(config: str) -> None:
-    """Raises UserError where srun has started this command several times: each would be a run of its own in one directory."""
+    """Raise UserError if srun has started this command several times: each would be a separate run in one directory."""
     tasks, nodes = tasks_beside()
     if tasks == 1:
         return

@@ -1,4 +1,4 @@
-"""What is submitted to Slurm for a run: options of sbatch, variables of the batch script, configuration, code, and a page."""
+"""Plan of a Slurm submission: sbatch options, variables of the batch script, configuration, code, and its description."""
 
 import importlib.util
 import os
@@ -24,21 +24,21 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a submission writes and says."""
+    """All that a submission writes and prints."""
 
     run: RunDirectory
     config: Config
     site: Site
     nodes: int
     spares: int
-    """Further nodes, for those that the checks leave out."""
+    """Number of spare nodes, to replace those excluded by the checks."""
     ranks: int
-    """On each node."""
+    """Ranks per node."""
     gpus: int
-    """On each node."""
+    """GPUs per node."""
     time: str | None
     grace: int | None
-    """Seconds; None where the run saves nothing, and so can't be continued."""
+    """Seconds for saving before the time limit; None: the run saves nothing and can't be resumed."""
     chain: int
     max_requeues: int | None
     preflight: bool
@@ -50,7 +50,7 @@ class Plan:
         return self.site.requeue and self.chain == 1 and self.grace is not None
 
     def command(self) -> list[str]:
-        """sbatch and its arguments, without what depends on other jobs or on what happens."""
+        """sbatch and its arguments, without those that depend on other jobs or on events."""
         run = self.run.path
         cpus = self.site.cpus_per_task or (None if self.gpus or self.site.exclusive else self.ranks)
         options = [
@@ -60,7 +60,7 @@ class Plan:
             self.site.gpus.option(self.gpus),
             f"--cpus-per-task={cpus}" if cpus else None,
             f"--time={self.time}" if self.time else None,
-            f"--signal=B:USR1@{self.grace or 0}",  # 0: never, where the script's own default would end a run unsaved
+            f"--signal=B:USR1@{self.grace or 0}",  # 0: never; the script's own default would end a run unsaved
             "--requeue" if self.requeues else "--no-requeue",
             "--open-mode=append",
             "--export=ALL",
@@ -72,7 +72,7 @@ class Plan:
         return ["sbatch", "--parsable", *(option for option in options if option), *script]
 
     def variables(self) -> dict[str, str]:
-        """For the batch script; what is unset is empty, so that no variable of the shell that submits takes its place."""
+        """Variables for the batch script; unset ones are empty, to override those of the submitting shell."""
         container = self.site.container
         python = variable("EROLLOUT_PYTHON") or (sys.executable if container is None else "python3")
         found = {
@@ -92,12 +92,12 @@ class Plan:
             "EROLLOUT_CONTAINER_MOUNTS": ",".join(container.mounts) if container and container.mounts else None,
         }
         path = _absolute_path_list(variable("PYTHONPATH"))
-        python_finds = {"PYTHONSAFEPATH": "1"}  # else the directory of the job goes before PYTHONPATH, and may be a checkout
+        python_finds = {"PYTHONSAFEPATH": "1"}  # otherwise the job's directory, possibly a checkout, precedes PYTHONPATH
         python_finds |= {"PYTHONPATH": path} if path else {}
         return {name: value or "" for name, value in found.items()} | python_finds | self.site.env
 
     def files(self) -> dict[Path, str]:
-        """What is written beside the code."""
+        """Files written besides the code."""
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in self.variables().items())
         files = {
             self.run.config: dump_config(self.config),
@@ -108,14 +108,14 @@ class Plan:
 
 
 def layouts(config: Config, world_size: int) -> tuple[TrainLayout, DecodeLayout]:
-    """Raises UserError where they don't divide the world."""
+    """Training and decode layouts. Raises UserError if they don't divide the world size."""
     parallel = config.parallel
     train = TrainLayout(world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     return train, DecodeLayout(world_size, config.rollout.tensor_model_parallel_size)
 
 
 def seconds_of(text: str) -> int:
-    """Of a time limit as Slurm takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises UserError."""
+    """Seconds of a time limit in Slurm's formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises UserError."""
     match = _TIME.fullmatch(text)
     if match is None:
         raise UserError(f"--time = {text}; give HH:MM:SS, days-hours or minutes")
@@ -129,8 +129,8 @@ def seconds_of(text: str) -> int:
 
 @contextmanager
 def written(plan: Plan) -> Iterator[None]:
-    """In the block the run directory has what the job is to read. If Slurm refuses the first job, it is as it was before:
-    `requeue` submits what was submitted. Raises UserError where the directory takes nothing."""
+    """Context in which the run directory has the job's files. If Slurm rejects the first job, the earlier files are restored,
+    so that `requeue` resubmits what was submitted. Raises UserError if the directory is not writable."""
     submitted = len(plan.run.submissions())
     before = {path: path.read_text() for path in plan.files() if path.is_file()}
     _write(plan)
@@ -158,7 +158,7 @@ def _write(plan: Plan) -> None:
 
 
 def describe(plan: Plan) -> str:
-    """The page of --dry-run."""
+    """The output of --dry-run."""
     files = plan.files()
     lines = [*_summary(plan), "", "== command", _wrapped(plan.command())]
     for path in (plan.run.environment, plan.run.setup, plan.run.script):
@@ -174,16 +174,14 @@ def _summary(plan: Plan) -> list[str]:
     interval = config.checkpoint.interval
     values = {
         "run directory": str(plan.run.path),
-        "begins": f"from {checkpoint.name}" if checkpoint else "from the start",
+        "begins": f"from {checkpoint.name}" if checkpoint else "from step 0",
         "nodes": f"{plan.nodes}, each with {what}: {train.world_size} ranks{f'; {plan.spares} spare' if plan.spares else ''}",
         "training": f"tensor {train.tensor} x data {train.data} x pipeline {train.pipeline}",
         "decoding": f"{decode.replicas} replicas of {decode.tensor} ranks",
         "time": _describe_time(plan),
         "GPU hours": _describe_gpu_hours(plan),
-        "checkpoints": f"every {interval} steps in {config.checkpoint_directory}"
-        if interval
-        else "none: it can't be continued",
-        "node checks": "before each start; a bad node is named and left out" if plan.preflight else "none",
+        "checkpoints": f"every {interval} steps in {config.checkpoint_directory}" if interval else "none: it can't be resumed",
+        "node checks": "before each start; bad nodes are reported and excluded" if plan.preflight else "none",
         "bad nodes": ", ".join(plan.run.bad_nodes()) or "none known",
         "code": f"{len(snapshot.files)} files, {snapshot.num_bytes / 2**20:.1f} MiB{_describe_source(snapshot)}, "
         f"copied to {plan.run.code / snapshot.name}",
@@ -202,7 +200,7 @@ def _describe_time(plan: Plan) -> str:
         return f"{limit}, once"
     starts = f"{plan.chain} jobs, one after the other" if plan.chain > 1 else "once"
     if plan.requeues:
-        starts = f"queued again each time, {plan.max_requeues} times at most" if plan.max_requeues else "queued again each time"
+        starts = f"requeued each time, at most {plan.max_requeues} times" if plan.max_requeues else "requeued each time"
     return f"{limit}; {plan.grace} s before it the run saves and ends; {starts}"
 
 

@@ -1,4 +1,4 @@
-"""Files for what ranks print, one of stdout and one of stderr for each, beside the launcher's own output that shows it too."""
+"""Log files of the ranks' stdout and stderr, besides the launcher's own output, which shows both too."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
 
 class RankLogs(LogsSpecs):
-    """`rank_00003.out` and `rank_00003.err` in a directory, by the rank in the whole run; nothing where there is none."""
+    """`rank_00003.out` and `rank_00003.err` in a directory, by global rank; no files without a directory."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        """Makes the directory. Raises OSError."""
+        """Create the directory. Raises OSError."""
         super().__init__(str(directory))
         self._directory = directory
         if directory is not None:
@@ -21,7 +21,7 @@ class RankLogs(LogsSpecs):
         return str(self._directory)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """`envs`: variables of the ranks, by local rank."""
+        """`envs`: environment of the ranks by local rank."""
         for env in envs.values():
             env["TORCHELASTIC_ERROR_FILE"] = ""
         no_files = dict.fromkeys(envs, os.devnull)

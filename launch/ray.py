@@ -1,7 +1,7 @@
-"""`erollout launch ray`: places the ranks of a run on a Ray cluster that is there, and again when a node dies.
+"""`erollout launch ray`: starts the ranks of a run on an existing Ray cluster, and restarts them when a node dies.
 
-One actor on each node (launch/ray_agent.py) starts that node's ranks with `erollout launch torchrun`, as by hand. This process
-waits, passes signals on, and decides by the verdict file and the checkpoints whether the run is started again.
+One actor per node (launch/ray_agent.py) starts that node's ranks with `erollout launch torchrun`, as by hand. This process
+waits, forwards signals, and decides from the verdict file and the checkpoints whether to restart the run.
 """
 
 import argparse
@@ -25,22 +25,31 @@ _OPTION = "erollout launch ray"
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `ray` to the commands of `erollout launch`."""
-    parser = commands.add_parser("ray", help="run on nodes of a Ray cluster that is there, and again when one of them dies")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of the run")
-    parser.add_argument("--ranks-per-node", type=int, required=True, metavar="M", help="ranks on each node: its GPUs")
+    parser = commands.add_parser("ray", help="run on nodes of an existing Ray cluster, with restarts when a node dies")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the run")
+    parser.add_argument("--ranks-per-node", type=int, required=True, metavar="M", help="ranks per node: its GPUs")
     parser.add_argument(
         "--address",
         default="auto",
         metavar="HOST:PORT",
-        help="default: RAY_ADDRESS, else the cluster this machine is a node of",
+        help="HOST:PORT of the cluster's head; default: RAY_ADDRESS, else the cluster of this machine",
     )
-    parser.add_argument("--gpus-per-rank", type=int, metavar="G", help="default: 1 where the cluster has GPUs, else 0")
-    parser.add_argument("--cpus-per-rank", type=int, default=1, metavar="C", help="CPUs that Ray reserves")
-    parser.add_argument("--max-restarts", type=int, default=20, metavar="K", help="after which the run ends")
-    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="for nodes to be free")
-    parser.add_argument("--skip-checks", action="store_true", help="start on nodes without looking at them first")
-    parser.add_argument("--interface", metavar="NAME", help="network interface of the ranks; default: the one towards the head")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be asked of the cluster and started")
+    parser.add_argument(
+        "--gpus-per-rank",
+        type=int,
+        metavar="G",
+        help="GPUs that Ray reserves per rank; default: 1 if the cluster has GPUs, else 0",
+    )
+    parser.add_argument("--cpus-per-rank", type=int, default=1, metavar="C", help="CPUs that Ray reserves per rank")
+    parser.add_argument(
+        "--max-restarts", type=int, default=20, metavar="K", help="number of restarts after which the run fails"
+    )
+    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="time to wait for free nodes")
+    parser.add_argument("--skip-checks", action="store_true", help="skip the node checks before each start")
+    parser.add_argument(
+        "--interface", metavar="NAME", help="network interface of the ranks; default: the one on the route to the head"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be reserved and started")
     add_run_arguments(parser)
     parser.set_defaults(run=_run)
 
@@ -57,14 +66,14 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _job(options: argparse.Namespace) -> RayJob:
-    """Raises UserError for a command line that can't work."""
+    """The job of a command line. Raises UserError for an impossible one."""
     least = {"nodes": 1, "ranks_per_node": 1, "cpus_per_rank": 0, "gpus_per_rank": 0, "max_restarts": 0, "wait": 1}
     for name, minimum in least.items():
         value = getattr(options, name)
         if value is not None and value < minimum:
             raise UserError(f"--{name.replace('_', '-')} = {value}; it must be at least {minimum}")
     if options.cpus_per_rank == 0 and not options.gpus_per_rank:
-        raise UserError("--cpus-per-rank = 0 needs --gpus-per-rank: ranks must take something of a node")
+        raise UserError("--cpus-per-rank = 0 needs --gpus-per-rank: ranks must reserve something on a node")
     config = load_config(options.config, overrides(options))
     require_groups(config)
     wanted, ranks = config.parallel.world_size, options.nodes * options.ranks_per_node
@@ -92,8 +101,8 @@ def _job(options: argparse.Namespace) -> RayJob:
 
 
 def _describe(job: RayJob, address: str) -> str:
-    """The page of --dry-run."""
-    gpus = "1 for each rank where the cluster has GPUs" if job.gpus is None else f"{job.ranks * job.gpus}"
+    """The output of --dry-run."""
+    gpus = "1 per rank if the cluster has GPUs" if job.gpus is None else f"{job.ranks * job.gpus}"
     cluster = address if address != "auto" else variable("RAY_ADDRESS") or "that this machine is a node of"
     environment = {name: value for name, value in rank_variables(cluster).items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     lines = {

@@ -1,7 +1,7 @@
-"""What runs on a node of a Ray cluster: an actor that starts the node's ranks as a child process and looks after it.
+"""The agent on a node of a Ray cluster: an actor that starts the node's launcher as a child process and monitors it.
 
-The chain that leaves no rank behind: a rank dies with its launcher (launch/local.py), the launcher with the process of its
-actor (`main` below), the actor with its node or with the driver, by Ray. Light at import: Ray loads it on every node.
+No rank is orphaned: a rank ends with its launcher (launch/local.py), the launcher with its actor's process (`main` below), and
+the actor with its node or with the driver, by Ray. Light at import: Ray loads it on every node.
 """
 
 import ctypes
@@ -24,34 +24,34 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CHECK_SECONDS = 300
 _END_SECONDS = 20
 _PORTS = range(20000, 30000)
-"""Below those that Linux gives to outgoing connections."""
+"""Ports below those of outgoing connections on Linux."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What the driver must know of a node before ranks start there."""
+    """Facts about a node that the driver needs before ranks start there."""
 
     id: str
-    """Ray's."""
+    """Ray's node id."""
     host: str
     address: str
     port: int
-    """Free, for the ranks to meet if this is the head."""
+    """Free port for the rendezvous if this is the head."""
     fingerprint: str
-    """Of code, versions and configuration."""
+    """Fingerprint of code, versions and configuration."""
     problem: str | None
-    """Why no ranks can start here."""
+    """Reason why no ranks can start here; None: they can."""
 
 
 class Agent:
-    """Ray runs all of it in the process's main thread, with which the launcher dies: no call may wait for the ranks."""
+    """The agent's actor. Ray runs calls in the main thread, with which the launcher dies, so none may wait for the ranks."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._heard: set[int] = set()
 
     def look(self, folder: str, check: Sequence[str]) -> NodeFacts:
-        """Run `erollout <check>`, the quick checks of a node, where the command was given; none if it is empty."""
+        """Run `erollout <check>`, the quick node checks, in `folder`; empty: no checks."""
         import ray
 
         fingerprint, problem = _check(folder, check)
@@ -59,32 +59,32 @@ class Agent:
         return NodeFacts(context.get_node_id(), socket.gethostname(), address, _free_port(), fingerprint, problem)
 
     def start(self, folder: str, arguments: Sequence[str], log: str, secret: str) -> None:
-        """Start `erollout <arguments>`, a launcher of ranks. A second call does nothing: the first one's answer was lost.
+        """Start `erollout <arguments>`, a launcher of ranks. Idempotent, because the answer of a first call may be lost.
 
-        `secret`: by which the nodes know each other.
+        `secret`: secret by which the nodes authenticate each other.
         """
         if self._process is not None:
             return
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "erollout.launch.ray_agent", str(os.getpid()), *arguments]
         set_variable(SECRET, secret)
-        with open(log, "wb") as file, stops_wait():  # until the launcher listens to them
+        with open(log, "wb") as file, stops_wait():  # until the launcher handles them
             self._process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def status(self) -> int | None:
-        """The launcher's exit status; None while it runs."""
+        """Exit status of the launcher; None while it runs."""
         return None if self._process is None else self._process.poll()
 
     def signal(self, number: int, serial: int) -> None:
-        """To the ranks; the same `serial` again: the first one's answer was lost."""
+        """Send a signal to the ranks. A repeated `serial` is ignored: the answer of the first call was lost."""
         if self._process is not None and serial not in self._heard:
             self._process.send_signal(number)
         self._heard.add(serial)
 
     def end(self) -> None:
-        """Kill the launcher and all below it, and see them gone: their run may be started anew at once."""
+        """Kill the launcher with all its descendants, and wait for their end, because the run may restart at once."""
         if self._process is None or self._process.poll() is not None:
             return
         with suppress(psutil.NoSuchProcess):
@@ -98,21 +98,21 @@ class Agent:
 
 
 def _check(folder: str, arguments: Sequence[str]) -> tuple[str, str | None]:
-    """Fingerprint, and what is wrong with this node."""
+    """Fingerprint of this node, and a problem, if any."""
     if not Path(folder).is_dir():
-        return "", f"{folder} is not there: code, configuration and data must be at the same path on all nodes"
+        return "", f"{folder} does not exist: code, configuration and data must be at the same path on all nodes"
     if not arguments:
         return "", None
     command = [sys.executable, "-m", "erollout.cli", *arguments]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return "", f"its checks take more than {_CHECK_SECONDS} s"
+        return "", f"its checks took more than {_CHECK_SECONDS} s"
     lines = done.stdout.splitlines()
     fingerprint = next((line for line in lines if "fingerprint" in line), "")
     if done.returncode == 0:
         return fingerprint, None
-    said = lines or done.stderr.splitlines() or [f"its checks end with status {done.returncode}"]
+    said = lines or done.stderr.splitlines() or [f"its checks ended with status {done.returncode}"]
     return fingerprint, said[-1].partition("bad: ")[2] or said[-1]
 
 
@@ -125,7 +125,7 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    """Become `erollout <arguments>`, to be killed when the parent's starting thread ends, however it does."""
+    """Become `erollout <arguments>`, killed when the parent's starting thread ends."""
     parent, *arguments = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The waiting side of `erollout launch ray`: places a run, watches it, passes signals on, places it again. Loads ray."""
+"""The driver of `erollout launch ray`: places a run, monitors it, forwards signals, restarts it. Loads ray."""
 
 import itertools
 import re
@@ -23,24 +23,24 @@ from erollout.launch.secret import new_secret
 from erollout.schedulers.ray_cluster import resources_free
 
 _LOOK_SECONDS = 400
-"""For actors to start and look at their nodes."""
+"""Time limit for actors to start and check their nodes."""
 _SILENT_SECONDS = 60
-"""After which an agent is given up; Ray finds a dead node itself in a quarter of a minute."""
+"""Time without an answer after which an agent is given up; Ray itself detects a dead node in 15 s."""
 _ANSWER_SECONDS = 30
 _GRACE_SECONDS = 30
-"""For the other nodes' ranks to end, and say why, once one has failed."""
+"""Time for the other nodes' ranks to end, and report why, once one has failed."""
 _LEAVE_SECONDS = 600
-"""For the other nodes' ranks to end once one node's have ended well."""
+"""Time for the other nodes' ranks to end once one node's have ended well."""
 _VERDICT_SECONDS = 30
 _NO_VERDICT = "the ranks ended and left no verdict"
 _POLL_SECONDS = 0.5
 _NAMED_ERRORS = 3
 _SAY_SECONDS = 10
-"""Nodes that are free are reserved sooner."""
+"""Wait for a reservation after which the missing nodes are reported: free nodes are reserved sooner."""
 
 
 class Lost(Exception):
-    """An agent is gone or silent; the message says how that shows."""
+    """Raised if an agent is gone or silent; the message says how this was noticed."""
 
     def __init__(self, agent: int, error: RayError) -> None:
         super().__init__(" ".join(str(error).split())[-300:])
@@ -50,24 +50,24 @@ class Lost(Exception):
 def drive(job: RayJob, cluster: str) -> int:
     """Run the job to its end on the cluster that this process has joined. Returns the exit status.
 
-    Raises UserError when nodes are not free in time, or are not fit.
+    Raises UserError if nodes are not free in time or are unfit.
     """
     unfit: dict[str, str] = {}
     with listening() as asked:
         for attempt in range(1, job.max_restarts + 2):
             ended = RayAttempt(job, cluster, attempt, unfit, asked).run()
             status, why = decide(ended, asked.first, job.max_restarts + 1 - attempt)
-            _say(why if status is not None else f"{why}: starting again from {job.newest_checkpoint() or 'the beginning'}")
+            _say(why if status is not None else f"{why}: restarting from {job.newest_checkpoint() or 'step 0'}")
             if status is not None:
                 return status
     raise AssertionError("decide allows one restart too many")
 
 
 class RayAttempt:
-    """One start of the run: its nodes, their agents, and what becomes of them."""
+    """One start of the run: its nodes, their agents, and its outcome."""
 
     def __init__(self, job: RayJob, cluster: str, number: int, unfit: dict[str, str], asked: Asked) -> None:
-        """unfit: why, for each node (Ray's id) that no ranks are to start on; those found here are added."""
+        """unfit: reason by node (Ray's id) for nodes on which no ranks must start; those found here are added."""
         self._job = job
         self._cluster = cluster
         self._number = number
@@ -82,14 +82,14 @@ class RayAttempt:
         """Ray's id of each agent's node."""
 
     def run(self) -> Ended:
-        """To the end of the ranks on all nodes."""
+        """Run until the ranks on all nodes have ended."""
         before = self._job.saved()
         (self._job.directory.path / VERDICT).unlink(missing_ok=True)
         reason, node_died, fit = "", False, False
         lost_before: set[str] = set()
         while not fit:
             places = self._place()
-            if places is None:  # asked to stop before any rank was started
+            if places is None:  # stop requested before any rank was started
                 return Ended("requeue" if self._asked.first == "SIGUSR1" else "stopped", "", False, False)
             try:
                 fit = self._look(places)
@@ -102,7 +102,7 @@ class RayAttempt:
                     break
                 _say(reason)
                 home = self._homes[lost.agent]
-                if home in lost_before:  # not even an agent can start there
+                if home in lost_before:  # not even an agent can start on it
                     self._unfit[home] = reason
                 lost_before.add(home)
             finally:
@@ -112,15 +112,15 @@ class RayAttempt:
         return Ended(self._verdict(wait=reason == _NO_VERDICT), reason, node_died, saved)
 
     def _verdict(self, wait: bool) -> str | None:
-        """`wait`: it must be there, but another node wrote it, and a network filesystem may show it late."""
+        """The verdict. `wait`: it must exist, but another node wrote it, and a network filesystem may show it late."""
         end = time.monotonic() + _VERDICT_SECONDS
         while (verdict := self._job.directory.verdict()) is None and wait and time.monotonic() < end:
-            list(self._job.directory.path.iterdir())  # makes a client look
+            list(self._job.directory.path.iterdir())  # makes the client refresh
             time.sleep(_POLL_SECONDS)
         return verdict
 
     def _place(self) -> PlacementGroup | None:
-        """Nodes that have room, reserved; None when asked to stop meanwhile. Raises UserError when they don't come in time."""
+        """Reserve nodes with enough resources; None: a stop was requested. Raises UserError if they are not free in time."""
         selector = {"ray.io/node-id": f"!in({','.join(self._unfit)})"} if self._unfit else {}
         places = placement_group(
             [self._bundle] * self._job.nodes,
@@ -135,7 +135,7 @@ class RayAttempt:
                 if self._asked.first is not None:
                     break
                 if waited > self._job.wait_seconds or self._too_few_are_fit():
-                    raise UserError(f"{self._missing()}; start fewer, ask for less of each, or add nodes")
+                    raise UserError(f"{self._missing()}; start fewer ranks, reserve less per rank, or add nodes")
                 if waited > _SAY_SECONDS and not said:
                     _say(f"waiting up to {self._job.wait_seconds} s for nodes: {self._missing()}")
                     said = True
@@ -146,12 +146,12 @@ class RayAttempt:
         return None
 
     def _too_few_are_fit(self) -> bool:
-        """Waiting does not help: so many nodes were found unfit."""
+        """Whether too many nodes are unfit, so that waiting does not help."""
         fit = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in self._unfit]
         return bool(self._unfit) and len(fit) < self._job.nodes
 
     def _missing(self) -> str:
-        """What was asked against what is there."""
+        """Requested and available resources, for messages."""
         alive = [node for node in ray.nodes() if node["Alive"]]
         asked = ", ".join(f"{name} {number:g}" for name, number in self._bundle.items())
         whole = [node for node in alive if all(node["Resources"].get(k, 0) >= v for k, v in self._bundle.items())]
@@ -162,7 +162,7 @@ class RayAttempt:
         )
 
     def _look(self, places: PlacementGroup) -> bool:
-        """Start the agents, and let them look at their nodes. Whether all are fit. Raises UserError if they are not alike."""
+        """Start the agents, which check their nodes. Returns whether all are fit. Raises UserError if nodes differ."""
         options: dict[str, Any] = {"num_cpus": self._bundle.get("CPU", 0), "num_gpus": self._bundle.get("GPU", 0)}
         options["runtime_env"] = {"env_vars": rank_variables(self._cluster)}
         for index in range(self._job.nodes):
@@ -196,14 +196,14 @@ class RayAttempt:
         self._answers(starts, _ANSWER_SECONDS)
 
     def _watch(self) -> str:
-        """Until all launchers have ended, or some time after one has. Returns why, for a crash."""
+        """Monitor until all launchers have ended, or some time after one has. Returns the reason of a crash."""
         failed_at = ended_at = None
         while True:
             for number in self._asked.take():
-                _say(f"{number.name} goes to the ranks: they save and stop")
+                _say(f"forwarding {number.name} to the ranks, which save and stop")
                 self._signal(int(number))
             statuses = [self._status(index) for index in range(len(self._agents))]
-            # one that was asked to stop has saved; another may still be at it
+            # stopped ranks have saved; others may still be saving
             fine = (None, 0, STOPPED) if self._asked.first is not None else (None, 0)
             bad = {node.host: status for node, status in zip(self._nodes, statuses, strict=True) if status not in fine}
             if None not in statuses or (failed_at and time.monotonic() - failed_at > _GRACE_SECONDS):
@@ -212,7 +212,7 @@ class RayAttempt:
             ended_at = ended_at or (time.monotonic() if set(statuses) != {None} else None)
             if ended_at and time.monotonic() - ended_at > _LEAVE_SECONDS:
                 left = [node.host for node, status in zip(self._nodes, statuses, strict=True) if status is None]
-                return f"ranks of {', '.join(left)} don't end {_LEAVE_SECONDS} s after others have"
+                return f"ranks of {', '.join(left)} have not ended {_LEAVE_SECONDS} s after the others"
             time.sleep(_POLL_SECONDS)
 
     def _why(self, failed: Mapping[str, int | None]) -> str:
@@ -227,7 +227,7 @@ class RayAttempt:
         return status
 
     def _signal(self, number: int) -> None:
-        """To all ranks, also where an agent is out of reach for a while."""
+        """Send a signal to all ranks, with retries for agents that are temporarily unreachable."""
         serial = next(self._serials)
         for agent in self._agents:
             agent.signal.remote(number, serial)
@@ -235,7 +235,7 @@ class RayAttempt:
             self._ask(index, "signal", number, serial)
 
     def _ask(self, index: int, method: str, *arguments: object) -> Any:
-        """An agent may be out of reach for a while: it is asked again. Raises Lost when it stays so."""
+        """Call an agent, with retries while it is unreachable. Raises Lost if it stays so."""
         end = time.monotonic() + _SILENT_SECONDS
         while True:
             try:
@@ -251,7 +251,7 @@ class RayAttempt:
         return self._answers([getattr(agent, method).remote(*arguments) for agent in self._agents], seconds)
 
     def _answers(self, references: list[Any], seconds: float) -> list[Any]:
-        """Of all agents, in order. Raises Lost for one that does not answer in time."""
+        """Answers of all agents, in order. Raises Lost for one that does not answer in time."""
         end = time.monotonic() + seconds
         answers = []
         for index, reference in enumerate(references):
@@ -262,7 +262,7 @@ class RayAttempt:
         return answers
 
     def _loss(self, lost: Lost) -> tuple[str, bool]:
-        """What was lost, and whether that was a node: Ray finds out some time after its processes are gone."""
+        """What was lost, and whether it was a node, which Ray detects some time after its processes are gone."""
         node = self._nodes[lost.agent].id if self._nodes else self._homes[lost.agent]
         end = time.monotonic() + _SILENT_SECONDS
         while _is_alive(node) and time.monotonic() < end:
@@ -280,7 +280,7 @@ class RayAttempt:
         return f"the agent on {host} ended: {lost}{hint}", False
 
     def _end(self) -> None:
-        """No rank survives its attempt: the next one writes the same files."""
+        """End all agents: no rank may survive its attempt, because the next one writes the same files."""
         if self._agents:
             with suppress(RayError):
                 references = [agent.end.remote() for agent in self._agents]
@@ -296,7 +296,7 @@ def _is_alive(node: str) -> bool:
 
 
 def _errors(logs: Path) -> list[str]:
-    """What ranks and launchers named as the reason, each once: nodes that lose the one at fault have a reason too."""
+    """Distinct errors reported by ranks and launchers, including those of nodes that lost the failed one."""
     found: dict[str, None] = {}
     for log in sorted(logs.glob("*.out")):
         with log.open(errors="replace") as lines:

@@ -1,4 +1,4 @@
-"""A run on a Ray cluster: what it needs, what each node executes, and whether it is started again. Knows nothing of Ray."""
+"""A run on a Ray cluster: its resources, each node's command, and the decision to restart it. Independent of Ray."""
 
 import os
 import signal
@@ -11,28 +11,28 @@ from erollout.environment import variable
 from erollout.launch.run_directory import RunDirectory
 
 STOPPED, LATER = 128 + signal.SIGTERM, 75
-"""Exit statuses of a run that is not done: stopped for good, saved for a later start (sysexits.h: try again)."""
+"""Exit statuses of a run that is not done: stopped for good, and saved for a later start (EX_TEMPFAIL of sysexits.h)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RayJob:
-    """What is to run, and where."""
+    """Resources and commands of a run."""
 
     name: str
     nodes: int
     ranks: int
-    """On each node."""
+    """Ranks per node."""
     cpus: int
-    """For each rank."""
+    """CPUs per rank."""
     gpus: int | None
-    """For each rank; None: one where the cluster has GPUs."""
+    """GPUs per rank; None: one if the cluster has GPUs."""
     wait_seconds: int
-    """For nodes to be free, and for ranks to meet."""
+    """Seconds to wait for free nodes, and for the rendezvous."""
     max_restarts: int
     folder: str
-    """Where the command was given, and runs on every node."""
+    """Working directory of the command, here and on every node."""
     checks: bool
-    """Whether nodes are looked at before ranks start there."""
+    """Whether nodes are checked before ranks start there."""
     interface: str | None
     run: tuple[str, ...]
     """Configuration file and overrides."""
@@ -40,7 +40,7 @@ class RayJob:
     checkpoints: Path
 
     def bundle(self, gpus: int) -> dict[str, float]:
-        """What one node must have free."""
+        """Resources that one node must have free."""
         wanted = {"CPU": float(self.ranks * self.cpus), "GPU": float(self.ranks * gpus)}
         return {name: number for name, number in wanted.items() if number}
 
@@ -53,16 +53,16 @@ class RayJob:
         return ["launch", "torchrun", *options, *self.run]
 
     def node_check(self, gpus: int) -> list[str]:
-        """The command that looks at a node; empty: none."""
+        """The command that checks a node; empty: none."""
         return ["doctor", "--node", "--gpus", str(self.ranks * gpus), *self.run] if self.checks else []
 
     def newest_checkpoint(self) -> str | None:
-        """Name of the newest complete one."""
+        """Name of the newest complete checkpoint."""
         found = complete_checkpoints(self.checkpoints)
         return found[-1].name if found else None
 
     def saved(self) -> tuple[str, int] | None:
-        """The newest checkpoint and when it was made: a run that fell back to an older one makes the same ones again."""
+        """The newest checkpoint and its time: a run that fell back on an older one saves the same names again."""
         found = complete_checkpoints(self.checkpoints)
         return (found[-1].name, (found[-1] / MANIFEST).stat().st_mtime_ns) if found else None
 
@@ -71,7 +71,7 @@ class RayJob:
 
 
 def rank_variables(cluster: str) -> dict[str, str]:
-    """Environment of agents and ranks, on top of what `ray start` had on their node: Ray would set threads to the CPUs."""
+    """Environment of agents and ranks, on top of that of `ray start` on their node: Ray would set threads to the CPUs."""
     return {
         "OMP_NUM_THREADS": variable("OMP_NUM_THREADS") or "1",
         "PYTHONHASHSEED": variable("PYTHONHASHSEED") or "0",
@@ -87,28 +87,28 @@ class Ended:
     verdict: str | None
     """done, requeue, stopped; None: it crashed."""
     reason: str
-    """Of a crash, in words."""
+    """Reason of a crash."""
     node_died: bool
     saved: bool
-    """It left a checkpoint newer than the one that it began with."""
+    """Whether it left a newer checkpoint than it started from."""
 
 
 def decide(ended: Ended, asked: str | None, restarts_left: int) -> tuple[int | None, str]:
-    """Exit status, None to start again; and why.
+    """Exit status (None: restart), and the reason.
 
-    A crash that got nowhere would happen again, so it ends the run; a node that dies has nothing to do with the run. What was
-    asked to stop (`asked`: the signal's name) is not revived: whoever asked may be about to take the machines away.
+    A crash without progress would happen again, so it ends the run, unless a node died, which is not the run's fault. After a
+    stop request (`asked`: the signal's name) the run is not restarted, because the machines may be about to be taken away.
     """
     if ended.verdict == "done":
         return 0, "done"
     if ended.verdict == "stopped":
-        return STOPPED, "stopped; the same command goes on from the newest checkpoint"
+        return STOPPED, "stopped; run the same command to resume from the newest checkpoint"
     saved_for_later = ended.verdict == "requeue"
     if asked is not None:
-        return (LATER, "saved; the same command goes on") if saved_for_later else (1, f"{ended.reason}, after {asked}")
-    reason = "the run asks to be started again" if saved_for_later else ended.reason
+        return (LATER, "saved; run the same command to resume") if saved_for_later else (1, f"{ended.reason}, after {asked}")
+    reason = "the run requests a restart" if saved_for_later else ended.reason
     if not (saved_for_later or ended.node_died or ended.saved):
-        return 1, f"{reason}, and no checkpoint is newer than when it started: it would fail again"
+        return 1, f"{reason}, without a new checkpoint since the start: it would fail again"
     if not restarts_left:
-        return LATER if saved_for_later else 1, f"{reason}; no restart is left of --max-restarts"
+        return LATER if saved_for_later else 1, f"{reason}; --max-restarts is reached"
     return None, reason

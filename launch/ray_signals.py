@@ -1,4 +1,4 @@
-"""Signals to a command that waits for ranks elsewhere: kept for it to pass on, and to know that it was asked to stop."""
+"""Signals to a command that waits for remote ranks: kept for forwarding, and as its stop request."""
 
 import signal
 import time
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 _AGAIN_SECONDS = 5
-"""A second Ctrl-C after so long ends the command at once."""
+"""Time after the first Ctrl-C from which on a second one ends the command at once."""
 
 
 class Asked:
-    """Signals to pass on, as they came."""
+    """Received signals, to be forwarded."""
 
     def __init__(self) -> None:
         self.first: str | None = None
@@ -29,7 +29,7 @@ class Asked:
         self._waiting.append(passed)
 
     def take(self) -> list[signal.Signals]:
-        """Those that came since the last call."""
+        """Signals received since the last call."""
         taken, self._waiting = self._waiting, []
         return taken
 

@@ -1,4 +1,4 @@
-"""What torch's agent asks for: its node's number in the run, and a store of the agents.
+"""Rendezvous for torch's agent: its node's number in the run, and a store of the agents.
 
 torch's own dynamic rendezvous unpickles what it reads from a port that it opens to everyone, and its static one opens
 such a port too.
@@ -24,7 +24,7 @@ class FixedRendezvous(RendezvousHandler):
     """Rendezvous of a fixed number of nodes."""
 
     def __init__(self, run_id: str, arrive: Callable[[], RendezvousInfo]) -> None:
-        """`arrive`: returns when all nodes have come."""
+        """`arrive`: returns when all nodes have arrived."""
         self._run_id = run_id
         self._arrive = arrive
 
@@ -55,12 +55,12 @@ class FixedRendezvous(RendezvousHandler):
 
 
 def on_one_node() -> RendezvousInfo:
-    """The ranks have another store than the agent's."""
+    """False: the ranks have another store than the agents."""
     return RendezvousInfo(HashStore(), rank=0, world_size=1, bootstrap_store_info=RendezvousStoreInfo(LOOPBACK, 0))
 
 
 def among_nodes(port: int, node: int, nodes: int, seconds: float) -> RendezvousInfo:
-    """`port`: of this node's loopback, where agent and ranks find the run's store. `seconds`: for its answers."""
+    """`port`: loopback port of the run's store, for agent and ranks. `seconds`: time limit of its answers."""
     store = TCPStore(LOOPBACK, port, is_master=False, timeout=timedelta(seconds=seconds))
     return RendezvousInfo(store, node, nodes, RendezvousStoreInfo(LOOPBACK, port))
 

@@ -1,6 +1,6 @@
-"""The directory of a run on a cluster: what the launcher, the batch script and the trainer leave there, and nothing else.
+"""The directory of a run on a cluster: files of the launcher, the batch script and the trainer.
 
-It is `train.output_dir`, on a filesystem that all nodes share.
+It is `train.output_dir`, on a filesystem shared by all nodes.
 """
 
 import json
@@ -30,15 +30,15 @@ class Submission:
 
     job: int
     submitted: str
-    """Time, as ISO 8601."""
+    """Time of submission in ISO 8601."""
     chain: int
-    """How many jobs were submitted with it, one after the other."""
+    """Number of jobs submitted with it as a chain."""
     command: tuple[str, ...]
-    """sbatch with its arguments, without what depends on other jobs."""
+    """sbatch with its arguments, without those that depend on other jobs."""
     code: str
-    """The snapshot that it runs."""
+    """Path of the code snapshot that it runs."""
     source: dict[str, Any] = field(default_factory=dict)
-    """commit, dirty: what the snapshot is of."""
+    """Source of the snapshot: commit, dirty."""
 
 
 _SUBMISSION = TypeAdapter(Submission)
@@ -46,10 +46,10 @@ _SUBMISSION = TypeAdapter(Submission)
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One start of a job; `directory` has its logs."""
+    """One start of a job, with its logs in `directory`."""
 
     job: int | None
-    """Of Slurm; None for one that Ray holds."""
+    """Slurm job id; None: a Ray run."""
     number: int
     directory: Path
 
@@ -79,11 +79,11 @@ class RunDirectory:
         return self.path / "code"
 
     def output(self, job: int | None) -> Path:
-        """What the batch script prints; the logs' directory where there is none."""
+        """Path of the batch script's output; without a job, the log directory."""
         return self.path / (f"slurm-{job}.out" if job is not None else "logs")
 
     def verdict(self) -> str | None:
-        """How the last attempt ended; None while it runs, and after a crash."""
+        """Verdict of the last attempt; None while it runs and after a crash."""
         text = self._text(VERDICT)
         return text.strip() if text is not None else None
 
@@ -91,7 +91,7 @@ class RunDirectory:
         return sorted(set((self._text("bad_nodes") or "").split()))
 
     def submissions(self) -> list[Submission]:
-        """Oldest first. Raises UserError for a line that is none."""
+        """Submissions, oldest first. Raises UserError for an invalid line."""
         found = []
         for number, line in enumerate((self._text("jobs.jsonl") or "").splitlines(), start=1):
             try:
@@ -103,7 +103,7 @@ class RunDirectory:
         return found
 
     def _text(self, name: str) -> str | None:
-        """Text of a file; None where there is none. Raises UserError for one that can't be read."""
+        """Text of a file; None: there is none. Raises UserError if it can't be read."""
         file = self.path / name
         try:
             return file.read_text() if file.exists() else None
@@ -117,7 +117,7 @@ class RunDirectory:
             file.write(json.dumps(asdict(submission)) + "\n")
 
     def attempts(self) -> list[Attempt]:
-        """Oldest first; those of Slurm before those of Ray."""
+        """Attempts, oldest first; those of Slurm before those of Ray."""
         names = sorted(path.name for path in self.path.glob("logs/*.*"))
         found = []
         for name in names:
@@ -127,7 +127,7 @@ class RunDirectory:
         return sorted(found, key=lambda a: (a.job is None, a.job or a.directory.stem, a.number))
 
     def jobs(self) -> list[int]:
-        """All that were submitted, and those submitted by hand that have started; oldest first."""
+        """Ids of all submitted jobs, and of those submitted by hand that have started; oldest first."""
         started = {attempt.job for attempt in self.attempts() if attempt.job is not None}
         return sorted(started | {submission.job for submission in self.submissions()})
 
@@ -137,12 +137,12 @@ class RunDirectory:
         return found[-1] if found else None
 
     def heartbeats(self) -> list[Heartbeat]:
-        """The last sign of every rank."""
+        """The last heartbeat of every rank."""
         folder = self.path / "heartbeats"
         return read_heartbeats(folder, len(list(folder.glob("rank_*.json"))))
 
     def require_writable(self) -> None:
-        """Raises UserError unless it is there or can be made. Makes nothing."""
+        """Raise UserError unless the directory exists or can be created. Creates nothing."""
         there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.is_dir())
         if there != self.path and (self.path.exists() or (there / self.path.relative_to(there).parts[0]).exists()):
             raise UserError(f"train.output_dir = {self.path} can't be a directory: a file is in its way; choose another place")
@@ -151,7 +151,7 @@ class RunDirectory:
 
 
 def find_run(directory: str) -> RunDirectory:
-    """Of a command line. Raises UserError for one where no run is."""
+    """The run in a directory given on the command line. Raises UserError if there is none."""
     path = Path(directory).expanduser().resolve()
     if not any((path / name).exists() for name in ("jobs.jsonl", "heartbeats", VERDICT, "checkpoints", "logs")):
         raise UserError(f"{path} holds no run; give the train.output_dir of one")
@@ -159,33 +159,33 @@ def find_run(directory: str) -> RunDirectory:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same, from wherever it is read."""
+    """The configuration with absolute paths, so that it can be read from any directory."""
     tree = config.to_dict()
     for key in LOCATIONS:
         section, name = key.split(".")
         tree[section][name] = _absolute(tree[section][name])
-    tree["train"]["output_dir"] = str(Path(tree["train"]["output_dir"]).resolve())  # as the batch script and containers see it
+    tree["train"]["output_dir"] = str(Path(tree["train"]["output_dir"]).resolve())  # as seen by the batch script and containers
     store = _RELATIVE_STORE.fullmatch(config.tracking.uri or "")
     if store:
-        here = quote_path(str(Path.cwd())) if store["scheme"] else str(Path.cwd())  # what the user writes of a URI is quoted
+        here = quote_path(str(Path.cwd())) if store["scheme"] else str(Path.cwd())  # the user's part of a URI is quoted
         tree["tracking"]["uri"] = f"{store['scheme'] or ''}{here}/{store['path']}"
     return build_config(tree)
 
 
 def with_scorer(config: Config, function: str | None) -> Config:
-    """The same with another rewards.function."""
+    """The configuration with another rewards.function."""
     tree = config.to_dict()
     tree["rewards"]["function"] = function
     return build_config(tree)
 
 
 def dump_config(config: Config) -> str:
-    """As YAML, with every key."""
+    """The configuration as YAML, with every key."""
     return yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False)
 
 
 def require_inputs(config: Config) -> None:
-    """Raises UserError, naming the key, for a file that is to be read and is not there."""
+    """Raise UserError, naming the key, for a missing input file."""
     for key in _READ:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)

@@ -9,13 +9,13 @@ from erollout.errors import UserError
 from erollout.rewards.function import absolute_name, is_file, split_name
 
 _FOLDER = "scorer"
-"""Folder of a `path/file.py:name` and of what it imports, in a copy of the code."""
+"""Directory in a copy of the code for a `path/file.py:name` and its imports."""
 
 
 def scorer_files(function: str | None, import_path: str | None) -> dict[str, Path]:
-    """Files by their place in a copy of the code; none for a module of an installed package: its version is the environment's.
+    """Files by their path in a copy of the code; none for a module of an installed package, which the environment provides.
 
-    Raises UserError where there is no such module or file.
+    Raises UserError if there is no such module or file.
     """
     if function is None:
         return {}
@@ -39,7 +39,7 @@ def scorer_files(function: str | None, import_path: str | None) -> dict[str, Pat
 
 
 def function_in_copy(function: str | None, copy: Path) -> str | None:
-    """What rewards.function is in a configuration that runs with the copy."""
+    """Value of rewards.function in a configuration that runs with the copy."""
     if function is None or not is_file(function):
         return function
     path, name = split_name(function)
@@ -47,7 +47,7 @@ def function_in_copy(function: str | None, copy: Path) -> str | None:
 
 
 def _with_imports(first: Path, folder: Path) -> dict[str, Path]:
-    """A module or package of a folder and all that it imports from there, by their paths in it."""
+    """A module or package in a folder, and all that it imports from there, by path in the folder."""
     files: dict[str, Path] = {}
     waiting = [first]
     while waiting:
@@ -67,7 +67,7 @@ def _is_module(path: Path) -> bool:
 
 
 def _imported(file: Path) -> set[str]:
-    """Top-level names; none of a file that is no Python, which its import will say."""
+    """Top-level names that a file imports; none for invalid Python, which its import will report."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):

@@ -1,7 +1,7 @@
-"""The secret by which the nodes of a run know each other.
+"""The secret by which the nodes of a run authenticate each other.
 
-Slurm and Ray hand it out with the run, in the variable EROLLOUT_SECRET. Nodes that are started by hand take it from a file in
-the run directory, which the first of them makes: only the user who starts the run can read it.
+Slurm and Ray pass it with the run, in the variable EROLLOUT_SECRET. Nodes started by hand read it from a file in the run
+directory, which the first of them creates, readable only by the user who starts the run.
 """
 
 import os
@@ -16,7 +16,7 @@ from erollout.errors import UserError
 _FILE = "meeting.secret"
 _LEAST_CHARACTERS = 16
 _SEEN_SECONDS = 60
-"""Until what one node has written can be read on another, on a network filesystem."""
+"""Time until a file written on one node is visible on another, on a network filesystem."""
 
 
 def new_secret() -> str:
@@ -24,9 +24,9 @@ def new_secret() -> str:
 
 
 def secret_of(directory: Path) -> str:
-    """Secret of the run in that directory; the variable wins.
+    """Secret of the run in that directory; the variable takes precedence.
 
-    Raises UserError for a variable that is too short, and a file that others can read or that can't be made.
+    Raises UserError for a variable that is too short, and for a file that others can read or that can't be created.
     """
     return given_secret() or _in_file(directory / _FILE)
 
@@ -53,7 +53,7 @@ def _in_file(path: Path) -> str:
 
 
 def _make(path: Path) -> None:
-    """Whole from the start, by whoever is first."""
+    """Create the file atomically, if no other node has."""
     own = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
     own.unlink(missing_ok=True)
     with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -1,4 +1,4 @@
-"""What is peculiar to a cluster: one YAML file, the same for all runs there. `slurm/sites` has examples."""
+"""Settings of a cluster: one YAML file, the same for all runs there. `slurm/sites` has examples."""
 
 import re
 from dataclasses import field, fields
@@ -16,18 +16,18 @@ _section = dataclass(frozen=True, config=ConfigDict(extra="forbid", coerce_numbe
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|(?<!\bP)KEY|\bPAT)\b")
-"""How words end in the names of variables that don't belong in a file. A PKEY is InfiniBand's."""
+"""Endings of names of variables that must not be in a file. A PKEY is InfiniBand's."""
 
 
 @_section
 class Gpus:
     how: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How they are asked for; `none`: not at all, where whole nodes are given out with all they have."""
+    """sbatch option that requests GPUs; `none`: no option, for clusters that allocate whole nodes."""
     type: str | None = None
-    """As Slurm names it: `h100`."""
+    """Slurm's name of the GPU type: `h100`."""
 
     def option(self, count: int) -> str | None:
-        """Of sbatch, for `count` on each node."""
+        """The sbatch option for `count` GPUs per node."""
         kind = f"{self.type}:" if self.type else ""
         options = {"gpus-per-node": f"--gpus-per-node={kind}{count}", "gres": f"--gres=gpu:{kind}{count}"}
         return options.get(self.how) if count else None
@@ -38,7 +38,7 @@ class Container:
     kind: Literal["pyxis", "apptainer"]
     image: str
     mounts: tuple[str, ...] = ()
-    """`/outside:/inside`, beside the run directory, which is always there under its own path."""
+    """Mounts `/outside:/inside`, besides the run directory, which is always mounted at its own path."""
 
 
 @_section
@@ -50,24 +50,24 @@ class Site:
     reservation: str | None = None
     gpus: Gpus = field(default_factory=Gpus)
     cpus_per_task: Annotated[int, Field(ge=1)] | None = None
-    """CPUs of a node, for all its ranks; default: the partition's for GPUs, which may be one in all, else one for each rank."""
+    """CPUs per node for all its ranks; default: the partition's with GPUs, which may be one in all, else one per rank."""
     mem: str | None = None
-    """Of a node: `900G`; `0` is all of it."""
+    """Memory per node: `900G`; `0`: all of it."""
     exclusive: bool = False
     requeue: bool = True
-    """Whether a job may be queued again; false: `--chain` submits what comes after it in advance."""
+    """Whether jobs may be requeued; false: `--chain` submits the following jobs in advance."""
     interface: str | None = None
-    """Network interface of the ranks; default: the one towards the first node."""
+    """Network interface of the ranks; default: the one on the route to the first node."""
     container: Container | None = None
     setup: str | None = None
     """Shell lines that every node runs before Python: `module load ...`."""
     env: dict[_Name, str] = field(default_factory=dict)
-    """Variables of the job. No secrets: those come from the shell that submits."""
+    """Variables of the job. Secrets must come from the submitting shell."""
     options: tuple[Annotated[str, Field(pattern="^--")], ...] = ()
     """Further options of sbatch, one each: `--switches=1`."""
 
     def sbatch_options(self) -> list[str]:
-        """What depends on nothing but the site."""
+        """The sbatch options that depend only on the site."""
         names = ("partition", "account", "qos", "constraint", "reservation", "mem")
         values = {name: getattr(self, name) for name in names}
         named = [f"--{name}={value}" for name, value in values.items() if value is not None]
@@ -78,7 +78,7 @@ _ADAPTER = TypeAdapter(Site)
 
 
 def load_site(path: str | Path) -> Site:
-    """Raises UserError, naming the key."""
+    """Load a site file. Raises UserError, naming the key."""
     try:
         tree = yaml.safe_load(Path(path).read_text()) or {}
         site = _ADAPTER.validate_python(tree)

@@ -1,7 +1,7 @@
 """`erollout launch slurm`: submits a run to a Slurm cluster, or prints what would be submitted.
 
-What to do when a job starts, gets a signal or fails is in slurm/train.sbatch, which is the same for all runs. Here are
-composed the options of sbatch, the variables that the script reads, the configuration and a copy of the code.
+slurm/train.sbatch, the same for all runs, handles a job's start, signals and failures. This module composes the sbatch options,
+the variables that the script reads, the configuration and a copy of the code.
 """
 
 import argparse
@@ -25,31 +25,31 @@ from erollout.schedulers import slurm_jobs
 
 _GRACE_SECONDS = 300
 _SLURM_EARLY_SECONDS = 60
-"""Slurm sends the signal before the end up to so much earlier than asked."""
+"""Time by which Slurm may send the signal before the limit earlier than requested."""
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `slurm` to the commands of `erollout launch`."""
     parser = commands.add_parser("slurm", help="submit a run to a Slurm cluster")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of the run")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the run")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--gpus-per-node", type=int, metavar="G", help="as many ranks")
+    size.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs per node, each with one rank")
     size.add_argument("--ranks-per-node", type=int, metavar="M", help="without GPUs")
     parser.add_argument("--site", metavar="FILE", help="YAML file: partition, account, container and the like")
-    parser.add_argument("--time", metavar="HH:MM:SS", help="limit of a start; default: the partition's")
+    parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of each job; default: the partition's")
     parser.add_argument(
         "--grace",
         type=int,
         metavar="SECONDS",
-        help="before the limit the run saves and ends (default 300, or a quarter of --time)",
+        help="time before the limit at which the run saves and ends (default 300, or a quarter of --time)",
     )
-    parser.add_argument("--chain", type=int, metavar="K", help="submit K jobs, one after the other, in place of requeueing")
-    parser.add_argument("--max-requeues", type=int, metavar="N", help="then the job fails")
+    parser.add_argument("--chain", type=int, metavar="K", help="submit a chain of K jobs instead of requeueing")
+    parser.add_argument("--max-requeues", type=int, metavar="N", help="number of requeues after which the job fails")
     parser.add_argument(
-        "--spare-nodes", type=int, default=0, metavar="S", help="further ones, for those that fail their checks"
+        "--spare-nodes", type=int, default=0, metavar="S", help="spare nodes, to replace those that fail their checks"
     )
-    parser.add_argument("--no-preflight", action="store_true", help="don't check the nodes before each start")
-    parser.add_argument("--job-name", metavar="NAME", help="default: erollout- and the run directory's name")
+    parser.add_argument("--no-preflight", action="store_true", help="skip the node checks before each start")
+    parser.add_argument("--job-name", metavar="NAME", help="Slurm job name; default: erollout- and the run directory's name")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     add_run_arguments(parser)
     parser.set_defaults(run=_run)
@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
-    """Raises UserError for what can't work."""
+    """The plan of a command line. Raises UserError for an impossible one."""
     _check_numbers(options)
     site = load_site(options.site) if options.site else Site()
     config = with_absolute_paths(load_config(options.config, overrides(options)))
@@ -80,9 +80,9 @@ def make_plan(options: argparse.Namespace) -> Plan:
     ranks = options.gpus_per_node or options.ranks_per_node
     _check_ranks(config, options.nodes, ranks)
     run.require_writable()
-    if site.container is None:  # what is in it can't be seen from here
+    if site.container is None:  # its content is not visible from here
         require_inputs(config)
-        # The job would refuse it too, hours later.
+        # the job would reject it too, hours later
         check_newest(policy_architecture(config.model), config, "reinforcement learning")
     snapshot = take_snapshot(config.rewards.function, config.rewards.import_path)
     return Plan(
@@ -109,7 +109,9 @@ def _check_numbers(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value < bound:
             raise UserError(f"--{name.replace('_', '-')} = {value}; it must be at least {bound}")
     if options.spare_nodes and options.no_preflight:
-        raise UserError(f"--spare-nodes = {options.spare_nodes} with --no-preflight: nothing finds the nodes they are for")
+        raise UserError(
+            f"--spare-nodes = {options.spare_nodes} with --no-preflight: only checks find bad nodes; drop one of them"
+        )
 
 
 def _check_ranks(config: Config, nodes: int, ranks: int) -> None:
@@ -122,13 +124,13 @@ def _check_ranks(config: Config, nodes: int, ranks: int) -> None:
 
 
 def _grace(options: argparse.Namespace, config: Config) -> int | None:
-    """Seconds before the time limit. Raises UserError where they don't fit, or nothing could be saved in them."""
+    """Seconds for saving before the time limit. Raises UserError if they don't fit, or if the run saves nothing."""
     seconds = seconds_of(options.time) if options.time else None
     if not config.checkpoint.interval:
         for name in ("grace", "chain"):
             if getattr(options, name) is not None:
                 raise UserError(
-                    f"checkpoint.interval = 0: a run that saves nothing can't go on in another job, so --{name} = "
+                    f"checkpoint.interval = 0: a run that saves nothing can't resume in another job, so --{name} = "
                     f"{getattr(options, name)} is of no use; set the interval, or remove it"
                 )
         return None
@@ -142,7 +144,7 @@ def _grace(options: argparse.Namespace, config: Config) -> int | None:
 
 
 def require_idle(run: RunDirectory) -> list[slurm_jobs.SlurmJob]:
-    """The jobs of the run that Slurm knows. Raises UserError for one that runs or waits: two would write to one place."""
+    """The jobs of the run that Slurm knows. Raises UserError if one is running or pending: two would write to one directory."""
     found = slurm_jobs.jobs(run.jobs(), run.path)
     for job in found:
         if job.is_alive:
@@ -154,10 +156,12 @@ def require_idle(run: RunDirectory) -> list[slurm_jobs.SlurmJob]:
 
 
 def submit(run: RunDirectory, submission: Submission, known: set[int]) -> None:
-    """One job, or a chain of them, each recorded as soon as it is taken. Raises UserError."""
+    """Submit one job or a chain, recording each as soon as it is accepted. Raises UserError."""
     bad = run.bad_nodes()
     verdict = run.verdict()
-    (run.path / VERDICT).unlink(missing_ok=True)  # of a run that goes on: jobs of a chain start only while there is none
+    (run.path / VERDICT).unlink(
+        missing_ok=True
+    )  # the verdict of a run that resumes: jobs of a chain start only if there is none
     for number in range(1, submission.chain + 1):
         command = list(submission.command)
         extra = [f"--exclude={','.join(bad)}"] if bad else []
@@ -177,7 +181,7 @@ def submit(run: RunDirectory, submission: Submission, known: set[int]) -> None:
 
 
 def _scheduler_says(plan: Plan) -> str:
-    """Raises UserError when there is one that would refuse the job."""
+    """The scheduler's answer to a test submission. Raises UserError if it would reject the job."""
     if reason := slurm_jobs.answers():
         return f"not asked: {reason}"
     command = [str(batch_script()) if word == str(plan.run.script) else word for word in plan.command()]

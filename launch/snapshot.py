@@ -1,4 +1,4 @@
-"""A copy of the code in the run directory, so that later edits don't change a run that waits or goes on."""
+"""Snapshot: a copy of the code in the run directory, so that later edits don't affect a pending or resumed run."""
 
 import hashlib
 import importlib.util
@@ -13,19 +13,19 @@ from erollout.launch.scorer_files import scorer_files
 from erollout.tracking.provenance import _git
 
 _PACKAGES = ("erollout", "erollout.launch", "erollout.megatron_patches", "erollout.slurm")
-"""In a checkout the last three stand beside the first, and installed inside it."""
+"""Packages to copy. In a checkout the last three are beside the first; installed, they are inside it."""
 SOURCE = "erollout/source.json"
-"""In the copy: which commit it is of."""
+"""File in the copy that states its commit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     files: dict[str, Path]
-    """What is copied from where, by its place in the copy."""
+    """Source files by their path in the copy."""
     name: str
-    """Equal for equal contents."""
+    """Name derived from the contents."""
     commit: str
-    """Of the checkout that the package is in; empty where it is in none."""
+    """Commit of the package's checkout; empty: it is not in one."""
     dirty: bool
     """Whether the checkout differs from the commit."""
 
@@ -34,9 +34,9 @@ class Snapshot:
         return sum(path.stat().st_size for path in self.files.values())
 
     def write(self, directory: Path) -> Path:
-        """Copy into `directory`, in a folder of the contents' name; one that is there is left alone. Returns the folder.
+        """Copy into a subdirectory of `directory` named by the contents, unless it exists. Returns the subdirectory.
 
-        Raises UserError when the code has changed since it was looked at, OSError when nothing can be written.
+        Raises UserError if the code has changed since the snapshot was taken, OSError if nothing can be written.
         """
         folder = directory / self.name
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
@@ -56,7 +56,7 @@ class Snapshot:
 def take_snapshot(function: str | None = None, import_path: str | None = None) -> Snapshot:
     """Files of this package, compiled kernels included, and of a reward function (rewards.function) that is not installed.
 
-    Nothing is copied yet. Raises UserError where there is no such module.
+    Nothing is copied yet. Raises UserError if there is no such module.
     """
     files: dict[str, Path] = {}
     for name in _PACKAGES:
@@ -83,7 +83,7 @@ def _location(package: str) -> Path:
 
 
 def _tree(place: Path, folder: Path) -> dict[str, Path]:
-    """All files but compiled and hidden ones."""
+    """All files except compiled and hidden ones."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(place / path): folder / path for path in paths if not _is_passing(path)}
 

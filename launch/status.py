@@ -1,4 +1,4 @@
-"""How a run does, from its directory and from Slurm, on one page."""
+"""Status of a run, from its directory and from Slurm, on one page."""
 
 import socket
 import time
@@ -14,17 +14,17 @@ from erollout.resilience.watchdog import Heartbeat
 from erollout.schedulers import slurm_jobs
 
 _SHOWN = 5
-"""At most so many jobs, and so many ranks that are behind."""
+"""Number of jobs, and of ranks that are behind, that are shown."""
 _MISSED_BEATS = 3
 _MEANINGS = {
-    "done": "all steps are made",
-    "requeue": "saved before its time was over, to go on in the next start",
-    "stopped": "asked to end, and saved if it has checkpoints",
+    "done": "all steps are complete",
+    "requeue": "saved before its time limit, to resume at the next start",
+    "stopped": "stopped on request, and saved if it has checkpoints",
 }
 
 
 def status_page(run: RunDirectory) -> str:
-    """Raises UserError for a configuration that can't be read."""
+    """The status page. Raises UserError for an unreadable configuration."""
     verdict, attempts, checkpoint = run.verdict(), run.attempts(), run.newest_checkpoint()
     jobs, alive = _jobs(run)
     lines = [
@@ -44,27 +44,27 @@ def status_page(run: RunDirectory) -> str:
 
 
 def _jobs(run: RunDirectory) -> tuple[list[tuple[str, str]], str]:
-    """The newest ones with what Slurm says of them, and whether the run is alive."""
+    """The newest jobs with their state in Slurm, and whether the run is alive."""
     if not (ids := run.jobs()):
         alive = f"{len(here)} of its ranks run on this machine" if (here := ranks_here(run)) else "none of its ranks runs here"
         return [("jobs", "none of Slurm")], alive
     try:
         known = {job.id: job for job in slurm_jobs.jobs(ids, run.path)}
     except UserError as error:
-        return [("jobs", ", ".join(map(str, ids[-_SHOWN:])))], f"whether a job is alive is not known: {error}"
+        return [("jobs", ", ".join(map(str, ids[-_SHOWN:])))], f"the state of the jobs is unknown: {error}"
     lines = [
         (f"job {job}", known[job].describe() if job in known else f"ended; Slurm has forgotten it, see {run.output(job)}")
         for job in sorted({*ids, *known})
     ]
     is_alive = any(job.is_alive for job in known.values())
-    return lines[-_SHOWN:], "it runs or waits" if is_alive else "its last start crashed or was killed; the logs say why"
+    return lines[-_SHOWN:], "it is running or pending" if is_alive else "its last start crashed or was killed; the logs say why"
 
 
 def _ranks(run: RunDirectory, ended: bool) -> list[tuple[str, str]]:
-    """Who was heard when, and who holds up the others."""
+    """Last heartbeats of the ranks, and the ranks that are behind."""
     beats = run.heartbeats()
     if not beats:
-        return [("ranks", "none has begun")]
+        return [("ranks", "none has started")]
     first = max(beats, key=lambda beat: beat.phases)
     where = f"the foremost {_phase(first)}"
     last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(beat.beat for beat in beats)))
@@ -91,12 +91,12 @@ def _phase(beat: Heartbeat) -> str:
 
 
 def ranks_here(run: RunDirectory) -> list[psutil.Process]:
-    """Those of the run that live on this machine, in rank order."""
+    """The run's ranks on this machine, in rank order."""
     found = []
     for beat in run.heartbeats():
         if beat.host != socket.gethostname():
             continue
-        with suppress(psutil.Error):  # it has ended
+        with suppress(psutil.Error):  # the process has ended
             process = psutil.Process(beat.pid)
             if process.create_time() < beat.beat and any("erollout" in word for word in process.cmdline()):
                 found.append(process)

@@ -1,7 +1,7 @@
-"""`erollout launch torchrun`: starts this node's ranks of a run of several nodes. The same command is given on each node.
+"""`erollout launch torchrun`: starts this node's ranks of a multi-node run. The same command is given on each node.
 
-The nodes meet at a gate of the head node (launch/gate.py), then every rank is `erollout train` with the same
-configuration, as launch/local.py starts it on one machine. Light at import: torch is loaded when ranks are started.
+The nodes meet at the gate of the head node (launch/gate.py), then every rank runs `erollout train` with the same configuration,
+as launch/local.py starts it on one machine. Light at import: torch is loaded when ranks are started.
 """
 
 import argparse
@@ -23,24 +23,28 @@ from erollout.launch.secret import secret_of
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """This node's part in a run of several."""
+    """This node's part in a multi-node run."""
 
     nodes: int
     ranks: int
-    """On each node."""
+    """Ranks per node."""
     meeting: Meeting
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `torchrun` to the commands of `erollout launch`."""
     parser = commands.add_parser("torchrun", help="start this node's ranks of a run; give the same command on each node")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="of the run")
-    parser.add_argument("--nproc-per-node", type=int, required=True, metavar="M", help="ranks on each node: its GPUs")
-    parser.add_argument("--head", metavar="HOST[:PORT]", help="node where all meet; default of PORT: derived from the run id")
-    parser.add_argument("--interface", metavar="NAME", help="network interface of the ranks; default: the one towards the head")
-    parser.add_argument("--run-id", help="equal on all nodes, and unlike that of other runs; default: derived from the command")
-    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="for the other nodes")
-    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="also write what each rank prints to files there")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of the run")
+    parser.add_argument("--nproc-per-node", type=int, required=True, metavar="M", help="ranks per node: its GPUs")
+    parser.add_argument("--head", metavar="HOST[:PORT]", help="rendezvous node; default of PORT: derived from the run id")
+    parser.add_argument(
+        "--interface", metavar="NAME", help="network interface of the ranks; default: the one on the route to the head"
+    )
+    parser.add_argument(
+        "--run-id", help="run id, equal on all nodes and different from other runs; default: derived from the command"
+    )
+    parser.add_argument("--wait", type=int, default=600, metavar="SECONDS", help="time to wait for the other nodes")
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="directory for the output of each rank")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
     add_run_arguments(parser)
     parser.set_defaults(run=_run)
@@ -65,7 +69,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _variables(chosen: str | None, node: Node | None) -> dict[str, str]:
-    """Environment of the ranks. What the user has set wins, but a run on one machine listens beyond it only with `chosen`."""
+    """Environment of the ranks. The user's variables win, but a single machine listens beyond itself only with `chosen`."""
     interface = chosen if node is None else node.meeting.interface
     own = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **interface_variables(interface, chosen)}
     found = {name: variable(name) or value for name, value in own.items()}
@@ -75,7 +79,7 @@ def _variables(chosen: str | None, node: Node | None) -> dict[str, str]:
 def launch_node(arguments: Sequence[str], node: Node, secret: str, log_dir: Path | None = None) -> int:
     """Run `erollout <arguments>` on this node's ranks, together with those of the other nodes, and wait for them.
 
-    Returns the exit status, see run_ranks. Raises UserError when the nodes can't meet.
+    Returns the exit status as run_ranks. Raises UserError if the rendezvous fails.
     """
     from torch.distributed import DistError
 
@@ -83,7 +87,7 @@ def launch_node(arguments: Sequence[str], node: Node, secret: str, log_dir: Path
     from erollout.launch.rendezvous import FixedRendezvous, among_nodes
 
     meeting = node.meeting
-    print(f"erollout: node {meeting.address} meets {node.nodes - 1} others at {meeting.place}", file=sys.stderr, flush=True)
+    print(f"erollout: node {meeting.address} waits for {node.nodes - 1} others at {meeting.place}", file=sys.stderr, flush=True)
     set_variable(STORE, "")
     try:
         with joined(meeting, secret, node.nodes) as access:
@@ -99,14 +103,16 @@ def launch_node(arguments: Sequence[str], node: Node, secret: str, log_dir: Path
 
 
 def _check(options: argparse.Namespace) -> Config:
-    """Raises UserError for what is wrong with the command line alone."""
+    """Raise UserError for errors in the command line itself."""
     for name in ("nodes", "nproc_per_node", "wait"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}; it must be at least 1")
     if options.nodes > 1 and options.head is None:
-        raise UserError(f"--nodes {options.nodes} needs --head HOST: the node where all meet, by a name or address all know")
+        raise UserError(
+            f"--nodes {options.nodes} needs --head HOST: the rendezvous node, by a name or address that all nodes know"
+        )
     if options.head is not None:
-        find_head(options.head)  # also where one node needs none: a command of several would be tried so
+        find_head(options.head)  # also where a single node needs none, to try a command for several
     config = load_config(options.config, overrides(options))
     require_groups(config)
     wanted, ranks = config.parallel.world_size, options.nodes * options.nproc_per_node
@@ -126,10 +132,10 @@ def _node(options: argparse.Namespace, train: Sequence[str]) -> Node:
 
 
 def _describe(node: Node | None, ranks: int, variables: dict[str, str], train: Sequence[str]) -> str:
-    """The page of --dry-run."""
+    """The output of --dry-run."""
     lines = {"ranks": f"{ranks} on this machine"}
     if node is not None:
-        role = "holds the store where the nodes meet" if node.meeting.is_head else "joins the head"
+        role = "holds the rendezvous store" if node.meeting.is_head else "joins the head"
         lines = {
             "ranks": f"{node.nodes} nodes x {ranks} = {node.nodes * ranks}",
             "this node": f"{node.meeting.address} on {node.meeting.interface or 'an unknown interface'}, {role}",

@@ -1,4 +1,4 @@
-"""Joins a Ray cluster that is running. ray is loaded when that is asked for, not before."""
+"""Joining of a running Ray cluster. ray is loaded only on demand."""
 
 import importlib.util
 import logging
@@ -10,23 +10,23 @@ from erollout.errors import UserError
 from erollout.resilience.signals import stops_wait
 
 _ANSWER_SECONDS = 10
-"""For the cluster's head: Ray itself tries for many minutes."""
+"""Time limit for the cluster's head to answer: Ray itself tries for many minutes."""
 
 
 def require_ray(key: str) -> None:
-    """Raises UserError, naming the key or option that asks for Ray, where it is not installed."""
+    """Raise UserError, naming the key or option that needs Ray, if it is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise UserError(f"{key} needs Ray, which is not installed; pip install 'erollout[ray]'")
 
 
 def find_cluster(address: str, key: str) -> str:
-    """HOST:PORT of the cluster's head, which listens there.
+    """HOST:PORT of the cluster's head, after a check that it listens.
 
     Args:
-        address: as given, or `auto`: RAY_ADDRESS, else the cluster that this machine is a node of.
-        key: what asks for Ray, for the messages.
+        address: as given, or `auto`: RAY_ADDRESS, else the cluster of this machine.
+        key: key or option that needs Ray, for messages.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     require_ray(key)
     from ray._private.services import canonicalize_bootstrap_address
@@ -49,7 +49,7 @@ def find_cluster(address: str, key: str) -> str:
 def join_cluster(address: str, key: str) -> str:
     """Make this process a driver of the cluster, unless it is one; returns the head's HOST:PORT.
 
-    Signals are handled as before: ray would take SIGTERM for itself. Raises UserError where there is no cluster.
+    Signal handlers are kept: ray would replace that of SIGTERM. Raises UserError if there is no cluster.
     """
     found = find_cluster(address, key)
     import ray
@@ -68,7 +68,7 @@ def join_cluster(address: str, key: str) -> str:
 
 
 def resources_free() -> str:
-    """What the cluster has, for messages: `CPU 3 of 8, GPU 0 of 2`."""
+    """Free resources of the cluster, for messages: `CPU 3 of 8, GPU 0 of 2`."""
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()

@@ -412,7 +412,7 @@ def test_the_commands_name_what_is_missing(tmp_path: Path) -> None:
     csv = str(tmp_path / "sweep.csv")
     rows = [replace(row, model="my-model", architecture="") for row in sweep(contexts=(512,))]
     write_sweep(csv, rows)
-    with pytest.raises(UserError, match=r"'my-model'.*--model FOLDER"):
+    with pytest.raises(UserError, match=r"'my-model'.*--model DIRECTORY"):
         command("fit", "--csv", csv, "--out", str(tmp_path / "o.json"))
     write_sweep(csv, [*rows, replace(rows[0], model="other")])
     with pytest.raises(UserError, match="mixes"):

@@ -45,7 +45,7 @@ def test_stop(folder: Path, fake: FakeSlurm) -> None:
     assert invoke("launch", "stop", str(run)).status == 0
     assert fake.calls("scancel") == ["102", "103", "--batch --signal=TERM 101"]
     fake.holds((101, "COMPLETED", run))
-    assert f"nothing of {run} runs or waits" in invoke("launch", "stop", str(run)).error()
+    assert f"no job or rank of {run} is running or pending" in invoke("launch", "stop", str(run)).error()
 
 
 def _beat(run: Path, **values: Any) -> None:
@@ -60,7 +60,7 @@ def test_status_says_who_is_behind(folder: Path, fake: FakeSlurm) -> None:
     assert submit_tiny(folder).status == 0
     run = folder / "run"
     fake.holds((101, "RUNNING", run))
-    assert "none has begun" in invoke("launch", "status", str(run)).stdout
+    assert "none has started" in invoke("launch", "status", str(run)).stdout
     (run / "logs" / "101.0").mkdir(parents=True)
     (run / "logs" / "101.10").mkdir()
     (run / "logs" / "101.9").mkdir()
@@ -76,7 +76,7 @@ def test_status_says_who_is_behind(folder: Path, fake: FakeSlurm) -> None:
     page = invoke("launch", "status", str(run)).stdout
     for words in (
         "job 101        RUNNING on n[1-2], 0:10 of 1:00:00",
-        "none: it runs or waits",
+        "none: it is running or pending",
         "step_00000004, 3 hours ago",
         "3 of 4 heard from within 15 s",
         "the foremost in update of step 5",

@@ -247,7 +247,7 @@ def test_a_run_that_gets_nowhere_is_not_started_again(nodes: Nodes, tmp_path: Pa
     failed = execute(*launch(nodes, config), timeout=600)
     assert failed.status == 1
     last = failed.stderr.splitlines()[-1]
-    assert "ended with status 2" in last and "rewards.function" in last and "no checkpoint is newer" in last
+    assert "ended with status 2" in last and "rewards.function" in last and "without a new checkpoint" in last
 
 
 @pytest.mark.cluster

@@ -46,7 +46,7 @@ def test_journal_lines_that_are_no_records_are_left_out_and_counted(run: Path, c
     with open(journal_path(run), "a") as file:
         file.write("\n".join([*WRONG, json.dumps(GOOD | {"step": 3})]) + "\n")
     assert [row["step"] for row in read_history(journal_path(run))] == [1, 3]
-    assert f"{len(WRONG)} lines can't be read" in caplog.text
+    assert f"skipped {len(WRONG)} unreadable lines" in caplog.text
     journal = Journal(journal_path(run))
     assert [record.get("step") for record in journal.records()] == [0, 1, 3]
     journal.close()
@@ -102,7 +102,7 @@ def test_status_says_one_line(name: str, run: Path) -> None:
 def test_a_damaged_heartbeat_is_left_out(text: str, run: Path) -> None:
     _write("heartbeats/rank_00000.json", text)(run)
     page = invoke("launch", "status", str(run))
-    assert page.status == 0 and "none has begun" in page.stdout
+    assert page.status == 0 and "none has started" in page.stdout
 
 
 @pytest.mark.parametrize("place", ["tracking/metrics.jsonl", "tracking"])

@@ -33,7 +33,7 @@ def test_stop_and_requeue(cluster: Cluster, run: Run, unbroken: Run) -> None:
     saved = run.checkpoints[-1]
     assert saved == max(run.steps)
     answer = cluster.erollout("launch", "requeue", run.directory)
-    assert f"goes on from step_{saved:08d}" in answer.stdout, answer
+    assert f"resumes from step_{saved:08d}" in answer.stdout, answer
     again = run.jobs[-1]
     assert cluster.wait(again).state == "COMPLETED" and run.verdict == "done", cluster.logs(again)()
     assert run.lost() == 0

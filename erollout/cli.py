@@ -1,4 +1,4 @@
-"""The `erollout` command. Light: Ctrl-C is heard from the start, and the commands are loaded here."""
+"""The `erollout` command. Light: handles Ctrl-C from the start, and loads the commands on demand."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave(status: int) -> NoReturn:
-    """A rank that failed ends at once: the launcher ends the others when it is gone, and Python's own end takes seconds."""
+    """Exit. A failed rank exits at once, so that the launcher ends the others: Python's own shutdown takes seconds."""
     if status and is_rank():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -31,7 +31,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def run() -> NoReturn:
-    """`python -m erollout`, as ranks are started."""
+    """Entry point of `python -m erollout`, by which ranks are started."""
     try:
         status = main()
     except Exception:  # whatever it is: the traceback of a rank may hold a secret, and the rank ends at once

@@ -1,4 +1,4 @@
-"""Everything read from the process environment, and nothing else: no other module of the project reads it."""
+"""Access to the process environment: no other module of the project reads it."""
 
 import os
 import sys
@@ -10,25 +10,25 @@ _OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "PMI_", "PMIX_RANK", "PMIX_NAMESPACE",
 _OF_USERS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_MPI_TYPE"}
 
 SECRET = "EROLLOUT_SECRET"
-"""Variable: what the nodes of a run know each other by."""
+"""Variable with the secret by which the nodes of a run authenticate each other."""
 STORE = "EROLLOUT_STORE"
-"""Variable: the file in which the ranks of one machine meet."""
+"""Variable with the rendezvous file of the ranks of one machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class LauncherEnvironment:
-    """What torchrun (or srun, or Ray) tells a rank."""
+    """Variables that torchrun (or srun, or Ray) sets for a rank."""
 
     rank: int
     local_rank: int
     world_size: int
     restart_count: int
     is_elastic: bool
-    """torchrun, or our own local launcher: an agent process is this one's parent."""
+    """Whether torchrun or our own local launcher, an agent process, is this process's parent."""
 
 
 def launcher_environment() -> LauncherEnvironment | None:
-    """The launcher's variables, or None in a process that no launcher started. Raises UserError for half of them."""
+    """The launcher's variables; None: no launcher started this process. Raises UserError if they are incomplete."""
     rank = _number("RANK")
     if rank is None:
         return None
@@ -55,12 +55,12 @@ def is_elastic() -> bool:
 
 
 def is_rank() -> bool:
-    """Whether a launcher started this process, whatever else it said."""
+    """Whether a launcher started this process, even if its other variables are wrong."""
     return variable("RANK") is not None
 
 
 def _number(name: str, least: int = 0) -> int | None:
-    """None where the variable is not set, or empty. Raises UserError."""
+    """Integer value of a variable; None: it is unset or empty. Raises UserError."""
     text = variable(name)
     if text is None:
         return None
@@ -75,34 +75,34 @@ def set_default(name: str, value: str) -> None:
 
 
 def set_variable(name: str, value: str) -> None:
-    """Set a variable for this process and its children, whatever it was."""
+    """Set a variable for this process and its children."""
     os.environ[name] = value
 
 
 def variable(name: str) -> str | None:
-    """A variable as the user has set it; None where it is not, or is empty."""
+    """Value of a variable; None: it is unset or empty."""
     return os.environ.get(name) or None
 
 
 def stay_on_loopback() -> None:
-    """Let nothing that gloo and NCCL open in this process and its children be reached from another machine."""
+    """Make gloo and NCCL in this process and its children unreachable from other machines."""
     os.environ.update(loopback_variables())
 
 
 def loopback_variables() -> dict[str, str]:
-    """By which gloo and NCCL listen on this machine's loopback alone."""
+    """Variables that make gloo and NCCL listen only on this machine's loopback."""
     return dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 
 
 def max_cpu_isa() -> str | None:
-    """The best instructions that our CPU kernels may use (avx512, avx2 or none); None: whatever the processor has."""
+    """Limit of the CPU kernels' instruction set (avx512, avx2 or none); None: no limit."""
     return variable("EROLLOUT_MAX_CPU_ISA")
 
 
 def job_and_attempt() -> tuple[str, int]:
-    """Of which job this process is, by Slurm's number or `launch ray`'s name, and in which of its starts; ("", 0) in none."""
+    """This process's job, as Slurm's number or `launch ray`'s name, and its number of earlier starts; ("", 0): no job."""
     name, _, attempt = (variable("TORCHELASTIC_RUN_ID") or "").rpartition(".")
-    if name.startswith("ray-") and attempt.isdigit():  # of which Slurm's job may have several
+    if name.startswith("ray-") and attempt.isdigit():  # a Slurm job may have several
         return name, int(attempt)
     return variable("SLURM_JOB_ID") or "", int(variable("SLURM_RESTART_COUNT") or "0")
 
@@ -113,20 +113,20 @@ def cluster_name() -> str:
 
 
 def tasks_beside() -> tuple[int, int]:
-    """How many tasks srun started of this command, on how many nodes; (1, 1) where it did not.
+    """Number of tasks that srun started of this command, and of nodes; (1, 1) without srun.
 
-    SLURM_NTASKS and SLURM_PROCID tell nothing: a batch script, of which there is one, has them too.
+    SLURM_NTASKS and SLURM_PROCID do not tell: a batch script, which is a single task, has them too.
     """
     return _number("SLURM_STEP_NUM_TASKS", least=1) or 1, _number("SLURM_STEP_NUM_NODES", least=1) or 1
 
 
 def outside_of_jobs() -> dict[str, str]:
-    """The environment without what Slurm has put into it, for a job that is submitted from within another one."""
+    """The environment without Slurm's variables, for a job submitted from within another one."""
     return {name: value for name, value in os.environ.items() if name in _OF_USERS or not name.startswith(_OF_JOBS)}
 
 
 def job_name() -> str | None:
-    """What Slurm, Ray or torchrun call the job that this process is of; None in one that none of them started."""
+    """Name of this process's job in Slurm, Ray or torchrun; None: none of them started it."""
     if job := variable("SLURM_JOB_ID"):
         return f"slurm {job}, restart {variable('SLURM_RESTART_COUNT') or 0}"
     if job := variable("RAY_JOB_ID"):

@@ -1,8 +1,8 @@
-"""The one error that a user is meant to read."""
+"""The error for mistakes that a user can fix."""
 
 
 class UserError(ValueError):
-    """Input that can't be honoured: the message is one line that names the key or file, the value and the fix.
+    """Invalid input: the message is one line that names the key or file, the value and the fix.
 
     The command line prints it without a traceback and exits with status 2.
     """

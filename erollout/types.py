@@ -1,4 +1,4 @@
-"""What crosses package borders. Token ids are Python ints, log-probs are natural logarithms."""
+"""Types that cross package borders. Token ids are Python ints, log-probs are natural logarithms."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,23 +8,23 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn from the target's logits. The defaults sample the untouched distribution."""
+    """Parameters for sampling from the target's logits. The defaults sample the unmodified distribution."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0: greedy."""
     top_k: int = 0
-    """0 keeps the whole vocabulary."""
+    """0: the whole vocabulary."""
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_tokens: int = 256
-    """Longest response, stop token included."""
+    """Longest response in tokens, stop token included."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end a response; the id itself stays in the response."""
+    """Token ids that end a response and are part of it."""
     stop: tuple[str, ...] = ()
     """Strings that end a response once they appear in its decoded text."""
     ignore_eos: bool = False
-    """Do not stop at stop_token_ids (strings still stop): for benchmarks with fixed lengths."""
+    """Ignore stop_token_ids (strings still stop): for benchmarks with fixed lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,14 @@ class Prompt:
     """One task item, tokenized."""
 
     index: int
-    """Position in the data order: identifies the item over the whole run."""
+    """Position in the data order, which identifies the item over the whole run."""
     prompt_ids: tuple[int, ...]
     text: str
-    """What prompt_ids decode to, after the chat template."""
+    """Text of prompt_ids, after the chat template."""
     task: str
-    """Name of the task or dataset that it came from: rewards are reported by it."""
+    """Name of its task or dataset, by which rewards are reported."""
     item: dict[str, Any] = field(default_factory=dict)
-    """What the scorer needs (reference answer, the task's own record)."""
+    """Data for the scorer (reference answer, the task's own record)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +53,28 @@ class RolloutRequest:
     seed: int
     """Sample i of the group draws with sequence_seed(seed, i)."""
     finished: frozenset[int] = frozenset()
-    """Samples that an interrupted attempt has completed: they are not sampled again."""
+    """Samples completed by an interrupted attempt, which are not sampled again."""
     begun: tuple["PartialRollout", ...] = ()
-    """Samples that go on from the tokens which an interrupted attempt has left."""
+    """Partial rollouts of an interrupted attempt, to be resumed."""
 
     @property
     def num_open(self) -> int:
-        """Samples to be completed."""
+        """Number of samples to be completed."""
         return self.group_size - len(self.finished)
 
 
 @dataclass(frozen=True, slots=True)
 class PartialRollout:
-    """A response on its way: all that another replica, or a later attempt, needs to go on with it."""
+    """An incomplete response, with all that another replica or a later attempt needs to resume it."""
 
     prompt_index: int
     sample_index: int
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Processed, one per response id."""
+    """Processed log-probs, one per response id."""
     raw_logprobs: tuple[float, ...]
     finish_reason: FinishReason | None = None
-    """Of one that is complete."""
+    """Finish reason of a complete response; None: incomplete."""
 
 
 @dataclass(slots=True)
@@ -87,22 +87,22 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]
-    """Processed: of the distribution sampled from (after penalties, temperature, top-k, top-p, min-p); one per response id."""
+    """Log-probs of the distribution sampled from (after penalties, temperature, top-k, top-p, min-p); one per response id."""
     raw_logprobs: tuple[float, ...]
-    """Of the target's softmax without any processing; one per response id."""
+    """Log-probs of the target's softmax without any processing; one per response id."""
     finish_reason: FinishReason
     policy_version: int
 
 
 @dataclass(slots=True)
 class Reward:
-    """A score and how it came about."""
+    """A score and its origin."""
 
     prompt_index: int
     sample_index: int
     value: float
     error: str | None = None
-    """Why the scorer gave no answer (exception or timeout); value is then the configured fallback."""
+    """Reason why the scorer failed (exception or timeout); value is then the configured fallback."""
 
 
 @dataclass(slots=True)

@@ -1,1 +1,1 @@
-"""The `erollout` command: its commands, the page of --dry-run, the demos."""
+"""The `erollout` command: its commands, --dry-run and the demos."""

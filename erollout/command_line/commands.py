@@ -1,4 +1,4 @@
-"""The commands of `erollout`. Errors that a user can mend are one line on stderr and exit status 2."""
+"""The commands of `erollout`. Errors that a user can fix are one line on stderr, with exit status 2."""
 
 import argparse
 import os
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
     from erollout.checkpoint.resume import RunKind
 
 _SPEAK_AFTER_SECONDS = 5.0
-"""An error of all ranks is printed by rank 0 alone: the others wait this long, and are usually ended before."""
+"""Time that other ranks wait before printing an error: one that all ranks have is printed by rank 0, which then ends them."""
 _RANKS_AT_LEAST, _RANKS_PER_CPU = 64, 4
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Returns the exit status."""
-    # Megatron says at import which GPU libraries it does without, and torch which of its own names are deprecated.
+    """Run a command line. Returns the exit status."""
+    # at import, Megatron warns of missing GPU libraries, and torch of its own deprecated names
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     quiet_libraries()
     if is_elastic():
         end_with_parent()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without a character is no reason to end
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end the command
     if not arguments:
         parser().print_help(sys.stderr)
         return 2
     options = parser().parse_args(arguments)
     try:
-        launcher_environment()  # raises for half of it, whatever the command
+        launcher_environment()  # raises for incomplete launcher variables, whatever the command
         status: int = options.run(options, list(arguments))
     except UserError as error:
         _print_error(error)
@@ -66,11 +66,11 @@ def parser() -> Parser:
     _command(commands, "sft", _sft, "fine-tune a policy on prompts with given answers")
     rollout = _command(commands, "rollout", _rollout, "sample responses to held-out prompts and score them")
     rollout.add_argument("--out", required=True, metavar="FILE", help="JSONL file to write, one line per response")
-    _command(commands, "compare", _compare, "sample held-out prompts with speculation off and on, and print what it saves")
-    demo = _demo_command(commands, "demo", _demo, "the whole demo: tokenizer, warm-up, reinforcement learning, table")
+    _command(commands, "compare", _compare, "compare sampling of held-out prompts with speculation off and on")
+    demo = _demo_command(commands, "demo", _demo, "run the whole demo: tokenizer, warm-up, reinforcement learning, comparison")
     demo.add_argument("--warm-start", metavar="FILE", default="configs/demo-sft.yaml", help="config of the supervised warm-up")
     demo_rollout = _demo_command(
-        commands, "demo-rollout", _demo_rollout, "fetch a small model, teach it a task, compare rollouts"
+        commands, "demo-rollout", _demo_rollout, "fetch a small model, fine-tune it on a task, compare rollouts"
     )
     demo_rollout.add_argument(
         "--warm-start", metavar="FILE", default="configs/demo-rollout-sft.yaml", help="config of the fine-tuning"
@@ -79,7 +79,7 @@ def parser() -> Parser:
     add_command(commands)
     add_launch_commands(commands)
     add_doctor(commands)
-    plot = commands.add_parser("plot", help="draw the curves of a run")
+    plot = commands.add_parser("plot", help="plot the training curves of a run")
     plot.add_argument("--run", required=True, dest="directory", metavar="DIR", help="train.output_dir of the run")
     plot.add_argument("--out", required=True, metavar="FILE", help="PNG file to write")
     plot.set_defaults(run=_plot)
@@ -89,9 +89,7 @@ def parser() -> Parser:
 def _command(commands: Commands, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     add_run_arguments(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print layouts, sizes and memory, and check everything, then stop"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print layouts, sizes and memory, then stop")
     parser.set_defaults(run=run)
     return parser
 
@@ -161,7 +159,7 @@ def _on_ranks(
     `load` imports what does the work: with megatron-core that takes seconds, so only ranks do.
     """
     module: ModuleType | None = None
-    with starting(speaks=not is_rank()):  # as a whole: a library that is loading may swallow an interrupt
+    with starting(speaks=not is_rank()):  # the whole process: a library may swallow an interrupt while loading
         config = load_config(options.config, overrides(options))  # before the imports, which take seconds
         if check is not None:
             check(config)
@@ -196,7 +194,7 @@ def _on_ranks(
 
 
 def _require_room(world_size: int) -> int:
-    """That many processes are a mistake on one machine. Raises UserError."""
+    """Raise UserError for more ranks than can be meant for one machine."""
     most = max(_RANKS_AT_LEAST, _RANKS_PER_CPU * (os.cpu_count() or 1))
     if world_size > most:
         raise UserError(
@@ -220,7 +218,7 @@ def _sampling() -> ModuleType:
 
 def _print_error(error: UserError) -> None:
     prefix = "erollout: "
-    with suppress(UserError):  # the error may be that the launcher's variables make no sense
+    with suppress(UserError):  # the error may be in the launcher's variables themselves
         environment = launcher_environment()
         if environment is not None and environment.rank > 0:
             time.sleep(_SPEAK_AFTER_SECONDS)

@@ -1,4 +1,4 @@
-"""The demos: reinforcement learning from nothing, and rollouts of a small language model. Each part is a normal command."""
+"""The demos: reinforcement learning from scratch, and rollouts of a small language model. Each part is a normal command."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from erollout.errors import UserError
 
 
 def run_demo(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> int:
-    """Make what is not there yet, then train. Overrides go to the training. Returns the first non-zero exit status, or 0."""
+    """Create missing inputs, then train. Overrides apply to the training. Returns the first non-zero exit status, or 0."""
     config, warm_start = _load(config_path, warm_start_path, overrides)
     if not Path(str(config.model.path), "config.json").is_file():
         save_character_tokenizer(warm_start.tokenizer_path)
@@ -36,7 +36,7 @@ def run_demo(config_path: str, warm_start_path: str, overrides: Sequence[str]) -
 def run_demo_rollout(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> int:
     """Fetch SmolLM2 and fine-tune it, unless both are cached, then compare rollouts with speculation off and as configured.
 
-    Overrides go to the comparison. Returns the first non-zero exit status, or 0.
+    Overrides apply to the comparison. Returns the first non-zero exit status, or 0.
     """
     config, warm_start = _load(config_path, warm_start_path, overrides)
     if not Path(str(config.model.path), "config.json").is_file():
@@ -51,7 +51,7 @@ def run_demo_rollout(config_path: str, warm_start_path: str, overrides: Sequence
 
 
 def _load(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> tuple[Config, Config]:
-    """Both configurations; the second must make the model of the first."""
+    """Both configurations; the second one must produce the first one's model."""
     config, warm_start = load_config(config_path, list(overrides)), load_config(warm_start_path)
     if warm_start.checkpoint.export_path != config.model.path or config.model.path is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The page of `--dry-run`: layouts, sizes, memory, places and data of a run; also of a model that is not fetched yet."""
+"""Output of `--dry-run`: layouts, sizes, memory, paths and data of a run, also for a model that is not fetched yet."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from erollout.tracking.address import has_own_store, store_uri, uri_source
 from erollout.train.preflight import Resolved, Sizes, check_places, preflight, work_out
 
 _SHOWN = 16
-"""Replicas, at most."""
+"""Largest number of replicas listed."""
 _WIDTH = 19
 _TEXT = 300
-"""Characters of a prompt, at most."""
+"""Longest prompt shown, in characters."""
 
 
 def dry_run(config: Config, kind: RunKind | None = None) -> str:
-    """Check everything that is there and say what the run would be. Raises UserError.
+    """Check all existing inputs and print what the run would do. Raises UserError.
 
     kind: as in preflight.
     """
@@ -56,7 +56,7 @@ def _lines(values: dict[str, str]) -> list[str]:
 
 
 def _items(config: Config, resolved: Resolved, rolls_out: bool) -> dict[str, str]:
-    """How much data there is, the first item as the model reads it, and what scores it."""
+    """Amount of data, the first item as the model reads it, and the reward function."""
     train, test = resolved.train_data, resolved.test_data
     noun = "row" if config.data.kind == "file" else "generated item"
     first = 0 if rolls_out else len(train) - 1
@@ -74,7 +74,7 @@ def _items(config: Config, resolved: Resolved, rolls_out: bool) -> dict[str, str
 
 
 def _beginning(text: str) -> str:
-    """On one line, special characters written out."""
+    """The beginning of a text on one line, with special characters written out."""
     return repr(text[:_TEXT]) + (" ..." if len(text) > _TEXT else "")
 
 

@@ -1,1 +1,1 @@
-"""What a configuration is made of: bounds of values, the YAML and the options they are read from."""
+"""Building blocks of configurations: bounds of values, YAML, and command-line overrides."""

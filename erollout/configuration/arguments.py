@@ -1,4 +1,4 @@
-"""The command line's parser: it says what each option is without being asked for, and which word was meant. Pure."""
+"""The command-line parser: shows defaults in the help, and suggests corrections. Pure."""
 
 import argparse
 import difflib
@@ -12,7 +12,7 @@ Commands = argparse._SubParsersAction
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows defaults in its help, takes overrides anywhere, and what is wrong below a command with that command's usage."""
+    """Parser that shows defaults in its help, takes overrides anywhere, and reports errors with the command's usage."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"formatter_class": _Formatter, **options})
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         found, unknown = super().parse_known_args(args, namespace)
         if hasattr(found, "overrides") and not any(word.startswith("-") for word in unknown):
-            found.overrides = [*found.overrides, *unknown]  # those behind an option
+            found.overrides = [*found.overrides, *unknown]  # overrides after an option
             return found, []
         if unknown:
             self._refuse([word for word in unknown if word.startswith("-")] or unknown)
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """With its default, where it has one and does not tell."""
+        """Help text with the default, unless the text states it."""
         text, default = action.help or "", action.default
         if default in (None, argparse.SUPPRESS, "") or default is False or default == [] or "default" in text:
             return text
@@ -53,26 +53,28 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every command about a run takes: its configuration, its directory, and values that win over the file."""
+    """Add the arguments of all commands on a run: configuration, run directory and overrides."""
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the sections of erollout/config.py")
-    parser.add_argument("--run-dir", metavar="DIR", help="where the run writes; short for train.output_dir=DIR")
+    parser.add_argument("--run-dir", metavar="DIR", help="output directory of the run; short for train.output_dir=DIR")
     add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add values that win over the file."""
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration values that win over the file")
+    """Add overrides of configuration values."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="configuration values that override those of the file"
+    )
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
-    """Those of a command line with `add_run_arguments`. Raises UserError where the run directory is named twice."""
+    """Overrides of a command line with `add_run_arguments`. Raises UserError if the run directory is given twice."""
     if options.run_dir is None:
         return list(options.overrides)
     for override in options.overrides:
         key, _, value = override.partition("=")
         if key.strip() == "train.output_dir" and value.strip() != options.run_dir:
             raise UserError(f"--run-dir = {options.run_dir}, but {override} is given too; give one of them")
-    quoted = json.dumps(options.run_dir, ensure_ascii=False)  # as YAML quotes: it would fold a line's end in single quotes
+    quoted = json.dumps(options.run_dir, ensure_ascii=False)  # in double quotes: YAML would fold a newline in single quotes
     return [*options.overrides, f"train.output_dir={quoted}"]
 
 

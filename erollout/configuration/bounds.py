@@ -1,4 +1,4 @@
-"""Types of numbers and paths in a configuration: each number has a least and a largest value that make sense. Pure."""
+"""Types of numbers and paths in a configuration, with the least and largest sensible value of each number. Pure."""
 
 import os.path
 from datetime import date
@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic takes true for 1
+    if isinstance(value, bool):  # pydantic converts true to 1
         raise ValueError("Input should be a number")
     return value
 
@@ -20,13 +20,13 @@ def _location(value: str) -> str:
 
 
 def _temperature(value: float) -> float:
-    if 0 < value < _COLDEST:  # logits divided by less are no longer numbers
+    if 0 < value < _COLDEST:  # logits divided by less overflow
         raise ValueError(f"Input should be 0 (greedy), or at least {_COLDEST}")
     return value
 
 
 def _day(value: Any) -> Any:
-    """YAML makes a date of what looks like one."""
+    """A date as text; YAML parses it as a date."""
     text = value.isoformat() if isinstance(value, date) else value
     try:
         return date.fromisoformat(text).isoformat()
@@ -39,9 +39,9 @@ _Number = BeforeValidator(_number)
 Ranks = Annotated[int, Field(ge=1, le=100_000), _Number]
 Steps = Annotated[int, Field(ge=1, le=10**9), _Number]
 Interval = Annotated[int, Field(ge=0, le=10**9), _Number]
-"""Steps between two events; most keys take 0 for never."""
+"""Steps between two events; for most keys 0 means never."""
 Samples = Annotated[int, Field(ge=1, le=10**7), _Number]
-"""Prompts, responses, sequences or their groups."""
+"""Number of prompts, responses, sequences or groups."""
 Tokens = Annotated[int, Field(ge=1, le=10**8), _Number]
 Items = Annotated[int, Field(ge=1, le=10**9), _Number]
 Blocks = Annotated[int, Field(ge=1, le=10**8), _Number]
@@ -50,9 +50,9 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), _Number]
 DraftLength = Annotated[int, Field(ge=1, le=64), _Number]
 Few = Annotated[int, Field(ge=1, le=10_000), _Number]
 Seconds = Annotated[float, Field(ge=1e-3, le=604_800), _Number]
-"""From a millisecond to a week."""
+"""Seconds, from a millisecond to a week."""
 Timeout = Annotated[int, Field(ge=1, le=10**7), _Number]
-"""Seconds, four months at most."""
+"""Seconds, at most four months."""
 Temperature = Annotated[float, Field(ge=0, le=100), _Number, AfterValidator(_temperature)]
 Fraction = Annotated[float, Field(ge=0, le=1), _Number]
 Decay = Annotated[float, Field(ge=0, lt=1), _Number]
@@ -70,10 +70,10 @@ Slots = Annotated[int, Field(ge=1, le=1_000_000), _Number]
 SignedCoefficient = Annotated[float, Field(ge=-1000, le=1000), _Number]
 Weight = Annotated[float, Field(ge=1e-6, le=1e6), _Number]
 LearningRate = Annotated[float, Field(ge=1e-30, le=100), _Number]
-"""The least one measures training that changes nothing, as benchmarks do."""
+"""Learning rate; the least one serves benchmarks of training that changes nothing."""
 LeastLearningRate = Annotated[float, Field(ge=0, le=100), _Number]
 Epsilon = Annotated[float, Field(ge=1e-30, le=1), _Number]
 Norm = Annotated[float, Field(ge=0, le=1e9), _Number]
 Heartbeat = Annotated[float, Field(ge=1e-3, le=20), _Number]
-"""At most that: a batch script takes a run for lost whose ranks give no sign for 90 s."""
+"""Seconds between heartbeats, at most 20: a batch script gives a run up whose ranks are silent for 90 s."""
 SecondsOrNever = Annotated[float, Field(ge=0, le=1e7), _Number]

@@ -1,7 +1,7 @@
-"""The YAML of a configuration and overrides of its keys, as a tree of plain values that fit the types of a schema. Pure.
+"""YAML configurations and overrides as a tree of plain values that fit the types of a schema. Pure.
 
-Numbers are YAML 1.2's: `1e-4` is one, `010` is ten, `1:30` and `2026-11-30` are text. What is written without quotes is kept
-as written until its key says what it wants: for a key of text, `4711`, `007`, `on` and `1e-4` are text.
+Numbers are those of YAML 1.2: `1e-4` is one, `010` is ten, `1:30` and `2026-11-30` are text. An unquoted value is kept as
+written until its key determines the type: for a text key, `4711`, `007`, `on` and `1e-4` are text.
 """
 
 import difflib
@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from erollout.errors import UserError
 
 _SHOWN = 80
-"""Characters of a value in a message."""
+"""Longest value shown in a message, in characters."""
 _MOST_VALUES = 100_000
 """Of a file, its aliases written out."""
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 _FLOW = {"[": "]", "{": "}", '"': '"', "'": "'"}
-"""First and last character of an override that is read as YAML."""
+"""First and last characters of overrides that are parsed as YAML."""
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
@@ -34,13 +34,13 @@ _TAG = "tag:yaml.org,2002:"
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A value that was written without quotes."""
+    """An unquoted value."""
 
     text: str
     value: Any
-    """What YAML takes it for."""
+    """Its value in YAML."""
     problem: str | None = None
-    """Why YAML can't read it; text that begins with a bracket may be meant as text."""
+    """Reason why YAML can't parse it; text that begins with a bracket may be meant as text."""
 
 
 def read_tree(path: str | Path, overrides: Sequence[str], schema: type) -> dict[str, Any]:
@@ -52,9 +52,9 @@ def read_tree(path: str | Path, overrides: Sequence[str], schema: type) -> dict[
 
 
 def fit(value: Any, wanted: Any, key: str = "") -> Any:
-    """Plain values of a tree, each as its key in the schema wants it: text as written, one value as a list of one.
+    """Plain values of a tree in the types of the schema: text as written, a single value as a list of one.
 
-    What does not fit is passed on, for the schema to refuse. Raises UserError for what only YAML could have made sense of.
+    Values that do not fit are passed on, to be rejected by the schema. Raises UserError for invalid YAML.
     """
     wanted = _bare(wanted)
     content = _content(value)
@@ -75,7 +75,7 @@ def fit(value: Any, wanted: Any, key: str = "") -> Any:
 
 
 def plain(value: Any) -> Any:
-    """As YAML takes it."""
+    """The value in YAML."""
     content = _content(value)
     if isinstance(content, Mapping):
         return {name: plain(part) for name, part in content.items()}
@@ -87,7 +87,7 @@ def _content(value: Any) -> Any:
 
 
 def joined(words: Sequence[str]) -> list[str]:
-    """Overrides of a command line; `key = value` in three words is one."""
+    """Overrides on a command line; `key = value` in three words is one override."""
     found: list[str] = []
     for word in words:
         previous = found[-1].rstrip() if found else ""
@@ -103,7 +103,7 @@ def joined(words: Sequence[str]) -> list[str]:
 def describe(error: ValidationError, schema: type) -> str:
     """The first problem, as one line with the key, the value and the fix."""
     problems = error.errors()
-    unknown = [p for p in problems if p["type"] == "unexpected_keyword_argument"]  # a misspelt key may be a missing one too
+    unknown = [p for p in problems if p["type"] == "unexpected_keyword_argument"]  # a misspelt key may also cause a missing one
     first = (unknown or problems)[0]
     key = ".".join(str(part) for part in first["loc"])
     if unknown:
@@ -115,10 +115,10 @@ def describe(error: ValidationError, schema: type) -> str:
 
 
 def shown(value: object) -> str:
-    """As Python writes it, cut where it is long."""
+    """A value as Python writes it, shortened if it is long."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python prints
         text = f"an integer of {value.bit_length() * 0.30103:.0f} digits" if isinstance(value, int) else "..."
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}... ({len(text)} characters)"
 
@@ -141,7 +141,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str, schema: type) -> None:
-    """Set one key of a tree. Raises UserError for what is no override."""
+    """Set one key of a tree. Raises UserError for an invalid override."""
     key, separator, text = (part.strip() for part in override.partition("="))
     if not separator or not _KEY.fullmatch(key):
         raise UserError(f"override {shown(override)} must look like section.key=value")
@@ -157,7 +157,7 @@ def apply_override(tree: dict[str, Any], override: str, schema: type) -> None:
 
 
 def _set(node: dict[str, Any], key: str, value: Any, wanted: Any) -> None:
-    """What a section does not name keeps its value, as it does in a file."""
+    """Set a key. Keys that a new section does not name keep their values, as in a file."""
     given, there = _content(value), node.get(key)
     if is_dataclass(wanted) and isinstance(given, dict) and isinstance(there, dict):
         for name, part in given.items():
@@ -167,7 +167,7 @@ def _set(node: dict[str, Any], key: str, value: Any, wanted: Any) -> None:
 
 
 def _value(text: str) -> Any:
-    """Of an override: lists, mappings and what is in quotes are YAML, all else is itself."""
+    """Value of an override: lists, mappings and quoted text are parsed as YAML, all else is taken literally."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -192,7 +192,7 @@ def _bare(wanted: Any) -> Any:
 
 
 def _part(wanted: Any, name: str) -> Any:
-    """Type of a key of a section; anything where the schema says nothing."""
+    """Type of a key in a section; any type if the schema does not say."""
     return _bare(get_type_hints(wanted, include_extras=True).get(name, Any)) if is_dataclass(wanted) else Any
 
 
@@ -208,7 +208,7 @@ def _nearest(location: tuple[int | str, ...], schema: type) -> str | None:
 
 
 def known_keys(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Every key of a schema, sections too, and its type; keys in a list of sections have no index."""
+    """All keys of a schema, including sections, with their types; keys in a list of sections have no index."""
     found: dict[str, Any] = {}
     types = get_type_hints(schema, include_extras=True)
     for field in fields(schema):
@@ -221,7 +221,7 @@ def known_keys(schema: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice; knows no dates, sets or bytes, which no key wants."""
+    """YAML loader that rejects duplicate keys, and has no dates, sets or bytes, which no key takes."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # as yaml declares it
     yaml_constructors = {  # noqa: RUF012
@@ -237,7 +237,7 @@ class _Loader(yaml.SafeLoader):
                 line = key.start_mark.line + 1
                 if key.value in lines:
                     where = f"lines {lines[key.value]} and {line}" if line != lines[key.value] else f"line {line}"
-                    raise UserError(f"{self.name}: key {key.value} stands twice, at {where}; keep one, with what both say")
+                    raise UserError(f"{self.name}: duplicate key {key.value}, at {where}; merge the two")
                 lines[key.value] = line
         found = super().construct_mapping(node, deep)
         return {_key(key): value for key, value in found.items()}
@@ -253,7 +253,7 @@ def _construct(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Written:
     text = str(loader.construct_scalar(node))
     value = _scalar(text)
     if isinstance(value, str) and not _INTEGER.fullmatch(text):  # an explicit tag, as in `!!int ten`
-        raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not of its tag", node.start_mark)
+        raise yaml.constructor.ConstructorError(None, None, f"{text!r} does not fit its tag", node.start_mark)
     return Written(text, value)
 
 

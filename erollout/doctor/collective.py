@@ -1,6 +1,6 @@
-"""All nodes of a run meet, look whether they reach each other, and add up some numbers; who does not take part is named.
+"""Collective check: all nodes of a job meet, test that they reach each other, and all-reduce some numbers; bad ones are named.
 
-The head decides after each phase and the others take its word for it, so that all end in the same way. Every wait is bounded.
+The head decides after each phase and the others follow, so that all end in the same way. Every wait is bounded.
 """
 
 import json
@@ -34,30 +34,30 @@ COLLECTIVE_SECONDS = 60
 _LEAVE_SECONDS = 5
 _POLL_SECONDS = 0.05
 _NUMBERS = 2**20
-"""Float32: 4 MiB, as a gradient bucket."""
+"""Number of float32 values: 4 MiB, like a gradient bucket."""
 _REPEATS = 5
 _CLOCK_SECONDS = 1.0
-"""That a node's clock may be from the others'."""
+"""Allowed difference of a node's clock from the others'."""
 
 
 @dataclass(frozen=True, slots=True)
 class CollectiveResult:
-    """As one node tells it."""
+    """Result of the collective check, on one node."""
 
     findings: list[Finding]
-    """About itself."""
+    """Findings about this node."""
     problem: str = ""
-    """Of all together; empty where there is none."""
+    """Problem of all nodes together; empty: none."""
     others: dict[str, str] = field(default_factory=dict)
-    """Reasons by name of other nodes that are bad; on the head alone."""
+    """Reasons by name for other bad nodes; only on the head."""
 
 
 def check_collective(
     head: str, interface: str | None, run_id: str, wait_seconds: int, attendance: Attendance, secret: str = ""
 ) -> CollectiveResult:
-    """`head`, `interface`: as on the command line. Gives up a while after wait_seconds for the others, whatever hangs.
+    """Run the check. `head`, `interface`: as on the command line. Gives up some time after wait_seconds, whatever hangs.
 
-    `secret`: equal on all nodes; empty: whoever knows the run id takes part.
+    `secret`: equal on all nodes; empty: the run id suffices to take part.
     """
     outcomes: list[CollectiveResult] = []
 
@@ -92,7 +92,7 @@ def _take_part(place: Meeting, chosen: str | None, attendance: Attendance, secre
 
 
 class Table:
-    """What the nodes tell each other through the head's store, under their numbers in the order in which they come."""
+    """Messages that the nodes exchange through the head's store, by node number in order of arrival."""
 
     def __init__(self, store: "Store", is_head: bool, nodes: int) -> None:
         self._store = dist.PrefixStore("doctor", store)
@@ -103,13 +103,13 @@ class Table:
         self._store.set(f"{phase}/{self.number}", text)
 
     def told(self, phase: str, seconds: float) -> dict[int, str]:
-        """By number; of all nodes, or of those that have told in time."""
+        """Messages by number, of all nodes or of those that answered in time."""
         keys = {number: f"{phase}/{number}" for number in range(self._nodes)}
         _wait(lambda: self._store.check(list(keys.values())), seconds)
         return {number: self._store.get(key).decode() for number, key in keys.items() if self._store.check([key])}
 
     def decide(self, phase: str, seconds: float, decide: Callable[[dict[int, str]], NodeVerdict]) -> NodeVerdict:
-        """The head's, on all nodes. `decide`: from what the nodes have told in time."""
+        """The head's decision, on all nodes. `decide`: maps the messages that arrived in time to a decision."""
         key = f"{phase}/decision"
         if self.is_head:
             self._store.set(key, json.dumps(asdict(decide(self.told(phase, seconds)))))
@@ -121,7 +121,7 @@ class Table:
         return dist.PrefixStore("world", self._store)
 
     def leave(self) -> None:
-        """The head is the last: the store ends with it."""
+        """Leave; the head leaves last, because the store ends with it."""
         with suppress(dist.DistError):
             self._store.add("left", 1)
             if self.is_head:
@@ -145,21 +145,21 @@ def _phases(table: Table, seconds: float, attendance: Attendance, own: Peer, gre
     table.tell("sum", wrong)
     decision = table.decide("sum", COLLECTIVE_SECONDS, lambda told: judge_sums(peers, told))
     if dist.is_initialized():
-        dist.destroy_process_group()  # only now that all have answered: nobody's connections are still needed
+        dist.destroy_process_group()  # only once all have answered, so that no connections are needed any more
     ended = _ended(decision, own.name, table.is_head)
     return CollectiveResult([*finding, *_gpus(), *ended.findings], ended.problem, ended.others)
 
 
 def _try_to_add_up(store: "Store", rank: int, world_size: int) -> tuple[list[Finding], str]:
-    """What it took, and what is wrong."""
+    """Finding with the time taken, and a problem."""
     try:
         return [add_up(store, rank, world_size)], ""
-    except RuntimeError as error:  # of gloo: a peer is gone, or does not answer in time
+    except RuntimeError as error:  # from gloo: a peer is gone or does not answer in time
         return [], f"the collective fails: {_first_line(error)}"
 
 
 def add_up(store: "Store", rank: int, world_size: int) -> Finding:
-    """What it took. Leaves the process group as it is. Raises RuntimeError when a peer is gone or late, or sums are wrong."""
+    """All-reduce and time it. Leaves the process group. Raises RuntimeError if a peer is gone or late, or sums are wrong."""
     timeout = timedelta(seconds=COLLECTIVE_SECONDS / 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     ahead = clock_ahead(rank, world_size)
@@ -177,7 +177,7 @@ def add_up(store: "Store", rank: int, world_size: int) -> Finding:
 
 
 def clock_ahead(rank: int, world_size: int) -> float:
-    """Seconds from the median of all clocks to this node's: the least of some, as a node that stands still looks late."""
+    """Seconds from the median of all clocks to this node's: the least of several, because a paused node looks late."""
     found = []
     for _ in range(_REPEATS):
         dist.barrier()
@@ -188,7 +188,7 @@ def clock_ahead(rank: int, world_size: int) -> float:
 
 
 def _add_numbers(rank: int, world_size: int) -> float:
-    """Seconds that the sum of all ranks takes; float32 holds it exactly up to some thousand ranks."""
+    """Seconds of an all-reduce whose sum float32 represents exactly up to some thousand ranks."""
     pattern = (torch.arange(_NUMBERS) % 97).float()
     numbers = pattern * (rank + 1)
     seconds = _timed(lambda: dist.all_reduce(numbers))
@@ -210,12 +210,12 @@ def _failed(text: str) -> CollectiveResult:
 def _gpus() -> list[Finding]:
     if not torch.cuda.device_count():
         return []
-    return [Finding("NCCL", "not tried: the nodes have met by gloo, on the CPU")]
+    return [Finding("NCCL", "not tested: the nodes communicated by gloo, on the CPU")]
 
 
 @contextmanager
 def _canary(directory: Path | None) -> Iterator[str | None]:
-    """The path of a file that is there for the while."""
+    """Context with a temporary file in the directory, whose path is yielded."""
     if directory is None:
         yield None
         return

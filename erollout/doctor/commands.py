@@ -1,4 +1,4 @@
-"""`erollout doctor`: what this machine and environment are like, what is wrong with them, and how to mend it."""
+"""`erollout doctor`: checks of this machine and environment, with a fix for each problem."""
 
 import argparse
 import os
@@ -19,22 +19,26 @@ if TYPE_CHECKING:
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `doctor` to the command line. Its exit status: 0 training could start, 1 it could not."""
-    parser = commands.add_parser("doctor", help="look at this machine and environment, and say what is wrong")
+    """Add `doctor` to the command line. Its exit status: 0: training could start; 1: it could not."""
+    parser = commands.add_parser("doctor", help="check this machine and environment, and report problems")
     kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--node", action="store_true", help="the quick checks of a node before a job, one line for each")
-    kinds.add_argument("--collective", action="store_true", help="meet the other nodes of a job; give the same command on each")
-    parser.add_argument("--config", help="YAML file: also check what this run needs")
-    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="this machine must have so many GPUs, idle")
+    kinds.add_argument("--node", action="store_true", help="quick checks of a node before a job, one line per finding")
+    kinds.add_argument(
+        "--collective",
+        action="store_true",
+        help="check communication with the other nodes of a job; give the same command on each",
+    )
+    parser.add_argument("--config", help="YAML file: also check the requirements of this run")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="number of idle GPUs that this machine must have")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     meeting = parser.add_argument_group("with --collective")
-    meeting.add_argument("--nodes", type=int, metavar="N", help="so many nodes, one process on each")
-    meeting.add_argument("--head", metavar="HOST[:PORT]", help="node where all meet; default of PORT: derived from the run id")
-    meeting.add_argument("--run-id", help="equal on all nodes, and unlike that of other runs")
-    meeting.add_argument("--interface", metavar="NAME", help="network interface; default: the one towards the head")
-    meeting.add_argument("--wait", type=int, default=120, metavar="SECONDS", help="for the other nodes")
-    meeting.add_argument("--expect", default="", metavar="NAME,NAME", help="the nodes' names, to say who does not come")
-    meeting.add_argument("--shared", type=Path, metavar="DIRECTORY", help="that all nodes must see")
+    meeting.add_argument("--nodes", type=int, metavar="N", help="number of nodes, with one process on each")
+    meeting.add_argument("--head", metavar="HOST[:PORT]", help="rendezvous node; default of PORT: derived from the run id")
+    meeting.add_argument("--run-id", help="run id, equal on all nodes and different from other runs")
+    meeting.add_argument("--interface", metavar="NAME", help="network interface; default: the one on the route to the head")
+    meeting.add_argument("--wait", type=int, default=120, metavar="SECONDS", help="time to wait for the other nodes")
+    meeting.add_argument("--expect", default="", metavar="NAME,NAME", help="names of the nodes, to report the missing ones")
+    meeting.add_argument("--shared", type=Path, metavar="DIRECTORY", help="directory that all nodes must share")
     add_overrides(parser)
     parser.set_defaults(run=_run)
 
@@ -59,7 +63,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _name() -> str:
-    """Of this node: the scheduler's, by which it can be left out, else its own."""
+    """This node's name: the scheduler's, by which it can be excluded, else its own."""
     return variable("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -89,7 +93,7 @@ def _machine(config: Config | None, gpus: int) -> Iterator[Finding]:
     yield from _hardware(found, trouble, gpus)
     yield from _surroundings(config)
     if not could_start(packages):
-        yield Finding("kernels", "not looked at, nor the configuration: the packages come first")
+        yield Finding("kernels", "not checked, nor the configuration: fix the packages first")
         return
     if config is None:
         yield from check_kernels(num_gpus=len(found))
@@ -99,7 +103,7 @@ def _machine(config: Config | None, gpus: int) -> Iterator[Finding]:
 
 
 def _gpus(are_wanted: bool) -> "tuple[list[Gpu], Finding | None]":
-    """Those that are there, and what is wrong with the driver."""
+    """The GPUs found, and a problem of the driver, if any."""
     from erollout.doctor.gpus import driver_trouble, find_gpus
 
     try:
@@ -131,13 +135,13 @@ def _surroundings(config: Config | None) -> Iterator[Finding]:
 
 
 def _run_of(config: Config) -> Iterator[Finding]:
-    """What this run needs beyond a machine that is fit."""
+    """Checks of the run's requirements beyond a working machine."""
     from erollout.doctor.storage import check_store
 
     store = [check_store(config.tracking, config.train.output_dir)] if config.tracking.enabled else []
     yield from store
     checked = _preflight(config)
-    if checked.text not in [finding.text for finding in store]:  # it looks at the store too
+    if checked.text not in [finding.text for finding in store]:  # includes a check of the store
         yield checked
 
 
@@ -148,11 +152,11 @@ def _preflight(config: Config) -> Finding:
         preflight(config)
     except UserError as error:
         return Finding("configuration", str(error), "error")
-    return Finding("configuration", "model, layouts, tokenizer, data, scorer and paths are as a run needs them")
+    return Finding("configuration", "model, layouts, tokenizer, data, scorer and paths are valid")
 
 
 def _output(config: Config | None) -> Path:
-    """Where a run writes; without a configuration, here."""
+    """Directory that the run writes to; without a configuration, the current one."""
     return Path(config.train.output_dir if config else ".")
 
 
@@ -163,7 +167,7 @@ def _meet(options: argparse.Namespace) -> int:
     for name in ("nodes", "wait"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} = {getattr(options, name)}; it must be at least 1")
-    set_default("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a node that leaves early shows as stack traces of the others
+    set_default("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a node that leaves early causes stack traces on the others
     from erollout.doctor.collective import check_collective
     from erollout.doctor.judgement import Attendance
     from erollout.launch.secret import given_secret

@@ -1,4 +1,4 @@
-"""The processor, memory and its limit, and how fast memory is."""
+"""Checks of processor, memory, memory limit and memory bandwidth."""
 
 import os
 import platform
@@ -14,15 +14,15 @@ from erollout.environment import variable
 
 _SHOWN_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _COPY_BYTES = 64 * 2**20
-"""More than the caches of most CPUs."""
+"""Size of the copied block, larger than the caches of most CPUs."""
 _COPIES, _COPY_SECONDS = 5, 0.3
-"""At least."""
+"""Least number of copies and least total seconds."""
 SLOW_BANDWIDTH = 1e9
-"""Bytes/s, read and written, below which something is wrong with a node."""
+"""Bytes/s, read and written, below which a node counts as faulty."""
 
 
 def check_cpu() -> Iterator[Finding]:
-    """Cores are those that this process may use."""
+    """Check the CPU. Cores are those that this process may use."""
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     flags, model = processor()
     known = [flag for flag in _SHOWN_FLAGS if flag in flags]
@@ -35,19 +35,19 @@ def check_cpu() -> Iterator[Finding]:
         yield Finding("OMP_NUM_THREADS", f"{threads}, on {cores} cores", "warning", fix)
     machine = os.cpu_count() or cores
     if load > 1.5 * machine:
-        text = f"{load:.1f} on {machine} cores: others compute here"
+        text = f"{load:.1f} on {machine} cores: other processes compute here"
         yield Finding("load", text, "warning", "the run will be slow until they end")
 
 
 def check_cores(cores: int, ranks: int) -> Iterator[Finding]:
-    """Cores that this process may use, for so many ranks of GPUs."""
+    """Check the number of usable cores for `ranks` ranks with GPUs."""
     if cores < ranks:
-        fix = "ask the scheduler for more (cpus_per_task of the site file): one core for each rank at least"
-        yield Finding("cores", f"{cores} to be used, by {ranks} ranks", "error", fix)
+        fix = "request more from the scheduler (cpus_per_task of the site file): at least one core per rank"
+        yield Finding("cores", f"{cores} usable by {ranks} ranks", "error", fix)
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[set[str], str]:
-    """Instruction sets and model name; empty and the architecture where the system does not say."""
+    """Instruction sets and model name; if unknown, no instruction sets and the architecture."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -63,7 +63,7 @@ def _memory() -> str:
 
 
 def memory_limit(own: Path, root: Path) -> int | None:
-    """Bytes that the control groups of this process allow (a scheduler sets them); None where there is no limit."""
+    """Memory limit in bytes from the control groups of this process, as set by a scheduler; None: no limit."""
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
@@ -86,20 +86,20 @@ def _limit(file: Path) -> int | None:
 
 
 def memory_bandwidth() -> float:
-    """Bytes/s that one thread reads and writes in a copy: the best of some, in its own time on the processor."""
+    """Bytes/s that one thread reads and writes in a copy: the best of several, in the thread's CPU time."""
     source = np.ones(_COPY_BYTES, np.uint8)
-    target = source.copy()  # touched, as page faults would be measured otherwise
+    target = source.copy()  # touched first, so that page faults are not measured
     times: list[float] = []
     end = time.perf_counter() + _COPY_SECONDS
     while time.perf_counter() < end or len(times) < _COPIES:
-        start = time.thread_time()  # does not run on while other processes have the core
+        start = time.thread_time()  # excludes time in which other processes have the core
         np.copyto(target, source)
         times.append(time.thread_time() - start)
     return 2 * _COPY_BYTES / min(times)
 
 
 def check_bandwidth(bandwidth: float, strict: bool = False) -> Finding:
-    """In bytes/s. `strict`: too little is an error, else a warning."""
+    """Check a bandwidth in bytes/s. `strict`: too little is an error instead of a warning."""
     text = f"{bandwidth / 1e9:.1f} GB/s, read and written by one thread"
     if bandwidth < SLOW_BANDWIDTH:
         text += f"; at least {SLOW_BANDWIDTH / 1e9:.1f} is expected"

@@ -1,4 +1,4 @@
-"""GPUs and the links between them, as nvidia-smi tells of them. Loads no torch."""
+"""GPUs and the links between them, from nvidia-smi. Does not load torch."""
 
 import re
 import subprocess
@@ -10,10 +10,10 @@ from erollout.doctor.report import Finding
 from erollout.environment import variable
 
 _COMMAND_SECONDS = 30
-"""Where the driver does not stay loaded, it starts every GPU anew for each question."""
+"""Time limit of nvidia-smi: a driver that is not persistent initialises every GPU for each query."""
 _FIELDS = "index,uuid,name,memory.total,memory.used,driver_version"
 _IDLE_MIB = 1024
-"""The driver itself holds some hundred MiB of a GPU that nobody uses."""
+"""Memory use below which a GPU counts as idle: the driver itself takes some hundred MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Gpu:
     used_mib: int
     driver: str
     holders: tuple[str, ...] = ()
-    """Processes on it, as far as they can be seen from here."""
+    """Processes on it, as far as they are visible from here."""
 
     @property
     def facts(self) -> str:
@@ -33,7 +33,7 @@ class Gpu:
 
 
 def nvidia_smi(*arguments: str) -> str:
-    """What it prints; nothing where it is missing. Raises OSError or SubprocessError when it fails or hangs."""
+    """Output of nvidia-smi; empty if it is missing. Raises OSError or SubprocessError if it fails or hangs."""
     command = ["nvidia-smi", *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=True).stdout
@@ -42,20 +42,20 @@ def nvidia_smi(*arguments: str) -> str:
 
 
 def find_gpus() -> list[Gpu]:
-    """Those that a process here would see. Raises as nvidia_smi does."""
+    """GPUs visible to a process here. Raises as nvidia_smi."""
     table = nvidia_smi(f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits")
     processes = nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name", "--format=csv,noheader") if table else ""
     return visible(parse_gpus(table, parse_holders(processes)), variable("CUDA_VISIBLE_DEVICES"))
 
 
 def parse_gpus(text: str, holders: dict[str, tuple[str, ...]]) -> list[Gpu]:
-    """Of `--query-gpu=<_FIELDS> --format=csv,noheader,nounits`. A figure that the driver does not give ("[N/A]") is 0."""
+    """Parse `--query-gpu=<_FIELDS> --format=csv,noheader,nounits`. A value that the driver lacks ("[N/A]") is 0."""
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
     return [Gpu(row[0], row[1], row[2], _whole(row[3]), _whole(row[4]), row[5], holders.get(row[1], ())) for row in rows]
 
 
 def parse_holders(text: str) -> dict[str, tuple[str, ...]]:
-    """Processes by the GPU's uuid, of `--query-compute-apps=gpu_uuid,pid,process_name --format=csv,noheader`."""
+    """Processes by GPU uuid, from `--query-compute-apps=gpu_uuid,pid,process_name --format=csv,noheader`."""
     holders: dict[str, tuple[str, ...]] = {}
     for line in filter(str.strip, text.splitlines()):
         uuid, pid, name = (cell.strip() for cell in line.split(",", 2))
@@ -64,7 +64,7 @@ def parse_holders(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def visible(gpus: Iterable[Gpu], allowed: str | None) -> list[Gpu]:
-    """Those that CUDA_VISIBLE_DEVICES leaves; nvidia-smi shows them all."""
+    """GPUs allowed by CUDA_VISIBLE_DEVICES; nvidia-smi shows all."""
     if allowed is None:
         return list(gpus)
     names = [name.strip() for name in allowed.split(",")]
@@ -72,16 +72,16 @@ def visible(gpus: Iterable[Gpu], allowed: str | None) -> list[Gpu]:
 
 
 def driver_trouble(error: Exception, is_error: bool) -> Finding:
-    """No error where no GPUs are wanted: a node without them may have the driver's programs."""
+    """Finding for a failed driver. No error if no GPUs are wanted: a node without GPUs may have the driver's programs."""
     text = f"nvidia-smi fails: {getattr(error, 'stdout', None) or error}"
-    fix = "look at the driver (dmesg, nvidia-smi), or leave this node out"
+    fix = "check the driver (dmesg, nvidia-smi), or exclude this node"
     return Finding("GPUs", text, "error" if is_error else "warning", fix)
 
 
 def check_gpus(gpus: Sequence[Gpu], wanted: int = 0) -> Iterator[Finding]:
-    """`wanted`: so many at least must be there, and then one that is in use is an error, else a warning."""
+    """Check the GPUs. `wanted`: least number; if it is not 0, a GPU in use is an error instead of a warning."""
     if len(gpus) < wanted:
-        yield Finding("GPUs", f"{len(gpus)} visible, {wanted} wanted", "error", "look at CUDA_VISIBLE_DEVICES and the driver")
+        yield Finding("GPUs", f"{len(gpus)} visible, {wanted} wanted", "error", "check CUDA_VISIBLE_DEVICES and the driver")
     elif not gpus:
         yield Finding("GPUs", "none: training runs on the CPU")
     for facts, number in Counter(gpu.facts for gpu in gpus).items():
@@ -94,16 +94,16 @@ def check_gpus(gpus: Sequence[Gpu], wanted: int = 0) -> Iterator[Finding]:
 
 
 def check_links() -> Finding:
-    """How the GPUs are connected: the kinds of link between two of them, and how many pairs have each."""
+    """Links between GPUs: kinds of link, with the number of pairs of each."""
     try:
         kinds = parse_links(nvidia_smi("topo", "-m"))
     except (OSError, subprocess.SubprocessError) as error:
-        return Finding("GPU links", f"nvidia-smi topo fails: {error}", "warning", "look at the driver")
+        return Finding("GPU links", f"nvidia-smi topo fails: {error}", "warning", "check the driver")
     return Finding("GPU links", ", ".join(f"{kind} between {number} pairs" for kind, number in kinds.items()) or "not known")
 
 
 def parse_links(text: str) -> Counter[str]:
-    """Of `topo -m`: a row and a column for each GPU, then those of network cards. NV18: 18 NVLinks; SYS and the like: PCIe."""
+    """Parse `topo -m`: a row and a column per GPU, then those of network cards. NV18: 18 NVLinks; SYS and the like: PCIe."""
     lines = [line.split() for line in re.sub(r"\x1b\[\d*m", "", text).splitlines()]
     rows = [cells[1:] for cells in lines if cells and re.fullmatch(r"GPU\d+", cells[0]) and "X" in cells]
     return Counter(row[column] for index, row in enumerate(rows) for column in range(index + 1, len(rows)))

@@ -1,4 +1,4 @@
-"""What the head makes of what the nodes tell it: whether to go on, and who is bad. Pure."""
+"""The head's decisions from the nodes' messages: whether to continue, and which nodes are bad. Pure."""
 
 import json
 from collections import Counter
@@ -13,47 +13,47 @@ _SHOWN_PAIRS = 8
 
 @dataclass(frozen=True, slots=True)
 class NodeVerdict:
-    """Of the head, for all nodes."""
+    """Decision of the head for all nodes."""
 
     problem: str = ""
-    """One line; empty: go on."""
+    """Problem in one line; empty: continue."""
     bad: dict[str, str] = field(default_factory=dict)
-    """Reasons by name, of those who are known to be bad."""
+    """Reasons by name, for nodes known to be bad."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attendance:
-    """What a node is called, and whom it expects."""
+    """A node's name and the nodes that it expects."""
 
     name: str
     nodes: int
     expected: tuple[str, ...] = ()
-    """Names; none where they are not known."""
+    """Names of the expected nodes; empty: unknown."""
     shared: Path | None = None
-    """A directory that all must see."""
+    """Directory that all nodes must share."""
 
 
 def judge_arrivals(names: Sequence[str], head: str, attendance: Attendance, seconds: float) -> NodeVerdict:
-    """`names`: of those that came in time. `head`: the name of the head."""
+    """Decide who has arrived. `names`: nodes that arrived in time. `head`: name of the head."""
     twice = [name for name, count in Counter(map(_short, names)).items() if count > 1]
     if twice:
-        return NodeVerdict(f"{', '.join(twice)} came more than once; start one process on each node")
+        return NodeVerdict(f"{', '.join(twice)} arrived more than once; start one process on each node")
     strangers = [name for name in names if attendance.expected and not _among(name, attendance.expected)]
     if strangers:
-        return NodeVerdict(f"{', '.join(strangers)} came, and expected are {', '.join(attendance.expected)}")
+        return NodeVerdict(f"{', '.join(strangers)} arrived, but expected are {', '.join(attendance.expected)}")
     if len(names) == attendance.nodes:
         return NodeVerdict()
-    problem = f"{len(names)} of {attendance.nodes} nodes came within {seconds:g} s: {', '.join(names)}"
+    problem = f"{len(names)} of {attendance.nodes} nodes arrived within {seconds:g} s: {', '.join(names)}"
     if len(names) == 1 and attendance.nodes > 2:
-        return NodeVerdict(problem, {head: "none of the others came: is its port closed to them?"})
+        return NodeVerdict(problem, {head: "none of the others arrived: is its port closed to them?"})
     missing = [name for name in attendance.expected if not _among(name, names)]
-    return NodeVerdict(problem, {name: f"did not come within {seconds:g} s" for name in missing})
+    return NodeVerdict(problem, {name: f"did not arrive within {seconds:g} s" for name in missing})
 
 
 def judge_reach(peers: Sequence[Peer], told: Mapping[int, str], shared: Path | None) -> NodeVerdict:
-    """`told`: by number, whom a node does not reach and whether it sees the head's file in the shared directory."""
+    """Decide who is reachable. `told`: by number, peers that a node can't reach, and whether it sees the head's file."""
     reports = {number: json.loads(text) for number, text in told.items()}
-    bad = {peer.name: "came, and then was silent" for number, peer in enumerate(peers) if number not in reports}
+    bad = {peer.name: "arrived, and then did not answer" for number, peer in enumerate(peers) if number not in reports}
     failed = {(number, to) for number, report in reports.items() for to in report["unreached"] if to in reports}
     for group in suspects(failed):
         for number in sorted(group):
@@ -68,8 +68,8 @@ def judge_reach(peers: Sequence[Peer], told: Mapping[int, str], shared: Path | N
 
 
 def judge_sums(peers: Sequence[Peer], told: Mapping[int, str]) -> NodeVerdict:
-    """`told`: by number, what went wrong; nothing where nothing did. What goes wrong for many is the fault of nobody known."""
-    silent = {peer.name: "is silent in the collective" for number, peer in enumerate(peers) if number not in told}
+    """Decide on the all-reduce. `told`: problems by number; empty: none. A problem of many nodes is blamed on none."""
+    silent = {peer.name: "did not answer in the collective" for number, peer in enumerate(peers) if number not in told}
     wrong = {peers[number].name: text for number, text in told.items() if text}
     few = wrong if 2 * len(wrong) < len(peers) and not silent else {}
     return NodeVerdict("; ".join(_sentences(wrong) + _sentences(silent)), silent | few)
@@ -84,5 +84,5 @@ def _among(name: str, names: Sequence[str]) -> bool:
 
 
 def _short(name: str) -> str:
-    """Schedulers say n1 where the node itself says n1.cluster."""
+    """Host name without the domain: schedulers use n1 for n1.cluster."""
     return name.partition(".")[0]

@@ -1,4 +1,4 @@
-"""The device that torch computes on and the kernels that decode there. Loads torch when it is called."""
+"""Torch's device and its decode kernels. Loads torch when called."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from erollout.errors import UserError
 
 
 def check_kernels(kernels: str = "auto", dtype: str = "bfloat16", num_gpus: int = 0) -> Iterator[Finding]:
-    """`kernels`, `dtype`: rollout.kernels and rollout.dtype. `num_gpus`: that the driver shows."""
+    """Check device and kernels. `kernels`, `dtype`: rollout.kernels and rollout.dtype. `num_gpus`: GPUs shown by the driver."""
     import torch
 
     from erollout.engine.model.linear import resolve_linear_kernel
@@ -32,7 +32,7 @@ def _native_kernels() -> Iterator[Finding]:
 
     reason = native.why_unavailable()
     if reason is None:
-        yield Finding("native kernels", "built of these sources, and run on this processor")
+        yield Finding("native kernels", "built from these sources, and usable on this processor")
     else:
         yield Finding("native kernels", reason, "warning", "rollouts run without them, slower")
 

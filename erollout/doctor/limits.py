@@ -1,4 +1,4 @@
-"""Limits of this process, which those that it starts inherit, and whether its clock is kept."""
+"""Resource limits of this process, which its children inherit, and clock synchronisation."""
 
 import ctypes
 import resource
@@ -7,22 +7,22 @@ from collections.abc import Iterator
 from erollout.doctor.report import Finding
 
 _LEAST = {"open files": (resource.RLIMIT_NOFILE, 4096, "-n"), "processes": (resource.RLIMIT_NPROC, 4096, "-u")}
-"""Ranks hold a connection to every other one and a thread for each worker; Debian's own limit of 1024 files is soon reached."""
+"""Least limits: ranks have connections to all others and a thread per worker; Debian's limit of 1024 files is soon reached."""
 _WHERE = "in the shell that starts or submits the run (Slurm passes its limits on), or in /etc/security/limits.d"
 _CLOCK_ERROR = 5
 _TIMEX_BYTES = 256
-"""At least the size of the kernel's struct timex."""
+"""Buffer size, at least that of the kernel's struct timex."""
 
 
 def check_limits(has_fabric: bool) -> Iterator[Finding]:
-    """`has_fabric`: there are InfiniBand or RoCE cards, whose memory must be locked."""
+    """Check the limits. `has_fabric`: there are InfiniBand or RoCE cards, whose memory must be locked."""
     values = {name: resource.getrlimit(limit)[0] for name, (limit, _, _) in _LEAST.items()}
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     yield from describe_limits(values, locked, has_fabric)
 
 
 def describe_limits(values: dict[str, int], locked: int, has_fabric: bool) -> Iterator[Finding]:
-    """`locked` in bytes."""
+    """Findings on limits; `locked` in bytes."""
     memory = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked / 2**20:.0f} MiB"
     yield Finding(
         "limits", ", ".join([*(f"{name} {_shown(value)}" for name, value in values.items()), f"locked memory {memory}"])
@@ -36,12 +36,12 @@ def describe_limits(values: dict[str, int], locked: int, has_fabric: bool) -> It
 
 
 def check_clock() -> Finding:
-    """Whether the kernel's clock is kept by a time server, as it says itself. Changes nothing."""
+    """Check whether the kernel's clock is synchronised to a time server. Changes nothing."""
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
     if state == _CLOCK_ERROR:
-        fix = "start chronyd or systemd-timesyncd: nodes tell by their clocks since when another one is silent"
-        return Finding("clock", "not kept by a time server, says the kernel", "warning", fix)
-    return Finding("clock", "kept by a time server" if state >= 0 else "not known")
+        fix = "start chronyd or systemd-timesyncd: nodes use their clocks to tell how long another one is silent"
+        return Finding("clock", "not synchronised to a time server", "warning", fix)
+    return Finding("clock", "synchronised to a time server" if state >= 0 else "not known")
 
 
 def _shown(limit: int) -> str:

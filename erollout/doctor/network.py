@@ -1,4 +1,4 @@
-"""Interfaces, the one that ranks of several nodes would meet on, InfiniBand and RoCE cards, and free ports."""
+"""Interfaces, the one that ranks of several nodes would use, InfiniBand and RoCE cards, and free ports."""
 
 import socket
 import time
@@ -20,7 +20,7 @@ _FABRIC = Path("/sys/class/infiniband")
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _SOCKETS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _ELSEWHERE = "198.51.100.1"
-"""An address of nobody (RFC 5737), to ask for the way out; nothing is sent there."""
+"""An unassigned address (RFC 5737) for finding the default route; nothing is sent there."""
 _SLOW_LOOKUP_SECONDS = 1.0
 
 
@@ -29,16 +29,16 @@ class Interface:
     name: str
     address: str
     mbit: int
-    """Speed in Mbit/s; 0 where the driver does not say."""
+    """Speed in Mbit/s; 0: unknown."""
     is_card: bool
-    """Not one that software makes up, as bridges are."""
+    """Whether it is a hardware interface, not a virtual one such as a bridge."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.address}" + (f" ({self.mbit / 1000:g} Gbit/s)" if self.mbit else "")
 
 
 def found_interfaces() -> list[Interface]:
-    """Those that are up and have an IPv4 address."""
+    """Interfaces that are up and have an IPv4 address."""
     states = psutil.net_if_stats()
     return [
         Interface(name, address, max(states[name].speed, 0), Path(f"/sys/class/net/{name}/device").exists())
@@ -59,29 +59,29 @@ def check_network() -> Iterator[Finding]:
 
 
 def way_out() -> str | None:
-    """The interface towards other networks; None where there is none."""
+    """The interface of the default route; None: there is none."""
     with suppress(UserError):
         return interface_with(address_towards(_ELSEWHERE))
     return None
 
 
 def check_way_out(name: str | None, found: list[Interface]) -> Iterator[Finding]:
-    """Which interface ranks of several nodes would take, and whether there is a faster one."""
+    """Check which interface ranks of several nodes would use, and whether there is a faster one."""
     chosen = next((interface for interface in found if interface.name == name), None)
-    rule = "launchers take the interface towards the head, or --interface"
+    rule = "launchers use the interface on the route to the head, or --interface"
     if chosen is None:
-        yield Finding("ranks meet on", f"this machine alone: it has no way to other networks; {rule}")
+        yield Finding("ranks meet on", f"only this machine: it has no route to other networks; {rule}")
         return
-    yield Finding("ranks meet on", f"{chosen.name}, {chosen.address}, on the way out; {rule}")
+    yield Finding("ranks meet on", f"{chosen.name}, {chosen.address}, on the default route; {rule}")
     faster = [interface for interface in found if interface.is_card and 0 < chosen.mbit < interface.mbit]
     if faster:
         best = max(faster, key=lambda interface: interface.mbit)
-        text = f"{best} is faster than {chosen}, which ranks may meet on"
-        yield Finding("interfaces", text, "warning", f"where all nodes have it: --interface {best.name}")
+        text = f"{best} is faster than {chosen}, which ranks may use"
+        yield Finding("interfaces", text, "warning", f"if all nodes have it, give --interface {best.name}")
 
 
 def check_choice(name: str, chosen: str | None, found: Mapping[str, str]) -> Iterator[Finding]:
-    """What the user has set: gloo takes names, NCCL also beginnings of names, or all but some (^)."""
+    """Check an interface set by the user: gloo takes names, NCCL also prefixes of names, or exclusions (^)."""
     if chosen is None:
         return
     missing = [part for part in chosen.lstrip("=").split(",") if not any(known.startswith(part) for known in found)]
@@ -93,7 +93,7 @@ def check_choice(name: str, chosen: str | None, found: Mapping[str, str]) -> Ite
 
 
 def check_own_name(host: str) -> Finding:
-    """Every rank looks names up when it starts: a name server that is gone costs seconds each time."""
+    """Check name resolution: every rank looks names up at start, and a missing name server costs seconds each time."""
     start = time.monotonic()
     try:
         address = socket.gethostbyname(host)
@@ -101,16 +101,16 @@ def check_own_name(host: str) -> Finding:
         address = ""
     seconds = time.monotonic() - start
     if seconds > _SLOW_LOOKUP_SECONDS:
-        text = f"{host} takes {seconds:.0f} s to be looked up"
-        return Finding("own name", text, "warning", "put it in /etc/hosts, or look at the name servers in /etc/resolv.conf")
+        text = f"{host} takes {seconds:.0f} s to resolve"
+        return Finding("own name", text, "warning", "put it in /etc/hosts, or check the name servers in /etc/resolv.conf")
     if not address:
         return Finding("own name", f"{host} has no address", "warning", "put it in /etc/hosts")
     loopback = "; as --head of several nodes give an address" if address.startswith("127.") else ""
-    return Finding("own name", f"{host} stands for {address}{loopback}")
+    return Finding("own name", f"{host} resolves to {address}{loopback}")
 
 
 def check_fabric(root: Path) -> Finding:
-    """InfiniBand and RoCE cards as the kernel lists them, cards with the same state together."""
+    """InfiniBand and RoCE cards listed by the kernel, grouped by state."""
     names: dict[str, list[str]] = {}
     for port in sorted(root.glob("*/ports/*")):
         layer, state, rate = (_read(port / name) for name in ("link_layer", "state", "rate"))
@@ -119,7 +119,7 @@ def check_fabric(root: Path) -> Finding:
         names.setdefault(text, []).append(f"{port.parent.parent.name}:{port.name}")
     text = "; ".join(f"{', '.join(ports)}: {state}" for state, ports in names.items())
     if names and not any(state.endswith(", active") for state in names):
-        fix = "look at cables and the subnet manager (ibstat); NCCL goes through sockets until then"
+        fix = "check cables and the subnet manager (ibstat); until then NCCL uses sockets"
         return Finding("InfiniBand, RoCE", f"no port is active: {text}", "warning", fix)
     return Finding("InfiniBand, RoCE", text or "none")
 
@@ -129,7 +129,7 @@ def has_fabric(root: Path = _FABRIC) -> bool:
 
 
 def check_ports() -> Finding:
-    """The ranks of one machine meet on any free port; nodes on one below those that the system hands out."""
+    """Check ports: ranks of one machine use any free port; nodes meet on one below those of outgoing connections."""
     try:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
@@ -147,12 +147,12 @@ def check_ports() -> Finding:
 
 
 def parse_ports(table: str) -> set[int]:
-    """Local ports of a table as /proc/net/tcp."""
+    """Local ports in a table like /proc/net/tcp."""
     return {int(line.split()[1].rpartition(":")[2], 16) for line in table.splitlines()[1:] if line.strip()}
 
 
 def _read(file: Path) -> str:
-    """Empty where it is not there."""
+    """Content of a file; empty if it is missing."""
     try:
         return file.read_text().strip()
     except OSError:

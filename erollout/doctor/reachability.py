@@ -1,4 +1,4 @@
-"""Which nodes of a run reach which, on ports like those of their data, and who is to blame where some do not."""
+"""Reachability between the nodes of a job on data ports, and which nodes are to blame for failures."""
 
 import socket
 import threading
@@ -15,7 +15,7 @@ _GREETING_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A node that came, and where it listens."""
+    """An arrived node and its listening address."""
 
     name: str
     address: str
@@ -24,7 +24,7 @@ class Peer:
 
 @contextmanager
 def answering(address: str, greeting: bytes) -> Iterator[int]:
-    """Greets whoever connects to the address, on any free port, which is given."""
+    """Context that greets all connections to the address on a free port, which is yielded."""
     assert len(greeting) == _GREETING_BYTES
     with socket.socket() as listener:
         listener.bind((address, 0))
@@ -46,7 +46,7 @@ def _greet(listener: socket.socket, greeting: bytes) -> None:
 
 
 def unreached(peers: Sequence[Peer], greeting: bytes) -> list[int]:
-    """Indices of the peers that do not greet in time."""
+    """Indices of the peers that do not answer in time."""
     with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
         greets = list(pool.map(lambda peer: _greets(peer, greeting), peers))
     return [index for index, greeted in enumerate(greets) if not greeted]
@@ -61,13 +61,13 @@ def _greets(peer: Peer, greeting: bytes) -> bool:
 
 
 def suspects(failed: set[tuple[int, int]]) -> list[set[int]]:
-    """Nodes that explain all pairs (from, to) which don't connect, those in most pairs first. A set of several: it is one of
-    them, and can't be known which.
+    """Nodes that explain all failed pairs (from, to), those in most pairs first. A set of several means that it is one of them,
+    but unknown which.
     """
     left, found = set(failed), []
     while left:
         pairs = Counter(node for pair in left for node in set(pair))
-        # Of two in as many pairs, the one that others fail to reach: a closed port is likelier than a closed way out.
+        # of two in equally many pairs, the one that others can't reach: a closed port is likelier than blocked outgoing traffic
         reached = Counter(to for _, to in left)
         most = max((pairs[node], reached[node]) for node in pairs)
         group = {node for node in pairs if (pairs[node], reached[node]) == most}

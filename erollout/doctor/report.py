@@ -1,4 +1,4 @@
-"""What the doctor found, as a page, as JSON, and as the lines that a batch script reads. Pure."""
+"""The doctor's findings as a page, as JSON, and as lines for a batch script. Pure."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 Level = Literal["ok", "warning", "error"]
-"""error: training could not start, or not on this node."""
+"""Severity of a finding; error: training could not start, or not on this node."""
 FINGERPRINT = "fingerprint"
 
 
@@ -16,7 +16,7 @@ class Finding:
     text: str
     level: Level = "ok"
     fix: str = ""
-    """What the user can do about it; empty where nothing is wrong."""
+    """What the user can do about it; empty if nothing is wrong."""
 
 
 def could_start(findings: Sequence[Finding]) -> bool:
@@ -24,7 +24,7 @@ def could_start(findings: Sequence[Finding]) -> bool:
 
 
 def page(findings: Sequence[Finding]) -> str:
-    """What is as it should be in columns, then what is wrong with its fix, errors first, then the verdict."""
+    """Good findings in columns, then problems with their fixes, errors first, then the verdict."""
     good = [finding for finding in findings if finding.level == "ok"]
     wrong = sorted((finding for finding in findings if finding.level != "ok"), key=lambda finding: finding.level)
     width = max((len(finding.topic) for finding in good), default=0)
@@ -40,13 +40,13 @@ def as_json(host: str, findings: Sequence[Finding]) -> str:
 
 
 def node_lines(host: str, findings: Sequence[Finding]) -> str:
-    """One line for each finding; the last one is `node HOST ok` or `node HOST bad: reason`."""
+    """One line per finding; the last one is `node HOST ok` or `node HOST bad: reason`."""
     reason = "; ".join(f"{finding.topic}: {_one_line(finding.text)}" for finding in findings if finding.level == "error")
     return "\n".join([*map(_line, findings), f"node {host} bad: {reason}" if reason else f"node {host} ok"])
 
 
 def meeting_lines(host: str, findings: Sequence[Finding], problem: str, others: Mapping[str, str]) -> str:
-    """As node_lines, after what is wrong with all together and a line for each other node that is known to be bad."""
+    """As node_lines, after the problem of all nodes together and one line per other bad node."""
     known = [f"node {name} bad: {_one_line(reason)}" for name, reason in others.items()]
     return "\n".join([*([f"error: nodes: {_one_line(problem)}"] if problem else []), *known, node_lines(host, findings)])
 

@@ -1,4 +1,4 @@
-"""Slurm and Ray, where they are found."""
+"""Checks of Slurm and Ray, if present."""
 
 import shutil
 import socket
@@ -12,7 +12,7 @@ from erollout.environment import variable
 _ANSWER_SECONDS = 5
 _SHOWN_PARTITIONS = 8
 _RAY_CLUSTER = Path("/tmp/ray/ray_current_cluster")
-"""Where `ray start` notes the address of this machine's cluster."""
+"""File in which `ray start` stores the address of this machine's cluster."""
 
 
 def check_schedulers() -> Iterator[Finding]:
@@ -36,13 +36,13 @@ def check_slurm(sinfo: str | None) -> Finding:
 
 
 def parse_partitions(text: str) -> list[str]:
-    """Of lines `partition allocated/idle/other/total`: idle and all nodes of each; the default one has a star."""
+    """Parse lines `partition allocated/idle/other/total` into idle and total nodes; a star marks the default partition."""
     rows = [line.split() for line in text.splitlines() if line.strip()]
     return [f"{name} {counts.split('/')[1]}/{counts.split('/')[3]}" for name, counts in rows]
 
 
 def check_ray(address: str | None, noted: Path) -> Finding:
-    """`address`: as the user has set it. `noted`: the file where `ray start` writes it."""
+    """Check Ray. `address`: as set by the user. `noted`: file in which `ray start` stores it."""
     try:
         address = noted.read_text().strip() if address in (None, "auto") else address
     except OSError:

@@ -1,4 +1,4 @@
-"""Disk space, a file that is written, renamed and read back, and the tracking store."""
+"""Checks of disk space, of writing, renaming and reading a file, and of the tracking store."""
 
 import os
 import secrets
@@ -19,20 +19,20 @@ from erollout.tracking.address import has_own_store, store_uri, uri_source
 
 _CANARY_BYTES = 64 * 1024
 _ANSWER_SECONDS = 20.0
-"""For a filesystem: a server that is gone blocks whoever asks it."""
+"""Time limit for a filesystem: a missing server blocks every access."""
 _CLOCK_SECONDS = 5.0
-"""That a file's date may be from this machine's: a server keeps its own."""
+"""Allowed difference between a file server's clock and this machine's."""
 OUTPUT_GIB, SHARED_MEMORY_GIB = 1.0, 0.06
-"""Below these a run of any size ends soon; what one needs depends on the model (`train --dry-run`)."""
+"""Free space below which any run soon fails; the actual need depends on the model (`train --dry-run`)."""
 
 
 def existing(directory: Path) -> Path:
-    """The directory, or the nearest one above it that is there."""
+    """The directory, or its nearest existing parent."""
     return next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
 
 
 def check_directory(directory: Path, canary: Callable[[Path], Finding] | None = None) -> Iterator[Finding]:
-    """Space and a canary; the filesystem has some seconds for each."""
+    """Check space and a test file, each with a time limit."""
     yield within(_ANSWER_SECONDS, "disk", lambda: check_space("disk", existing(directory), OUTPUT_GIB))
     yield within(_ANSWER_SECONDS, "filesystem", lambda: (canary or check_canary)(existing(directory)))
 
@@ -51,7 +51,7 @@ def check_space(topic: str, directory: Path, least_gib: float) -> Finding:
 
 
 def check_canary(directory: Path) -> Finding:
-    """What a checkpoint does, in small: write, flush to the disk, rename, read back. Leaves nothing behind."""
+    """Test file that does what a checkpoint does: write, flush, rename, read back. Leaves nothing behind."""
     path = directory / f".erollout-canary-{socket.gethostname()}-{os.getpid()}"
     partial = path.with_name(f"{path.name}.partial")
     contents = secrets.token_bytes(_CANARY_BYTES)
@@ -65,45 +65,43 @@ def check_canary(directory: Path) -> Finding:
         same = path.read_bytes() == contents
     except OSError as error:
         text = f"can't write, rename and read a file in {directory}: {error.strerror}"
-        return Finding("filesystem", text, "error", "choose another directory, or mend its permissions or its mount")
+        return Finding("filesystem", text, "error", "choose another directory, or fix its permissions or its mount")
     finally:
         for left in (partial, path):
             with suppress(OSError):
                 left.unlink(missing_ok=True)
     if not same:
-        return Finding("filesystem", f"a file in {directory} came back changed", "error", "leave this node or disk out")
+        return Finding("filesystem", f"a file in {directory} came back changed", "error", "exclude this node or disk")
     if abs(ahead) > _CLOCK_SECONDS:
         text = f"the clock of {directory} is {ahead:+.0f} s from this machine's"
         return Finding("filesystem", text, "warning", "start chronyd or systemd-timesyncd on both")
-    return Finding("filesystem", f"{directory} ({filesystem(directory)}) takes, renames and gives back files")
+    return Finding("filesystem", f"{directory} ({filesystem(directory)}): files can be written, renamed and read back")
 
 
 def filesystem(directory: Path) -> str:
-    """Its kind: ext4, nfs4, lustre."""
+    """Filesystem type: ext4, nfs4, lustre."""
     mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
     return next((mounts[str(path)] for path in (directory, *directory.parents) if str(path) in mounts), "unknown")
 
 
 def within(seconds: float, topic: str, check: Callable[[], Finding]) -> Finding:
-    """The check's finding, or an error when it gives none in time: it is then left behind in its thread."""
+    """The check's finding, or an error if it takes too long; the check is then abandoned in its thread."""
     found: list[Finding] = []
 
     def run() -> None:
         try:
             found.append(check())
         except OSError as error:
-            found.append(Finding(topic, f"can't be read: {error}", "error", "choose another directory, or mend its mount"))
+            found.append(Finding(topic, f"can't be read: {error}", "error", "choose another directory, or fix its mount"))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    return (
-        found[0] if found else Finding(topic, f"no answer in {seconds:g} s", "error", "is its server gone? look at the mount")
-    )
+    return found[0] if found else Finding(topic, f"no answer in {seconds:g} s", "error", "is its server gone? check the mount")
 
 
 def check_store(tracking: TrackingConfig, output_dir: str) -> Finding:
-    """A file in the run's directory needs no server."""
+    """Check the tracking store; a file in the run's directory needs no server."""
     if has_own_store(tracking):
         return Finding("tracking", "SQLite in train.output_dir")
     from erollout.tracking.store import MlflowStore

@@ -1,4 +1,4 @@
-"""Installed packages against the versions that setup.py pins, and a fingerprint by which nodes are compared. Pure."""
+"""Installed packages against the versions pinned in setup.py, and a fingerprint for comparing nodes. Pure."""
 
 import hashlib
 import importlib.metadata
@@ -13,13 +13,13 @@ from packaging.specifiers import SpecifierSet
 from erollout.doctor.report import FINGERPRINT, Finding
 
 SHOWN = ("torch", "megatron-core", "transformer-engine", "deepspeed", "ray", "nvidia-modelopt", "mlflow")
-"""Optional ones that are missing are said; of the required ones all are checked."""
+"""Packages shown. Missing optional ones are reported; all required ones are checked."""
 _DEVELOPMENT = {"dev", "benchmark", "openvino"}
 _ENGINE_PARTS = ("transformer-engine-cu13", "transformer-engine-cu12")
 _SOURCES = ("erollout", "erollout.launch", "erollout.megatron_patches")
 
 Installed = Callable[[str], str | None]
-"""The version of a package, None where it is not installed."""
+"""Function from a package to its version; None: not installed."""
 
 
 def installed_version(name: str) -> str | None:
@@ -30,7 +30,7 @@ def installed_version(name: str) -> str | None:
 
 
 def declared() -> tuple[tuple[Requirement, ...], str]:
-    """The requirements that erollout was installed with, and the Python that it asks for; nothing where it is not installed."""
+    """The requirements and the Python version of the installed erollout; empty if it is not installed."""
     try:
         metadata = importlib.metadata.metadata("erollout")
     except importlib.metadata.PackageNotFoundError:
@@ -41,11 +41,11 @@ def declared() -> tuple[tuple[Requirement, ...], str]:
 def check_python(wanted: str, version: str = platform.python_version()) -> Finding:
     if version in SpecifierSet(wanted):
         return Finding("Python", version)
-    return Finding("Python", f"{version}, and erollout is for {wanted}", "error", "make the environment with such a Python")
+    return Finding("Python", f"{version}, and erollout is for {wanted}", "error", "create the environment with such a Python")
 
 
 def check_packages(requirements: Iterable[Requirement], installed: Installed = installed_version) -> Iterator[Finding]:
-    """One line of what is as pinned, and one finding for each package that is not."""
+    """One finding for all packages that are as pinned, and one for each that is not."""
     requirements = tuple(requirements)
     if not requirements:
         yield Finding("packages", "erollout is not installed", "error", "pip install -e . in its directory")
@@ -64,20 +64,20 @@ def check_packages(requirements: Iterable[Requirement], installed: Installed = i
     if installed("transformer-engine") and not any(map(installed, _ENGINE_PARTS)):
         yield Finding(
             "transformer-engine",
-            "is there without its CUDA part: megatron-core then can't be imported",
+            "is installed without its CUDA part, so megatron-core can't be imported",
             "error",
             "pip uninstall transformer-engine, or on GPUs pip install -e .[gpu]",
         )
 
 
 def extra_of(requirement: Requirement) -> str | None:
-    """The extra that asks for the package; None for one that is always required."""
+    """The extra that requires the package; None: always required."""
     markers = str(requirement.marker or "")
     return markers.partition("extra ==")[2].strip().strip("\"'") or None
 
 
 def _check(requirement: Requirement, extra: str | None, version: str | None) -> Finding | None:
-    """None for a package that is there as pinned."""
+    """Finding on a package; None: it is as pinned."""
     install = f"pip install -e .{f'[{extra}]' if extra else ''}"
     if version is None and extra:
         return Finding(requirement.name, f"not installed, optional: {install}")
@@ -91,7 +91,7 @@ def _check(requirement: Requirement, extra: str | None, version: str | None) -> 
 def check_fingerprint(
     requirements: Iterable[Requirement], config: str | None = None, installed: Installed = installed_version
 ) -> Finding:
-    """Equal on nodes with the same code, Python and packages, and the same configuration where one is given."""
+    """Fingerprint of code, Python, packages and, if given, configuration, for comparing nodes."""
     names = sorted({requirement.name for requirement in requirements if extra_of(requirement) not in _DEVELOPMENT})
     versions = "\n".join([platform.python_version(), *(f"{name} {installed(name)}" for name in names)])
     parts = {"code": code_digest(source_folders()), "versions": _digest(versions.encode())}
@@ -101,13 +101,13 @@ def check_fingerprint(
 
 
 def source_folders() -> list[Path]:
-    """Where the packages of erollout lie; an editable install keeps some of them outside the first."""
+    """Directories of erollout's packages; an editable install has some outside the first."""
     specs = (importlib.util.find_spec(name) for name in _SOURCES)
     return [Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ()]
 
 
 def code_digest(folders: Iterable[Path]) -> str:
-    """Of all sources, Python and C++, by their paths within the folders."""
+    """Digest of all Python and C++ sources, by their paths within the folders."""
     contents = hashlib.sha256()
     for folder in folders:
         for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cpp", ".h")):

@@ -1,7 +1,7 @@
 """Quantised linears on CUDA: INT4 weight-only and INT8 by Triton kernels, FP8 by torch._scaled_mm.
 
 Each owns packed buffers that `pack_` overwrites in place, so that captured graphs stay valid; no call waits for the device.
-Triton is imported when a layer is built: without it this module still says why there is none.
+Triton is imported when a layer is built, so that without it this module can still state the reason.
 """
 
 import importlib.util
@@ -15,11 +15,11 @@ _CAPABILITY: dict[WeightFormat, tuple[int, int]] = {"int4": (8, 0), "int8": (8, 
 """Lowest compute capability: bfloat16 tensor cores, FP8 tensor cores."""
 
 _SCALED_MM_MULTIPLE = 16
-"""torch._scaled_mm wants K and N in multiples of it; rows are padded likewise, so that few sizes reach its heuristics."""
+"""torch._scaled_mm needs K and N in multiples of this; rows are padded too, so that its heuristics see few sizes."""
 
 
 def why_unavailable(format: WeightFormat, device: torch.device) -> str | None:
-    """What the device or the installation lacks for linears of the format; None where they run."""
+    """Reason why linears of the format can't run on the device; None: they can."""
     if device.type != "cuda":
         return f"the {format} CUDA kernels need a CUDA device, but the device is {device.type}"
     if not torch.cuda.is_available():
@@ -38,7 +38,7 @@ def _why_incapable(format: WeightFormat, capability: tuple[int, int], name: str)
 
 
 class _CudaLinear:
-    """What the formats share: the bias, the activations' scale, and the state between `pack_` and `release`."""
+    """Common part of the formats: the bias, the activations' scale, and the state between `pack_` and `release`."""
 
     format: WeightFormat
 
@@ -68,7 +68,7 @@ class _CudaLinear:
         return self._run(x if self._pre_scale is None else x * self._pre_scale)
 
     def release(self) -> None:
-        """Say that the numbers are out of date: `pack_` must run before the next call. The buffers stay."""
+        """Mark the weights as out of date: `pack_` must run before the next call. The buffers stay."""
         self._is_packed = False
 
     def _pack(self, weight: QuantizedWeight) -> None:

@@ -66,7 +66,7 @@ class LinearStruct(ctypes.Structure):
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """None where the native kernels run; otherwise one line that says what is missing."""
+    """None if the native kernels can run; otherwise one line that says what is missing."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"native kernels are for x86-64 Linux, and this is {platform.machine()} {platform.system()}"
     allowed = _allowed_levels()
@@ -87,9 +87,9 @@ def why_unavailable() -> str | None:
 
 
 def level() -> Level | None:
-    """Level of the extension that is loaded here: the best that the processor has, that was built and that is allowed.
+    """Level of the extension to load: the best one that the processor supports, that was built and that is allowed.
 
-    None where the processor has none; where none was built, the best of the others. Raises UserError for an unknown level.
+    None if the processor supports none; if none was built, the best supported one. Raises UserError for an unknown level.
     """
     flags = processor_flags()
     possible = [level for level in _allowed_levels() if flags.issuperset(level.instructions)]
@@ -98,7 +98,7 @@ def level() -> Level | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded extension. Raises UserError where why_unavailable() has a reason."""
+    """The loaded extension. Raises UserError if why_unavailable() gives a reason."""
     if reason := why_unavailable():
         raise UserError(reason)
     return _load()
@@ -249,7 +249,7 @@ def _aligned_bytes(count: int) -> Tensor:
 
 
 def processor_flags() -> set[str]:
-    """Empty where the system does not say."""
+    """Flags of the processor; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -277,7 +277,7 @@ def _library_path() -> Path:
 
 @functools.cache
 def _load() -> ctypes.CDLL:
-    """Raises OSError or AttributeError for a file that is not this extension."""
+    """Load the extension. Raises OSError or AttributeError for a file that is not this extension."""
     loaded = ctypes.CDLL(str(_library_path()))
     for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
@@ -286,7 +286,7 @@ def _load() -> ctypes.CDLL:
 
 
 def _fingerprint() -> str:
-    """Of the sources, as setup.py computes it; empty where they are not installed."""
+    """Fingerprint of the sources, as computed by setup.py; empty: the sources are not installed."""
     sources = Path(__file__).with_name("cpp")
     paths = sorted((path for pattern in ("*.cpp", "*.h") for path in sources.glob(pattern)), key=lambda path: path.name)
     contents = hashlib.sha256()

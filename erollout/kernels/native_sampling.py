@@ -15,7 +15,7 @@ _IS_BF16 = {torch.bfloat16: 1, torch.float32: 0}
 
 
 _JOB = struct.Struct("@P qqqqqq ii PPP PPPq PPq PPq PPq P ii PP")
-"""`SamplingJob` of cpp/sampling.h: packing it at once takes a microsecond, setting ctypes fields one by one ten."""
+"""`SamplingJob` of cpp/sampling.h: packing it at once takes 1 us, setting ctypes fields one by one 10 us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,14 @@ class NoiseGrid:
 
 
 Filter = tuple[Tensor, Tensor] | None
-"""The rows that it applies to (int64, ascending) and its parameter in each: int64 of top-k, else float64."""
+"""Rows that a filter applies to (int64, ascending), and its parameter in each: int64 for top-k, else float64."""
 
 
 class NativeSampling:
     """Draws for rows of CPU logits. A row's results depend on that row alone, bit for bit; for one caller at a time."""
 
     def __init__(self, num_threads: int = 1) -> None:
-        """Raises UserError where there are no native kernels."""
+        """Raises UserError if there are no native kernels."""
         self._job = ctypes.create_string_buffer(_JOB.size)
         self._address = ctypes.addressof(self._job)
         self._threads = threads(num_threads)
@@ -111,7 +111,7 @@ class NativeSampling:
 
 
 def block_noise(key: int, block: int, count: int) -> Tensor:
-    """The approximation that bounds are made of: the largest noise of blocks (a multiple of 16), float32 [count]. For tests."""
+    """The approximation used for bounds: the largest noise per block (a multiple of 16), float32 [count]. For tests."""
     assert count % 16 == 0
     noise = torch.empty(count)
     _function("erollout_block_noise", None, _INT64, _INT64, _INT64, _POINTER)(key, block, count, noise.data_ptr())
@@ -119,7 +119,7 @@ def block_noise(key: int, block: int, count: int) -> Tensor:
 
 
 def job_bytes() -> tuple[int, int]:
-    """Of a job as packed here and as compiled. For tests."""
+    """Sizes of a job as packed here and as compiled. For tests."""
     return _JOB.size, _function("erollout_sampling_job_bytes", _INT64)()
 
 

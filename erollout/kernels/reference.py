@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch and float32: the other half of every kernel's table test."""
+"""Reference implementations of the kernels in plain torch and float32, for every kernel's table test."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from erollout.kernels.weights import QuantizedWeight, dequantize
 
 
 def quantize_activations(x: Tensor, group_size: int) -> Tensor:
-    """float32 [rows, K]: x as its int8 codes per row and group stand for it. A group with an infinite or NaN value is NaN."""
+    """float32 [rows, K]: x after quantisation to int8 per row and group. A group with an infinite or NaN value becomes NaN."""
     groups = x.float().unflatten(-1, (-1, group_size))
     largest = groups.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(largest, 127.0) / largest  # a true division: 127 / tensor multiplies by the reciprocal

@@ -1,4 +1,4 @@
-"""What Triton kernels compute in: the device's own types, or float32 under Triton's interpreter.
+"""Number types of Triton kernels: the device's own, or float32 under Triton's interpreter.
 
 The interpreter multiplies bfloat16 as if it were integers and cuts float32 off instead of rounding it. There float32 holds
 the same operands (both are exact in it) and torch rounds what the kernel has left in float32.
@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""As Triton found it when it was imported: its functions are then wrapped for the interpreter once and for all."""
+"""Whether Triton's interpreter was enabled at import, when Triton's functions are wrapped for good."""
 
 OPERAND = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
-"""Of a matrix product of bfloat16 activations with small integers."""
+"""Operand type of a matrix product of bfloat16 activations and small integers."""
 
 
 def stored(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel stores that is to become `dtype`, one that is narrower than float32; `.to(dtype)` then ends it."""
+    """Type in which a kernel stores values of `dtype`, which is narrower than float32; `.to(dtype)` then completes it."""
     return torch.float32 if INTERPRETED else dtype

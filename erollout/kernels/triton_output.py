@@ -1,4 +1,4 @@
-"""The end of a matrix product: partial sums over parts of K are added in the order of K, scaled, biased and rounded once."""
+"""Epilogue of a matrix product: partial sums over parts of K are added in order, scaled, biased and rounded once."""
 
 import torch
 import triton
@@ -18,7 +18,7 @@ _MAX_PARTS = 16
 
 
 def parts_of(out_features: int, in_features: int) -> int:
-    """Into how many parts K is split, so that a layer with few columns occupies the device too. From the shape alone."""
+    """Number of parts that K is split into, so that layers with few columns fill the device too. Depends on the shape alone."""
     tiles = triton.cdiv(out_features, TILE_COLUMNS)
     return max(1, min(_TARGET_PROGRAMS // tiles, in_features // _MIN_DEPTH, _MAX_PARTS))
 

@@ -1,4 +1,4 @@
-"""A quantised weight as its numbers, before any kernel's packing: what ModelOpt decided, in one form for all kernels."""
+"""A quantised weight as numbers from ModelOpt, in one form for all kernels, before any kernel's packing."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Small exchanges of Python values over the whole world. Every rank must call each of them, in the same order."""
+"""Small collectives on Python values over the whole world. All ranks must call them in the same order."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ def all_max(values: Sequence[float], device: torch.device) -> list[float]:
 def all_gather(value: Any) -> list[Any]:
     """Every rank's value, in rank order: for lists of rollouts, not for weights.
 
-    Values are pickled, and read by erollout.security.unpickling: of plain classes and our own dataclasses.
+    Values are pickled, and read by erollout.security.unpickling, which admits plain classes and our own dataclasses.
     """
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
@@ -32,7 +32,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value; what the other ranks pass is ignored."""
+    """Rank 0's value; those of the other ranks are ignored."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]

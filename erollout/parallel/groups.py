@@ -1,4 +1,4 @@
-"""Starts torch.distributed and Megatron's groups, and holds what a rank knows about its place."""
+"""Process groups of torch.distributed and Megatron, and a rank's place in them."""
 
 import logging
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class ParallelContext:
     train: TrainLayout
     decode: DecodeLayout
     decode_group: dist.ProcessGroup | None
-    """Ranks of this decode replica; None when it is this rank alone."""
+    """Ranks of this decode replica; None: it has only this rank."""
     control_group: dist.ProcessGroup | None
-    """The same ranks over gloo, for decisions; None when it is this rank alone."""
+    """The same ranks over gloo, for decisions; None: only this rank."""
     coordination_group: dist.ProcessGroup | None
-    """Over gloo, the leaders of all decode replicas in their order; None on other ranks, and where there is one replica."""
+    """Leaders of all decode replicas in order, over gloo; None on other ranks and with a single replica."""
     owns_world: bool
-    """Whether the default group was made here."""
+    """Whether the default group was created here."""
 
     @property
     def data_parallel_rank(self) -> int:
@@ -51,7 +51,7 @@ class ParallelContext:
 
 
 def resolve_layouts(config: Config, world_size: int) -> tuple[TrainLayout, DecodeLayout]:
-    """Both layouts on `world_size` ranks. Raises UserError where they don't divide it."""
+    """Both layouts on `world_size` ranks. Raises UserError if they don't divide it."""
     parallel = config.parallel
     train = TrainLayout(world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     batch = config.train.global_batch_size or config.samples_per_step
@@ -61,7 +61,7 @@ def resolve_layouts(config: Config, world_size: int) -> tuple[TrainLayout, Decod
 
 
 def expected_world_size(parallel: ParallelConfig) -> int:
-    """The ranks that the launcher started, or that `erollout train` would start. Raises UserError when they disagree."""
+    """Number of ranks that the launcher started or `erollout train` would start. Raises UserError if they disagree."""
     wanted, started = parallel.world_size, _started_ranks()
     if started is None:
         return wanted or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -73,7 +73,7 @@ def expected_world_size(parallel: ParallelConfig) -> int:
 def initialize(config: Config) -> ParallelContext:
     """Join the world and create the training and decode groups.
 
-    The world is the default group if the caller has made one, else torchrun's rendezvous, else this process alone.
+    The world is the caller's default group if there is one, else torchrun's rendezvous, else this process alone.
     """
     patches = apply_all()
     from megatron.core import parallel_state
@@ -93,7 +93,7 @@ def initialize(config: Config) -> ParallelContext:
     parallel_state.initialize_model_parallel(train.tensor, train.pipeline, distributed_timeout_minutes=_minutes(timeout))
     decode_group = _decode_group(decode, timeout)
     control_group = _decode_group(decode, timeout, "gloo")
-    coordination_group = _coordination_group(decode, 2 * timeout)  # longer than a replica is waited for in it
+    coordination_group = _coordination_group(decode, 2 * timeout)  # longer than the wait for a replica in it
     logger.debug("%s", patches.describe())
     logger.info(
         "%s on %s: training tensor %d x data %d x pipeline %d, decoding %d replicas of %d",
@@ -128,7 +128,7 @@ def current_rank() -> int:
 
 
 def _started_ranks() -> int | None:
-    """The size of the world that is there already or that a launcher has started; None when there is neither."""
+    """Size of the existing world, or of the one that a launcher has started; None: neither."""
     if dist.is_initialized():
         return dist.get_world_size()
     launcher = launcher_environment()
@@ -136,7 +136,7 @@ def _started_ranks() -> int | None:
 
 
 def _join(backend: str, launcher: LauncherEnvironment, timeout: timedelta) -> None:
-    """Join the launcher's world. Raises UserError when the ranks can't meet: port taken, host unknown, address not given."""
+    """Join the launcher's world. Raises UserError if the rendezvous fails: port taken, host unknown, address missing."""
     rank, size = launcher.rank, launcher.world_size
     try:
         if (path := variable(STORE)) is not None:
@@ -159,7 +159,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _decode_group(decode: DecodeLayout, timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup | None:
-    """This rank's replica; `backend` None is the world's."""
+    """Group of this rank's replica. `backend`: None: that of the world."""
     if decode.tensor == 1:
         return None
     mine = None

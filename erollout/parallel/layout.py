@@ -66,7 +66,7 @@ class DecodeLayout:
 
 
 def even_slice(size: int, parts: int, index: int, what: str) -> tuple[int, int]:
-    """[start, end) of part `index` when `size` is cut into `parts` equal parts; UserError when it can't be."""
+    """[start, end) of part `index` of `parts` equal parts of `size`. Raises UserError if `parts` does not divide it."""
     if size % parts:
         raise UserError(f"{what} = {size} can't be split over {parts} tensor-parallel ranks; choose a size that divides it")
     step = size // parts

@@ -1,9 +1,9 @@
-"""Where the logical tensors of a model lie in the local tensors of a rank: the one description of a layout.
+"""Placement of a model's logical tensors in the local tensors of a rank: the one description of a layout.
 
 A logical tensor is a weight as a Hugging Face checkpoint names and shapes it (`model.layers.0.self_attn.q_proj.weight`,
 [out_features, in_features]). A local tensor is what a rank holds: a slice of one logical tensor, or several of them fused
-(QKV, gate and up). Loading, exporting, resharding and the decode engine all read the same description, so a new layout is
-written once. Pure: metadata only.
+(QKV, gate and up). Loading, exporting, resharding and the decode engine all use the same description, so a new layout is
+described once. Pure: metadata only.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,10 +15,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a logical tensor and where it lies in a local tensor of the same number of dimensions."""
+    """A box of a logical tensor, and its position in a local tensor of the same number of dimensions."""
 
     tensor: str
-    """Logical tensor's name."""
+    """Name of the logical tensor."""
     start: Shape
     """First index of the box in the logical tensor."""
     shape: Shape
@@ -50,7 +50,7 @@ def box_slices(start: Shape, shape: Shape) -> tuple[slice, ...]:
 
 
 def intersect(a: Piece, b: Piece) -> tuple[Shape, Shape] | None:
-    """(start, shape), in logical coordinates, of what two pieces of the same logical tensor share; None if nothing."""
+    """(start, shape), in logical coordinates, of the intersection of two pieces of one logical tensor; None: empty."""
     start = tuple(max(x, y) for x, y in zip(a.start, b.start, strict=True))
     end = tuple(min(x + n, y + m) for x, n, y, m in zip(a.start, a.shape, b.start, b.shape, strict=True))
     shape = tuple(e - s for s, e in zip(start, end, strict=True))
@@ -76,12 +76,12 @@ def stacked(name: str, parts: Iterable[tuple[str, Shape, Shape]]) -> LocalTensor
 
 
 def padded(tensor: LocalTensor, rows: int) -> LocalTensor:
-    """The same tensor with dimension 0 grown to `rows`: the added rows belong to no logical tensor."""
+    """The tensor with dimension 0 padded to `rows`; the added rows belong to no logical tensor."""
     return LocalTensor(tensor.name, (rows, *tensor.shape[1:]), tensor.pieces)
 
 
 def pieces_by_tensor(placement: Placement) -> Iterator[tuple[LocalTensor, Piece]]:
-    """Every piece with the local tensor that it lies in."""
+    """Pieces by logical tensor, each with its local tensor."""
     for local in placement:
         for piece in local.pieces:
             yield local, piece

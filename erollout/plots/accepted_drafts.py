@@ -1,4 +1,4 @@
-"""How many drafts are accepted: by position in the draft, and what that makes of a pass."""
+"""Plot of accepted drafts by position, and of the tokens per pass that follow from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,20 +19,20 @@ Z = 1.96
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Of one drafter in one rollout."""
+    """Accepted drafts of one drafter in one rollout."""
 
     name: str
     drafted_at: Sequence[int]
-    """Tokens proposed as a draft's first, second, ..."""
+    """Number of tokens drafted at the first, second, ... position."""
     accepted_at: Sequence[int]
-    """Of these, accepted."""
+    """Number of these that were accepted."""
     prior: Sequence[float] = ()
-    """Expected before the rollout, of each position: the chance of being accepted where all before it are."""
+    """Conditional acceptance by position that was expected before the rollout."""
 
 
 def acceptance(series: Sequence[Accepted], title: str = "Accepted drafts") -> "Figure":
-    """Share of a draft's first, second, ... tokens that were accepted, with 95 % intervals (Wilson's) and the prior; beside it
-    the tokens that a pass yields with so many drafts."""
+    """Share of first, second, ... draft tokens that were accepted, with 95 % Wilson intervals and the prior, beside the tokens
+    per pass for each draft length."""
     made = figure(10, 4, title)
     shares, tokens = made.subplots(1, 2)
     plain(shares, "position in the draft", "share accepted")
@@ -64,7 +64,7 @@ def interval(accepted: int, drafted: int) -> tuple[float, float]:
 
 
 def _counted(one: Accepted) -> list[tuple[int, int]]:
-    """Accepted and drafted, up to the last position with any draft."""
+    """Accepted and drafted counts, up to the last position with a draft."""
     pairs = list(zip(one.accepted_at, one.drafted_at, strict=True))
     while pairs and not pairs[-1][1]:
         pairs.pop()
@@ -76,7 +76,7 @@ def _shares(one: Accepted) -> list[float]:
 
 
 def _prior(one: Accepted, longest: int) -> list[float]:
-    """Share expected of each position, of all drafts."""
+    """Expected share of all drafts accepted at each position."""
     return list(accumulate(one.prior[:longest], mul))
 
 
@@ -101,7 +101,7 @@ def _draw_tokens(axes: "Axes", one: Accepted, color: str, longest: int) -> None:
 
 
 def _cumulated(shares: Sequence[float]) -> list[float]:
-    """Tokens of a pass with 0, 1, 2, ... drafts: one more than are accepted."""
+    """Tokens per pass with 0, 1, 2, ... drafts: one more than the accepted ones."""
     values = [1.0]
     for share in shares:
         values.append(values[-1] + share)

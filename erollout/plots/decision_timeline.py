@@ -1,4 +1,4 @@
-"""What one replica decided step by step, what it predicted, what it measured, and what that saved."""
+"""Plot of one replica's decisions step by step: predictions, measurements and savings."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMOOTHING = 60
-"""Spans that a rollout's measured times are summed up in, by their medians."""
+"""Number of spans in which a rollout's measured times are shown by their medians."""
 
 
 def decisions(
@@ -24,7 +24,7 @@ def decisions(
     """The batch with the chosen arm as colour; predicted and measured times per token; seconds saved so far.
 
     Args:
-        step_seconds: predicted for an arm at a load, to tell what autoregressive steps would have taken instead.
+        step_seconds: predictions for an arm at a load, to estimate the time of autoregressive steps instead.
     """
     made = figure(11, 7.5 if step_seconds else 5.5, title)
     axes = made.subplots(3 if step_seconds else 2, 1, sharex=True, height_ratios=[1, 1.4, 0.9] if step_seconds else [1, 1.4])
@@ -43,7 +43,7 @@ def decisions(
 
 
 def _runs(trace: DecisionTrace) -> list[tuple[int, int, Arm]]:
-    """Steps in a row with the same arm: first, one after the last, arm. Single probes are left to their marks."""
+    """Runs of steps with the same arm: (first, end, arm). Single probes are only marked."""
     runs: list[tuple[int, int, Arm]] = []
     for step in range(len(trace)):
         arm = trace.arm(step)
@@ -106,7 +106,7 @@ def _draw_saved(axes: "Axes", trace: DecisionTrace, step_seconds: Callable[[Arm,
 
 
 def _medians(steps: Sequence[int], values: dict[int, float], length: int) -> tuple[list[float], list[float]]:
-    """Of spans of equal length; nan parts spans that have none."""
+    """Medians of spans of equal length, with nan for spans without values."""
     width = max(1, -(-length // SMOOTHING))
     spans: dict[int, list[float]] = {}
     for step in steps:
@@ -116,6 +116,6 @@ def _medians(steps: Sequence[int], values: dict[int, float], length: int) -> tup
 
 
 def _top(values: Sequence[float]) -> float:
-    """Of the axis: above nearly all values; single slow steps are cut off."""
+    """Upper limit of the axis, above nearly all values; single slow steps are cut off."""
     finite = sorted(value for value in values if isfinite(value))
     return 1.25 * finite[int(0.97 * (len(finite) - 1))] if finite else 1.0

@@ -1,4 +1,4 @@
-"""The occupancy of every replica over a rollout, with what it drafted as colour, and the sequences that moved."""
+"""Plot of every replica's occupancy over a rollout, with the draft length as colour, and migrated sequences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LANES = 64
-"""More replicas become rows of a heat map."""
+"""Largest number of replicas drawn as lanes; more become rows of a heat map."""
 MOST_ARROWS = 60
 FLOOR = 0.25
-"""Of a lane's height, or of a heat map's colour: what a single sequence has, so that its state can be seen."""
+"""Share of a lane's height, or of a heat map's colour, for a single sequence, so that it remains visible."""
 IDLE_BELOW = 0.02
-"""Share of a span's seconds that a replica must have worked not to be idle in it."""
+"""Busy share of a span below which the replica counts as idle in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Lane:
 
     name: str
     seconds: float
-    """That the bins divide equally; they all begin at the rollout's start."""
+    """Duration that the bins divide equally, from the start of the rollout."""
     bins: Sequence[Bin]
 
     @property
@@ -37,17 +37,17 @@ class Lane:
 
     @property
     def end(self) -> float:
-        """When its last span with any work ends."""
+        """End of its last span with any work."""
         working = [index for index, span in enumerate(self.bins) if span.busy >= IDLE_BELOW]
         return (working[-1] + 1) * self.width if working else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Sequences that went on elsewhere."""
+    """Migrated sequences."""
 
     seconds: float
-    """Since the rollout began."""
+    """Seconds since the rollout began."""
     source: int
     """Index of a lane."""
     target: int
@@ -55,9 +55,9 @@ class Transfer:
 
 
 def occupancy(lanes: Sequence[Lane], transfers: Sequence[Transfer] = (), title: str = "Replicas over the rollout") -> "Figure":
-    """One lane for each replica, as high as it has sequences that decode; above MOST_LANES a heat map, sorted by their ends.
+    """One lane per replica, with its decoding sequences as height; above MOST_LANES a heat map, sorted by their ends.
 
-    Colour is num_speculative_tokens, averaged over a span's working time; grey: off. Above them all replicas together.
+    Colour is num_speculative_tokens, averaged over a span's busy time; grey: off. The top panel sums up all replicas.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -99,7 +99,7 @@ def _subtitle(lanes: Sequence[Lane], transfers: Sequence[Transfer], as_lanes: bo
 
 
 def _drafts(span: Bin) -> float:
-    """Mean num_speculative_tokens over the time that a span worked."""
+    """Mean num_speculative_tokens over a span's busy time."""
     return span.drafts / span.busy if span.busy > 0 else 0.0
 
 
@@ -119,7 +119,7 @@ def _color(span: Bin, scale: "ScalarMappable") -> tuple[float, float, float, flo
 
 
 def _draw_sum(axes: "Axes", lanes: Sequence[Lane]) -> None:
-    """Decoding sequences of all replicas: those in steps with drafts below, the others on top."""
+    """Draw the decoding sequences of all replicas: those in steps with drafts below, the others on top."""
     end, count = max(lane.seconds for lane in lanes), max(len(lane.bins) for lane in lanes)
     edges = [end * index / count for index in range(count + 1)]
     drafting, others = [0.0] * count, [0.0] * count
@@ -162,7 +162,7 @@ def _draw_lanes(axes: "Axes", lanes: Sequence[Lane], scale: "ScalarMappable") ->
 
 
 def _draw_heat_map(axes: "Axes", lanes: Sequence[Lane], scale: "ScalarMappable") -> dict[int, float]:
-    """Rows from the replica that ends last; the row of each lane."""
+    """Draw a heat map, last replica to end first. Returns the row of each lane."""
     order = sorted(range(len(lanes)), key=lambda index: -lanes[index].end)
     most = max(1.0, max(span.decoding for lane in lanes for span in lane.bins))
     end, count = max(lane.seconds for lane in lanes), max(len(lane.bins) for lane in lanes)
@@ -180,7 +180,7 @@ def _draw_heat_map(axes: "Axes", lanes: Sequence[Lane], scale: "ScalarMappable")
 
 
 def _strength(span: Bin, most: float) -> float:
-    """From FLOOR to 1, with the sequences that decode."""
+    """Strength of a span's colour: FLOOR to 1 with its decoding sequences."""
     return FLOOR + (1 - FLOOR) * min(1.0, span.decoding / most)
 
 
@@ -194,7 +194,7 @@ def _shade(span: Bin | None, most: float, scale: "ScalarMappable") -> tuple[floa
 
 
 def _draw_transfers(axes: "Axes", transfers: Sequence[Transfer], rows: dict[int, float]) -> None:
-    """An arrow for each; where there are too many, a mark at both ends."""
+    """Draw an arrow for each move; if there are too many, a mark at both ends."""
     if not transfers:
         return
     at = [t.seconds for t in transfers]

@@ -1,4 +1,4 @@
-"""Pictures of a rollout: who was busy when and with what drafts, what became of them, and what one replica decided."""
+"""Plots of a rollout: replica timeline, accepted drafts, and one replica's decisions."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def rollout_figures(result: RolloutResult, toggle: Toggle | None) -> dict[str, "Figure"]:
-    """By name. `toggle`: of the replica whose decisions are drawn, before its next rollout."""
+    """Plots by name. `toggle`: that of the replica whose decisions are drawn, before its next rollout."""
     lanes = [Lane(f"replica {index}", summary.seconds, summary.bins) for index, summary in enumerate(result.summaries)]
     moves = result.summaries[0].moves if result.summaries else []
     figures = {"occupancy": occupancy(lanes, [Transfer(s, m.source, m.target, m.num_sequences) for s, m in moves])}

@@ -1,4 +1,4 @@
-"""What simulated rollouts came to: by strategy, over time, by size of the cluster, and against what was measured."""
+"""Plots of simulated rollouts: by strategy, over time, by size of the cluster, and against measurements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 MODE_COLORS = dict(zip(("always", "adaptive", "toggle", "ladder", "oracle"), SERIES, strict=False)) | {"off": OFF_COLOR}
 NEAR = 0.1
-"""Share by which a simulated time may miss the measured one."""
+"""Allowed relative error of a simulated time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One simulated figure beside the same one from elsewhere."""
+    """A simulated value and its reference."""
 
     label: str
     simulated: float
@@ -45,11 +45,11 @@ class Check:
     half: float = 0.0
     """Half of the simulation's confidence interval."""
     source: str = "measured"
-    """Where the reference is from: `measured`, `published`."""
+    """Origin of the reference: `measured`, `published`."""
 
 
 def rollout_times(bars: Sequence[Bar], title: str = "Simulated rollouts") -> "Figure":
-    """A group of bars for each policy, one bar for each mode, with its share of the time of `off` under the same policy."""
+    """A group of bars per policy, one bar per mode, with its time relative to `off` under the same policy."""
     policies = list(dict.fromkeys(bar.policy for bar in bars))
     modes = list(dict.fromkeys(bar.mode for bar in bars))
     made = figure(min(13.0, max(6.0, 2.5 + 0.7 * len(bars))), 4.2, title)
@@ -78,14 +78,14 @@ def rollout_times(bars: Sequence[Bar], title: str = "Simulated rollouts") -> "Fi
 
 
 def utilisation(busy: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str = "Work over the rollout") -> "Figure":
-    """Share of replicas that work over time, of each strategy.
+    """Share of busy replicas over time, per strategy.
 
     Args:
-        busy: by the strategy's name, seconds since the rollout began (ascending) and the shares from then on.
+        busy: by strategy name, seconds since the rollout began (ascending) and the shares from then on.
     """
     made = figure(8, 3.8, title)
     axes = made.subplots()
-    plain(axes, "seconds since the rollout began", "replicas that work, %")
+    plain(axes, "seconds since the rollout began", "busy replicas, %")
     if not any(len(seconds) for seconds, _ in busy.values()):
         say(axes, "no steps")
         return made
@@ -101,7 +101,7 @@ def utilisation(busy: Mapping[str, tuple[Sequence[float], Sequence[float]]], tit
 
 
 def scaling(sizes: Mapping[str, Sequence[Size]], title: str = "Rollout time by size of the cluster") -> "Figure":
-    """Left the rollout's seconds by number of GPUs, of each mode; right what each saves against `off`."""
+    """Left: seconds of the rollout by number of GPUs, per mode; right: saving against `off`."""
     from matplotlib.ticker import NullLocator
 
     made = figure(11, 4.2, title)
@@ -170,7 +170,7 @@ def _above(axes: "Axes", x: float, y: float, text: str, color: str) -> None:
 
 
 def _thinned(counts: Sequence[int]) -> Sequence[int]:
-    """Ticks that have room beside each other on a logarithmic axis: at most nine."""
+    """Ticks that do not overlap on a logarithmic axis: at most nine."""
     kept, factor = [counts[0]], (counts[-1] / counts[0]) ** 0.125
     for count in counts[1:]:
         if count >= factor * kept[-1] * 0.999:

@@ -1,4 +1,4 @@
-"""Where speculation pays: the best arm by batch and context, its speed-up, and what was measured there."""
+"""Map of where speculation pays: the best arm by batch and context, its speed-up, and measured points."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,41 +13,41 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0)
-"""Speed-ups with a contour, beside 1."""
+"""Speed-ups with a contour, besides 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """On a grid; rows are contexts, columns batches."""
+    """Predictions on a grid; rows are contexts, columns batches."""
 
     batches: Sequence[int]
     contexts: Sequence[int]
     best: Sequence[Sequence[Arm]]
     """The arm with the least time per token."""
     speed_up: Sequence[Sequence[float]]
-    """Of the best arm that drafts, over none."""
+    """Speed-up of the best arm that drafts over autoregressive decoding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """At one batch and context."""
+    """Measured and predicted best arm at one batch and context."""
 
     batch: int
     context: int
     best: Arm
-    """By the measured times."""
+    """Best arm by measured times."""
     predicted: Arm
-    """By the model."""
+    """Best arm by the cost model."""
 
 
 def boundary(prediction: Prediction, measured: Sequence[Measurement] = (), title: str = "Where speculation pays") -> "Figure":
-    """Regions by the best arm; contours of the speed-up of drafting, 1 in bold; measured points in the colour of what was best.
+    """Regions by best arm, contours of the speed-up with 1 in bold, and measured points in the colour of their best arm.
 
-    A cross marks a point where speculation pays and the model denies it, or the reverse; a ring one with another arm only.
+    A cross marks a point at which the model is wrong on whether speculation pays; a ring, one at which only the arm differs.
     """
     made = figure(9, 5, title)
     axes = made.subplots()
-    plain(axes, "sequences that decode in one replica", "tokens of context of each")
+    plain(axes, "decoding sequences of one replica", "context length in tokens")
     axes.grid(False)
     colors = arm_colors([OFF, *(arm for row in prediction.best for arm in row), *(m.best for m in measured)])
     _draw_regions(axes, prediction, colors)
@@ -122,7 +122,7 @@ def _explain(axes: "Axes", prediction: Prediction, measured: Sequence[Measuremen
 
 
 def _edges(values: Sequence[int]) -> list[float]:
-    """Borders of cells around these values, in the middle between neighbours on a logarithmic axis."""
+    """Cell borders around these values, midway between neighbours on a logarithmic axis."""
     if len(values) == 1:
         return [values[0] / 2**0.5, values[0] * 2**0.5]
     inner = [(low * high) ** 0.5 for low, high in pairwise(values)]

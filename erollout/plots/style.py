@@ -1,4 +1,4 @@
-"""What all pictures share: fonts, colours, axes. Matplotlib without any display, loaded when a figure is drawn."""
+"""Common style of all plots: fonts, colours, axes. Matplotlib without a display, loaded when a figure is drawn."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, EMPTY = "#1f2933", "#616e7c", "#e4e7eb", "#eef1f5"
 OFF_COLOR = "#b8c2cc"
-"""Steps without drafts."""
+"""Colour of steps without drafts."""
 ALERT = "#c2410c"
-"""What the reader should look at."""
+"""Colour of what the reader should look at."""
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#616e7c")
-"""Distinguishable without colour vision (Okabe and Ito's palette, without black and yellow)."""
+"""Colours distinguishable without colour vision (Okabe and Ito's palette, without black and yellow)."""
 _HUES = ("Blues", "Oranges", "Greens", "Purples")
-"""One for each drafter, darker with more drafts."""
+"""Colour maps, one per drafter, darker with longer drafts."""
 
 
 def figure(width: float, height: float, title: str) -> "Figure":
@@ -30,7 +30,7 @@ def figure(width: float, height: float, title: str) -> "Figure":
 
 
 def plain(axes: "Axes", xlabel: str = "", ylabel: str = "", title: str = "") -> None:
-    """No box, a quiet grid."""
+    """Style axes: no box, a light grid."""
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
     axes.set_title(title, loc="left", color=INK, fontsize=10)
@@ -43,20 +43,20 @@ def plain(axes: "Axes", xlabel: str = "", ylabel: str = "", title: str = "") -> 
 
 
 def legend_beside(axes: "Axes", reverse: bool = False) -> None:
-    """To the right of the axes, where there is anything to explain."""
+    """Add a legend to the right of the axes, if there is anything to explain."""
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.02), fontsize=9, reverse=reverse)
 
 
 def say(axes: "Axes", text: str) -> None:
-    """In the middle of axes that have nothing to show."""
+    """Write a text in the middle of empty axes."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
 def arm_colors(arms: Iterable[Arm]) -> dict[Arm, str]:
-    """Grey for none; for each drafter a hue that is darker with more drafts. Sorted: no drafts first."""
+    """Colours of arms: grey without drafts; a hue per drafter, darker with longer drafts. Sorted, no drafts first."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -72,14 +72,14 @@ def arm_colors(arms: Iterable[Arm]) -> dict[Arm, str]:
 
 
 def draft_colors() -> "Colormap":
-    """Grey for 0; with more drafts darker, from green over blue to violet: hues that stay apart when they are paled."""
+    """Colours of draft lengths: grey for 0, then darker from green to violet, hues that remain distinct when pale."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("drafts", [(0, OFF_COLOR), (0.02, "#8ed8c0"), (0.5, "#1f78b4"), (1, "#4a1486")])
 
 
 def log2_ticks(axes: "Axes", values: Sequence[int]) -> None:
-    """The x axis in powers of two, with plain numbers at them."""
+    """Scale the x axis in powers of two, labelled with plain numbers."""
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
     axes.set_xscale("log", base=2)

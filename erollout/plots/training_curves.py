@@ -1,4 +1,4 @@
-"""Figures of a run from its history (`journal.read_history`): matplotlib without any display."""
+"""Plots of a run from its history (`journal.read_history`), by matplotlib without a display."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ LENGTHS = (("p99", "#93c5fd"), ("p90", "#3b82f6"), ("p50", "#1e40af"), ("mean", 
 
 
 def reward_curve(history: History) -> "Figure":
-    """Mean reward of each step, its moving average, and held-out accuracy where it was measured."""
+    """Mean reward per step, its moving average, and held-out accuracy at the steps that measured it."""
     figure, axes = _figure("Reward", "mean reward of the step's samples")
     steps, rewards = _series(history, names.REWARD)
     axes.plot(steps, rewards, color=BLUE, alpha=0.3, linewidth=1)
@@ -44,7 +44,7 @@ def reward_curve(history: History) -> "Figure":
 
 
 def response_lengths(history: History) -> "Figure":
-    """Percentiles and mean of the response lengths of each step."""
+    """Percentiles and mean of the response lengths per step."""
     figure, axes = _figure("Response length", "tokens")
     for name, color in LENGTHS:
         steps, values = _series(history, f"{names.RESPONSE_LENGTH}/{name}")
@@ -56,7 +56,7 @@ def response_lengths(history: History) -> "Figure":
 
 
 def phase_seconds(history: History) -> "Figure":
-    """Seconds of each phase of each step, stacked; phases beyond the largest six together as `other`."""
+    """Seconds per phase and step, stacked; phases beyond the six largest are summed up as `other`."""
     figure, axes = _figure("Where the time goes", "seconds per step")
     prefix = f"{names.SECONDS}/"
     timed = [row for row in history if names.STEP_SECONDS in row]
@@ -83,7 +83,7 @@ def phase_seconds(history: History) -> "Figure":
 
 
 def save(figure: "Figure", out: str | Path) -> None:
-    """Write the figure; the ending chooses the format. Raises UserError where it can't be written."""
+    """Write the figure; the suffix selects the format. Raises UserError if it can't be written."""
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
@@ -122,7 +122,7 @@ def _figure(title: str, ylabel: str) -> tuple["Figure", "Axes"]:
 
 
 def _legend(axes: "Axes", beside: bool = False, stacked: bool = False) -> None:
-    """Inside where there is room, or to the right of the axes; of stacked bands the topmost first."""
+    """Add a legend inside or to the right of the axes; for stacked bands, topmost first."""
     if not axes.get_legend_handles_labels()[1]:
         return
     if beside:

@@ -1,4 +1,4 @@
-"""Runs a rank's reshard plan: copies, packs, sends, receives, unpacks, in place."""
+"""Execution of a rank's reshard plan: copies, packs, sends, receives and unpacks, in place."""
 
 import time
 from collections import Counter, deque
@@ -14,32 +14,32 @@ from erollout.resharding.planner import Box, Bucket, LocalCopy, ReshardPlan, Ste
 from erollout.resharding.transport import Message, Pending, Transport
 
 _IN_FLIGHT = 8
-"""Most steps between start and finish."""
+"""Largest number of steps in flight."""
 _BUFFERS = 2
 """Staging buffers per direction: one is packed or unpacked while the other is on the wire."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReshardStats:
-    """What one run of one rank did."""
+    """Statistics of one run on one rank."""
 
     seconds: float
     bytes_local: int
-    """Written by copies within the rank, in the destination's dtype."""
+    """Bytes written by copies within the rank, in the destination's dtype."""
     bytes_sent: int
     bytes_received: int
-    """On the wire."""
+    """Bytes received on the wire."""
     peak_extra_bytes: int
-    """Staging memory beside source and destination."""
+    """Largest staging memory, besides source and destination."""
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Destination bytes that were filled per second, whether from this rank or from others."""
+        """Destination bytes filled per second, from this rank or from others."""
         return (self.bytes_local + self.bytes_received) / max(self.seconds, 1e-12) / 1e9
 
 
 class _Staging:
-    """The buffers that messages of one direction are packed into or unpacked from."""
+    """Staging buffers for messages in one direction."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
@@ -56,17 +56,17 @@ class _Staging:
 
     @property
     def nbytes(self) -> int:
-        """Of the buffers that are not taken."""
+        """Bytes of the buffers that are not taken."""
         return sum(buffer.nbytes for buffer in self._free)
 
     def reserve(self, numel: int) -> None:
-        """Make every buffer hold `numel` elements at least; those that a failed run has not given back are replaced."""
+        """Give every buffer room for `numel` elements; buffers that a failed run did not return are replaced."""
         if len(self._free) < _BUFFERS or self._free[0].numel() < numel:
             self.release()
             self._free = [torch.empty(numel, dtype=self._dtype, device=self._device) for _ in range(_BUFFERS)]
 
     def take(self) -> Tensor:
-        """A buffer, to be given back."""
+        """Take a buffer, to be returned by `give_back`."""
         return self._free.pop()
 
     def give_back(self, buffer: Tensor) -> None:
@@ -75,7 +75,7 @@ class _Staging:
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """A step on its way, with the staging buffers that it holds."""
+    """A step in flight, with its staging buffers."""
 
     step: Step
     pending: Pending
@@ -84,12 +84,12 @@ class _Started:
 
 
 def wire_dtype(source: torch.dtype, destination: torch.dtype) -> torch.dtype:
-    """The smaller of the two: converting before sending or after receiving is the same, the traffic is not."""
+    """The smaller of the two: converting before sending or after receiving gives the same values with different traffic."""
     return source if source.itemsize < destination.itemsize else destination
 
 
 class Resharder:
-    """Carries one rank's plan out again and again, with staging buffers that it keeps."""
+    """Executes one rank's plan repeatedly, with persistent staging buffers."""
 
     def __init__(
         self,
@@ -101,10 +101,10 @@ class Resharder:
     ) -> None:
         """
         Args:
-            plan: of this rank; the plans of its peers must come from the same layouts.
-            dtype: of elements on the wire (see wire_dtype), the same on all ranks.
-            device: where messages are staged: the destination's.
-            on_tensor_complete: called once per run with the name of each destination tensor, when all of it has landed (on
+            plan: this rank's plan; its peers' plans must come from the same layouts.
+            dtype: type of elements on the wire (see wire_dtype), the same on all ranks.
+            device: device of the staging buffers: the destination's.
+            on_tensor_complete: called once per run with the name of each destination tensor, when all of it has arrived (on
                 CUDA: in the order of the current stream).
         """
         if dtype.itemsize != plan.itemsize:
@@ -126,7 +126,7 @@ class Resharder:
             source: the rank's tensors in the training layout, by their names in its placement.
             destination: those in the decode layout; elements in no logical tensor (padding) are left as they are.
 
-        Raises UserError, before anything is sent, when a tensor's presence, shape or dtype is not what was planned.
+        Raises UserError, before anything is sent, if a tensor is missing or its shape or dtype is not as planned.
         """
         self._check(source, destination)
         begin = time.perf_counter()
@@ -139,11 +139,11 @@ class Resharder:
             while not self._has_room(step, in_flight, source, destination):
                 self._finish(in_flight.popleft(), destination)
             in_flight.append(self._start(step, source, destination))
-            until = len(self._plan.local) * number // len(self._plan.steps)  # spread: they run beside the messages
+            until = len(self._plan.local) * number // len(self._plan.steps)  # spread out, to run concurrently with the messages
             for copy in self._plan.local[copied:until]:
                 self._copy(copy, source, destination)
             copied = until
-        for copy in self._plan.local[copied:]:  # all of them when there is nothing to send
+        for copy in self._plan.local[copied:]:  # all of them if there is nothing to send
             self._copy(copy, source, destination)
         while in_flight:
             self._finish(in_flight.popleft(), destination)
@@ -151,7 +151,7 @@ class Resharder:
         return self._stats(time.perf_counter() - begin, destination)
 
     def release(self) -> None:
-        """Give the staging buffers back; the next run allocates them again."""
+        """Free the staging buffers; the next run allocates them again."""
         self._sending.release()
         self._receiving.release()
 
@@ -161,7 +161,7 @@ class Resharder:
     def _has_room(
         self, step: Step, in_flight: deque[_Started], source: Mapping[str, Tensor], destination: Mapping[str, Tensor]
     ) -> bool:
-        """Whether a step can start before the oldest one in flight is finished: one without staging costs no memory."""
+        """Whether a step can start before the oldest one in flight is finished: one without staging needs no memory."""
         if not in_flight:
             return True
         stages_send = step.send is not None and self._direct(step.send, source) is None
@@ -197,13 +197,13 @@ class Resharder:
             self._landed(box.tensor)
 
     def _pack(self, bucket: Bucket, buffer: Tensor, source: Mapping[str, Tensor]) -> Tensor:
-        """The bucket's elements, converted, at the beginning of the buffer."""
+        """Pack the bucket's elements, converted, at the start of the buffer."""
         for box, part in _parts(bucket, buffer):
             part.copy_(_view(source, box))
         return buffer[: bucket.numel]
 
     def _direct(self, bucket: Bucket, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """The memory of a bucket's only box when a message can lie there unconverted, else None."""
+        """The memory of a bucket's only box if it can serve as the message unconverted, else None."""
         if len(bucket.boxes) != 1:
             return None
         view = _view(tensors, bucket.boxes[0])
@@ -215,7 +215,7 @@ class Resharder:
         self._landed(copy.destination.tensor)
 
     def _expect_all(self) -> None:
-        """Count what each destination tensor waits for; one that is all padding waits for nothing."""
+        """Count the outstanding pieces of each destination tensor; one that is all padding has none."""
         self._missing = Counter(copy.destination.tensor for copy in self._plan.local)
         self._missing.update(box.tensor for bucket in self._plan.receives for box in bucket.boxes)
         for name in self._plan.destinations:
@@ -236,7 +236,7 @@ class Resharder:
             torch.cuda.synchronize(self._device)
 
     def _check(self, source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
-        """Sizes and dtypes, so that no message can differ from what its receiver expects."""
+        """Check sizes and dtypes, so that no message differs from what its receiver expects."""
         dtypes = {
             _checked_dtype("training", self._plan.sources, source),
             _checked_dtype("decode", self._plan.destinations, destination),
@@ -256,7 +256,7 @@ class Resharder:
 
 
 def _parts(bucket: Bucket, buffer: Tensor) -> Iterator[tuple[Box, Tensor]]:
-    """Each box of a message with its place in the buffer, in the box's shape."""
+    """Each box of a message with its view of the buffer, in the box's shape."""
     sizes = [box.numel for box in bucket.boxes]
     for box, part in zip(bucket.boxes, buffer[: sum(sizes)].split(sizes), strict=True):
         yield box, part.view(box.shape)

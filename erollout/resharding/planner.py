@@ -1,11 +1,11 @@
-"""Which slices a rank copies, sends and receives to get from the training layout to the decode layout. Pure: metadata only.
+"""Reshard plan: slices that a rank copies, sends and receives from the training to the decode layout. Pure: metadata only.
 
-A destination rank takes its data from the training model replica (data-parallel index) that it is itself a member of. The
+A destination rank takes its data from its own training model replica (data-parallel index). The
 ranks of one replica hold the whole model together, so each replica is planned by itself, at a cost that depends on
 tensor x pipeline and not on the world's size. Every rank derives its own part of the plan from the same placements with the
 same rules, so what one rank sends is what its peer expects, and nothing is exchanged to agree on it.
 
-Transfers of a pair of ranks are cut into buckets. Bucket b of the pair whose receiver stands k places after its sender has
+Transfers of a pair of ranks are cut into buckets. Bucket b of the pair whose receiver is k places after its sender has
 the key (k, b), and every rank works through its buckets in the order of the keys. The unfinished bucket with the smallest
 key is then always at the head of both its sender's and its receiver's queue: with any number of buckets in flight, down to
 one, no order of completion can deadlock.
@@ -31,7 +31,7 @@ class Box:
     """A box of a local tensor."""
 
     tensor: str
-    """Local tensor's name."""
+    """Name of the local tensor."""
     start: Shape
     shape: Shape
 
@@ -42,7 +42,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class LocalCopy:
-    """A copy within the rank, between two boxes of one shape."""
+    """A copy within the rank between two boxes of equal shape."""
 
     source: Box
     destination: Box
@@ -63,7 +63,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The message to send and the message to receive at one place in the order of the keys."""
+    """The message to send and the message to receive at one position in the order of the keys."""
 
     send: Bucket | None
     receive: Bucket | None
@@ -71,11 +71,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class ReshardPlan:
-    """All that one rank does."""
+    """The reshard plan of one rank."""
 
     rank: int
     itemsize: int
-    """Bytes of an element on the wire."""
+    """Bytes per element on the wire."""
     sources: Mapping[str, Shape]
     """Shapes of the rank's tensors in the training layout."""
     destinations: Mapping[str, Shape]
@@ -105,10 +105,10 @@ def plan_for_rank(
 
     Args:
         decode_placement: (architecture, tensor, tensor_rank) to the placement of a decode rank.
-        itemsize: bytes of an element on the wire.
+        itemsize: bytes per element on the wire.
         bucket_bytes: largest message, and so the size of a staging buffer.
 
-    Raises UserError when a layout does not divide the model or the two do not describe the same world.
+    Raises UserError if a layout does not divide the model or the two do not describe the same world.
     """
     if train.world_size != decode.world_size:
         raise UserError(f"training layout of {train.world_size} ranks, decode layout of {decode.world_size}: make them equal")
@@ -136,7 +136,7 @@ def build_plan(
     Args:
         sources, destinations: global rank to placement, of the same ranks.
 
-    Raises ValueError naming the tensor when the sources don't cover an element of this rank's destination exactly once.
+    Raises ValueError naming the tensor if the sources don't cover each element of this rank's destination exactly once.
     """
     _check_disjoint_destination(destinations[rank])
     holdings = _Holdings(sources, destinations)
@@ -167,20 +167,20 @@ class _Transfer:
     source: Box
     destination: Box
     piece: Piece
-    """The destination's piece that this fills a part of."""
+    """The destination's piece that this transfer fills in part."""
     logical_start: Shape
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """A box of a logical tensor and the ranks that hold it (several, for what is replicated)."""
+    """A box of a logical tensor and the ranks that hold it (several if it is replicated)."""
 
     piece: Piece
     holders: dict[int, tuple[LocalTensor, Piece]]
 
 
 class _Holdings:
-    """Who holds what, and who of several holders serves whom."""
+    """Holders of all shards, and the choice of a holder for each receiver."""
 
     def __init__(self, sources: Mapping[int, Placement], destinations: Mapping[int, Placement]) -> None:
         self._destinations = destinations
@@ -196,7 +196,7 @@ class _Holdings:
         self._servers: dict[tuple[str, Shape, Shape], dict[int, int]] = {}
 
     def transfers_to(self, rank: int, only_from: int | None = None) -> Iterator[_Transfer]:
-        """What fills `rank`'s destination, in the destination's order."""
+        """Transfers that fill `rank`'s destination, in the destination's order."""
         for local, piece in pieces_by_tensor(self._destinations[rank]):
             if only_from is not None and piece.tensor not in self._held[only_from]:
                 continue
@@ -211,7 +211,7 @@ class _Holdings:
                     yield _transfer(server, held_in, held, local, piece, *common)
 
     def _server(self, shard: _Shard, rank: int) -> int:
-        """The holder that serves `rank`: itself if it is one; the others are dealt out in turn."""
+        """The holder that serves `rank`: itself if it is one, otherwise the holders in turn."""
         if rank in shard.holders:
             return rank
         holders = list(shard.holders)
@@ -252,9 +252,9 @@ def _local_start(piece: Piece, logical_start: Shape) -> Shape:
 
 
 def _buckets(peer: int, boxes: Iterable[Box], limit: int) -> Iterator[Bucket]:
-    """Cut and group a pair's boxes, both ends alike: this looks at nothing but shapes.
+    """Cut and group a pair's boxes, identically at both ends, because only shapes matter.
 
-    A box of at least a quarter of the limit travels alone: where it is contiguous, no staging copy is needed.
+    A box of at least a quarter of the limit is a message of its own: if it is contiguous, no staging copy is needed.
     """
     together: list[Box] = []
     for box in (part for whole_box in boxes for part in _cut(whole_box, limit)):

@@ -1,4 +1,4 @@
-"""How a message gets from one rank to another."""
+"""Transport of messages between ranks."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,17 +17,17 @@ class Message:
 
 
 class Pending(Protocol):
-    """Messages on their way."""
+    """Messages in flight."""
 
     def wait(self) -> None:
-        """Return when both are through; on CUDA, when the current stream is ordered behind them."""
+        """Wait until both are complete; on CUDA, until the current stream is ordered after them."""
 
 
 class Transport(Protocol):
-    """Moves at most one message each way at a time per call; several calls may be pending."""
+    """Transfers at most one message each way per call; several calls may be pending."""
 
     def start(self, send: Message | None, receive: Message | None) -> Pending:
-        """Begin; the tensors must stay untouched until `wait` returns.
+        """Start a transfer; the tensors must stay untouched until `wait` returns.
 
         Between two ranks messages arrive in the order in which they were started.
         """
@@ -41,12 +41,12 @@ class ProcessGroupTransport:
         """Collective over the group.
 
         Args:
-            group: None is the default group.
-            device: where the messages lie.
+            group: None: the default group.
+            device: device of the messages.
         """
         self._group = group if group is not None else dist.group.WORLD
         if device.type == "cuda":
-            # NCCL wants all ranks of a communicator in its first operation; of a message there are only two.
+            # NCCL needs all ranks of a communicator in its first operation, but a message has only two.
             dist.barrier(self._group, device_ids=[device.index or 0])
 
     def start(self, send: Message | None, receive: Message | None) -> Pending:
@@ -55,7 +55,7 @@ class ProcessGroupTransport:
             operations.append(dist.P2POp(dist.isend, _as_bytes(send.tensor), send.peer, self._group))
         if receive is not None:
             operations.append(dist.P2POp(dist.irecv, _as_bytes(receive.tensor), receive.peer, self._group))
-        # One group call: on NCCL a send and a receive that are issued one by one run one after the other and can deadlock.
+        # One group call: on NCCL, a send and a receive issued one by one are serialised and can deadlock.
         return _Works(dist.batch_isend_irecv(operations) if operations else [])
 
 

@@ -1,1 +1,1 @@
-"""What keeps strangers out: restricted unpickling, and texts without credentials."""
+"""Security: restricted unpickling, and removal of credentials from texts."""

@@ -1,7 +1,7 @@
-"""Credentials in URIs: whether there are any, and texts without them. Light: configurations and errors are searched with it.
+"""Detection and removal of credentials in URIs, for configurations and error messages. Light.
 
-A password is found where whoever typed it meant one, also where it is no valid URI: with a slash, an at sign or a question
-mark in it. In doubt too much is taken away.
+A password is found as meant by the user, even in an invalid URI: with a slash, an at sign or a question mark in it. In doubt
+too much is removed.
 """
 
 import re
@@ -13,33 +13,33 @@ _URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>\S+)")
 _BEGINS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _NAMED = re.compile(r"[?&;#\s](?P<name>[^=&;?#\s]+)=")
 _PARAMETER = re.compile(r"(?P<before>[?&;#](?P<name>[^=&;?#\s]+)=)\S+")
-"""Also where a library names the path alone."""
+"""A parameter of a URI, also where a library names only the path."""
 _NAMES = re.compile(
     r"(pass(word|wd|phrase|code)?|pwd?|token|secret|credentials?|signature|sig|auth(orization)?|bearer|jwt"
     r"|(^|[-_.])(sas|pat)|(api|access|account|secret|shared|private)[-_]?key)$",
     re.I,
 )
-"""How names of parameters end whose values are nobody's business."""
+"""Endings of names of parameters with secret values."""
 _COUNTS = re.compile(
     r"(max|min|num|new|next|page|continuation|start|stop|end|bos|eos|pad|unk|mask|sep)([-_]\w+)?[-_]?token", re.I
 )
-"""Names that end in the same way, of numbers and places in a text."""
+"""Names with the same endings that are counts or positions in a text."""
 _WHOLE = re.compile(r"(^|[._])ur[il]$", re.I)
-"""Keys whose value is one URI; any other is a text that may have some in it."""
+"""Keys whose value is one URI; any other value is a text that may contain some."""
 _PORT = re.compile(r"[^\s:/@]+:\d{1,5}/")
 HIDDEN = "***"
 
 
 def redact(text: str) -> str:
-    """A URI, or a text with URIs in it, without their user names and passwords."""
-    if begins := _BEGINS.match(text):  # a password may have a blank in it
+    """A URI, or a text with URIs, without user names and passwords."""
+    if begins := _BEGINS.match(text):  # a password may contain a blank
         text = begins[0] + _public(text[begins.end() :])
     text = _URI.sub(lambda found: f"{found['scheme']}://{_public(found['rest'])}", text)
     return _PARAMETER.sub(lambda found: found["before"] + HIDDEN if _is_secret(found["name"]) else found[0], text)
 
 
 def has_credentials(uri: str) -> bool:
-    """Whether a password is in it. A user's name alone is none, but may be a token where the scheme is that of a web server."""
+    """Whether a URI contains a password. A user name alone is none, except for web schemes, where it may be a token."""
     scheme, _, rest = uri.partition("://")
     user, rest = _split(rest)
     is_token = bool(user) and scheme.lower().startswith("http")
@@ -47,7 +47,7 @@ def has_credentials(uri: str) -> bool:
 
 
 def keys_with_credentials(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values of a nested structure whose values have a password in them."""
+    """Dotted keys and values of a nested structure whose values contain a password."""
     if isinstance(tree, dict):
         for name, value in tree.items():
             yield from keys_with_credentials(value, f"{key}.{name}" if key else str(name))
@@ -59,7 +59,7 @@ def keys_with_credentials(tree: Any, key: str = "") -> Iterator[tuple[str, str]]
 
 
 def _in_text(text: str) -> bool:
-    """Whether a URI of a text has a password in it. An `@` behind a port and a slash is one of the path."""
+    """Whether a URI in a text contains a password. An `@` after a port and a slash belongs to the path."""
     for found in _URI.finditer(text):
         rest = found["rest"].replace("@", "") if _PORT.match(found["rest"]) else found["rest"]
         if has_credentials(f"{found['scheme']}://{rest}"):
@@ -72,22 +72,22 @@ def _is_secret(name: str) -> bool:
 
 
 def _public(rest: str) -> str:
-    """What follows `scheme://`, without its credentials."""
+    """The part after `scheme://`, without credentials."""
     rest = _split(rest)[1]
-    if (start := _secret_part(rest)) is not None:  # its value may have any sign in it
+    if (start := _secret_part(rest)) is not None:  # its value may contain any character
         return rest[:start] + HIDDEN
     path, _, query = rest.partition("?")
     return rest if _secret_part(f"?{unquote(query)}") is None else f"{path}?{HIDDEN}"
 
 
 def _secret_part(rest: str) -> int | None:
-    """Where the value of the first parameter begins that is nobody's business."""
+    """Start of the value of the first secret parameter."""
     return next((found.end() for found in _NAMED.finditer(rest) if _is_secret(found["name"])), None)
 
 
 def _split(rest: str) -> tuple[str, str]:
-    """User and password, and all that follows the `@` behind them."""
-    authority = rest.partition("/")[0]  # empty for a path, in which an `@` is one of a name
+    """User and password, and the rest after their `@`."""
+    authority = rest.partition("/")[0]  # empty for a path, in which an `@` belongs to a name
     first, at, _ = authority.partition("@")
     if at and ":" not in first:
         return first, rest[len(first) + 1 :]

@@ -1,7 +1,7 @@
-"""Reads pickles that came from elsewhere, other ranks or files: of the classes that are needed, and no others.
+"""Restricted unpickling of data from other ranks or files: only the needed classes are allowed.
 
-A pickle names functions and classes and has them called, so whoever writes one runs code where it is read, unless the reader
-looks at the names. Light: it loads no framework.
+A pickle names functions and classes to be called, so its writer can run code where it is read, unless the reader restricts the
+names. Light: loads no framework.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _PLAIN = {
     "torch.serialization": ("_get_layout",),
     "traceback": ("StackSummary", "FrameSummary"),
 }
-"""Names whose calls do nothing but make a value."""
+"""Names whose calls only create a value."""
 _METADATA = {
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.distributed.checkpoint.metadata": (
@@ -42,22 +42,22 @@ _METADATA = {
         "WriteItemType",
     ),
 }
-"""What torch.distributed writes to the file `.metadata` of a checkpoint."""
+"""Classes that torch.distributed writes to the file `.metadata` of a checkpoint."""
 _RECORDS = ("erollout", "megatron.core.dist_checkpointing", "torch.distributed.checkpoint")
-"""Packages whose dataclasses and enumerations ranks send each other."""
+"""Packages whose dataclasses and enumerations ranks exchange."""
 
 
 class ForbiddenClass(pickle.UnpicklingError):
-    """A pickle names what is not allowed in it; the message says what."""
+    """Raised if a pickle names something that is not allowed; the message says what."""
 
 
 def load_metadata(file: BinaryIO) -> Any:
-    """The description of a checkpoint. Raises pickle.UnpicklingError."""
+    """Read the metadata of a checkpoint. Raises pickle.UnpicklingError."""
     return _read(_Reader(file, _is_metadata))
 
 
 def load_message(data: bytes) -> Any:
-    """What another rank has sent by a collective of objects. Raises pickle.UnpicklingError."""
+    """Read an object sent by another rank in a collective. Raises pickle.UnpicklingError."""
     return _read(_Reader(io.BytesIO(data), _is_message))
 
 
@@ -69,7 +69,7 @@ def _read(reader: "_Reader") -> Any:
             reader.require_unchanged()
     except (pickle.UnpicklingError, MemoryError):
         raise
-    except Exception as error:  # a damaged pickle does whatever its bytes say
+    except Exception as error:  # a damaged pickle may raise anything
         raise pickle.UnpicklingError(f"it can't be read ({type(error).__name__}: {error})") from error
 
 
@@ -78,7 +78,7 @@ class _Reader(pickle.Unpickler):
         super().__init__(file)
         self._allows = allows
         self._before: dict[Any, dict[str, Any]] = {}
-        """Attributes of the classes named so far, and of their members where they enumerate."""
+        """Attributes of the classes named so far, and of the members of enumerations."""
 
     def find_class(self, module: str, name: str) -> Any:
         found = _found(module, name)
@@ -91,15 +91,14 @@ class _Reader(pickle.Unpickler):
         return found
 
     def require_unchanged(self) -> None:
-        """A pickle may set attributes of whatever it names: of a class, for all its instances. Raises ForbiddenClass, with all
-        as it was."""
+        """Raise ForbiddenClass, after restoring them, if the pickle has set attributes of the classes that it names."""
         changed = [owner for owner, before in self._before.items() if not _restore(owner, before)]
         if changed:
             raise ForbiddenClass(f"it sets attributes of {changed[0]}, which is not allowed there")
 
 
 def _restore(owner: Any, before: dict[str, Any]) -> bool:
-    """Whether there was nothing to do."""
+    """Restore attributes. Returns whether there was nothing to do."""
     now = dict(vars(owner))
     if now.keys() == before.keys() and all(now[name] is value for name, value in before.items()):
         return True
@@ -112,13 +111,13 @@ def _restore(owner: Any, before: dict[str, Any]) -> bool:
 
 
 def _found(module: str, name: str) -> Any:
-    """None where there is no such thing. Nothing is imported but the project's own and what is allowed by name."""
+    """The named object; None: there is none. Imports only the project's own modules and those allowed by name."""
     if module not in sys.modules and (module in _PLAIN or module in _METADATA or _is_in(module, ("erollout",))):
         try:
             importlib.import_module(module)
         except ImportError:
             return None
-    return getattr(sys.modules.get(module), name, None)  # a name with a dot in it is no attribute
+    return getattr(sys.modules.get(module), name, None)  # a name with a dot is not an attribute
 
 
 def _is_metadata(module: str, name: str, found: Any) -> bool:
@@ -140,7 +139,7 @@ def _makes_callables(kind: type) -> bool:
 
 
 def _is_constant(module: str, found: Any) -> bool:
-    """torch.float32 and its like."""
+    """Whether it is a constant such as torch.float32."""
     return module == "torch" and type(found).__name__ in ("dtype", "layout", "memory_format")
 
 

@@ -86,11 +86,11 @@ def test_one_that_does_not_come_is_named(nodes: Nodes) -> None:
     for name in ("n1", "n2"):
         nodes.start(name, *_options(3, wait=20), "--expect", "n1,n2,n3")
     outcomes = nodes.wait()
-    named = [lines for _, lines in outcomes.values() if "node n3 bad: did not come within 20 s" in lines]
+    named = [lines for _, lines in outcomes.values() if "node n3 bad: did not arrive within 20 s" in lines]
     assert len(named) == 1, "by the head, and by it alone"
     for name, (status, lines) in outcomes.items():
         assert status == 1 and lines[-1] == f"node {name} ok"
-        assert any(line.startswith("error: nodes: 2 of 3 nodes came within 20 s: n") for line in lines)
+        assert any(line.startswith("error: nodes: 2 of 3 nodes arrived within 20 s: n") for line in lines)
 
 
 ABSENT_MINDED = """
@@ -111,7 +111,7 @@ collective.check_collective(options["--head"], options["--interface"], options["
     [
         # It listens where nobody else comes in, as behind a firewall that lets the head's port through.
         ("collective.Peer = lambda name, address, port: Peer(name, '127.0.0.1', 1)", "is not reached on data ports"),
-        ("collective.unreached = lambda *_: sys.exit()", "came, and then was silent"),
+        ("collective.unreached = lambda *_: sys.exit()", "arrived, and then did not answer"),
     ],
 )
 def test_one_that_comes_and_is_not_reached_is_named(change: str, reason: str, nodes: Nodes) -> None:
@@ -182,13 +182,13 @@ def test_arrivals() -> None:
     three = Attendance("n1", 3, ("n1", "n2", "n3"))
     assert judge_arrivals(["n2", "n1", "n3"], "n1", three, 9).problem == ""
     decision = judge_arrivals(["n1", "n2.cluster"], "n1", three, 9)
-    assert decision.problem == "2 of 3 nodes came within 9 s: n1, n2.cluster"
-    assert decision.bad == {"n3": "did not come within 9 s"}
+    assert decision.problem == "2 of 3 nodes arrived within 9 s: n1, n2.cluster"
+    assert decision.bad == {"n3": "did not arrive within 9 s"}
     assert judge_arrivals(["n1", "n2"], "n1", Attendance("n1", 3), 9).bad == {}, "nobody knows who is missing"
     assert list(judge_arrivals(["n1"], "n1", three, 9).bad) == ["n1"]
     assert list(judge_arrivals(["n1"], "n1", Attendance("n1", 2, ("n1", "n2")), 9).bad) == ["n2"]
-    assert "n1 came more than once" in judge_arrivals(["n1", "n1", "n2"], "n1", three, 9).problem
-    assert "n9 came, and expected are" in judge_arrivals(["n1", "n9", "n2"], "n1", three, 9).problem
+    assert "n1 arrived more than once" in judge_arrivals(["n1", "n1", "n2"], "n1", three, 9).problem
+    assert "n9 arrived, but expected are" in judge_arrivals(["n1", "n9", "n2"], "n1", three, 9).problem
 
 
 def _reports(*unreached: list[int], shared: bool = True) -> dict[int, str]:
@@ -203,7 +203,7 @@ def test_reports_of_who_is_reached() -> None:
     decision = judge_reach(PEERS[:2], _reports([1], [0]), None)
     assert decision.bad == {"n1": "it or n2 is not reached on data ports", "n2": "it or n1 is not reached on data ports"}
     decision = judge_reach(PEERS, _reports([2], [2]), None)
-    assert decision.bad == {"n3": "came, and then was silent"} and decision.problem
+    assert decision.bad == {"n3": "arrived, and then did not answer"} and decision.problem
     reports = _reports([], []) | {2: json.dumps({"unreached": [], "shared": False})}
     assert "does not see the head's file in /scratch" in judge_reach(PEERS, reports, Path("/scratch")).bad["n3"]
 
@@ -213,4 +213,4 @@ def test_reports_of_sums() -> None:
     assert judge_sums(PEERS, {0: "", 1: "", 2: "wrong"}).bad == {"n3": "wrong"}
     decision = judge_sums(PEERS, {0: "wrong", 1: "wrong", 2: "wrong"})
     assert decision.bad == {} and decision.problem == "n1: wrong; n2: wrong; n3: wrong"
-    assert judge_sums(PEERS, {0: "late", 1: ""}).bad == {"n3": "is silent in the collective"}
+    assert judge_sums(PEERS, {0: "late", 1: ""}).bad == {"n3": "did not answer in the collective"}

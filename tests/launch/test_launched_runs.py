@@ -28,7 +28,7 @@ def test_requeue_is_the_same_submission(folder: Path, fake: FakeSlurm) -> None:
     (run / "verdict").write_text("stopped\n")
     (run / "bad_nodes").write_text("n2\n")
     outcome = invoke("launch", "requeue", str(run))
-    assert outcome.status == 0 and "from the start" in outcome.stdout, outcome.stderr
+    assert outcome.status == 0 and "from step 0" in outcome.stdout, outcome.stderr
     first, second = map(shlex.split, fake.calls("sbatch"))
     assert [word for word in second if word != "--exclude=n2"] == first and len(second) == len(first) + 1
     old, new = map(asdict, RunDirectory(run).submissions())

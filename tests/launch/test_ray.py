@@ -199,7 +199,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_ends_as_if_undisturbed(
         wait_for(lambda: "waiting up to" in process.said(), process)
         nodes.other = Node(nodes.head.address, num_gpus=1)
         assert process.wait(400) == 0, process.said()
-    assert "starting again from step_" in process.said()
+    assert "restarting from step_" in process.said()
     ours, theirs = (load_file(folder / "exported/model.safetensors") for folder in folders)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     ours, theirs = (history(folder) for folder in folders)

@@ -30,7 +30,7 @@ FINGERPRINT = "fingerprint.cpp"
 
 
 def fingerprint(paths: list[str]) -> str:
-    """Of the sources, as erollout/kernels/native.py computes it: an extension of other sources is not loaded."""
+    """Fingerprint of the sources, as computed by erollout/kernels/native.py, which loads an extension only if they agree."""
     contents = hashlib.sha256()
     for path in sorted(paths, key=os.path.basename):
         with open(path, "rb") as file:
@@ -39,7 +39,7 @@ def fingerprint(paths: list[str]) -> str:
 
 
 class BuildNative(build_ext):
-    """Compiles the sources side by side, and only those that changed: for `python setup.py build_ext --inplace`."""
+    """Compiles changed sources in parallel, for `python setup.py build_ext --inplace`."""
 
     def build_extension(self, extension: Extension) -> None:
         compiler, compile_all = self.compiler, self.compiler.compile
@@ -68,7 +68,7 @@ class BuildNative(build_ext):
 
 
 def native_extensions() -> list[Extension]:
-    """The CPU kernels; optional: without a compiler the install succeeds and `rollout.kernels` says what it lost."""
+    """The CPU kernels. Optional: without a compiler the install succeeds, and `rollout.kernels` reports what is missing."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return []
     sources, headers = sorted(glob(f"{NATIVE}/*.cpp")), sorted(glob(f"{NATIVE}/*.h"))
@@ -93,7 +93,7 @@ setup(
     description="RL post-training on Megatron-core with fast rollouts that don't change what is sampled",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    # These stand at the top of the tree and install inside the package, under no common name.
+    # at the top of the tree, and installed inside the package, to avoid common names
     packages=[
         *find_packages(include=["erollout", "erollout.*"]),
         "erollout.launch",

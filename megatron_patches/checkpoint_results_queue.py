@@ -1,4 +1,4 @@
-"""The queue through which the writers of a checkpoint report."""
+"""The queue for reports of a checkpoint's writers."""
 
 from .patch import FunctionEdit, SourcePatch, on_every_host
 

@@ -54,7 +54,7 @@ class _NullStream:
 
 
 class _NullEvent:
-    """An event that has always happened. It has no elapsed_time: there is nothing honest to return."""
+    """An event that has always happened. It has no elapsed_time, for which there is no honest value."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -69,7 +69,7 @@ class _NullEvent:
 
 
 class _CudaOnCpu(ModuleType):
-    """`torch.cuda` as megatron.core sees it. What isn't defined here is the real thing, which raises without a GPU."""
+    """`torch.cuda` as seen by megatron.core. Attributes not defined here are the real ones, which raise without a GPU."""
 
     Stream = _NullStream
     Event = _NullEvent
@@ -123,7 +123,7 @@ class _Device(metaclass=_DeviceType):
 
 
 class _TorchOnCpu(ModuleType):
-    """`torch` as megatron.core sees it; reads and writes of anything else reach the real module."""
+    """`torch` as seen by megatron.core; other attributes are those of the real module."""
 
     cuda = _CudaOnCpu("torch.cuda")
     device = _Device

@@ -1,7 +1,7 @@
 """RMSNorm for Megatron's local (Transformer-Engine-free) layer spec, also under sequence parallelism.
 
-A class to name in a layer spec, not a patch. Megatron's own wrapper around torch norms refuses `sequence_parallel=True`: it has
-no means to tell the gradient reduction that each tensor-parallel rank saw only its part of the sequence.
+A class for layer specs, not a patch. Megatron's own wrapper around torch norms rejects `sequence_parallel=True`: it can't tell
+the gradient reduction that each tensor-parallel rank saw only its part of the sequence.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a patch to megatron-core is, and the one mechanism most patches use: replacing a line inside an installed function.
+"""Patches to megatron-core, and the mechanism that most use: replacing a line inside an installed function.
 
 Megatron's functions are imported by value all over the place, so rebinding a name would miss copies. `FunctionEdit` keeps the
 function object and exchanges its code: the text is read from the installed source, the expected line replaced, and the result
@@ -18,16 +18,16 @@ from packaging.specifiers import SpecifierSet
 from erollout.errors import UserError
 
 TESTED_VERSIONS = SpecifierSet("==0.16.1")
-"""Releases of megatron-core whose sources every patch here was written against and tested with."""
+"""Releases of megatron-core for which every patch here was written and tested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The facts that decide which patches a process needs."""
+    """Facts that determine which patches a process needs."""
 
     cuda_available: bool
     fused_adam_available: bool
-    """Transformer Engine's or Apex's FusedAdam is installed; otherwise Megatron uses torch.optim.AdamW."""
+    """Whether Transformer Engine's or Apex's FusedAdam is installed; otherwise Megatron uses torch.optim.AdamW."""
 
 
 class Patch(Protocol):
@@ -41,7 +41,7 @@ class Patch(Protocol):
 
     @property
     def locations(self) -> tuple[str, ...]:
-        """Upstream places it changes, as `package.module: function`."""
+        """Patched upstream places, as `package.module: function`."""
         ...
 
     @property
@@ -50,24 +50,24 @@ class Patch(Protocol):
     def needs(self, host: Host) -> bool: ...
 
     def check(self, version: str) -> None:
-        """UserError unless the installed source, of release `version`, still is what the patch was written for."""
+        """Raise UserError unless the installed source, of release `version`, is what the patch was written for."""
         ...
 
     def apply(self) -> None: ...
 
 
 def without_cuda(host: Host) -> bool:
-    """The patch adapts an assumption that the device is a GPU."""
+    """Condition of patches that adapt an assumption that the device is a GPU."""
     return not host.cuda_available
 
 
 def on_every_host(host: Host) -> bool:
-    """The patch mends something that has nothing to do with the device."""
+    """Condition of patches that fix something independent of the device."""
     return True
 
 
 def source_changed(patch: str, location: str, version: str, problem: str) -> UserError:
-    """The error of a patch whose target isn't what it was written for."""
+    """The error of a patch whose target differs from what it was written for."""
     package = "torch beside it" if location.startswith("torch.") else f"megatron-core {version}"
     return UserError(
         f"megatron patch {patch}: {location} of the installed {package} {problem}; "
@@ -90,7 +90,7 @@ class FunctionEdit:
         return f"{self.module}: {self.function}"
 
     def problem(self) -> str | None:
-        """Why the edit can't be made to the installed source, or None."""
+        """Reason why the edit can't be made to the installed source; None: it can."""
         try:
             text = inspect.getsource(self._target())
         except (ImportError, AttributeError) as error:

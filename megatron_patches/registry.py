@@ -1,4 +1,4 @@
-"""Which patches there are, which of them a process needs, and applying them."""
+"""Registry of patches: all patches, selection of those that a process needs, and their application."""
 
 import importlib
 import importlib.metadata
@@ -40,10 +40,10 @@ class AppliedPatch:
 
 @dataclass(frozen=True, slots=True)
 class PatchReport:
-    """What `apply_all` did in this process."""
+    """Report of `apply_all` in this process."""
 
     version: str
-    """Of megatron-core."""
+    """Version of megatron-core."""
     applied: tuple[AppliedPatch, ...]
     not_needed: tuple[str, ...]
 
@@ -67,7 +67,7 @@ def current_host() -> Host:
 
 
 def require_tested(version: str, patches: Iterable[Patch] = PATCHES) -> None:
-    """UserError when a patch was not tested with this release of megatron-core, whether or not this host needs the patch."""
+    """Raise UserError if a patch, needed here or not, was not tested with this release of megatron-core."""
     for patch in patches:
         if version not in patch.versions:
             raise UserError(
@@ -84,8 +84,8 @@ def select(patches: Iterable[Patch], host: Host) -> tuple[Patch, ...]:
 def apply_all() -> PatchReport:
     """Make the installed megatron-core usable on this host; call it once at start, before megatron.core is used.
 
-    Safe to call again: the report is the same and nothing is applied twice. Raises UserError, and changes nothing, when the
-    installed release or its source isn't what the patches were written for.
+    Idempotent. Raises UserError, and changes nothing, if the installed release or its source is not what the patches were
+    written for.
     """
     version = installed_version()
     require_tested(version)  # before any import of megatron.core: an unknown release may not even import without a GPU

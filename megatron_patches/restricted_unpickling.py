@@ -1,4 +1,4 @@
-"""What other ranks send as objects, and what a checkpoint's files hold."""
+"""Restricted unpickling of objects from other ranks and of a checkpoint's files."""
 
 from .patch import FunctionEdit, SourcePatch, on_every_host
 

@@ -1,6 +1,6 @@
-"""What the linear layers' inputs look like, from a few tokens of the last rollout: it weighs the drafter's rounding errors.
+"""Statistics of the linear layers' inputs over a few tokens of the last rollout, which weight the drafter's rounding errors.
 
-No calibration set: the tokens are the policy's own. Each rank measures the inputs of its own shards.
+No calibration set is needed: the tokens are the policy's own. Each rank measures the inputs of its own shards.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,16 +19,16 @@ _BLOCK_SIZE = 32
 
 @dataclass(frozen=True, slots=True)
 class InputStatistics:
-    """Of one layer's input on this rank."""
+    """Statistics of one layer's input on this rank."""
 
     mean_square: Tensor
     """float32 [in_features]: E[x_k^2]."""
     mean_absolute: Tensor
     """float32 [in_features]: E[|x_k|]."""
     samples: Tensor | None
-    """[rows, in_features]: some of the inputs, for searches that need more than means."""
+    """[rows, in_features]: a sample of the inputs, for searches that need more than means."""
     generation: int
-    """Counts the collections: equal numbers, equal statistics."""
+    """Number of the collection: equal numbers mean equal statistics."""
 
 
 @torch.no_grad()
@@ -41,14 +41,14 @@ def collect(
 ) -> dict[str, InputStatistics]:
     """Statistics of every linear layer's input while the target reads token sequences from their beginning.
 
-    Collective over the target's replica, with equal sequences on its ranks. The target's weights are read as they are; its
-    KV cache and packed kernels are not needed.
+    Collective over the target's replica, with equal sequences on its ranks. Uses the target's weights, but not its KV cache and
+    packed kernels.
 
     Args:
-        max_tokens: how many are read in all; later sequences are cut or left out.
-        sample_rows: how many inputs are kept themselves, at most.
+        max_tokens: total number of tokens read; later sequences are cut or skipped.
+        sample_rows: largest number of inputs kept as a sample.
 
-    Returns: by local layer name; empty when no sequence has tokens enough for a pass.
+    Returns: statistics by local layer name; empty if no sequence has enough tokens for a pass.
     """
     if max_tokens < 1:
         return {}
@@ -72,7 +72,7 @@ def collect(
 
 
 class _Recorder:
-    """A linear layer that adds up what it is given. The LM head's computes nothing: its input is the last that matters."""
+    """A linear layer that accumulates its inputs. The LM head's computes nothing, because its input is the last one needed."""
 
     def __init__(self, linear: TorchLinear | None, in_features: int, device: torch.device, sample_rows: int) -> None:
         self._linear = linear
@@ -106,7 +106,7 @@ class _Recorder:
 
 
 def _recording_model(target: DecodeModel, max_tokens: int, record) -> DecodeModel:
-    """The target's tensors and torch's operators, over a cache of its own."""
+    """A model with the target's tensors and torch's operators, and its own cache."""
     size = target.group.size() if target.group is not None else 1
     cache = KVCache(
         target.architecture, size, -(-max_tokens // _BLOCK_SIZE), _BLOCK_SIZE, target.dtype, target.embedding.device
@@ -118,7 +118,7 @@ def _recording_model(target: DecodeModel, max_tokens: int, record) -> DecodeMode
 
 
 def _read(model: DecodeModel, tokens: list[int]) -> None:
-    """One pass over a sequence; the cache's first blocks hold its keys and values."""
+    """Run one pass over a sequence, with keys and values in the cache's first blocks."""
     device = model.cache.device
     positions = torch.arange(len(tokens), device=device)  # in blocks 0, 1, ...: slots are the positions
     blocks = list(range(-(-len(tokens) // _BLOCK_SIZE)))

@@ -1,4 +1,4 @@
-"""Which layer gets which format: the default, and overrides by pattern."""
+"""Assignment of formats to layers: the default, and overrides by pattern."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -17,8 +17,8 @@ def assign_formats(
     Args:
         layers: local names ("layers.3.qkv_proj"), the LM head's among them.
         default: format of all layers but the LM head.
-        overrides: (glob over layer names, format), in order: the last that matches a layer counts. The LM head is only meant
-            by the pattern "lm_head".
+        overrides: (glob over layer names, format), in order: the last match counts. Only the pattern "lm_head" matches the
+            LM head.
         lm_head: "target" | a format's name.
 
     Raises UserError for an unknown format and for a pattern that matches no layer.
@@ -41,6 +41,6 @@ def assign_formats(
 
 
 def summary(formats: Mapping[str, Format | None]) -> str:
-    """How many layers have each format: "120 x w4a16_clip, 1 x target"."""
+    """Number of layers by format: "120 x w4a16_clip, 1 x target"."""
     names = [format.name if format is not None else "target" for format in formats.values()]
     return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

@@ -1,8 +1,8 @@
-"""`auto`: measures what each format costs and saves on each part of this policy, on this device, and chooses.
+"""Format `auto`: measures time and acceptance of each format on each part of this policy, on this device, and chooses.
 
-A unit is one kind of linear layer in one third of the model's depth. For every unit and format a drafter is made in which only
+A unit is one kind of linear layer in one third of the model's depth. For every unit and format a drafter is built in which only
 that unit is quantised; its acceptance is the mean of sum(min(p, q)) over the positions of a few sequences of the last rollout,
-read by target and drafter alike. speculation/format_choice.py combines the units.
+read by both target and drafter. speculation/format_choice.py combines the units.
 """
 
 import itertools
@@ -25,16 +25,16 @@ from erollout.speculation.format_choice import Choice, Selection, select
 logger = logging.getLogger(__name__)
 
 CANDIDATES = ("w4a16_clip", "w8a8")
-"""Formats that are tried beside `none`."""
+"""Candidate formats besides `none`."""
 PARTS = 3
-"""Parts of the model's depth that are chosen for separately."""
+"""Number of parts of the model's depth with separate choices."""
 CONFIGURED = "as configured"
-"""The unit, with its only choice, of layers that the configuration decides for."""
+"""Name of the unit, with a single choice, of layers whose format is configured."""
 _ROUNDS = 9
 
 Overrides = list[tuple[str, str]]
 MakeDrafter = Callable[[Overrides], Drafter]
-"""A drafter whose layers are the target's but for these (layer, format)."""
+"""Builds a drafter with the target's layers except for these (layer, format)."""
 
 
 @torch.inference_mode()
@@ -46,15 +46,15 @@ def select_formats(
     configured: Sequence[str] = (),
     make_configured: Callable[[], Drafter] | None = None,
 ) -> tuple[Overrides, Selection]:
-    """The formats with the most predicted speed-up, as overrides per layer, and what is predicted.
+    """The formats with the highest predicted speed-up, as overrides per layer, and the prediction.
 
     Collective over the replica, with equal sequences on its ranks. Times are each rank's own, so the ranks must agree on one of
-    the results afterwards. The target's cache must be there and hold nothing that is needed: the sequences are read into it.
+    the results afterwards. The target's cache must be allocated, and is overwritten.
 
     Args:
         token_sequences: at least one of at least two tokens; each fits the cache.
-        configured: layers whose format is not to be chosen, the LM head perhaps among them.
-        make_configured: a drafter in which these alone are quantised as configured; with `configured` only.
+        configured: layers whose format is configured, possibly including the LM head.
+        make_configured: builds a drafter in which only these are quantised, as configured; needed only with `configured`.
     """
     target.prepare()
     expected = [probabilities(target, tokens) for tokens in token_sequences]
@@ -90,7 +90,7 @@ def select_formats(
 
 
 def layers_by_unit(num_layers: int) -> dict[str, list[str]]:
-    """Local names of the linear layers of each unit: kind by kind, part of the depth by part."""
+    """Local names of the linear layers of each unit, by kind and by part of the depth."""
     bounds = sorted({num_layers * part // PARTS for part in range(PARTS + 1)})
     parts = list(itertools.pairwise(bounds))
     return {
@@ -101,7 +101,7 @@ def layers_by_unit(num_layers: int) -> dict[str, list[str]]:
 
 
 def acceptance(expected: list[Tensor], model: DecodeModel, token_sequences: Sequence[Sequence[int]]) -> float:
-    """Mean over all positions of sum(min(p, q)): the probability that a draft is accepted."""
+    """Probability that a draft token is accepted: mean over all positions of sum(min(p, q))."""
     totals = [
         gather(torch.minimum(p, probabilities(model, tokens)).double().sum(), model.group).sum()
         for p, tokens in zip(expected, token_sequences, strict=True)
@@ -111,14 +111,14 @@ def acceptance(expected: list[Tensor], model: DecodeModel, token_sequences: Sequ
 
 
 def probabilities(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
-    """Of the token after every one of a sequence: this rank's columns, float32 [tokens, W]."""
+    """Probabilities of the next token after every token of a sequence: this rank's columns, float32 [tokens, W]."""
     logits = _read(model, tokens)
     shard = shard_logits(logits, model.architecture.vocab_size, model.vocab_start, model.group)
     return shard.logprobs().exp_()
 
 
 def _read(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
-    """Logits after every token of a sequence, which takes the cache's first blocks."""
+    """Logits after every token of a sequence, with keys and values in the cache's first blocks."""
     device, size = model.cache.device, model.cache.block_size
     positions = torch.arange(len(tokens), device=device)  # in blocks 0, 1, ...: slots are the positions
     plan = model.plan([QuerySpan(0, len(tokens), list(range(-(-len(tokens) // size))))])
@@ -126,7 +126,7 @@ def _read(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
 
 
 def _step_seconds(model: DecodeModel, tokens: Sequence[int]) -> float:
-    """A decode step of one sequence of these tokens."""
+    """Seconds of a decode step of one sequence with these tokens."""
     device, size = model.cache.device, model.cache.block_size
     last = len(tokens) - 1
     position = torch.tensor([last], device=device)
@@ -141,7 +141,7 @@ def _step_seconds(model: DecodeModel, tokens: Sequence[int]) -> float:
 
 
 def _seconds(linears: Sequence[Linear], layers: Sequence[str], model: DecodeModel) -> float:
-    """One call of each layer with as many rows as a step of one sequence has."""
+    """Seconds of one call of each layer with the rows of a step of one sequence."""
     device = model.cache.device
     sizes = [model.tensors[tensor_name(model, layer)].shape[1] for layer in layers]
     inputs = [torch.randn(1, size, device=device).to(model.dtype) for size in sizes]

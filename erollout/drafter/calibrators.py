@@ -1,8 +1,8 @@
-"""How ModelOpt's weight quantizers find their ranges: calibrators of ours behind its hooks.
+"""Calibrators for ModelOpt's weight quantizers, installed through its hooks.
 
-They return ranges (amax) whose scales are numbers that the kernels hold exactly: int4 scales in bfloat16, others in float32.
-So the integers that ModelOpt makes and the scales in a QuantizedWeight are the drafter's one definition, without a rounding
-between them. Groups without a weight above 2^-24 (ModelOpt's own border) get scale 1 and zeros.
+They return ranges (amax) whose scales the kernels represent exactly: int4 scales in bfloat16, others in float32. So ModelOpt's
+integers and the scales in a QuantizedWeight are the drafter's one definition, without rounding in between. Groups without a
+weight above 2^-24 (ModelOpt's own threshold) get scale 1 and zeros.
 
 Imports ModelOpt, which takes many seconds: import this module where it is used.
 """
@@ -22,7 +22,7 @@ _INT4_BOUND = 7.0
 
 
 def install_calibrators(quantizer: TensorQuantizer, format: Format) -> None:
-    """Give a weight quantizer the calibrators of its format, in place of ModelOpt's."""
+    """Replace a weight quantizer's calibrators by those of its format."""
     axis = quantizer._calibrator._axis
     if format.asymmetric:
         bias = ZeroPointCalibrator()
@@ -42,7 +42,7 @@ class RangeCalibrator(MaxCalibrator):
         self._weight = weight
 
     def compute_amax(self) -> Tensor | None:
-        """float32, as the quantizer's axis keeps it."""
+        """float32 ranges, in the shape of the quantizer's axis."""
         if self._calib_amax is None:
             return None
         amax = self._calib_amax.float()
@@ -54,8 +54,8 @@ class RangeCalibrator(MaxCalibrator):
 class ClipCalibrator(MseCalibrator):
     """The clipped range of each group with the least sum of importance * (weight - quantised weight)^2.
 
-    `importance` is E[x_k^2] of the layer's input features, float32 [in_features], or None: all the same. ModelOpt's own search
-    adds losses up in float32; in float64 they don't depend on the order of the sum, so that kernels can agree with it.
+    `importance` is E[x_k^2] of the layer's input features, float32 [in_features]; None: uniform. ModelOpt's own search sums
+    losses in float32; in float64 the sum does not depend on its order, so that kernels can agree with it.
     """
 
     importance: Tensor | None = None
@@ -81,7 +81,7 @@ class ClipCalibrator(MseCalibrator):
 
 
 class ZeroPointCalibrator(BiasCalibrator):
-    """ModelOpt's affine bias, on the grid: minus a whole zero point in [-8, 7] times the scale; the range holds zero."""
+    """ModelOpt's affine bias, on the grid: minus an integer zero point in [-8, 7] times the scale; the range includes zero."""
 
     def __init__(self) -> None:
         super().__init__(method="max_min", axis=(-1,))
@@ -101,7 +101,7 @@ class ZeroPointCalibrator(BiasCalibrator):
 
 
 class ZeroPointRange(_Calibrator):
-    """The range that goes with a ZeroPointCalibrator, which sees the weights first."""
+    """The range that belongs to a ZeroPointCalibrator, which sees the weights first."""
 
     def __init__(self, bias: ZeroPointCalibrator) -> None:
         super().__init__(num_bits=None, axis=None, unsigned=None)

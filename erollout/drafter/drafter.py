@@ -1,7 +1,7 @@
-"""The drafter: the policy in fewer bits, made anew from the decode ranks' own shards at every policy update.
+"""The drafter: the policy in fewer bits, requantised from the decode ranks' own shards at every policy update.
 
-It shares the target's embedding, norms, biases and KV cache, and has linear layers of its own. Layers whose format is `none`,
-and the LM head unless an int8 copy is asked for, are the target's own.
+It shares the target's embedding, norms, biases and KV cache, and has its own linear layers, except for layers with format
+`none` and, unless an int8 copy is configured, the LM head, which are the target's.
 """
 
 import logging
@@ -25,23 +25,23 @@ from erollout.engine.proposers.base import DraftRequest, Drafts, Proposer
 logger = logging.getLogger(__name__)
 
 _AWQ_ROWS = 64
-"""Inputs per layer that AWQ's search measures its losses on."""
+"""Number of inputs per layer on which AWQ's search measures its losses."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequantizeStats:
-    """What one update of the drafter took."""
+    """Cost of one update of the drafter."""
 
     seconds: float
-    """Quantising and packing, of this rank."""
+    """Seconds of quantising and packing on this rank."""
     peak_extra_bytes: int
-    """Memory beside the weights and the drafter's own buffers, at its widest moment."""
+    """Peak memory besides the weights and the drafter's own buffers."""
     buffer_bytes: int
-    """The drafter's own buffers: they stay."""
+    """Size of the drafter's own persistent buffers."""
 
 
 class Drafter:
-    """A Proposer. At every policy update: `requantize_` for each tensor that landed, then `complete`."""
+    """A Proposer. At every policy update: `requantize_` for each tensor that arrived, then `complete`."""
 
     def __init__(
         self,
@@ -59,15 +59,15 @@ class Drafter:
         """
         Args:
             target: the model whose tensors the reshard fills.
-            make_proposer: the draft loop over a decode model.
-            format: of all layers but the LM head, see formats.py.
-            group_size: input features per scale, of the int4 formats.
+            make_proposer: makes the draft loop over a decode model.
+            format: format of all layers but the LM head, see formats.py.
+            group_size: input features per scale in int4 formats.
             lm_head: target | w8a8.
             overrides: (pattern, format) pairs, see assignment.py.
             kernel: auto | native | torch | prepacked, see linears.resolve_matmul.
             quantizer: auto | modelopt, see quantizer.build_quantizer.
 
-        Raises UserError, naming layer, format and key, for whatever can't be held so.
+        Raises UserError, naming layer, format and key, for an impossible combination.
         """
         self.policy_version: int | None = None
         self._targets = target_linears(target)
@@ -99,12 +99,12 @@ class Drafter:
             logger.warning("drafter: %s has no matmul here and is dequantised: no faster than the target", ", ".join(slow))
 
     def use_statistics(self, statistics: Mapping[str, InputStatistics]) -> None:
-        """What the next requantisation weighs errors with, by layer; a layer without them is quantised unweighted."""
+        """Set the weights of errors in the next requantisation, by layer; layers without them are quantised unweighted."""
         self._statistics = dict(statistics)
 
     @property
     def sample_rows(self) -> int:
-        """How many inputs per layer the formats want from `statistics.collect`."""
+        """Number of inputs per layer that the formats need from `collect`."""
         return _AWQ_ROWS if any(format.search == "awq" for format in self.formats.values() if format is not None) else 0
 
     @property
@@ -113,9 +113,9 @@ class Drafter:
 
     @torch.no_grad()
     def requantize_(self, tensor: str) -> None:
-        """Quantise and pack the layer that a target tensor belongs to, in place; other tensors are shared already.
+        """Quantise and pack the layer of a target tensor, in place; other tensors are shared.
 
-        The drafter belongs to no policy version from the first call on, until `complete`.
+        From the first call until `complete`, the drafter belongs to no policy version.
         """
         layer = self._layers.get(tensor)
         if layer is None:
@@ -128,7 +128,7 @@ class Drafter:
         self._missing.discard(layer)
 
     def complete(self, policy_version: int) -> RequantizeStats:
-        """All tensors of a policy version have landed. Raises RuntimeError naming layers that were not requantised."""
+        """Complete the update once all tensors have arrived. Raises RuntimeError naming layers that were not requantised."""
         if self._missing:
             missing = ", ".join(sorted(self._missing))
             raise RuntimeError(f"the drafter of policy version {policy_version} is not complete: {missing} not requantised")
@@ -161,13 +161,13 @@ def target_linears(target: DecodeModel) -> dict[str, Linear]:
 
 
 def tensor_name(target: DecodeModel, layer: str) -> str:
-    """The target tensor that is a layer's weight: with tied embeddings the LM head's is the embedding."""
+    """Name of the target tensor that is a layer's weight: with tied embeddings, the LM head's is the embedding."""
     tied = layer == LM_HEAD and f"{LM_HEAD}.weight" not in target.tensors
     return "embed_tokens.weight" if tied else f"{layer}.weight"
 
 
 def _share(target: DecodeModel, max_model_len: int, linears: Mapping[str, Linear]) -> DecodeModel:
-    """A decode model over the target's tensors and KV cache with these linear layers: native where the target and they are."""
+    """A decode model over the target's tensors and KV cache with these linear layers; native if both target and layers are."""
     native = isinstance(target, NativeModel) and all(hasattr(linear, "struct") for linear in linears.values())
     return build_decode_model(
         "native" if native else "torch",

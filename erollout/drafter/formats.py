@@ -1,6 +1,6 @@
-"""The drafter's formats: what ModelOpt makes of a weight, how activations go in, and which matmul serves it where.
+"""The drafter's formats: quantisation of weights by ModelOpt, treatment of activations, and matmuls by device.
 
-A format is a row of FORMATS. Sizes it can't cut and devices it has no matmul for are refused here, by name.
+A format is a row of FORMATS. Sizes that it does not divide and devices without a matmul for it are rejected here.
 """
 
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from erollout.kernels.native import NativeFormat
 from erollout.kernels.weights import WeightFormat
 
 Search = Literal["max", "clip", "awq"]
-"""How scales are found: from the largest weight, by the least weighted error over clipped ranges, or after AWQ's scaling."""
+"""Search for scales: from the largest weight, by the least weighted error over clipped ranges, or after AWQ's scaling."""
 Activations = Literal["bf16", "int8_group", "int8_token", "fp8_tensor", "fp8_token"]
-"""What the matmul multiplies with: activations as they are, or quantised per token (and group of weights), or per tensor."""
+"""Activations of the matmul: unchanged, quantised per token (and group of weights), or per tensor."""
 NONE = "none"
-"""The name that stands for the target's own 16-bit layer."""
+"""Name of the format of the target's own 16-bit layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One way to hold the drafter's linear layers."""
+    """A format of the drafter's linear layers."""
 
     name: str
     weight: WeightFormat
     quantizer: dict[str, Any]
-    """Attributes of ModelOpt's weight quantizer; `block_sizes` is completed with the group size."""
+    """Attributes of ModelOpt's weight quantizer; `block_sizes` is filled in with the group size."""
     search: Search = "max"
     activations: Activations = "bf16"
     native: NativeFormat | None = None
-    """Format of kernels/native.py's linear; None: only torch's operators on the CPU."""
+    """Format of the linear of kernels/native.py; None: only torch's operators on the CPU."""
     cuda: str | None = None
     """Linear of kernels/cuda.py; None: dequantised, which saves no time."""
     asymmetric: bool = False
@@ -41,11 +41,11 @@ class Format:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether activations decide over the numbers."""
+        """Whether the quantised weights depend on activations."""
         return self.search != "max"
 
     def config(self, group_size: int) -> dict[str, Any]:
-        """What `modelopt.torch.quantization.quantize` takes, uncalibrated. Activations are the matmuls' affair."""
+        """Configuration for `modelopt.torch.quantization.quantize`, without calibration. The matmuls quantise activations."""
         attributes = dict(self.quantizer)
         if self.grouped:
             attributes["block_sizes"] = {-1: group_size, "type": "static"}
@@ -77,7 +77,7 @@ FORMATS: dict[str, Format] = {
 
 
 def find_format(name: str, key: str = "speculation.drafter.format") -> Format | None:
-    """The format of a name; None for `none`: the target's own layer. Raises UserError."""
+    """The format with a name; None for `none`, the target's own layer. Raises UserError."""
     if name == NONE:
         return None
     if name in FORMATS:
@@ -91,11 +91,11 @@ def find_format(name: str, key: str = "speculation.drafter.format") -> Format | 
 
 
 def check_shape(layer: str, format: Format, shape: tuple[int, int], group_size: int) -> None:
-    """Raise UserError, naming the layer, when a format can't hold its shard.
+    """Raise UserError, naming the layer, if a format can't hold its shard.
 
     Args:
         shape: [out_features, in_features] of the rank's shard.
-        group_size: input features per scale, of the grouped formats.
+        group_size: input features per scale in grouped formats.
     """
     rows, columns = shape
     if not format.grouped:

@@ -1,7 +1,7 @@
 """The drafter's linear layers: one interface over every matmul, packed in place.
 
-Buffers are made once, at a layer's construction, and keep their addresses: what captured a graph or holds a pointer stays
-valid over all policy updates.
+Buffers are allocated once, at a layer's construction, and keep their addresses, so captured graphs and pointers stay valid over
+all policy updates.
 """
 
 import logging
@@ -24,50 +24,50 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _INT4PACK_GROUPS = (32, 64, 128, 256)
-"""What torch's int4 matmul on the CPU takes."""
+"""Group sizes of torch's int4 matmul on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a layer's matmul has to know."""
+    """A layer's shard, as needed by its matmul."""
 
     layer: str
     out_features: int
     in_features: int
     bias: Tensor | None
-    """The target's own: shared."""
+    """The target's own bias, shared."""
     group_size: int
     dtype: torch.dtype
-    """Of activations."""
+    """Dtype of activations."""
     device: torch.device
 
 
 class QuantizedLinear(Protocol):
-    """An engine's Linear over quantised numbers."""
+    """An engine's Linear with quantised weights."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, in_features] -> [tokens, out_features], in x's dtype."""
 
     def pack_(self, weight: QuantizedWeight) -> None:
-        """Take new numbers, in place."""
+        """Set new weights, in place."""
 
     def prepare(self) -> None:
-        """Nothing: `pack_` is when the numbers change."""
+        """Does nothing: only `pack_` changes the weights."""
 
     def release(self) -> None:
-        """Nothing: the buffers stay."""
+        """Does nothing: the buffers persist."""
 
     @property
     def nbytes(self) -> int:
-        """Of the buffers that belong to this layer alone."""
+        """Bytes of the buffers that belong to this layer alone."""
 
     @property
     def addresses(self) -> tuple[int | None, ...]:
-        """Where they are."""
+        """Addresses of the buffers."""
 
 
 class _Kept:
-    """What a decode model's `prepare` and `release` don't touch."""
+    """A layer that ignores a decode model's `prepare` and `release`."""
 
     def prepare(self) -> None:
         pass
@@ -77,7 +77,7 @@ class _Kept:
 
 
 class TargetLinear(_Kept):
-    """A layer that the drafter borrows from the target, whose own `prepare` and `release` manage it."""
+    """A layer shared with the target, which manages it by its own `prepare` and `release`."""
 
     def __init__(self, linear: Linear) -> None:
         self._linear = linear
@@ -87,7 +87,7 @@ class TargetLinear(_Kept):
 
     @property
     def struct(self) -> LinearStruct:
-        """For the native model. AttributeError where the layer has none."""
+        """Structure for the native model. Raises AttributeError if the layer has none."""
         return self._linear.struct  # type: ignore[attr-defined]
 
 
@@ -115,7 +115,7 @@ class KernelLinear(_Kept):
 
     @property
     def struct(self) -> LinearStruct:
-        """For the native model."""
+        """Structure for the native model."""
         return self._linear.struct
 
     @property
@@ -150,7 +150,7 @@ class CudaLinear(_Kept):
 
 
 class _Buffered(_Kept):
-    """What layers on torch's operators share."""
+    """Base of the layers that use torch's operators."""
 
     _buffers: list[Tensor]
 
@@ -164,9 +164,9 @@ class _Buffered(_Kept):
 
 
 class DequantizedLinear(_Buffered):
-    """The weight in 16 bit (or float32) again: every format, any device, no faster than the target.
+    """The weight dequantised to 16 bits (or float32): for every format and device, no faster than the target.
 
-    Activations are rounded to int8 where the format says so; to fp8 they are not, which brings drafts nearer to the target.
+    Activations are rounded to int8 if the format says so, but not to fp8, which brings drafts closer to the target.
     """
 
     def __init__(self, format: Format, shard: Shard) -> None:
@@ -200,7 +200,7 @@ class Int4PackLinear(_Buffered):
         self._bias = shard.bias
         self._group_size = shard.group_size
         self._packed = torch.zeros(rows, columns // 2, dtype=torch.uint8)
-        self._scales = torch.zeros(columns // shard.group_size, rows, 2, dtype=torch.bfloat16)  # with an offset of zero
+        self._scales = torch.zeros(columns // shard.group_size, rows, 2, dtype=torch.bfloat16)  # with offset zero
         self._pre_scale = torch.zeros(columns, dtype=torch.bfloat16) if format.search == "awq" else None
         self._buffers = [self._packed, self._scales, *([self._pre_scale] if self._pre_scale is not None else [])]
 
@@ -245,8 +245,8 @@ class Int8Linear(_Buffered):
 
 
 def quantize_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 per token and group: whole float32 numbers in [-127, 127] of x's shape, and float32 scales
-    [tokens, groups]. A group of zeros has scale 1; what is not finite stays so."""
+    """Symmetric int8 per token and group: integers as float32 in [-127, 127], shaped like x, and float32 scales
+    [tokens, groups]. A group of zeros has scale 1; non-finite values stay so."""
     groups = x.float().view(x.shape[0], -1, group_size)
     scales = groups.abs().amax(-1) / 127
     scales = torch.where(scales == 0, 1.0, scales)
@@ -257,16 +257,16 @@ _MakeLinear = Callable[[Format, Shard], QuantizedLinear]
 
 
 def resolve_matmul(kernel: str, format: Format, shard: Shard) -> str:
-    """Which matmul serves a layer: native | int4pack | int_mm | cuda | dequantized.
+    """The matmul of a layer: native | int4pack | int_mm | cuda | dequantized.
 
     Args:
         kernel: auto | native | torch | prepacked; the last two mean torch's operators.
 
-    Raises UserError, naming the layer and its format, when `native` was asked for and there is none.
+    Raises UserError, naming the layer and its format, if `native` is configured and not available.
     """
     if shard.device.type == "cuda":
         return "cuda" if _why_not_cuda(format, shard) is None else "dequantized"
-    reason = _why_not_native(format, shard) if kernel in ("auto", "native") else "not asked for"
+    reason = _why_not_native(format, shard) if kernel in ("auto", "native") else "not configured"
     if reason is None:
         return "native"
     if kernel == "native":
@@ -277,12 +277,12 @@ def resolve_matmul(kernel: str, format: Format, shard: Shard) -> str:
 
 
 def make_linear(matmul: str, format: Format, shard: Shard) -> QuantizedLinear:
-    """A layer whose numbers are zeros until `pack_`."""
+    """A layer with zero weights until `pack_`."""
     return _MATMULS[matmul](format, shard)
 
 
 def _why_not_native(format: Format, shard: Shard) -> str | None:
-    """None when the native kernels can serve the layer."""
+    """Reason why the native kernels can't serve the layer; None: they can."""
     if format.native is None:
         return f"on the CPU {format.name} is only dequantised; use auto or torch"
     if shard.dtype != torch.bfloat16:
@@ -294,7 +294,7 @@ def _why_not_native(format: Format, shard: Shard) -> str | None:
 
 
 def _why_not_cuda(format: Format, shard: Shard) -> str | None:
-    """None when kernels/cuda.py can serve the layer."""
+    """Reason why kernels/cuda.py can't serve the layer; None: it can."""
     if format.cuda is None:
         return f"{format.name} has no CUDA kernel"
     if shard.dtype != torch.bfloat16:
@@ -318,7 +318,7 @@ def _make_cuda(format: Format, shard: Shard) -> "cuda.CudaInt4Linear | cuda.Cuda
 
 
 def _tensors_of(kernel: object) -> list[Tensor]:
-    """The tensors that a kernel's layer, or a part of it, holds for itself."""
+    """Tensors owned by a kernel's layer or a part of it."""
     attributes = {name: value for name, value in vars(kernel).items() if name != "bias"}
     parts = [value for value in attributes.values() if type(value).__module__.startswith("erollout.kernels")]
     own = [value for value in attributes.values() if isinstance(value, Tensor)]

@@ -1,9 +1,9 @@
-"""From a decode rank's shards to quantised numbers, by ModelOpt: the definition of the drafter's weights.
+"""Quantisation of a decode rank's shards by ModelOpt: the definition of the drafter's weights.
 
 A module tree of linear layers holds the shards themselves and is converted by `mtq.quantize` once per format. At every policy
-update each weight quantizer is calibrated anew, which gives its range (and, asymmetric, its bias), and ModelOpt's own real
-quantisation with that range gives the numbers: for int4 the one that ModelOpt exports checkpoints with, for int8 and fp8 its
-quantised tensors. INT4QTensor is not used: it takes each group's largest weight for the range, whatever was calibrated, and
+update each weight quantizer is recalibrated, which gives its range (and, if asymmetric, its bias), and ModelOpt's own real
+quantisation with that range gives the numbers: for int4 the one with which ModelOpt exports checkpoints, for int8 and fp8 its
+quantised tensors. INT4QTensor is not used: it takes each group's largest weight for the range, regardless of calibration, and
 rounds in bfloat16, 2 % away from what ModelOpt's quantizers compute.
 """
 
@@ -27,24 +27,24 @@ from erollout.kernels.weights import QuantizedWeight
 
 
 class Quantizer(Protocol):
-    """Makes the numbers of named layers from the weights as they are now."""
+    """Quantises named layers from their present weights."""
 
     def quantize(self, layer: str, statistics: InputStatistics | None) -> QuantizedWeight:
-        """Raises UserError, naming the layer, when its weights are not all finite."""
+        """Quantise a layer. Raises UserError, naming the layer, if its weights are not all finite."""
 
     def scratch_bytes(self, layer: str) -> int:
-        """Memory that `quantize` takes beside the weight, result included: an upper bound."""
+        """Upper bound of the memory of `quantize` besides the weight, result included."""
 
 
 class ModelOptQuantizer:
     def __init__(self, weights: Mapping[str, Tensor], formats: Mapping[str, Format], group_size: int) -> None:
         """
         Args:
-            weights: [out_features, in_features] of each layer, by its local name; kept, and read at every `quantize`.
-            formats: of the same layers.
-            group_size: of the grouped formats; it divides their in_features.
+            weights: [out_features, in_features] of each layer, by local name; kept, and read at every `quantize`.
+            formats: formats of the same layers.
+            group_size: group size of the grouped formats, which divides their in_features.
 
-        Raises UserError, naming the format, when ModelOpt is missing or refuses it.
+        Raises UserError, naming the format, if ModelOpt is missing or rejects it.
         """
         self._weights = dict(weights)
         self._formats = dict(formats)
@@ -70,7 +70,7 @@ class ModelOptQuantizer:
         return _wide(quantizer, weight, format)
 
     def scratch_bytes(self, layer: str) -> int:
-        """The widest moment is the clip search, which holds errors in float64 (measured: 28 bytes per weight, 12 elsewhere)."""
+        """The peak is in the clip search, which holds errors in float64 (measured: 28 bytes per weight, 12 elsewhere)."""
         return self._weights[layer].numel() * (32 if self._formats[layer].search == "clip" else 16)
 
     def _int4(self, quantizer: Any, weight: Tensor, pre_scale: Tensor | None) -> QuantizedWeight:
@@ -91,10 +91,10 @@ class ModelOptQuantizer:
 
 
 class NativeQuantizer:
-    """The same numbers from kernels/native_quantize.py; formats that it doesn't know stay with ModelOpt."""
+    """The same numbers from kernels/native_quantize.py; formats that it lacks are left to ModelOpt."""
 
     def __init__(self, weights: Mapping[str, Tensor], formats: Mapping[str, Format], group_size: int) -> None:
-        """As for ModelOptQuantizer. The layers' values share one buffer: a result holds until the next `quantize`."""
+        """As for ModelOptQuantizer. The layers' values share one buffer: a result is valid until the next `quantize`."""
         self._weights = dict(weights)
         self._formats = dict(formats)
         self._group_size = group_size
@@ -140,14 +140,14 @@ class NativeQuantizer:
 
 
 class AwqScaler:
-    """What AWQ multiplies each layer's activations by: searched when there are new statistics, kept in between."""
+    """AWQ's scales of each layer's activations: searched when there are new statistics, kept in between."""
 
     def __init__(self, group_size: int) -> None:
         self._group_size = group_size
         self._known: dict[str, tuple[int, Tensor]] = {}
 
     def pre_scale(self, layer: str, weight: Tensor, format: Format, statistics: InputStatistics | None) -> Tensor | None:
-        """bfloat16 [in_features], ones as long as there are no statistics; None for other formats."""
+        """Scales, bfloat16 [in_features], which are ones without statistics; None for other formats."""
         if format.search != "awq":
             return None
         if statistics is None or statistics.samples is None:
@@ -160,7 +160,7 @@ class AwqScaler:
 
 
 def build_quantizer(kind: str, weights: Mapping[str, Tensor], formats: Mapping[str, Format], group_size: int) -> Quantizer:
-    """The quantizer of these layers: `modelopt`, or `auto`: the native one where it runs, which makes the same numbers."""
+    """The quantizer of these layers: `modelopt`, or `auto`: the native one if available, which gives the same numbers."""
     assert kind in ("auto", "modelopt"), kind
     on_cpu = all(weight.device.type == "cpu" for weight in weights.values())
     if kind == "modelopt" or not on_cpu or why_unavailable() is not None:
@@ -169,12 +169,12 @@ def build_quantizer(kind: str, weights: Mapping[str, Tensor], formats: Mapping[s
 
 
 def smoothed(weight: Tensor, pre_scale: Tensor) -> Tensor:
-    """The weight that takes activations times `pre_scale`, in the weight's dtype; ModelOpt's arithmetic."""
+    """The weight for activations multiplied by `pre_scale`, in the weight's dtype, by ModelOpt's arithmetic."""
     return (weight * (1.0 / pre_scale.float())).to(weight.dtype)
 
 
 def _convert(weights: Mapping[str, Tensor], format: Format, group_size: int) -> dict[str, Any]:
-    """The weight quantizer of each layer, of a module tree that ModelOpt converted."""
+    """The weight quantizer of each layer, from a module tree converted by ModelOpt."""
     mtq = _import_modelopt()
     from erollout.drafter.calibrators import install_calibrators
 
@@ -192,7 +192,7 @@ def _convert(weights: Mapping[str, Tensor], format: Format, group_size: int) -> 
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A module over the very tensor."""
+    """A linear module that holds the given tensor itself."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -211,7 +211,7 @@ def _calibrate(layer: str, quantizer: Any, weight: Tensor) -> None:
 
 
 def _wide(quantizer: Any, weight: Tensor, format: Format) -> QuantizedWeight:
-    """int8 and fp8: one scale per row, or for the whole tensor."""
+    """Quantise to int8 or fp8 with one scale per row or per tensor."""
     from modelopt.torch.quantization.qtensor import FP8QTensor, INT8QTensor
 
     scales = (quantizer.amax.float() / quantizer.maxbound).view(-1, 1)
@@ -221,9 +221,9 @@ def _wide(quantizer: Any, weight: Tensor, format: Format) -> QuantizedWeight:
 
 
 def _search_awq(weight: Tensor, samples: Tensor, format: Format, group_size: int) -> Tensor:
-    """ModelOpt's awq_lite on a copy of the layer: bfloat16 [in_features], what activations are multiplied by.
+    """Scales of activations by ModelOpt's awq_lite on a copy of the layer: bfloat16 [in_features].
 
-    Of this rank's shard alone: ModelOpt would take the world for a layer's data-parallel group and average over it.
+    Only this rank's shard counts: ModelOpt would take the world for a layer's data-parallel group and average over it.
     """
     mtq = _import_modelopt()
     from modelopt.torch.utils.distributed import ParallelState
@@ -259,7 +259,7 @@ def _import_modelopt() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what ModelOpt prints and warns about."""
+    """Context that suppresses ModelOpt's output and warnings."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

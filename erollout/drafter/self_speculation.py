@@ -1,4 +1,4 @@
-"""An engine that drafts with its own policy in fewer bits: the drafters of the configuration, kept up with the policy."""
+"""Self-speculation: the configured drafters, the engine's own policy in fewer bits, updated with the policy."""
 
 import json
 import logging
@@ -23,37 +23,37 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 INT8_HEAD = "+head"
-"""In a drafter's name: it has an INT8 LM head of its own."""
+"""Suffix of the name of a drafter with its own INT8 LM head."""
 FIRST_FORMAT = "w4a16_clip"
-"""What `auto` drafts with until there is a rollout to choose by."""
+"""Format of `auto` before the first rollout."""
 _CARRIED = -1
-"""Generation of statistics that were measured again after a resume: none that a rollout's policy version could be."""
+"""Generation of statistics measured again after a resume: different from any policy version."""
 
 
 class SelfSpeculation:
-    """Of one decode rank. Methods are collective over the replica, `learn_from` over the world."""
+    """The drafters of one decode rank. Methods are collective over the replica, `learn_from` over the world."""
 
     def __init__(self, options: SpeculationConfig, engine: Engine) -> None:
-        """Raises UserError for formats that the policy's shards, the device or the kernels can't have."""
+        """Raises UserError for formats that the policy's shards, the device or the kernels do not support."""
         self.options = options
         self.engine = engine
         drafter = options.drafter
         self._overrides = [(override.pattern, override.format) for override in drafter.overrides]
         self._undecided = drafter.format == AUTO
         self.has_learned = False
-        """Whether there was a rollout to learn from: equal on all ranks."""
+        """Whether there has been a rollout to learn from; equal on all ranks."""
         self._sequences: list[tuple[int, ...]] = []
-        """Tokens that the statistics are of."""
+        """Token sequences on which the statistics are measured."""
         self._chosen: Overrides = []
-        """Formats that `auto` has found, by layer."""
+        """Formats chosen by `auto`, per layer."""
         self._is_resumed = False
-        """The statistics are to be measured again, once there are weights."""
+        """Whether the statistics must be measured again once there are weights."""
         formats = dict(zip(drafter_names(drafter), (drafter.format, *drafter.alternatives), strict=True))
         self.drafters = {
             name: self._build(FIRST_FORMAT if format == AUTO else format, self._overrides, drafter.lm_head)
             for name, format in formats.items()
         }
-        """By their names in Arm.format, the default one first."""
+        """Drafters by their names in Arm.format, the default one first."""
         self.switch(True)
 
     @property
@@ -63,29 +63,29 @@ class SelfSpeculation:
 
     @property
     def drafter(self) -> Drafter:
-        """The default one."""
+        """The default drafter."""
         return self.drafters[self.formats[0]]
 
     def switch(self, on: bool) -> None:
-        """Let `engine.generate` draft with the default drafter from now on, or not at all."""
+        """Switch drafting of `engine.generate` with the default drafter on or off."""
         options = self.options
         arm = Arm(self.formats[0], options.num_speculative_tokens) if on else OFF
         self.engine.speculate(self.drafters, arm, options.verification)
 
     def tensor_landed(self, name: str) -> None:
-        """One of the engine's local tensors holds the new policy."""
+        """Requantise for one of the engine's local tensors, which now has the new policy."""
         if self._is_resumed:
-            return  # made in `complete`, when all tensors are there to measure the statistics with
+            return  # done in `complete`, once all tensors are there for measuring the statistics
         for drafter in self.drafters.values():
             drafter.requantize_(name)
 
     def all_landed(self) -> None:
-        """All of the engine's local tensors hold the new policy."""
+        """Requantise for all of the engine's local tensors, which now have the new policy."""
         for name in self.engine.local_tensors():
             self.tensor_landed(name)
 
     def complete(self, policy_version: int) -> RequantizeStats:
-        """The drafters belong to this version now. RuntimeError names layers whose tensors have not landed."""
+        """Complete the update to this version. Raises RuntimeError naming layers whose tensors have not arrived."""
         if self._is_resumed:
             self._is_resumed = False
             self._measure(_CARRIED)
@@ -94,14 +94,14 @@ class SelfSpeculation:
 
     @property
     def wants_rollouts(self) -> bool:
-        """Whether the formats have a use for what `learn_from` measures."""
+        """Whether the formats use what `learn_from` measures."""
         return self._undecided or any(drafter.needs_statistics for drafter in self.drafters.values())
 
     def learn_from(self, rollouts: Sequence[Rollout]) -> None:
-        """Weigh the next requantisations' errors by the activations of a rollout's first tokens, where the formats use them;
-        with `auto`, choose the formats, once.
+        """Measure activations on a rollout's first tokens, if the formats use them, to weight the errors of the following
+        requantisations; with `auto`, choose the formats once.
 
-        The engine is awake and idle. Each replica measures its own: drafters may differ in their numbers, samples don't.
+        The engine is awake and idle. Each replica measures its own: drafters may differ in their numbers, samples do not.
         """
         self.has_learned = True
         if not self.wants_rollouts:
@@ -112,13 +112,11 @@ class SelfSpeculation:
             self._choose(statistics)
 
     def state_dict(self) -> dict[str, Any]:
-        """What later policies' drafters are made by, as JSON: the tokens stand for the statistics, which any layout measures
-        anew from them.
-        """
+        """State for requantising later policies, as JSON: the tokens, from which any layout measures the statistics again."""
         return {"tokens": [list(tokens) for tokens in self._sequences], "chosen": self._chosen, "of": self._setting()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before the first weights; collective over the world. What `auto` chose in another setting is chosen anew."""
+        """Load, before the first weights. Collective over the world. A choice of `auto` in another setting is dropped."""
         if not self.wants_rollouts:
             return
         self._sequences = [tuple(tokens) for tokens in state["tokens"]]
@@ -128,7 +126,7 @@ class SelfSpeculation:
         self._is_resumed = bool(self._sequences) and self.wants_rollouts
 
     def _setting(self) -> dict[str, Any]:
-        """What a choice of formats holds for, as JSON."""
+        """The setting that a choice of formats holds for, as JSON."""
         engine, device = self.engine, self.engine.cache.device
         drafter = json.loads(json.dumps(asdict(self.options.drafter)))  # type: ignore[call-overload]  # see Config
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -136,7 +134,7 @@ class SelfSpeculation:
         return {"drafter": drafter, "device": device_name, "engine": kind}
 
     def _measure(self, generation: int) -> dict[str, InputStatistics]:
-        """Statistics of the known tokens, for every drafter's next requantisation."""
+        """Measure statistics on the known tokens, for every drafter's next requantisation."""
         rows = max(drafter.sample_rows for drafter in self.drafters.values())
         total = sum(len(tokens) for tokens in self._sequences)
         statistics = collect(self.engine.model, self._sequences, total, rows, generation)
@@ -145,10 +143,10 @@ class SelfSpeculation:
         return statistics
 
     def _choose(self, statistics: dict[str, InputStatistics]) -> None:
-        """Replace the drafter by one with the formats that promise most; rank 0's choice holds for all."""
+        """Replace the drafter by one with the best formats, as chosen by rank 0."""
         options, sequences = self.options.drafter, self._sequences
         choice = None
-        if sequences:  # rank 0's replica has some whenever there is any prompt at all
+        if sequences:  # rank 0's replica has some whenever there is any prompt
             choice = select_formats(
                 self.engine.model,
                 lambda chosen: self._build("none", chosen, lm_head="target"),
@@ -172,7 +170,7 @@ class SelfSpeculation:
         self.complete(self.engine.policy_version or 0)
 
     def _take(self, chosen: Overrides) -> None:
-        """Replace the default drafter by one of these formats."""
+        """Replace the default drafter by one with these formats."""
         options = self.options.drafter
         self._undecided, self._chosen = False, chosen
         speculates = self.engine.arm.speculates
@@ -180,7 +178,7 @@ class SelfSpeculation:
         self.switch(speculates)
 
     def _configured_layers(self) -> list[str]:
-        """Layers whose format the configuration names: those that no default changes."""
+        """Layers whose format the configuration names."""
         layers, lm_head = target_linears(self.engine.model), self.options.drafter.lm_head
         one, other = (assign_formats(layers, default, self._overrides, lm_head) for default in ("none", FIRST_FORMAT))
         return [layer for layer in layers if one[layer] is other[layer] and (layer != LM_HEAD or one[layer] is not None)]
@@ -200,14 +198,14 @@ class SelfSpeculation:
 
 
 def drafter_names(options: DrafterConfig) -> tuple[str, ...]:
-    """Of the configured drafters, the default one first: the format, and what else decides about its costs."""
+    """Names of the configured drafters, the default one first: the format, and what else determines its costs."""
     head = "" if options.lm_head == "target" else INT8_HEAD
     others = f"+{len(options.overrides)} overrides" if options.overrides else ""
     return tuple(f"{format}{head}{others}" for format in (options.format, *options.alternatives))
 
 
 def _total(parts: Iterable[RequantizeStats]) -> RequantizeStats:
-    """Of several drafters, made one after the other."""
+    """Total cost of several drafters, updated one after the other."""
     made = list(parts)
     return RequantizeStats(
         sum(stats.seconds for stats in made),
@@ -217,7 +215,7 @@ def _total(parts: Iterable[RequantizeStats]) -> RequantizeStats:
 
 
 def _first_tokens(rollouts: Sequence[Rollout], limit: int) -> list[tuple[int, ...]]:
-    """Prompts and responses, `limit` tokens in all."""
+    """Prompts and responses with `limit` tokens in total."""
     sequences: list[tuple[int, ...]] = []
     for rollout in rollouts:
         if left := limit - sum(len(tokens) for tokens in sequences):

@@ -1,7 +1,7 @@
-"""The pool of KV cache blocks: who holds which block, and copy on write between sequences that share one. Pure.
+"""The pool of KV cache blocks, with copy on write between sequences that share a block. Pure.
 
-A block table maps a sequence's positions to blocks: position p lies in block table[p // block_size]. Tables of forked
-sequences name the same blocks; a block that several tables name is only read, and the first writer gets its own copy.
+A block table maps a sequence's positions to blocks: position p is in block table[p // block_size]. Tables of forked sequences
+share blocks; a shared block is read-only, and a writer gets its own copy.
 """
 
 from typing import NamedTuple
@@ -26,18 +26,18 @@ class BlockManager:
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` positions."""
+        """Number of blocks for `num_tokens` positions."""
         return -(-num_tokens // self.block_size)
 
     def missing(self, table: list[int], start: int, end: int) -> int:
-        """Free blocks that `reserve` of the same range would take."""
+        """Number of free blocks that `reserve` of the same range would take."""
         return max(0, self.blocks_for(end) - len(table)) + len(self._shared(table, start, end))
 
     def reserve(self, table: list[int], start: int, end: int) -> list[BlockCopy]:
         """Make positions [start, end) writable for the owner of `table`, which grows in place.
 
-        Returns the copies to make first: blocks in the range that others also hold are replaced by private ones.
-        Raises AssertionError when the pool has too few free blocks: ask `missing` before.
+        Returns the copies to make first: shared blocks in the range are replaced by private ones.
+        Raises AssertionError if the pool has too few free blocks: call `missing` before.
         """
         assert self.missing(table, start, end) <= self.num_free, "reserve without enough free blocks"
         copies = [self._privatize(table, index) for index in self._shared(table, start, end)]
@@ -46,18 +46,18 @@ class BlockManager:
         return copies
 
     def fork(self, table: list[int]) -> list[int]:
-        """A second table of the same blocks, which are shared until one of the holders writes."""
+        """A second table of the same blocks, which are shared until one of their holders writes."""
         for block in table:
             self._references[block] += 1
         return list(table)
 
     def truncate(self, table: list[int], num_tokens: int) -> None:
-        """Give back the blocks beyond the first `num_tokens` positions; 0 empties the table."""
+        """Free the blocks beyond the first `num_tokens` positions; 0 empties the table."""
         for _ in range(len(table) - self.blocks_for(num_tokens)):
             self._drop(table.pop())
 
     def _shared(self, table: list[int], start: int, end: int) -> list[int]:
-        """Indices into `table` of existing blocks of positions [start, end) that another table also names."""
+        """Indices into `table` of existing blocks of positions [start, end) that are shared with another table."""
         first, last = start // self.block_size, min(self.blocks_for(end), len(table))
         return [index for index in range(first, last) if self._references[table[index]] > 1]
 

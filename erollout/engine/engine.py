@@ -1,7 +1,7 @@
 """The decode engine: continuous batching over one replica's shard of the policy.
 
-Under tensor parallelism every rank of the replica runs this same loop: the scheduler decides from equal integers and the
-sampler returns equal tokens, so the ranks stay in step without exchanging anything else.
+Under tensor parallelism every rank of the replica runs the same loop: the scheduler decides from equal integers and the sampler
+returns equal tokens, so the ranks stay in step without exchanging anything else.
 """
 
 import time
@@ -41,25 +41,25 @@ from erollout.types import FinishReason, PartialRollout, Rollout, RolloutRequest
 
 @dataclass(slots=True)
 class GenerationStats:
-    """Of one call to generate or run."""
+    """Statistics of one call to generate or run."""
 
     prefill_tokens: int = 0
-    """Tokens computed at prompt positions: each prompt once per group, more after a preemption."""
+    """Number of prefilled prompt tokens: each prompt once per group, more after a preemption."""
     recomputed_tokens: int = 0
-    """Tokens of responses that were computed again, after a preemption or a move from another replica."""
+    """Number of response tokens prefilled again, after a preemption or a migration."""
     decode_tokens: int = 0
-    """Tokens sampled."""
+    """Number of sampled tokens."""
     steps: int = 0
-    """Forward passes."""
+    """Number of forward passes."""
     preemptions: int = 0
     seconds: float = 0.0
     running: list[int] = field(default_factory=list)
-    """Sequences in each forward pass."""
+    """Number of sequences in each forward pass."""
     speculation: SpeculationStatistics = field(default_factory=SpeculationStatistics)
 
     @property
     def tokens_per_second(self) -> float:
-        """Sampled tokens over the whole call, prefill included."""
+        """Sampled tokens per second of the whole call, prefill included."""
         return self.decode_tokens / self.seconds if self.seconds else 0.0
 
     @property
@@ -73,15 +73,15 @@ class GenerationStats:
 
 @dataclass(slots=True)
 class _Generation:
-    """What one call to generate or run works on."""
+    """State of one call to generate or run."""
 
     scheduler: Scheduler
     requests: list[RolloutRequest] = field(default_factory=list)
     num_sequences: int = 0
     rollouts: dict[int, Rollout] = field(default_factory=dict)
-    """Complete ones by Sequence.order."""
+    """Complete rollouts by Sequence.order."""
     detectors: dict[int, StopStringDetector] = field(default_factory=dict)
-    """Of the sequences with stop strings, by Sequence.order."""
+    """Detectors of the sequences with stop strings, by Sequence.order."""
 
 
 class Engine:
@@ -106,36 +106,36 @@ class Engine:
         self.kernel = resolve_linear_kernel(rollout.kernels, dtype, device)
         self.model = build_decode_model(self.kernel, architecture, group, self.cache, max_model_len, dtype, device)
         self.promise = promise_of(self.kernel, self.model)
-        """What its bits depend on."""
+        """What the bits of a token depend on."""
         self.runner = ModelRunner(self.model)
         sampling: SamplerKernel = "native" if self.kernel == "native" else "torch"
         self.sampler = Sampler(architecture.vocab_size, self.model.vocab_start, group, sampling)
         self.verifier = Verifier(self.sampler)
         self.proposers: dict[str, Proposer] = {}
-        """By Arm.format."""
+        """Proposers by Arm.format."""
         self.arm = OFF
-        """What `generate` does."""
+        """Arm of `generate`."""
         self.blocks = BlockManager(self.cache.num_blocks, rollout.block_size)
         self.policy_version: int | None = None
         self.stats = GenerationStats()
         self.left: list[PartialRollout] = []
-        """What the last call to run began and did not complete, since it was interrupted."""
+        """Partial rollouts of the last call to run, if it was interrupted."""
         self._prepared = False
         self.wake_up()
 
     @cached_property
     def response_text(self) -> ResponseText:
-        """How responses are decoded for scorers and stop strings."""
+        """Decoder of responses for scorers and stop strings."""
         assert self.tokenizer is not None
         ends, stops = self.architecture.eos_token_ids, self.rollout.stop_token_ids
         return ResponseText(self.tokenizer, self.rollout.special_tokens, ends, stops)
 
     def speculate(self, proposers: Mapping[str, Proposer], arm: Arm = OFF, verification: Verification = "coupled") -> None:
-        """Let decoding sequences verify drafts of these proposers from now on, wherever an arm names one.
+        """Use these proposers for the arms that name them.
 
         Args:
-            proposers: by Arm.format. Under tensor parallelism the same on all ranks of the replica.
-            arm: for every step of `generate`; `run` asks its control.
+            proposers: proposers by Arm.format; the same on all ranks of the replica.
+            arm: arm of every step of `generate`; `run` asks its control.
 
         Raises UserError for coupled verification on kernels that fail the self-test.
         """
@@ -152,27 +152,27 @@ class Engine:
         self.wake_up()
 
     def local_tensors(self) -> dict[str, Tensor]:
-        """This rank's weights by their names in decode_placement: to be overwritten in place, then `weights_updated`."""
+        """This rank's weights by their names in decode_placement, to be overwritten in place before `weights_updated`."""
         return self.model.tensors
 
     def weights_updated(self, policy_version: int) -> None:
-        """Say that the local tensors now hold this version of the policy."""
+        """Declare that the local tensors now hold this version of the policy."""
         self.policy_version = policy_version
         self._release_kernels()
 
     def sleep(self) -> None:
-        """Release the KV cache and the kernels' own copies of the weights; the local tensors stay."""
+        """Release the KV cache and the kernels' own copies of the weights, but not the local tensors."""
         self.cache.release()
         self._release_kernels()
         for proposer in self.proposers.values():
             proposer.sleep()
 
     def wake_up(self) -> None:
-        """Take the KV cache's memory again."""
+        """Allocate the KV cache again."""
         self.cache.allocate()
 
     def generate(self, requests: List[RolloutRequest], on_finished: Callable[[Rollout], None] | None = None) -> list[Rollout]:
-        """Sample every request group_size times, as `run` does, with the same arm at every step.
+        """Sample every request group_size times, as `run`, with the same arm at every step.
 
         Returns: rollouts ordered by request, then by sample.
         """
@@ -184,15 +184,14 @@ class Engine:
         on_finished: Callable[[Rollout], None] | None = None,
         requests: List[RolloutRequest] = (),
     ) -> list[Rollout]:
-        """Sample what is requested here or ordered by the control on the way, until its last orders are carried out or it
-        interrupts.
+        """Sample the given requests and those that the control orders, until its last orders are carried out or it interrupts.
 
         Args:
             on_finished: called with each rollout as soon as it is complete, in the order of completion.
 
         Returns: rollouts completed here, in the order of their requests, then by sample.
-        Raises UserError, before any work on it, for a request that can't be served; RuntimeError while asleep, without weights
-            or with drafts of another policy version. After an error on the way the engine is as before the call.
+        Raises UserError for an impossible request, before any work on it; RuntimeError while asleep, without weights or with
+            drafts of another policy version. After an error the engine is as before the call.
         """
         self._require_ready()
         started = time.perf_counter()
@@ -211,7 +210,7 @@ class Engine:
                 self._take(generation, orders)
                 if orders.interrupts:
                     self.left = self._release(generation, generation.num_sequences)
-                    scheduler.cancel()  # groups that wait for their prompt: they have no token yet
+                    scheduler.cancel()  # groups that wait for their prompt, without a token yet
                     break
                 if orders.release:
                     control.released(self._release(generation, orders.release))
@@ -225,7 +224,7 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self, generation: _Generation, arm: Arm, on_finished: Callable[[Rollout], None] | None) -> StepOutcome:
-        """One forward pass with its drafts, the tokens it yields, and what it came to."""
+        """Run one forward pass with its drafts, append the tokens, and report the outcome."""
         started = time.perf_counter()
         batch = generation.scheduler.schedule(arm.num_speculative_tokens)
         self._count(batch)
@@ -244,7 +243,7 @@ class Engine:
         if speculates:
             step.seconds_drafting, step.seconds_verifying = drafting, time.perf_counter() - verifying
             self.stats.speculation.add(step)
-        seconds = time.perf_counter() - started  # what the caller does with rollouts is not the step's
+        seconds = time.perf_counter() - started  # the caller's work on rollouts is not part of the step
         for sequence in finished:
             rollout = generation.rollouts[sequence.order] = self._rollout(generation.requests[sequence.request_index], sequence)
             if on_finished is not None:
@@ -268,11 +267,11 @@ class Engine:
         drafts: Drafts | None,
         statistics: SpeculationStatistics,
     ) -> list[Sequence]:
-        """The target's pass over a batch and its drafts: append what is verified; the sequences that it finished.
+        """Run the target's pass over a batch and its drafts, and append the verified tokens. Returns the finished sequences.
 
         Args:
-            columns: of each scheduled sequence in the drafts, with their number.
-            statistics: what became of the drafts is added there.
+            columns: column of each scheduled sequence in the drafts, with their number.
+            statistics: the outcomes of the drafts are added to it.
         """
         scheduler = generation.scheduler
         logits = self.runner.run(batch, drafts.runs(columns) if drafts is not None else None)
@@ -294,7 +293,7 @@ class Engine:
         return finished
 
     def _append(self, generation: _Generation, sequence: Sequence, run: VerifiedRun) -> int:
-        """Append a run's tokens up to the one that ends the response; how many."""
+        """Append a run's tokens up to the one that ends the response. Returns their number."""
         before = len(sequence.response_ids)
         for token_id, logprob, raw_logprob in zip(run.token_ids, run.logprobs, run.raw_logprobs, strict=True):
             sequence.append(token_id, logprob, raw_logprob)
@@ -306,7 +305,7 @@ class Engine:
         return emitted
 
     def _finish_reason(self, generation: _Generation, sequence: Sequence) -> FinishReason | None:
-        """Why a sequence ends with its last token; None when it goes on."""
+        """Reason why a sequence ends with its last token; None: it continues."""
         sampling = sequence.sampling
         detector = generation.detectors.get(sequence.order)
         stop_id = not sampling.ignore_eos and sequence.response_ids[-1] in sampling.stop_token_ids
@@ -315,12 +314,12 @@ class Engine:
         return "length" if len(sequence.response_ids) >= sampling.max_tokens else None
 
     def _ended(self, generation: _Generation, orders: Orders) -> bool:
-        """Nothing is left to do after these orders, nor with them."""
+        """Whether nothing is left to do, now or by these orders."""
         idle = not (generation.scheduler.has_unfinished or orders.requests or orders.arrivals)
         return orders.is_last and idle
 
     def _take(self, generation: _Generation, orders: Orders) -> None:
-        """Queue the sequences of new requests, in the order of the result, and those that began elsewhere or before."""
+        """Queue the sequences of new requests, in the order of the result, and those to be resumed."""
         for request in orders.requests:
             self._check(request, generation.scheduler)
             begun = {partial.sample_index for partial in request.begun}
@@ -335,7 +334,7 @@ class Engine:
             generation.requests.append(arrival.request)
 
     def _sequence(self, generation: _Generation, request: RolloutRequest, sample: int) -> Sequence:
-        """Sample `sample` of the request that is about to be the generation's last."""
+        """A sequence for sample `sample` of the generation's latest request."""
         order, index = generation.num_sequences, len(generation.requests)
         generation.num_sequences += 1
         seed = sequence_seed(request.seed, sample)
@@ -345,7 +344,7 @@ class Engine:
         return sequence
 
     def _arrived(self, generation: _Generation, arrival: Arrival) -> Sequence:
-        """A sequence as it was on the replica, or at the end of the attempt, that it comes from, with nothing computed."""
+        """A sequence to be resumed from another replica or an earlier attempt, with nothing computed."""
         partial = arrival.partial
         sequence = self._sequence(generation, arrival.request, partial.sample_index)
         sequence.response_ids = list(partial.response_ids)
@@ -356,7 +355,7 @@ class Engine:
         return sequence
 
     def _release(self, generation: _Generation, count: int) -> list[PartialRollout]:
-        """Forget up to so many sequences, for another replica or a later attempt to go on with."""
+        """Release up to `count` sequences, for another replica or a later attempt to resume."""
         return [
             PartialRollout(
                 generation.requests[sequence.request_index].prompt_index,
@@ -369,7 +368,7 @@ class Engine:
         ]
 
     def _proposer(self, arm: Arm) -> Proposer:
-        """Who drafts for an arm. RuntimeError if its drafts are of another policy version."""
+        """The proposer of an arm. Raises RuntimeError if its drafts are of another policy version."""
         assert arm.format in self.proposers, f"no drafter {arm.format!r}; there are {list(self.proposers)}"
         assert self.policy_version is not None
         proposer = self.proposers[arm.format]
@@ -377,7 +376,7 @@ class Engine:
         return proposer
 
     def _check(self, request: RolloutRequest, scheduler: Scheduler) -> None:
-        """Raise UserError for a request that can't be served."""
+        """Raise UserError for an impossible request."""
         scheduler.check(len(request.prompt_ids), request.sampling.max_tokens)
         if not all(0 <= token < self.architecture.vocab_size for token in request.prompt_ids):
             raise UserError(
@@ -424,7 +423,7 @@ class Engine:
 
 
 def _load(batch: Batch, scheduler: Scheduler) -> Load:
-    """What a pass computes."""
+    """The load of a pass."""
     decoding = [item.start for item in batch.scheduled if item.num_tokens == 1 and item.catches_up]
     prefill = sum(item.num_tokens for item in batch.scheduled) - len(decoding)
     return Load(len(decoding), sum(decoding) / len(decoding) if decoding else 0.0, prefill, len(scheduler.waiting))
@@ -441,7 +440,7 @@ def _drafts_wanted(batch: Batch) -> tuple[DraftRequest, list[tuple[int, int]]]:
 def _candidates(
     scheduler: Scheduler, batch: Batch, columns: list[tuple[int, int]]
 ) -> tuple[list[Sequence], list[Candidate], list[int]]:
-    """The sequences of a computed batch that get tokens, what decides about them, and the rows of the logits that they need."""
+    """Candidates of a computed batch, with their sequences and the rows of the logits that they need."""
     sequences: list[Sequence] = []
     candidates: list[Candidate] = []
     rows: list[int] = []
@@ -450,6 +449,6 @@ def _candidates(
         if ready := scheduler.computed(item):
             sequences += ready
             candidates += [Candidate(sampling_row(sequence), num_drafts, column) for sequence in ready]
-            rows += len(ready) * list(range(start, start + 1 + num_drafts))  # siblings draw from their leader's logits
+            rows += len(ready) * list(range(start, start + 1 + num_drafts))  # siblings sample from their leader's logits
             start += 1 + num_drafts
     return sequences, candidates, rows

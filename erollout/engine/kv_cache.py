@@ -1,4 +1,4 @@
-"""The tensors behind the block pool: keys and values of all layers, released while the engine sleeps."""
+"""KV cache: tensors of the block pool, with keys and values of all layers, released while the engine sleeps."""
 
 from collections.abc import Sequence
 from math import prod
@@ -42,12 +42,12 @@ class KVCache:
         return self._pool is not None
 
     def allocate(self) -> None:
-        """Take the memory, zeroed. Nothing happens when it is already there."""
+        """Allocate the memory, zeroed, unless it is allocated."""
         if self._pool is None:
             self._pool = _zeros(self._shape, self.dtype, self.device)
 
     def release(self) -> None:
-        """Give the memory back; what it held is lost."""
+        """Free the memory; its content is lost."""
         self._pool = None
 
     def layer(self, index: int) -> Tensor:
@@ -63,7 +63,7 @@ class KVCache:
 
 
 def num_blocks(rollout: RolloutConfig, architecture: Architecture) -> int:
-    """Blocks of one rank's pool: rollout.num_kv_blocks, or what rollout.kv_cache_gib holds. Raises UserError for none."""
+    """Number of blocks in one rank's pool: rollout.num_kv_blocks, or what fits in rollout.kv_cache_gib. Raises UserError."""
     if rollout.num_kv_blocks is not None:
         return rollout.num_kv_blocks
     blocks = int(rollout.kv_cache_gib * 2**30) // _block_bytes(rollout, architecture)
@@ -73,7 +73,7 @@ def num_blocks(rollout: RolloutConfig, architecture: Architecture) -> int:
 
 
 def num_bytes(rollout: RolloutConfig, architecture: Architecture) -> int:
-    """Number of blocks in one rank's pool. Raises UserError where the pool does not hold one."""
+    """Size of one rank's pool in bytes. Raises UserError if it does not hold one block."""
     return num_blocks(rollout, architecture) * _block_bytes(rollout, architecture)
 
 
@@ -83,7 +83,7 @@ def _block_bytes(rollout: RolloutConfig, architecture: Architecture) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on the CPU, memory that is only taken where it is written, in huge pages where the kernel grants them."""
+    """Zeros; on the CPU, memory is allocated only when written, in huge pages if the kernel grants them."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = prod(shape) * torch.empty(0, dtype=dtype).element_size()

@@ -1,4 +1,4 @@
-"""Who tells the engine, step by step, what to do: how to draft, which requests to take, which sequences to give away. Pure.
+"""The engine's control, which gives orders step by step: how to draft, which requests to take, what to release. Pure.
 
 The engine asks before every step and reports after it. Under tensor parallelism every rank of the replica has a control, and
 all of them give the same orders at the same step.
@@ -13,47 +13,47 @@ from erollout.types import PartialRollout, RolloutRequest
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A response that began on another replica: its tokens are computed again here, then it goes on."""
+    """A response to be resumed here: its tokens are prefilled again first."""
 
     request: RolloutRequest
-    """Of the whole group; only this sample of it comes here."""
+    """Request of the whole group, of which only this sample is resumed here."""
     partial: PartialRollout
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """For the next step of one replica."""
+    """Orders for the next step of one replica."""
 
     arm: Arm = OFF
-    """How decoding sequences are served. Its format must be one of the engine's proposers."""
+    """Arm of the step. Its format must be one of the engine's proposers."""
     requests: tuple[RolloutRequest, ...] = ()
-    """To be sampled, behind what is queued."""
+    """New requests, to be queued."""
     arrivals: tuple[Arrival, ...] = ()
     release: int = 0
-    """So many sequences (or all, where there are fewer) are to be given away, first those that cost least to compute again."""
+    """Number of sequences to release (or all if there are fewer), cheapest to prefill again first."""
     is_last: bool = False
-    """Nothing follows what is queued now: the engine finishes that and returns."""
+    """No further requests follow: the engine completes its queue and returns."""
     interrupts: bool = False
-    """It returns at once instead, and leaves what is not complete in Engine.left."""
+    """The engine returns at once, and leaves incomplete responses in Engine.left."""
 
 
 class Control(Protocol):
     def orders(self, load: Load) -> Orders:
-        """Before every step, also when there is nothing to do (then it may wait a moment). Collective over the replica."""
+        """Called before every step, also if there is nothing to do (then it may wait a moment). Collective over the replica."""
         ...
 
     def released(self, partials: list[PartialRollout]) -> None:
-        """What the last orders' `release` came to; the engine has forgotten them. Called only for release > 0."""
+        """Called with the sequences released by the last orders, if their `release` is above 0."""
         ...
 
     def observe(self, outcome: StepOutcome) -> None:
-        """After every step that computed something."""
+        """Called after every step that computed something."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FixedControl:
-    """The same arm at every step, nothing added and nothing taken away."""
+    """A control with the same arm at every step, without further requests or releases."""
 
     arm: Arm = OFF
 

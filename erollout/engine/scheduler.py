@@ -1,10 +1,10 @@
-"""Which sequences run in the next forward pass, and with how many tokens. Pure.
+"""Scheduler: chooses the sequences of the next forward pass, and their numbers of tokens. Pure.
 
-One rule: every sequence's num_computed_tokens must catch up with its num_tokens. A prompt is a sequence that lags by many
-tokens (and may catch up in chunks), a decoding sequence lags by one. Sequences are served in order of arrival; when the
-pool runs out of blocks, the latest one gives its own back and later computes its tokens again. Draft tokens take what is
-left of the pass's tokens and of the pool once that is settled: nobody gives way for them. Every decision depends on equal
-integers on all ranks of a tensor-parallel group, so all ranks take the same one.
+One rule: every sequence's num_computed_tokens must catch up with its num_tokens. A prompt is a sequence that lags by many tokens
+(and may catch up in chunks), a decoding sequence lags by one. Sequences are served in order of arrival; when the pool runs out
+of blocks, the latest one is preempted and later computes its tokens again. Draft tokens get what then is left of the pass's
+tokens and of the pool: no sequence is preempted for them. Every decision depends on equal integers on all ranks of a
+tensor-parallel group, so all ranks take the same one.
 """
 
 from bisect import insort
@@ -19,13 +19,13 @@ from erollout.speculation.step import Load
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Positions [start, start + num_tokens) of a sequence, to be computed in this pass, and its drafts after them."""
+    """Positions [start, start + num_tokens) of a sequence to compute in this pass, and the drafts after them."""
 
     sequence: Sequence
     start: int
     num_tokens: int
     num_drafts: int = 0
-    """Draft tokens to be verified: positions [end, end + num_drafts), whose blocks are reserved too."""
+    """Number of draft tokens to verify, at positions [end, end + num_drafts), whose blocks are reserved too."""
 
     @property
     def end(self) -> int:
@@ -33,12 +33,12 @@ class ScheduledSequence:
 
     @property
     def catches_up(self) -> bool:
-        """The pass computes the last known token, so that the next one can be sampled."""
+        """Whether the pass computes the last known token, so that the next one can be sampled."""
         return self.end == self.sequence.num_tokens
 
     @property
     def decodes(self) -> bool:
-        """Only the last known token of one sequence is to be computed: drafts may follow it."""
+        """Whether only the last known token of one sequence is computed, so that drafts may follow it."""
         return self.num_tokens == 1 and self.catches_up and not self.sequence.followers
 
 
@@ -48,11 +48,11 @@ class Batch:
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
-    """Block copies to make before it, in this order."""
+    """Block copies to make before the pass, in this order."""
 
     @property
     def num_tokens(self) -> int:
-        """Drafts included."""
+        """Number of tokens in the pass, drafts included."""
         return sum(item.num_tokens + item.num_drafts for item in self.scheduled)
 
 
@@ -63,9 +63,9 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.waiting: list[Sequence] = []
-        """In order of arrival."""
+        """Waiting sequences in order of arrival."""
         self.running: list[Sequence] = []
-        """In order of arrival."""
+        """Running sequences in order of arrival."""
         self.num_preemptions = 0
 
     @property
@@ -73,7 +73,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def check(self, prompt_tokens: int, max_tokens: int) -> None:
-        """Raise UserError for a request that could never be served."""
+        """Raise UserError for a request that can never be served."""
         if prompt_tokens == 0:
             raise UserError("a prompt has no tokens; give every prompt at least one")
         if prompt_tokens + max_tokens > self.max_model_len:
@@ -89,13 +89,13 @@ class Scheduler:
             )
 
     def add(self, group: Iterable[Sequence]) -> None:
-        """Queue the samples of one prompt: the first computes it, the others wait for that."""
+        """Queue the samples of one prompt: the first one prefills it, the others wait for that."""
         leader, *followers = group
         leader.followers = followers
         self._wait(leader)
 
     def load(self) -> Load:
-        """What the next pass is about to compute: the running sequences, and the waiting ones that may join them."""
+        """The load of the next pass: running sequences, and waiting ones that may be admitted."""
         slots = self.max_num_seqs - len(self.running)
         lags = [s.num_tokens - s.num_computed_tokens for s in self.running]
         lags += [s.num_tokens - s.num_computed_tokens for s in self.waiting[:slots]]
@@ -106,7 +106,7 @@ class Scheduler:
     def schedule(self, num_speculative_tokens: int = 0) -> Batch:
         """The next pass, with up to num_speculative_tokens drafts for each decoding sequence.
 
-        Not empty while there is something unfinished.
+        Not empty while there are unfinished sequences.
         """
         batch = Batch()
         budget = self.max_num_batched_tokens
@@ -115,7 +115,7 @@ class Scheduler:
             if budget and sequence.state is SequenceState.RUNNING:
                 budget -= self._schedule_running(sequence, budget, batch)
         pool_suffices = self.num_preemptions == preemptions
-        # After a preemption none is admitted, unless the last running sequence gave way to earlier ones that wait.
+        # after a preemption none is admitted, unless the last running sequence was preempted for earlier ones that wait
         while budget and (pool_suffices or not batch.scheduled) and self._can_admit():
             budget -= self._admit(budget, batch)
         if num_speculative_tokens:
@@ -143,20 +143,20 @@ class Scheduler:
     def verified(self, sequence: Sequence) -> None:
         """Record that the tokens of a sequence which had drafts are known: all but the last one are computed.
 
-        What was computed beyond them, for rejected drafts, is forgotten, and the blocks behind it go back.
+        The state computed for rejected drafts is dropped, and its blocks are freed.
         """
         sequence.num_computed_tokens = sequence.num_tokens - 1
         self.blocks.truncate(sequence.block_table, sequence.num_computed_tokens)
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a finished sequence out and give its blocks back."""
+        """Remove a finished sequence and free its blocks."""
         queue = self.running if sequence.state is SequenceState.RUNNING else self.waiting
         queue.remove(sequence)
         sequence.state = SequenceState.FINISHED
         self.blocks.truncate(sequence.block_table, 0)
 
     def release(self, count: int) -> list[Sequence]:
-        """Take up to `count` sequences out, those first whose tokens cost least to compute again, and give their blocks back.
+        """Remove up to `count` sequences, cheapest to prefill again first, and free their blocks.
 
         A sequence that others wait for stays.
         """
@@ -166,12 +166,12 @@ class Scheduler:
         return chosen[:count]
 
     def cancel(self) -> None:
-        """Take everything unfinished out and give its blocks back."""
+        """Remove all unfinished sequences and free their blocks."""
         for sequence in [*self.running, *self.waiting]:
             self.finish(sequence)
 
     def _schedule_running(self, sequence: Sequence, budget: int, batch: Batch) -> int:
-        """Schedule a running sequence, preempting later ones for its blocks; 0 tokens when it had to give way itself."""
+        """Schedule a running sequence, preempting later ones for its blocks. Returns its tokens; 0 if it was preempted itself."""
         start = sequence.num_computed_tokens
         num_tokens = min(sequence.num_tokens - start, budget)
         while not self._fits(sequence, start + num_tokens):
@@ -182,16 +182,16 @@ class Scheduler:
         return self._take(sequence, num_tokens, batch)
 
     def _can_admit(self) -> bool:
-        """The first waiting sequence fits, with all of its tokens."""
+        """Whether the first waiting sequence fits with all of its tokens."""
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return False
         first = self.waiting[0]
         while not (fits := self._fits(first, first.num_tokens)) and not self.running:
-            self._preempt(self._latest_holder())  # siblings that only wait must not keep the last sequence from running
+            self._preempt(self._latest_holder())  # waiting siblings must not keep the last sequence from running
         return fits
 
     def _fits(self, sequence: Sequence, end: int) -> bool:
-        """The pool has the blocks to compute a sequence's tokens up to `end`."""
+        """Whether the pool has the blocks for a sequence's tokens up to `end`."""
         return self.blocks.missing(sequence.block_table, sequence.num_computed_tokens, end) <= self.blocks.num_free
 
     def _admit(self, budget: int, batch: Batch) -> int:
@@ -207,7 +207,7 @@ class Scheduler:
         return num_tokens
 
     def _add_drafts(self, wanted: int, budget: int, batch: Batch) -> None:
-        """Give drafts to the batch's decoding sequences, in order of arrival, as far as tokens and free blocks reach."""
+        """Add drafts to the batch's decoding sequences in order of arrival, as far as tokens and free blocks allow."""
         for index, item in enumerate(batch.scheduled):
             if num_drafts := self._num_drafts(item, min(wanted, budget)):
                 end = item.end + num_drafts
@@ -216,7 +216,7 @@ class Scheduler:
                 budget -= num_drafts
 
     def _num_drafts(self, item: ScheduledSequence, most: int) -> int:
-        """Up to `most`: no more than can be emitted (a pass emits one token beyond its drafts) and than have blocks."""
+        """Number of drafts, up to `most`: limited by the tokens still to emit (a pass emits one beyond its drafts) and by blocks."""
         if not item.decodes:
             return 0
         sequence = item.sequence
@@ -227,12 +227,12 @@ class Scheduler:
         return num_drafts
 
     def _latest_holder(self) -> Sequence:
-        """The latest sequence that holds blocks, running or waiting (a sibling that waits holds its group's prompt)."""
+        """The latest sequence that holds blocks, running or waiting (a waiting sibling holds its group's prompt)."""
         holders = [queue for queue in (self.running, [s for s in self.waiting if s.block_table]) if queue]
         return max((queue[-1] for queue in holders), key=_arrival)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Give a sequence's blocks back; it computes all of its tokens again when it is next admitted."""
+        """Free a sequence's blocks; it computes all of its tokens again when it is next admitted."""
         self.blocks.truncate(sequence.block_table, 0)
         sequence.num_computed_tokens = 0
         self.num_preemptions += 1

@@ -1,7 +1,7 @@
-"""What an engine promises about bits, tried out at its start on the shapes that it has.
+"""Self-test of an engine's promise about bits, at its start, on its own shapes.
 
-On a CPU a token's logits depend on its own sequence alone: not on neighbours, chunks or drafts. The kernels are made so; this
-makes sure, on sums that cancel (row_tiles), whose every bit shows the order of summation. It takes some milliseconds per shape.
+On a CPU a token's logits depend on its own sequence alone: not on neighbours, chunks or drafts. The kernels are designed so;
+this verifies it on sums that cancel (row_tiles), whose every bit shows the order of summation. It takes some milliseconds per shape.
 """
 
 import logging
@@ -24,25 +24,25 @@ from erollout.policy.architecture import Architecture
 logger = logging.getLogger(__name__)
 
 _ELEMENTS = 1 << 19
-"""Most elements of a weight that is tried: larger layers with fewer outputs, the rest of which is taken to add up as these."""
+"""Largest number of elements of a tested weight: larger layers are tested with fewer outputs."""
 _COMPANY = (2, 5, 17)
-"""Rows of the passes that a row is tried in."""
+"""Numbers of rows in which a row is tested."""
 _TOKENS = 140
-"""Length of the sequence that attention is tried on: more than one chunk of keys."""
+"""Length of the sequence on which attention is tested: more than one chunk of keys."""
 _PIECES = ((0, 1), (5, 7), (63, 64), (60, 77), (127, 128), (128, 129), (100, 140))
 _NEIGHBOURS = tuple(range(3, _TOKENS, 8))
-"""Positions of single tokens that are computed side by side, as those of decoding sequences are."""
+"""Positions of single tokens computed together, like those of decoding sequences."""
 
 Shape = tuple[int, int, bool]
-"""Outputs, inputs, and whether there is a bias."""
+"""Outputs, inputs and whether there is a bias."""
 
 
 @dataclass(frozen=True, slots=True)
 class Promise:
     kernel: str
-    """Name of the kernel and its instructions."""
+    """Name of the kernel and its instruction set."""
     broken: tuple[str, ...]
-    """What gives a token other bits in other company; empty where the promise holds."""
+    """Operations whose bits depend on the other tokens of a pass; empty: the promise holds."""
     is_tried: bool = True
     """False on a GPU, whose libraries promise nothing: there `coupled` keeps the distribution, not the tokens."""
 
@@ -62,7 +62,7 @@ class Promise:
 
 
 def promise_of(kernel: str, model: DecodeModel) -> Promise:
-    """The promise of a model on this kernel; logged, as a warning where it can't be made."""
+    """Test the promise of a model on this kernel, and log it, as a warning if it does not hold."""
     device = model.embedding.device
     if device.type != "cpu":
         promise = Promise(f"{kernel} on {device.type}", ("the products of a GPU's libraries",), is_tried=False)
@@ -132,7 +132,7 @@ def _attention_holds(kernel: str, group: Architecture, block_size: int, dtype: t
 
 
 def _one_group(model: DecodeModel) -> Architecture:
-    """A layer with the queries of one KV head."""
+    """An architecture with the queries of one KV head."""
     return replace(
         model.architecture, num_layers=1, num_query_groups=1, num_attention_heads=model.num_heads // model.num_kv_heads
     )

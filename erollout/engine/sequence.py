@@ -1,4 +1,4 @@
-"""One response on its way: its tokens, how far they are computed, and where its keys and values lie. Pure."""
+"""A response in progress: its tokens, how far they are computed, and its block table. Pure."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -8,7 +8,7 @@ from erollout.types import FinishReason, SamplingParams
 
 class SequenceState(Enum):
     WAITING = "waiting"
-    """Not admitted: no forward pass runs it. It may still hold the blocks of its group's prompt."""
+    """Not admitted: it is in no forward pass. It may still hold the blocks of its group's prompt."""
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -18,7 +18,7 @@ class Sequence:
     """Sample `sample_index` of a request, from prompt to finish."""
 
     order: int
-    """Arrival: earlier sequences are served first and preempted last."""
+    """Order of arrival: earlier sequences are served first and preempted last."""
     request_index: int
     """Position of the request in the call to generate."""
     sample_index: int
@@ -29,11 +29,11 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     num_computed_tokens: int = 0
-    """Leading tokens whose keys and values are in the cache. It catches up with num_tokens, whatever they are."""
+    """Number of leading tokens whose keys and values are in the cache; it catches up with num_tokens."""
     block_table: list[int] = field(default_factory=list)
     """Block i holds the keys and values of tokens [i * block_size, (i + 1) * block_size)."""
     followers: list["Sequence"] = field(default_factory=list)
-    """Siblings that wait for this sequence, the leader of their group, to compute the prompt they share."""
+    """Siblings that wait for this sequence, their group's leader, to prefill the shared prompt."""
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
 

@@ -182,7 +182,7 @@ def test_simulated_times(tmp_path: Path) -> None:
 
 def test_simulated_utilisation_scaling_and_agreement(tmp_path: Path) -> None:
     text = drawn(utilisation({"off": ([0.0, 5.0, 9.0], [1.0, 0.5, 0.0]), "adaptive": ([], [])}), tmp_path)
-    assert "replicas that work, %" in text and "adaptive" in text
+    assert "busy replicas, %" in text and "adaptive" in text
     figure = scaling({mode: [Size(n, 100 + n**0.5, 1.0) for n in (1, 8, 100_000)] for mode in ("off", "adaptive")})
     text = drawn(figure, tmp_path)
     assert "100,000" in text and "saved against off, %" in text

@@ -1,4 +1,4 @@
-"""Finding stop strings in a response while it is being generated, token by token."""
+"""Detection of stop strings in a response during generation, token by token."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,16 @@ from erollout.data.response_text import ResponseText
 from erollout.errors import UserError
 
 _INCOMPLETE = "\ufffd"
-"""What a decoder puts in the place of bytes that are no whole UTF-8 character (yet)."""
+"""Replacement character of a decoder for bytes that are not a complete UTF-8 character (yet)."""
 _MAX_PENDING = 16
-"""Tokens to wait for the rest of a character, which has at most 4 bytes; after that the bytes are taken as invalid for good."""
+"""Number of tokens to wait for the rest of a character of at most 4 bytes; after that the bytes count as invalid."""
 
 
 class StopStringDetector:
-    """Tells when one of the stop strings has appeared in a response's text. Only for sequences that have stop strings.
+    """Detects when one of the stop strings has appeared in a response's text, as it is scored.
 
-    The text is the one that is scored. A token's own text depends on what stands
-    before it (a character's first bytes; a leading space, which SentencePiece drops at the start), so a short window of tokens
-    is decoded with and without the new one, and the difference is new text.
+    A token's own text depends on the tokens before it (a character's first bytes; a leading space, which SentencePiece drops at
+    the start), so a short window of tokens is decoded with and without the new one, and the difference is the new text.
     """
 
     def __init__(self, text: ResponseText, stop: Sequence[str]) -> None:
@@ -25,10 +24,10 @@ class StopStringDetector:
         self._decode = text
         self._stop = tuple(stop)
         self._keep = max(map(len, stop)) - 1
-        self._tail = ""  # the end of the settled text: a stop string that is not complete in it may begin there
+        self._tail = ""  # end of the settled text, where an incomplete stop string may begin
         self._window: list[int] = []  # tokens of the last settled text, then the pending ones
         self._settled = 0
-        self._settled_text = ""  # of the window's first `settled` tokens
+        self._settled_text = ""  # text of the window's first `settled` tokens
 
     def feed(self, token_id: int) -> bool:
         """Append a token of the response; True if its text now holds a stop string."""

@@ -1,4 +1,4 @@
-"""A rank's logits and how sampling parameters change them. Under tensor parallelism no rank sees the others' columns."""
+"""A rank's logits and their processing by sampling parameters. Under tensor parallelism no rank sees the others' columns."""
 
 import math
 from bisect import bisect_left
@@ -14,29 +14,29 @@ from erollout.kernels.native_sampling import NoiseGrid
 from erollout.types import SamplingParams
 
 _FIRST_CANDIDATES = 256
-"""Largest logits of a shard that top-p looks at first; four times as many each time they don't cover its mass."""
+"""Initial number of a shard's largest logits that top-p examines; four times as many each time they don't cover its mass."""
 _MASS_SCALE = 2.0**40
-"""Top-p adds probabilities as integers of this scale: integer sums are the same in any order, so under any sharding."""
+"""Scale at which top-p sums probabilities as integers, whose sum is the same in any order and so under any sharding."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardLogits:
-    """Columns of the logits in float32, cut at multiples of TILE ids; whatever is not this rank's token is -inf."""
+    """Columns of the logits in float32, cut at multiples of TILE ids, with -inf for other ranks' tokens."""
 
     values: Tensor
     """[n, W], W a multiple of TILE, contiguous."""
     first_id: int
     """Token id of column 0, a multiple of TILE."""
     group: dist.ProcessGroup | None
-    """Ranks that hold the other columns; None when there are none."""
+    """Group of the ranks with the other columns; None: there are none."""
     vocab_size: int
-    """Of all ranks together, without padding."""
+    """Vocabulary size of all ranks together, without padding."""
 
     def local_normalizer(self) -> Tensor:
-        """log of the sum of exponentials over this rank's columns, float64 [n]: -inf without any, NaN if a logit is NaN."""
+        """Log of the sum of exponentials over this rank's columns, float64 [n]: -inf without any, NaN if a logit is NaN."""
         largest = self.values.amax(-1, keepdim=True)
         exponentials = (self.values - largest).exp_().unflatten(-1, (-1, TILE))
-        # float32 sums lose 5e-6 at 49k tokens; by tiles, since torch cuts the sum of one long row at its number of threads
+        # float32 sums lose 5e-6 at 49k tokens; by tiles, since torch splits the sum of one long row by its number of threads
         total = exponentials.sum(-1, dtype=torch.float64).sum(-1)
         largest = largest.squeeze(-1).double()
         return torch.where(largest == -math.inf, largest, largest + total.log())
@@ -52,8 +52,8 @@ def shard_logits(
 ) -> ShardLogits:
     """Logits [n, V_local] (any floating dtype) of ids vocab_start ... as a shard; columns from vocab_size on are padding.
 
-    With a `buffer` (float32 [at least n, W]) the shard's values are its first rows: fresh megabytes cost more in page faults
-    than the copy itself.
+    With a `buffer` (float32 [at least n, W]) the shard's values are its first rows: page faults of new memory cost more than
+    the copy itself.
     """
     grid = shard_grid(logits.shape[1], vocab_size, vocab_start)
     if buffer is None:
@@ -68,16 +68,16 @@ def shard_logits(
 
 
 def shard_grid(columns: int, vocab_size: int, vocab_start: int) -> NoiseGrid:
-    """Where the columns of ids vocab_start ... lie when cut at multiples of TILE ids; those from vocab_size on don't count."""
+    """Position of the columns of ids vocab_start ... when cut at multiples of TILE ids, without those from vocab_size on."""
     size = max(0, min(columns, vocab_size - vocab_start))
     margin = vocab_start % TILE
     return NoiseGrid(vocab_start - margin, margin, size, max(1, math.ceil((margin + size) / TILE)) * TILE)
 
 
 class RowSettings:
-    """Sampling parameters of rows as tensors, so that a draft loop makes them once: no copy from the host in `process`.
+    """Sampling parameters of rows as tensors, made once for a draft loop, so that `process` does not copy from the host.
 
-    Immutable: `first` and `with_context` return others that share the tensors.
+    Immutable: `first` and `with_context` return new instances that share the tensors.
     """
 
     __slots__ = ("context_ids", "divides", "min_p", "params", "penalizes", "penalty", "temperature", "top_k", "top_p")
@@ -88,13 +88,13 @@ class RowSettings:
         contexts: Sequence[Sequence[int] | None],
         device: torch.device,
     ) -> None:
-        """contexts: per row the ids of prompt and response; may be None where no repetition penalty wants them."""
+        """contexts: ids of prompt and response per row; may be None without a repetition penalty."""
         drawn = [SamplingParams() if p.temperature == 0 else p for p in params]
         self.params = tuple(params)
         self.penalizes = any(p.repetition_penalty != 1.0 for p in params)
         self.divides = any(p.temperature != 1.0 for p in drawn)
         self.context_ids = _padded_ids(params, contexts, device) if self.penalizes else None
-        """int64 [n, longest context]; -1 where there is none."""
+        """int64 [n, longest context], padded with -1."""
         self.penalty = _column([p.repetition_penalty for p in params], device) if self.penalizes else None
         self.temperature = _column([p.temperature for p in drawn], device) if self.divides else None
         self.top_k = RowFilter.of([p.top_k or None for p in drawn], torch.int64, device)
@@ -110,7 +110,7 @@ class RowSettings:
         return not (self.top_k is None and self.top_p is None and self.min_p is None)
 
     def first(self, count: int) -> "RowSettings":
-        """Of the first `count` rows."""
+        """The settings of the first `count` rows."""
         if count == len(self.params):
             return self
         out = self._copy()
@@ -124,7 +124,7 @@ class RowSettings:
         return out
 
     def with_context(self, token_ids: Tensor) -> "RowSettings":
-        """With one more id of context for each row, int64 [n] on the settings' device."""
+        """The settings with one more context id per row, int64 [n] on the settings' device."""
         if self.context_ids is None:
             return self
         out = self._copy()
@@ -140,18 +140,18 @@ class RowSettings:
 
 @dataclass(frozen=True, slots=True)
 class RowFilter:
-    """The rows that a filter applies to, ascending, and its parameter in each."""
+    """Rows that a filter applies to, ascending, with its parameter in each."""
 
     indices: list[int]
     parameters: list[float]
     rows: Tensor
-    """indices, int64 [r]."""
+    """Indices of the rows, int64 [r]."""
     values: Tensor
-    """parameters, [r]."""
+    """Parameters, [r]."""
 
     @classmethod
     def of(cls, parameters: Sequence[float | None], dtype: torch.dtype, device: torch.device) -> "RowFilter | None":
-        """None stands for a row that the filter leaves alone; no such object without any other row."""
+        """The filter of `parameters`, in which None marks rows that it does not apply to; None if it applies to none."""
         indices = [i for i, p in enumerate(parameters) if p is not None]
         values = [p for p in parameters if p is not None]
         if not indices:
@@ -159,16 +159,16 @@ class RowFilter:
         return cls(indices, values, torch.tensor(indices, device=device), torch.tensor(values, dtype=dtype, device=device))
 
     def first(self, count: int) -> "RowFilter | None":
-        """Of the first `count` rows of all."""
+        """The filter restricted to the first `count` of all rows."""
         m = bisect_left(self.indices, count)
         return RowFilter(self.indices[:m], self.parameters[:m], self.rows[:m], self.values[:m]) if m else None
 
 
 def process_logits(raw: ShardLogits, params: Sequence[SamplingParams], contexts: Sequence[Sequence[int] | None]) -> ShardLogits:
-    """`process` for rows whose settings are needed once.
+    """`process` for rows whose settings are used once.
 
     Args:
-        contexts: per row the ids that the repetition penalty applies to (prompt and response); may be None without a penalty.
+        contexts: ids per row to which the repetition penalty applies (prompt and response); may be None without a penalty.
     """
     if not any(changes_logits(p) for p in params):
         return raw
@@ -176,14 +176,14 @@ def process_logits(raw: ShardLogits, params: Sequence[SamplingParams], contexts:
 
 
 def process(raw: ShardLogits, settings: RowSettings, synchronize: bool = True, out: Tensor | None = None) -> ShardLogits:
-    """What is sampled from: repetition penalty, temperature, top-k, top-p, min-p, in this order; removed tokens are -inf.
+    """Apply repetition penalty, temperature, top-k, top-p and min-p, in this order; removed tokens become -inf.
 
-    Each filter keeps whatever is at least as likely as the last token that it must keep: equal logits stay or go together.
-    Temperature 0 divides by nothing and filters nothing. Returns `raw` itself when no row asks for anything; otherwise a copy,
-    in `out` (float32 [n, W]) if given. Collective when the logits are sharded.
+    Each filter keeps all tokens that are at least as likely as the last one that it must keep: equal logits are kept or removed
+    together. Temperature 0 neither scales nor filters. Returns `raw` itself if no row needs processing; otherwise a copy, in
+    `out` (float32 [n, W]) if given. Collective if the logits are sharded.
 
     Args:
-        synchronize: False forbids every wait for the device: top-p then sorts all logits instead of as many as it needs.
+        synchronize: False forbids waiting for the device: top-p then sorts all logits instead of as many as needed.
     """
     if not settings.changes_logits:
         return raw
@@ -199,14 +199,14 @@ def process(raw: ShardLogits, settings: RowSettings, synchronize: bool = True, o
 
 
 def changes_logits(params: SamplingParams) -> bool:
-    """Whether the distribution that is sampled differs from the softmax of the raw logits (greedy counts as raw)."""
+    """Whether the sampled distribution differs from the softmax of the raw logits (greedy counts as raw)."""
     p = params
     filtered = p.temperature != 1.0 or p.top_k > 0 or p.top_p < 1 or p.min_p > 0
     return p.repetition_penalty != 1.0 or (p.temperature != 0 and filtered)
 
 
 def gather(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[...] of every rank as [ranks, ...]."""
+    """Gather [...] of every rank as [ranks, ...]."""
     if group is None or group.size() == 1:
         return tensor.unsqueeze(0)
     flat = tensor.reshape(-1)
@@ -241,7 +241,7 @@ def _floors(logits: ShardLogits, settings: RowSettings, synchronize: bool) -> Te
 
 
 def _top_k_floor(x: Tensor, top_k: RowFilter, logits: ShardLogits) -> Tensor:
-    """The k-th largest logit of each row over all shards; of the smallest where k exceeds the vocabulary."""
+    """The k-th largest logit of each row over all shards; the smallest one if k exceeds the vocabulary."""
     most = min(int(max(top_k.parameters)), logits.vocab_size)
     local = _padded(x.topk(min(most, x.shape[1])).values, most, -math.inf)
     largest = _side_by_side(gather(local, logits.group)).topk(most).values
@@ -250,11 +250,11 @@ def _top_k_floor(x: Tensor, top_k: RowFilter, logits: ShardLogits) -> Tensor:
 
 
 def _top_p_floor(x: Tensor, top_p: Tensor, floor: Tensor, largest: Tensor, logits: ShardLogits, synchronize: bool) -> Tensor:
-    """The largest logit whose row, from it upwards, has at least the share top_p of the mass above `floor`.
+    """The largest logit from which upwards a row has at least the share top_p of the mass above `floor`.
 
-    Looks at as few of each shard's largest logits as suffice, or at all of them rather than wait for the device to know.
-    Exact up to float32 exponentials, and the same under any sharding: masses are integers, and a row is settled only by
-    logits at least as large as any that were not looked at.
+    Examines as few of each shard's largest logits as suffice, or all of them if it must not wait for the device. Exact up to
+    float32 exponentials, and the same under any sharding: masses are integers, and a row is settled only by logits at least as
+    large as any that were not examined.
     """
     kept = x.masked_fill(~(x >= floor.unsqueeze(-1)), -math.inf)
     mass = (kept - largest.unsqueeze(-1)).exp_().nan_to_num_(0.0).double().mul_(_MASS_SCALE).round_()  # a row with NaN has none
@@ -276,7 +276,7 @@ def _top_p_floor(x: Tensor, top_p: Tensor, floor: Tensor, largest: Tensor, logit
 def _reaching(
     x: Tensor, mass: Tensor, wanted: Tensor, candidates: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """The logit at which each row's mass, added from the largest logit on, is `wanted`, and whether the candidates show it."""
+    """The logit at which each row's mass, summed from the largest logit on, reaches `wanted`, and whether it is exact."""
     logit, reached, unseen = _cumulated(x, mass, candidates, group)
     first = (reached < wanted.unsqueeze(-1)).sum(-1, keepdim=True)
     settled_at = logit.gather(-1, first.clamp(max=logit.shape[1] - 1)).squeeze(-1)
@@ -305,7 +305,7 @@ def _padded(x: Tensor, width: int, value: float) -> Tensor:
 
 
 def _padded_ids(params: Sequence[SamplingParams], contexts: Sequence[Sequence[int] | None], device: torch.device) -> Tensor:
-    """The contexts of the rows with a repetition penalty, int64 [n, longest], the others' and the rest -1."""
+    """Contexts of the rows with a repetition penalty, int64 [n, longest], padded with -1, as are other rows."""
     ids: list[Sequence[int]] = []
     for p, context in zip(params, contexts, strict=True):
         assert p.repetition_penalty == 1.0 or context is not None, "a row with a repetition penalty needs its context ids"

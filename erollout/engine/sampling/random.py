@@ -16,17 +16,17 @@ Integers are the same on every device; -log(-log u) is float64, so that the last
 from torch import Tensor
 
 LANES = 16
-"""Tokens of a block; they lie COLUMNS ids apart, so that a maximum over a block is a vertical one, which vectorises."""
+"""Number of tokens of a block, which are COLUMNS ids apart, so that a maximum over a block is vertical, which vectorises."""
 COLUMNS = 64
 TILE = LANES * COLUMNS
-"""Ids of COLUMNS whole blocks: id = tile * TILE + lane * COLUMNS + column lies in block tile * COLUMNS + column."""
+"""Number of ids in COLUMNS blocks: id = tile * TILE + lane * COLUMNS + column is in block tile * COLUMNS + column."""
 
 _GAMMA = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 _BLOCKS = 1 << 32
-"""Counters of blocks start here; those of tokens are below."""
+"""First counter of blocks; those of tokens are below."""
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int) -> int:
@@ -40,7 +40,7 @@ def sequence_seed(request_seed: int, sample_index: int) -> int:
 
 
 def draft_seed(sequence_seed: int) -> int:
-    """Seed of a sequence's drafts where they must not depend on the target's own noise, in [0, 2^63)."""
+    """Seed of a sequence's drafts if they must not depend on the target's own noise, in [0, 2^63)."""
     return _absorb(3, sequence_seed) >> 1
 
 
@@ -50,12 +50,12 @@ def acceptance_seed(sequence_seed: int) -> int:
 
 
 def stream_keys(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One key for each (sequence seed, position), int64 in and out, any equal shapes."""
+    """Keys for (sequence seed, position); int64 tensors of equal shape."""
     return _finalize_(_finalize_(seeds + _signed(_GAMMA)).add_((positions + 1).mul_(_signed(_GAMMA))))
 
 
 def uniforms(keys: Tensor, counters: Tensor) -> Tensor:
-    """float64 in (0, 1), multiples of 2^-52 plus 2^-53; the two int64 arguments broadcast. Counters are at least 0."""
+    """Uniforms, float64 in (0, 1), multiples of 2^-52 plus 2^-53; the int64 arguments broadcast. Counters are at least 0."""
     return _uniforms(_bits(keys, counters))
 
 

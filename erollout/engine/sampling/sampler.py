@@ -1,8 +1,8 @@
-"""Drawing the next token: Gumbel-max over processed logits, with noise keyed by (sequence seed, position, token id).
+"""Sampling of the next token: Gumbel-max over processed logits, with noise keyed by (sequence seed, position, token id).
 
-The token is argmax(logit + noise), the lowest id where equal. Since the noise is a pure function of the key, a row's token
-does not depend on the other rows, on the batch or on the vocabulary's sharding, given equal logits. Only blocks of tokens
-whose largest logit plus largest noise reaches a value already found are looked at: the same token as with noise for all.
+The token is argmax(logit + noise), with the lowest id for ties. Since the noise is a pure function of the key, a row's token
+does not depend on the other rows, on the batch or on the vocabulary's sharding, given equal logits. Only blocks of tokens whose
+largest logit plus largest noise reaches a value already found are examined, which gives the same token as noise for all.
 """
 
 import math
@@ -22,40 +22,40 @@ from erollout.types import SamplingParams
 SamplerKernel = Literal["native", "torch"]
 
 _NO_TOKEN = 1 << 40
-"""Above any token id, exact in float64."""
+"""Larger than any token id, exact in float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What a row of logits is sampled with."""
+    """Sampling parameters and key of a row of logits."""
 
     params: SamplingParams
     seed: int
-    """Of the sequence, in [0, 2^63): random.sequence_seed."""
+    """Seed of the sequence, in [0, 2^63): random.sequence_seed."""
     position: int
-    """Index in the sequence (prompt and response) of the token to be drawn."""
+    """Index in the sequence (prompt and response) of the token to be sampled."""
     context_ids: Sequence[int] | None = None
-    """Prompt and response so far; needed with a repetition penalty only."""
+    """Ids of prompt and response so far; needed only with a repetition penalty."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """One of each per row, the same on every tensor-parallel rank."""
+    """Sampled tokens and their log-probs, per row, equal on every tensor-parallel rank."""
 
     token_ids: list[int]
     logprobs: list[float]
-    """Under the distribution that was sampled: processed, renormalised over the kept tokens. Of a greedy row: as raw."""
+    """Log-probs under the sampled distribution: processed, renormalised over the kept tokens. For a greedy row: as raw."""
     raw_logprobs: list[float]
-    """Under the softmax of the logits as they came."""
+    """Log-probs under the softmax of the raw logits."""
 
 
 class NonFiniteLogits(ArithmeticError):
-    """A row of logits that has no softmax: it contains NaN or +inf, or nothing but -inf."""
+    """Raised for a row of logits without a softmax: it contains NaN or +inf, or only -inf."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRows:
-    """Rows as tensors on the logits' device: what a draft loop hands to draw_on_device again and again."""
+    """Rows as tensors on the logits' device, for repeated calls of draw_on_device in a draft loop."""
 
     settings: RowSettings
     seeds: Tensor
@@ -63,9 +63,9 @@ class PreparedRows:
     positions: Tensor
     """int64 [n]."""
     noisy: Tensor
-    """int64 [n]: 0 where the draw is greedy, else 1."""
+    """int64 [n]: 0 for greedy rows, else 1."""
     step: int = 0
-    """How often these rows were advanced."""
+    """Number of times that these rows were advanced."""
 
     @classmethod
     def of(cls, rows: Sequence[SamplingRow], device: torch.device) -> "PreparedRows":
@@ -85,7 +85,7 @@ class PreparedRows:
         return PreparedRows(self.settings.first(count), *cut, self.step)
 
     def advance(self, token_ids: Tensor) -> "PreparedRows":
-        """The rows at their next position, once token_ids (int64 [n], on the rows' device) were drawn at this one."""
+        """The rows at their next position, after token_ids (int64 [n], on the rows' device) were sampled at this one."""
         settings = self.settings.with_context(token_ids)
         return PreparedRows(settings, self.seeds, self.positions + 1, self.noisy, self.step + 1)
 
@@ -100,10 +100,10 @@ class Sampler:
         group: dist.ProcessGroup | None = None,
         kernel: SamplerKernel = "torch",
     ) -> None:
-        """The ids from vocab_size on are padding and never sampled; vocab_start is this rank's first id.
+        """Ids from vocab_size on are padding and never sampled; vocab_start is this rank's first id.
 
-        The native kernel is for logits on the CPU, in bfloat16 or float32; it draws the same tokens as torch. Raises UserError
-        where it can't run.
+        The native kernel is for CPU logits in bfloat16 or float32, and samples the same tokens as torch. Raises UserError if it
+        can't run.
         """
         self.vocab_size = vocab_size
         self.vocab_start = vocab_start
@@ -113,9 +113,9 @@ class Sampler:
         self._buffers: dict[object, Tensor] = {}
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
-        """One token for each row of logits [n, V_local]. Collective over the group: equal rows on every rank.
+        """Sample one token per row of logits [n, V_local]. Collective over the group, with equal rows on every rank.
 
-        Raises NonFiniteLogits, on every rank, for a row with NaN or without any finite logit.
+        Raises NonFiniteLogits, on every rank, for a row with NaN or without a finite logit.
         """
         if not rows:
             return SampledTokens([], [], [])
@@ -123,16 +123,16 @@ class Sampler:
         return self.decide(facts, rows)
 
     def examine(self, logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, ShardLogits]:
-        """This rank's facts [n, 6] about the tokens that `sample` draws, for `decide`, and what they are drawn from.
+        """This rank's facts [n, 6] about the tokens of `sample`, for `decide`, and the processed logits.
 
-        The latter stays until the next call. Collective where the rows are filtered.
+        The latter are valid until the next call. Collective if the rows are filtered.
         """
         facts, processed = self._examine(logits, rows, keep=True)
         assert processed is not None
         return facts, processed
 
     def _examine(self, logits: Tensor, rows: Sequence[SamplingRow], keep: bool) -> tuple[Tensor, ShardLogits | None]:
-        """As `examine`; without `keep`, the native kernel does not write down what it draws from."""
+        """As `examine`; without `keep`, the native kernel does not store the processed logits."""
         prepared = PreparedRows.of(rows, logits.device)
         if self._native is None:
             raw = self.shard(logits)
@@ -157,20 +157,20 @@ class Sampler:
         return self._given_facts(self._native, processed, rows, wants_facts=True)[:, 5]
 
     def _given_facts(self, kernel: NativeSampling, processed: ShardLogits, rows: PreparedRows, wants_facts: bool) -> Tensor:
-        """Facts of rows drawn from processed logits, which stand for the raw ones too."""
+        """Facts of rows sampled from processed logits, which are taken for the raw ones too."""
         given = processed.values
         grid = shard_grid(given.shape[1], self.vocab_size, processed.first_id)
         token = torch.empty(len(given), dtype=torch.int64)
         facts = torch.empty(len(given), 6, dtype=torch.float64)
         keys = (rows.seeds, rows.positions, rows.noisy)
         kernel(given, grid, *keys, processed=given, is_processed=True, token_ids=token, facts=facts, wants_facts=wants_facts)
-        facts[:, 1] = token  # which is a valid id always
+        facts[:, 1] = token  # which is always a valid id
         return facts
 
     def restate(
         self, facts: Tensor, logits: Tensor, processed: ShardLogits, token: Tensor, value: Tensor | None = None
     ) -> Tensor:
-        """Facts of the same rows about other tokens [n]. Without values: of tokens that all ranks know."""
+        """Facts of the same rows about other tokens [n]. Without `value`: tokens known to all ranks."""
         column = token - self.vocab_start
         is_here = (column >= 0) & (column < logits.shape[1])
         column = column.clamp(0, logits.shape[1] - 1)
@@ -182,27 +182,27 @@ class Sampler:
         return torch.stack(columns, dim=-1)
 
     def decide(self, facts: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
-        """The token of highest value among the ranks' own, and its log-probs. Collective; raises NonFiniteLogits."""
+        """The tokens with the highest values over all ranks, and their log-probs. Collective; raises NonFiniteLogits."""
         return _decide(gather(facts, self.group), rows)
 
     def prepare(self, rows: Sequence[SamplingRow], device: torch.device) -> PreparedRows:
-        """What draw_on_device needs; making it copies from the host."""
+        """Input of draw_on_device; preparing it copies from the host."""
         return PreparedRows.of(rows, device)
 
     def draw_on_device(self, logits: Tensor, rows: PreparedRows) -> tuple[Tensor, ShardLogits]:
-        """What `sample` draws, without any wait for the device: a drafter's logits [n, V_local] as they are. Collective.
+        """Sample as `sample` without waiting for the device, from a drafter's logits [n, V_local]. Collective.
 
-        A row without a softmax yields some valid id: a bad draft is for the verification to refuse.
+        A row without a softmax yields some valid id: verification rejects a bad draft.
 
-        Returns: token ids (int64 [n]) and the processed logits that they were drawn from. The latter stay until a draw from
-        rows that were advanced equally often.
+        Returns: token ids (int64 [n]) and the processed logits that they were sampled from. The latter are valid until a call
+        with rows that were advanced equally often.
         """
         token_ids, processed = self._draw(logits, rows, keep=True)
         assert processed is not None
         return token_ids, processed
 
     def draw_ids_on_device(self, logits: Tensor, rows: PreparedRows) -> Tensor:
-        """As draw_on_device, where the processed logits are not needed: cheaper."""
+        """As draw_on_device without the processed logits, which is cheaper."""
         return self._draw(logits, rows, keep=False)[0]
 
     def _draw(self, logits: Tensor, rows: PreparedRows, keep: bool) -> tuple[Tensor, ShardLogits | None]:
@@ -242,7 +242,7 @@ class Sampler:
         facts: Tensor | None = None,
         wants_facts: bool = True,
     ) -> ShardLogits | None:
-        """Fill this rank's token_ids [n] and facts [n, 6]; the processed logits if they are to be kept."""
+        """Fill this rank's token_ids [n] and facts [n, 6]. Returns the processed logits if `keep`."""
         settings = rows.settings
         grid = shard_grid(logits.shape[1], self.vocab_size, self.vocab_start)
         keys = (rows.seeds, rows.positions, rows.noisy)
@@ -279,13 +279,13 @@ class Sampler:
         return None if out is None else ShardLogits(out, grid.first_id, self.group, self.vocab_size)
 
     def _processed(self, raw: ShardLogits, rows: PreparedRows, synchronize: bool) -> ShardLogits:
-        """The processed logits in a buffer of the rows' step."""
+        """The processed logits, in a buffer of the rows' step."""
         changes = rows.settings.changes_logits
         out = self._buffer(("processed", rows.step), raw.values.shape, raw.values.device) if changes else None
         return process(raw, rows.settings, synchronize, out)
 
     def shard(self, logits: Tensor, name: object = "sample") -> ShardLogits:
-        """The logits as a shard, until the next call with this name: its buffer is kept and grows with the number of rows."""
+        """The logits as a shard, valid until the next call with this name: its buffer is reused and grows with the rows."""
         buffer = self._buffers.get(name)
         fits = buffer is not None and len(buffer) >= len(logits) and buffer.device == logits.device
         shard = shard_logits(logits, self.vocab_size, self.vocab_start, self.group, buffer if fits else None)
@@ -294,7 +294,7 @@ class Sampler:
         return shard
 
     def _buffer(self, name: object, shape: Sequence[int], device: torch.device) -> Tensor:
-        """A kept float32 tensor [n, W]."""
+        """A reused float32 tensor [n, W]."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < shape[0] or buffer.device != device:
             buffer = self._buffers[name] = torch.empty(*shape, device=device)
@@ -306,7 +306,7 @@ def _pair(rows: RowFilter | None) -> tuple[Tensor, Tensor] | None:
 
 
 def draw(processed: ShardLogits, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
-    """This rank's best token of each row: logit + noise (float64 [n]) and id (int64 [n]); -inf where it has no token."""
+    """This rank's best token of each row: logit + noise (float64 [n]) and id (int64 [n]); -inf without a token."""
     return _search(processed, PreparedRows.of(rows, processed.values.device)).best()
 
 
@@ -315,7 +315,7 @@ def _search(processed: ShardLogits, rows: PreparedRows) -> "_Search":
 
 
 class _Search:
-    """Gumbel-max over blocks: a bound for each block first, then the tokens of those blocks that can win."""
+    """Gumbel-max over blocks: first a bound per block, then the tokens of the blocks that can win."""
 
     def __init__(self, x: Tensor, first_id: int, keys: Tensor, noisy: Tensor) -> None:
         self.x, self.first_id, self.keys, self.noisy = x, first_id, keys, noisy
@@ -328,7 +328,7 @@ class _Search:
         n = self.x.shape[0]
         tiles = self.x.view(n, -1, LANES, COLUMNS)
         lead = tiles.gather(2, self.lane.view(n, -1, 1, COLUMNS)).view(n, -1).add(self.noise).amax(-1)
-        bound = tiles.amax(2).view(n, -1).add(self.noise)  # torch promotes to float64
+        bound = tiles.amax(2).view(n, -1).add(self.noise)  # promoted to float64 by torch
         every = torch.arange(n, device=self.x.device)
         _, values = self._tokens(every, bound.argmax(-1))
         reached = torch.maximum(lead, values.amax(-1))
@@ -339,7 +339,7 @@ class _Search:
         return value, torch.full_like(every, _NO_TOKEN).scatter_reduce_(0, row, ids.amin(-1), "amin")
 
     def best_of_all(self) -> tuple[Tensor, Tensor]:
-        """The same token with noise for every token: more work than `best`, of shapes that are known beforehand."""
+        """The same token with noise for every token: more work than `best`, but with shapes known beforehand."""
         n, width = self.x.shape
         ids = torch.arange(self.first_id, self.first_id + width, device=self.x.device).view(-1, LANES, COLUMNS)
         lanes = torch.arange(LANES, device=self.x.device).unsqueeze(-1)
@@ -364,7 +364,7 @@ class _Search:
 
 
 def _facts(raw: ShardLogits, processed: ShardLogits, value: Tensor, token: Tensor) -> Tensor:
-    """What a shard tells the others, float64 [n, 6]: its best value and id, that id's logits and its normalizers."""
+    """Facts of a shard for the others, float64 [n, 6]: its best value and id, that id's logits, and its normalizers."""
     column = (token - raw.first_id).clamp(0, raw.values.shape[1] - 1).unsqueeze(-1)
     normalizer = raw.local_normalizer()
     same = processed is raw
@@ -384,7 +384,7 @@ def _facts(raw: ShardLogits, processed: ShardLogits, value: Tensor, token: Tenso
 def _decide(shards: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     """The winner of each row from all shards' facts [ranks, n, 6]."""
     decided = SampledTokens([], [], [])
-    for index, facts in enumerate(zip(*shards.tolist(), strict=True)):  # of one row, by rank
+    for index, facts in enumerate(zip(*shards.tolist(), strict=True)):  # facts of one row, by rank
         normalizer = _logsumexp([fact[3] for fact in facts])
         if not math.isfinite(normalizer):
             raise _non_finite(index, rows)
@@ -399,7 +399,7 @@ def _decide(shards: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
 
 
 def _logsumexp(values: Sequence[float]) -> float:
-    """NaN if a value is NaN."""
+    """Log of the sum of exponentials; NaN if a value is NaN."""
     largest = max(values)
     if len(values) == 1 or not math.isfinite(largest):
         return sum(values) if any(math.isnan(v) for v in values) else largest

@@ -1,7 +1,7 @@
-"""Which drafts the target takes over, and the token that follows them: two ways, both exactly the target's distribution.
+"""Verification of drafts: which are accepted, and the token after them. Both ways keep exactly the target's distribution.
 
-`coupled` (drafter-invariant speculative decoding, arXiv 2408.07978): the target draws its own token at every draft, with the
-noise of that position, and takes drafts over as long as they are what it drew. The output is that of decoding without drafts,
+`coupled` (drafter-invariant speculative decoding, arXiv 2408.07978): the target samples its own token at every draft position,
+with the noise of that position, and accepts drafts as long as they equal it. The output equals that of decoding without drafts,
 token for token, whatever the drafts are.
 
 `rejection` (arXiv 2211.17192, arXiv 2302.01318): a draft x, drawn from q with noise of its own, is accepted with probability
@@ -30,21 +30,21 @@ from erollout.engine.sequence import Sequence
 Verification = Literal["coupled", "rejection"]
 
 _FLOOR = 1e-12
-"""Least weight of a token in the residual, relative to p: where p and q differ by rounding alone, p itself is left."""
+"""Least weight of a token in the residual, relative to p: if p and q differ only by rounding, p itself remains."""
 _NEVER = 1e-38
-"""Stands for 0 in the residual: the logarithm of 0 takes three times as long, and no noise lifts this one to a draw (the noise
-spans 43, and log(_NEVER) lies 47 below the _FLOOR of the likeliest token of any vocabulary up to 300,000)."""
+"""Replacement for 0 in the residual: the logarithm of 0 takes three times as long, and no noise can make this token win (noise
+spans 43, and log(_NEVER) is 47 below the _FLOOR of the likeliest token of any vocabulary up to 300,000)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sequence whose next tokens are to be decided. It has 1 + num_drafts rows of logits."""
+    """A sequence to be verified, with 1 + num_drafts rows of logits."""
 
     row: SamplingRow
-    """Of its next token."""
+    """Sampling row of its next token."""
     num_drafts: int = 0
     column: int = 0
-    """Of the sequence in Drafts."""
+    """Column of the sequence in Drafts."""
 
     @property
     def is_greedy(self) -> bool:
@@ -53,11 +53,11 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedRun:
-    """A sequence's next tokens: the accepted drafts and the recovered or bonus token."""
+    """A sequence's next tokens: accepted drafts, and the recovered or bonus token."""
 
     token_ids: list[int]
     logprobs: list[float]
-    """As in SampledTokens."""
+    """Log-probs as in SampledTokens."""
     raw_logprobs: list[float]
 
     @property
@@ -72,16 +72,16 @@ class VerifiedRun:
 
 @dataclass(frozen=True, slots=True)
 class _Proposal:
-    """What verification knows about q, by draft position and column."""
+    """The drafter's distribution q, by draft position and column."""
 
     logprobs: list[list[float]]
-    """log q of each draft; not finite where q counts as 0."""
+    """log q of each draft; not finite if q counts as 0."""
     normalizers: list[list[float]]
-    """Of the drafter's processed logits, over all ranks."""
+    """Normalizers of the drafter's processed logits, over all ranks."""
 
     @classmethod
     def of(cls, drafts: Drafts, sampler: Sampler) -> "_Proposal | None":
-        """Collective. None: every draft was certain."""
+        """The proposal of some drafts; None: every draft was certain. Collective."""
         if drafts.processed is None:
             return None
         parts = []
@@ -103,11 +103,11 @@ class Verifier:
         """The next tokens of each candidate, at least one. Collective over the sampler's group.
 
         Args:
-            logits: the target's, [rows, local vocabulary]: 1 + num_drafts rows of each candidate in turn, after its last known
-                token and after each draft.
-            drafts: may be None when no candidate has any.
+            logits: the target's logits [rows, local vocabulary]: 1 + num_drafts rows per candidate, after its last known token
+                and after each draft.
+            drafts: may be None if no candidate has any.
 
-        Raises NonFiniteLogits, on every rank, when a row has no softmax.
+        Raises NonFiniteLogits, on every rank, for a row without a softmax.
         """
         if drafts is None or self.verification == "coupled":
             return self._couple(logits, candidates, drafts)
@@ -163,7 +163,7 @@ class Verifier:
 
 
 def sampling_row(sequence: Sequence) -> SamplingRow:
-    """What a sequence's next token is sampled with."""
+    """Sampling row of a sequence's next token."""
     position = sequence.num_tokens
     needs_context = sequence.sampling.repetition_penalty != 1.0
     context = sequence.tokens(0, position) if needs_context else None
@@ -173,7 +173,7 @@ def sampling_row(sequence: Sequence) -> SamplingRow:
 def _num_accepted(
     candidates: list[Candidate], rows: list[SamplingRow], drafted: SampledTokens, proposal: _Proposal | None
 ) -> list[int]:
-    """How many leading drafts of each candidate are accepted."""
+    """Number of accepted leading drafts of each candidate."""
     seeds = torch.tensor([acceptance_seed(row.seed) for row in rows])
     positions = torch.tensor([row.position for row in rows])
     thresholds = uniforms(stream_keys(seeds, positions), torch.zeros_like(seeds)).log_().tolist()
@@ -196,7 +196,7 @@ def _residual(
     """log max(p - q, 0), up to a constant per row, for the rejected drafts at these (positions, columns).
 
     Args:
-        normalizer: of the target's processed logits, over all ranks, float64 [n].
+        normalizer: normalizers of the target's processed logits over all ranks, float64 [n].
     """
     p = _probabilities(target.values, normalizer)
     if drafts.processed is None or proposal is None:
@@ -213,12 +213,12 @@ def _residual(
 
 
 def _probabilities(logits: Tensor, normalizer: Tensor) -> Tensor:
-    """exp(logits - normalizer), float32 [n, W]; by exp2, which is three times faster on the CPU."""
+    """exp(logits - normalizer), float32 [n, W], by exp2, which is three times faster on the CPU."""
     return logits.sub(normalizer.float().unsqueeze(-1)).mul_(1 / math.log(2)).exp2_()
 
 
 def _at(logits: ShardLogits, token: Tensor) -> Tensor:
-    """Logit of one token per row, float64 [n]; -inf where the token is another rank's."""
+    """Logit of one token per row, float64 [n]; -inf if the token is another rank's."""
     column = token - logits.first_id
     width = logits.values.shape[1]
     values = logits.values.gather(-1, column.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1).double()
@@ -226,7 +226,7 @@ def _at(logits: ShardLogits, token: Tensor) -> Tensor:
 
 
 def _rows(candidates: list[Candidate], drafts: Drafts | None) -> list[SamplingRow]:
-    """What each row of logits is sampled with, draft by draft."""
+    """Sampling row of each row of logits, draft by draft."""
     if drafts is None:
         return [candidate.row for candidate in candidates]
     penalized = any(candidate.row.context_ids is not None for candidate in candidates)

@@ -93,7 +93,7 @@ class Costs:
     """CPU seconds of one process, per step."""
 
     thread: list[float] = field(default_factory=list)
-    """Of `orders` and `observe`, step by step."""
+    """Thread seconds of `orders` and `observe`, per step."""
     process: float = 0.0
     """Everything, gloo's threads too."""
 
@@ -266,7 +266,7 @@ def decide_many(policy: str) -> tuple[float, float]:
 
 
 def example(replica: int, window: int) -> Occupancy:
-    """Of some replica: its slots nearly full, a few responses ended since the window before."""
+    """Occupancy of a replica whose slots are nearly full, with a few responses completed since the last window."""
     running = SLOTS - (replica * 7 + window) % 5
     curve = tuple(0.012 + 0.001 * batch for batch in CURVE_BATCHES)
     arms = tuple(0.02 + 0.001 * ((replica + arm) % 3) for arm in range(9))

@@ -70,7 +70,7 @@ class Arm:
     release: Callable[[], None]
     """Give back memory that is kept between calls."""
     first_seconds: float = 0.0
-    """Of the first call, planning included."""
+    """Seconds of the first call, planning included."""
     seconds: list[float] | None = None
     extra_bytes: int = 0
 

@@ -109,15 +109,15 @@ class LongTailedSums:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a draw consists of."""
+    """Workload of a draw."""
 
     name: str
     sequences: int
-    """Of one replica, all at once if at_once is not less."""
+    """Number of sequences per replica, all at once unless at_once is less."""
     group_size: int = 1
     at_once: int = 64
     max_tokens: int | None = None
-    """Of every response; None: natural stops."""
+    """Length of every response; None: natural stops."""
     source: LongTailedSums = LongTailedSums()
 
     @property
@@ -130,20 +130,20 @@ class Outcome:
     """One rollout."""
 
     seconds: float
-    """Of the slowest replica."""
+    """Seconds of the slowest replica."""
     phase_seconds: float
-    """Of the trainer's whole rollout phase."""
+    """Seconds of the trainer's whole rollout phase."""
     cpu_seconds: float
-    """Of the replica that computed most, in that phase."""
+    """CPU seconds of the replica that computed most, in that phase."""
     tokens: int
     lengths: tuple[int, ...]
     digest: str
-    """Of all tokens."""
+    """Digest of all tokens."""
     speculation: SpeculationStatistics
     metrics: dict[str, float]
-    """Of toggle and coordinator, mean of the replicas."""
+    """Metrics of toggle and coordinator, mean over replicas."""
     seconds_at: dict[str, float]
-    """Of both replicas, by TRACED."""
+    """Seconds of both replicas, by TRACED."""
 
 
 Draws = dict[str, list[Outcome]]
@@ -276,7 +276,7 @@ class Interval:
 
     @property
     def saving(self) -> str:
-        """Of 1 minus the ratio, in percent."""
+        """Interval of 1 minus the ratio, in percent."""
         return f"{100 * (1 - self.middle):.1f} % ({100 * (1 - self.high):.1f} to {100 * (1 - self.low):.1f})"
 
 

@@ -49,7 +49,7 @@ A100_14B = {"bandwidth": 1.564e12, "compute": 233.5e12}
 
 @dataclass(slots=True)
 class Measured:
-    """Of one mode, by round."""
+    """Measurements of one mode, by round."""
 
     seconds: list[float] = field(default_factory=list)
     predicted: list[float] = field(default_factory=list)
@@ -195,7 +195,7 @@ def run(setting: Setting, strategy: Strategy, seeds: int) -> list[SimulatedRollo
 
 
 def median_for(seconds: float, passes: PassTimes, sigma: float, seeds: int) -> float:
-    """Of the lengths with which autoregressive rollouts take so long."""
+    """Median of the response lengths with which autoregressive rollouts take the given seconds."""
     low, high = 50.0, 6000.0
     for _ in range(9):
         middle = (low * high) ** 0.5

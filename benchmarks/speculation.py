@@ -134,7 +134,7 @@ class Arm:
         return sum(len(rollout.response_ids) for rollout in self.rollouts)
 
     def forget(self) -> None:
-        """Of the warm-up."""
+        """Drop the measurements of the warm-up."""
         self.seconds, self.wall, self.speculation = [], [], []
 
 

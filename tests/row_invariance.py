@@ -75,7 +75,7 @@ class AttentionCase:
         self.attention: Attention = make(heads, cache, kv_heads, size)
 
     def run(self, *spans: tuple[int, int, int]) -> list[torch.Tensor]:
-        """Of (sequence, start, end), single tokens first."""
+        """Attention over spans (sequence, start, end), single tokens first."""
         plan = self.attention.plan([QuerySpan(start, end, self.tables[which]) for which, start, end in spans])
         query = torch.cat([self.queries[which, start:end] for which, start, end in spans])
         return list(self.attention(query, self.layer, plan).split([end - start for _, start, end in spans]))

@@ -36,11 +36,11 @@ def long_tailed(count: int, seed: int, median: float = 100.0, longest: int = 100
 
 @dataclass
 class Machine:
-    """Its steps take what the passes say, times noise."""
+    """A synthetic machine whose steps take the time of the passes, times noise."""
 
     truth: PassTimes
     acceptance: Callable[[int], float] = lambda step: 0.93
-    """Of a draft where those before it are accepted, by step."""
+    """Conditional acceptance of a draft token, by step."""
     slow: Callable[[int, Arm], float] = lambda step, arm: 1.0
     """Factor on the seconds of a step."""
     noise: float = 0.05
@@ -50,9 +50,9 @@ class Machine:
     step: int = 0
     now: float = 0.0
     seconds: float = 0.0
-    """Without noise."""
+    """Total seconds of all steps, without noise."""
     lost: float = 0.0
-    """Of these, against the best arm of every step."""
+    """Seconds lost against the best arm of every step, without noise."""
     best_arms: list[Arm] = field(default_factory=list)
     arms: list[Arm] = field(default_factory=list)
     known: dict[tuple[Arm, int, int], float] = field(default_factory=dict)

@@ -45,7 +45,7 @@ class Case:
 class Shard:
     key: str
     index: tuple[int | slice, ...]
-    """Of this shard in the whole tensor."""
+    """Index of this shard in the whole tensor."""
     values: np.ndarray
 
 
@@ -58,7 +58,7 @@ class Outcome:
     grad_norms: list[float]
     """Per step, before clipping."""
     gradients: list[Shard]
-    """Of the first step, before clipping, reduced over data-parallel ranks, in the parameters' dtype.
+    """Gradients of the first step, before clipping, reduced over data-parallel ranks, in the parameters' dtype.
 
     With the distributed optimizer a rank's are complete only where it owns the optimizer's state.
     """

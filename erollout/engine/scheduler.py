@@ -1,8 +1,8 @@
 """Scheduler: chooses the sequences of the next forward pass, and their numbers of tokens. Pure.
 
-One rule: every sequence's num_computed_tokens must catch up with its num_tokens. A prompt is a sequence that lags by many tokens
-(and may catch up in chunks), a decoding sequence lags by one. Sequences are served in order of arrival; when the pool runs out
-of blocks, the latest one is preempted and later computes its tokens again. Draft tokens get what then is left of the pass's
+One rule: every sequence's num_computed_tokens must catch up with its num_tokens. A prompt is a sequence that lags by many
+tokens (and may catch up in chunks), a decoding sequence lags by one. Sequences are served in order of arrival; when the pool
+runs out of blocks, the latest one is preempted and later computes its tokens again. Draft tokens get what then is left of the pass's
 tokens and of the pool: no sequence is preempted for them. Every decision depends on equal integers on all ranks of a
 tensor-parallel group, so all ranks take the same one.
 """
@@ -171,7 +171,7 @@ class Scheduler:
             self.finish(sequence)
 
     def _schedule_running(self, sequence: Sequence, budget: int, batch: Batch) -> int:
-        """Schedule a running sequence, preempting later ones for its blocks. Returns its tokens; 0 if it was preempted itself."""
+        """Schedule a running sequence, preempting later ones for its blocks. Returns its tokens; 0: it was preempted itself."""
         start = sequence.num_computed_tokens
         num_tokens = min(sequence.num_tokens - start, budget)
         while not self._fits(sequence, start + num_tokens):
@@ -216,7 +216,7 @@ class Scheduler:
                 budget -= num_drafts
 
     def _num_drafts(self, item: ScheduledSequence, most: int) -> int:
-        """Number of drafts, up to `most`: limited by the tokens still to emit (a pass emits one beyond its drafts) and by blocks."""
+        """Number of drafts up to `most`, limited by the tokens still to emit (one more than its drafts per pass) and blocks."""
         if not item.decodes:
             return 0
         sequence = item.sequence

@@ -1,7 +1,7 @@
 """Self-test of an engine's promise about bits, at its start, on its own shapes.
 
 On a CPU a token's logits depend on its own sequence alone: not on neighbours, chunks or drafts. The kernels are designed so;
-this verifies it on sums that cancel (row_tiles), whose every bit shows the order of summation. It takes some milliseconds per shape.
+this verifies it on sums that cancel (row_tiles), whose every bit shows the order of summation. It takes milliseconds per shape.
 """
 
 import logging

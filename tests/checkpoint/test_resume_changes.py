@@ -186,7 +186,7 @@ def test_what_is_obeyed_counts_from_the_next_step_on(folder: Path, rank_pool: Ra
 
 
 def hyper_parameters(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Of every parameter group after the checkpoint is loaded, and what is said of it."""
+    """Hyper-parameters of every parameter group after the checkpoint is loaded, and the log lines about it."""
     import logging
 
     from erollout.train import session

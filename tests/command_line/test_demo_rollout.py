@@ -24,7 +24,7 @@ SAME = "all, token for token"
 
 
 def _result(responses: list[tuple[int, ...]], seconds: list[float]) -> RolloutResult:
-    """Of as many replicas as there are seconds; each emitted an equal share of 120 tokens."""
+    """A result with one replica per entry of `seconds`, each of which emitted an equal share of 120 tokens."""
     scored = [
         ScoredRollout(Rollout(0, i, (1,), ids, (0.0,) * len(ids), (0.0,) * len(ids), "stop", 0), 0.0, "task")
         for i, ids in enumerate(responses)

@@ -87,7 +87,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Of one exploration."""
+    """Rules of one exploration."""
 
     options: CoordinatorConfig
     replicas: int

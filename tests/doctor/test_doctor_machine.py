@@ -74,7 +74,7 @@ def test_memory_bandwidth() -> None:
     ("line", "file"), [("0::/a/b", "a/memory.max"), ("4:memory:/a/b", "memory/a/memory.limit_in_bytes"), ("3:cpu:/a", None)]
 )
 def test_a_limit_of_memory(line: str, file: str | None, tmp_path: Path) -> None:
-    """Of the group of this process or one above it; `max` is none."""
+    """The limit is that of this process's group or one above it; `max` is no limit."""
     (tmp_path / "own").write_text(f"{line}\n")
     root = tmp_path / "groups"
     for folder in ("a/b", "memory/a/b"):

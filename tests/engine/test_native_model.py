@@ -172,7 +172,7 @@ def run(model: DecodeModel, *spans: tuple[int, int, int]) -> list[torch.Tensor]:
 
 
 def logits_of_both(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the torch model in float32 and in bfloat16, and of the native model, after chunks of several lengths."""
+    """Logits of the torch model in float32 and in bfloat16, and of the native model, after chunks of several lengths."""
     plain = build("torch", name)
     fast = build("native", name, plain.tensors)
     wide = DecodeModel(plain.architecture, plain.group, "torch", _wide_cache(plain.architecture, plain.group), 512,

@@ -141,7 +141,7 @@ def test_rejection_under_preemption(drafter: str) -> None:
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 def test_logprobs_are_transformers_log_softmax(verification: Verification) -> None:
-    """Of accepted, recovered and bonus tokens."""
+    """Accepted, recovered and bonus tokens have the log-probs of transformers."""
     engine, model = make_speculative_engine("good", verification, 3), reference_model("llama")
     for rollout in engine.generate(make_requests(replace(SAMPLED, temperature=0.7), group_size=2)):
         logprobs = reference_logprobs(model, [*rollout.prompt_ids, *rollout.response_ids])[len(rollout.prompt_ids) - 1 : -1]

@@ -201,7 +201,7 @@ def test_coupled_runs_are_what_is_sampled_without_drafts(params: SamplingParams,
 
 @pytest.mark.parametrize("params", [PLAIN, FILTERED], ids=["plain", "filtered"])
 def test_logprobs_of_rejection_are_the_targets(params: SamplingParams) -> None:
-    """Of accepted, recovered and bonus tokens."""
+    """Accepted, recovered and bonus tokens have the target's log-probs."""
     last = [i % VOCABULARY for i in range(300)]
     runs = Chain(params, "rejection", DRAFTERS["good"], 2).step(list(range(300)), last, 7)
     processed, raw = probabilities(TARGET, params).log(), TARGET.double().log_softmax(-1)

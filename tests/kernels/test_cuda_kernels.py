@@ -224,7 +224,7 @@ def test_packing_again_keeps_addresses_and_takes_the_new_numbers() -> None:
 
 
 def addresses(layer: object) -> dict[str, int]:
-    """Of all tensors that the layer, or what it packs into, owns."""
+    """Addresses of all tensors that the layer, or its packed part, owns."""
     owners = [vars(layer), vars(getattr(layer, "_packed", object))]
     found = {
         f"{i}.{name}": v.data_ptr() for i, owner in enumerate(owners) for name, v in owner.items() if isinstance(v, Tensor)

@@ -30,7 +30,7 @@ def _site(folder: Path, **values: Any) -> str:
 
 
 def _command(folder: Path) -> list[str]:
-    """Of the newest job."""
+    """Command of the newest job."""
     return list(RunDirectory(folder / "run").submissions()[-1].command)
 
 

@@ -305,7 +305,7 @@ def test_who_waits_for_a_stopped_replica_gives_no_sign_of_life(rank_pool: RankPo
 
 @pytest.mark.distributed
 def test_who_waits_for_replicas_that_go_on_gives_signs_of_life(rank_pool: RankPool) -> None:
-    """Of the replica that has done its part, the leader gives one at each window and the other rank at each word of it."""
+    """In a replica that has finished, the leader shows life at each window, and the other rank at each of its messages."""
     options = {**QUICK, "hand_out": "static", "policy": "replica"}
     results = rank_pool.run(4, replica, [4, 60] * 2, options, OFF_MODE, [Event(2, "slow", 0.05)], 2)
     assert all(result["steps"] < 10 for result in results[:2])

@@ -227,7 +227,7 @@ def _run(*command: str) -> None:
 
 
 def _output(*command: str) -> str:
-    """Of a command that may fail."""
+    """Output of a command that may fail."""
     with suppress(subprocess.TimeoutExpired):
         return _done(*command).stdout
     return ""

@@ -28,7 +28,7 @@ COMMAND_SECONDS = 120
 NOT_INSTALLED = 3
 """Exit status of `cluster up`."""
 STEPS, INTERVAL = 16, 4
-"""Of most runs here, and of the unbroken one that they are compared with: eight seconds in which to disturb them."""
+"""Steps and checkpoint interval of most runs here, and of the undisturbed reference run: eight seconds to disturb them."""
 UNCHECKED = "--no-preflight"
 AT_ONCE = {"function": "toy_scorer:share_of_digits"}
 """The same scores as the unhurried ones."""
@@ -93,7 +93,7 @@ class Cluster:
             process.wait()
 
     def output(self, *command: str) -> str:
-        """Of a command that must succeed."""
+        """Output of a command that must succeed."""
         done = self.run(*command)
         assert done.status == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -137,7 +137,7 @@ class Cluster:
         wait_for(done, f"step {step} is not done", SECONDS, self.logs(job))
 
     def processes(self, job: int, *words: str, node: str | None = None) -> list[psutil.Process]:
-        """Of a job, on all nodes or one, whose command line has the words."""
+        """Processes of a job, on all nodes or one, whose command line contains the words."""
         found = []
         for process in psutil.process_iter():
             try:

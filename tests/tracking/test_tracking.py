@@ -324,7 +324,7 @@ def test_a_kill_before_the_first_checkpoint_begins_no_other_run(output_dir: Path
 
 def test_a_kill_before_the_runs_id_is_heard_begins_no_other_run(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
-        """Of the process."""
+        """Stands for a kill of the process."""
 
     create = MlflowStore.create_run
 

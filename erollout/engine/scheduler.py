@@ -2,8 +2,8 @@
 
 One rule: every sequence's num_computed_tokens must catch up with its num_tokens. A prompt is a sequence that lags by many
 tokens (and may catch up in chunks), a decoding sequence lags by one. Sequences are served in order of arrival; when the pool
-runs out of blocks, the latest one is preempted and later computes its tokens again. Draft tokens get what then is left of the pass's
-tokens and of the pool: no sequence is preempted for them. Every decision depends on equal integers on all ranks of a
+runs out of blocks, the latest one is preempted and later computes its tokens again. Draft tokens get what is left of the
+pass's tokens and of the pool: no sequence is preempted for them. Every decision depends on equal integers on all ranks of a
 tensor-parallel group, so all ranks take the same one.
 """
 

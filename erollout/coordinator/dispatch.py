@@ -17,7 +17,7 @@ RESERVE_FACTOR = 2
 """Target length of a replica's queue, in multiples of the responses that it completed between the last two windows."""
 
 
-class HandOut:
+class Dispatch:
     """The dispatch of one rollout. The same arguments on every replica."""
 
     def __init__(self, replicas: int, num_prompts: int, group_size: int, max_num_seqs: int, lengths: RemainingLengths) -> None:
@@ -48,7 +48,7 @@ class HandOut:
         self._next = min(rounds * self.replicas, self.num_prompts)
         return tuple(tuple(range(replica, self._next, self.replicas)) for replica in range(self.replicas))
 
-    def learn_claims(self, window: Sequence[Occupancy]) -> None:
+    def skip_claims(self, window: Sequence[Occupancy]) -> None:
         """Skip the prompts that replicas have claimed. Called before `more`, with the same window."""
         self._claimed = [occupancy.claimed for occupancy in window]
         self._skip_claimed()

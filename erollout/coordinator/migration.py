@@ -48,7 +48,7 @@ class Stage:
     """Mean share of the sequences that are alive."""
 
 
-class Rebalancing:
+class Migration:
     """The migration decisions of one rollout. The same arguments on every replica."""
 
     def __init__(self, max_num_seqs: int, lengths: RemainingLengths, window_seconds: float) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from erollout.config import CoordinatorConfig
-from erollout.coordinator.dispatch import HandOut
+from erollout.coordinator.dispatch import Dispatch
 from erollout.coordinator.lengths import RemainingLengths
-from erollout.coordinator.migration import Move, Rebalancing
+from erollout.coordinator.migration import Migration, Move
 from erollout.coordinator.occupancy import Occupancy
 
 ARM_MARGIN = 0.03
@@ -64,8 +64,8 @@ class StateMachine:
         self.options = options
         self.num_responses = num_prompts * group_size - num_done
         known = RemainingLengths(lengths, max_tokens)
-        self._hand_out = HandOut(replicas, num_prompts, group_size, max_num_seqs, known)
-        self._rebalancing = Rebalancing(max_num_seqs, known, options.window_seconds)
+        self._dispatch = Dispatch(replicas, num_prompts, group_size, max_num_seqs, known)
+        self._migration = Migration(max_num_seqs, known, options.window_seconds)
         self._epoch = 0
         self._arm = 0 if options.policy == "cluster" else None
         self._claimed_here = 0
@@ -74,13 +74,13 @@ class StateMachine:
     def start(self) -> ClusterDecision:
         """The decision before the first window: the initial prompts of every replica."""
         static = self.options.hand_out == "static"
-        return ClusterDecision(0, self._arm, self._hand_out.everything() if static else self._hand_out.first())
+        return ClusterDecision(0, self._arm, self._dispatch.everything() if static else self._dispatch.first())
 
     def advance(self, window: Sequence[Occupancy]) -> ClusterDecision:
         """The next decision, from one occupancy per replica."""
         self._epoch += 1
-        self._hand_out.learn_claims(window)
-        if self._hand_out.is_done and not any(occupancy.outstanding for occupancy in window):
+        self._dispatch.skip_claims(window)
+        if self._dispatch.is_done and not any(occupancy.outstanding for occupancy in window):
             done = sum(occupancy.finished for occupancy in window)
             assert done >= self.num_responses, f"{self.num_responses - done} responses were lost"
             return ClusterDecision(self._epoch, self._arm, finished=True)
@@ -88,12 +88,12 @@ class StateMachine:
             return ClusterDecision(self._epoch, self._arm, interrupted=True)
         if self._arm is not None:
             self._arm = self._best_arm(window, self._arm)
-        moves = self._hand_out.is_done and self.options.policy == "makespan"
+        moves = self._dispatch.is_done and self.options.policy == "makespan"
         return ClusterDecision(
             self._epoch,
             self._arm,
-            hand_out=self._hand_out.more(window),
-            moves=self._rebalancing.moves(window) if moves else (),
+            hand_out=self._dispatch.more(window),
+            moves=self._migration.moves(window) if moves else (),
         )
 
     def claim(self, replica: int) -> int | None:
@@ -101,7 +101,7 @@ class StateMachine:
 
         The replica's occupancies report the claim from now on, as `claimed`.
         """
-        prompt = self._hand_out.claimable(replica, self._claimed_here)
+        prompt = self._dispatch.claimable(replica, self._claimed_here)
         self._claimed_here += prompt is not None
         return prompt
 
@@ -113,7 +113,7 @@ class StateMachine:
     def mine(self, decision: ClusterDecision, replica: int) -> tuple[int, ...]:
         """The prompts that a decision dispatches to this process's replica, without those that it has already claimed."""
         given = decision.hand_out[replica] if decision.hand_out else ()
-        return tuple(prompt for prompt in given if not self._hand_out.is_claim(prompt, replica, self._claimed_here))
+        return tuple(prompt for prompt in given if not self._dispatch.is_claim(prompt, replica, self._claimed_here))
 
     def _best_arm(self, window: Sequence[Occupancy], present: int) -> int:
         """The arm for all replicas: least time of the slowest one in lock step, else least sum over outstanding responses."""

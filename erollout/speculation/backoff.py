@@ -9,7 +9,7 @@ LONGEST = 8
 """Longest backoff, in rollouts."""
 
 
-class HoldBack:
+class Backoff:
     """Exponential backoff per size, the bit length of the batch size."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from erollout.configuration.speculation import SpeculationConfig
 from erollout.speculation.acceptance import AcceptanceByContext
-from erollout.speculation.backoff import HoldBack
+from erollout.speculation.backoff import Backoff
 from erollout.speculation.cost.cost_model import CostModel
 from erollout.speculation.ladder import Ladder
 from erollout.speculation.probes import Probes
@@ -61,7 +61,7 @@ class Toggle:
         self.acceptance = {format: AcceptanceByContext(options.toggle.acceptance_window) for format in formats}
         self.ladder = Ladder(options.toggle.ladder) if options.mode == "ladder" else None
         self.probes = Probes(options.toggle.probe_interval, options.toggle.probe_steps)
-        self.hold = HoldBack()
+        self.backoff = Backoff()
         self.trace = DecisionTrace()
         """The decisions of the present rollout, or of the last one."""
         self._clock = clock
@@ -161,7 +161,7 @@ class Toggle:
         if self.ladder is not None and drafted:
             self.ladder.end_rollout(accepted / drafted if acceptance_rate is None else acceptance_rate)
         saved = trace.saved(self.cost.step_seconds, probes=False)
-        held = self.hold.end_rollout(saved, trace.seconds)
+        held = self.backoff.end_rollout(saved, trace.seconds)
         if held:
             lost = -sum(saved.values())
             logger.log(
@@ -170,7 +170,7 @@ class Toggle:
                 lost,
                 trace.seconds,
                 ", ".join(
-                    f"at {2 ** (size - 1)}-{2**size - 1} sequences for the next {self.hold.left[size]} rollouts"
+                    f"at {2 ** (size - 1)}-{2**size - 1} sequences for the next {self.backoff.left[size]} rollouts"
                     for size in held
                 ),
             )
@@ -219,7 +219,7 @@ class Toggle:
             "cost": self.cost.state_dict(),
             "ladder": None if self.ladder is None else self.ladder.state_dict(),
             "probes": self.probes.state_dict(),
-            "hold": self.hold.state_dict(),
+            "hold": self.backoff.state_dict(),
             "endings": [self._ended, self._emitted],
         }
 
@@ -228,7 +228,7 @@ class Toggle:
 
         Raises ValueError for an invalid state, and leaves all as it was.
         """
-        acceptance, ladder, probes, hold = deepcopy((self.acceptance, self.ladder, self.probes, self.hold))
+        acceptance, ladder, probes, backoff = deepcopy((self.acceptance, self.ladder, self.probes, self.backoff))
         try:
             for format, known in state["acceptance"].items():
                 if format in acceptance:
@@ -240,7 +240,7 @@ class Toggle:
             if ladder is not None and state["ladder"] is not None:
                 ladder.load_state_dict(state["ladder"])
             probes.load_state_dict(state["probes"])
-            hold.load_state_dict(state["hold"])
+            backoff.load_state_dict(state["hold"])
             ended, emitted = map(float, state["endings"])
             if not 0 <= ended <= emitted < inf:
                 raise ValueError(f"{ended} endings in {emitted} tokens")
@@ -248,7 +248,7 @@ class Toggle:
                 self.cost.load_state_dict(state["cost"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"no state of a toggle: {error!r}") from error
-        self.acceptance, self.ladder, self.probes, self.hold = acceptance, ladder, probes, hold
+        self.acceptance, self.ladder, self.probes, self.backoff = acceptance, ladder, probes, backoff
         self._ended, self._emitted = ended, emitted
         self._start_over()
 
@@ -269,7 +269,7 @@ class Toggle:
 
     def _choose(self, batch: int) -> Reason:
         """Change the present arm to the best one if that promises the margin."""
-        if self.hold.holds(batch):
+        if self.backoff.holds(batch):
             self._current = 0
             return Reason.HELD
         values, best, current = self._values, self._best, self._current
@@ -372,7 +372,7 @@ class Toggle:
             "saved_seconds": sum(trace.saved(self.cost.step_seconds).values()),
             "regret_seconds": trace.regret(in_hindsight, self._arms),
             "predicted_over_measured": trace.predicted_over_measured,
-            "sizes_held_back": float(len(self.hold.left)),
+            "sizes_held_back": float(len(self.backoff.left)),
         }
         for format, known_acceptance in self.acceptance.items():
             metrics[f"expected_length/{format}"] = known_acceptance.whole.length(options.num_speculative_tokens)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from erollout.config import CoordinatorConfig
-from erollout.coordinator.dispatch import HandOut
-from erollout.coordinator.migration import Rebalancing
+from erollout.coordinator.dispatch import Dispatch
+from erollout.coordinator.migration import Migration
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.state_machine import ClusterDecision, StateMachine
 
@@ -254,7 +254,7 @@ def clone(machine: StateMachine) -> StateMachine:
 
 
 def _copied(value):
-    if isinstance(value, StateMachine | HandOut | Rebalancing):
+    if isinstance(value, StateMachine | Dispatch | Migration):
         other = copy.copy(value)
         other.__dict__.update({name: _copied(part) for name, part in vars(value).items()})
         return other
@@ -263,7 +263,7 @@ def _copied(value):
 
 def state_of(value: object) -> object:
     """All that a machine's future depends on but the number of the window, and what never changes."""
-    if isinstance(value, StateMachine | HandOut | Rebalancing):
+    if isinstance(value, StateMachine | Dispatch | Migration):
         return tuple(
             (name, state_of(part)) for name, part in vars(value).items() if name not in ("_epoch", "lengths", "options")
         )

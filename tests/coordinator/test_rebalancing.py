@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from erollout.config import CoordinatorConfig
 from erollout.coordinator.lengths import RemainingLengths
-from erollout.coordinator.migration import GAIN, Move, Rebalancing
+from erollout.coordinator.migration import GAIN, Migration, Move
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.state_machine import StateMachine
 from erollout.coordinator.throughput import seconds_per_token
@@ -22,8 +22,8 @@ LENGTHS = (200, 250, 300, 350, 400, 500, 700, 1000, 1500, 2000)
 SLOTS = 16
 
 
-def rebalancing(lengths: tuple[int, ...] = LENGTHS, window_seconds: float = 0.05) -> Rebalancing:
-    return Rebalancing(SLOTS, RemainingLengths(lengths, 2048), window_seconds)
+def migration(lengths: tuple[int, ...] = LENGTHS, window_seconds: float = 0.05) -> Migration:
+    return Migration(SLOTS, RemainingLengths(lengths, 2048), window_seconds)
 
 
 def loaded(sequences: int, curve: tuple[float, ...] = SPECULATING, **values: float) -> Occupancy:
@@ -69,44 +69,44 @@ def test_speed_is_linear_between_batches_and_shared_by_a_queue() -> None:
 
 
 def test_an_idle_replica_takes_half() -> None:
-    assert rebalancing().moves([loaded(8), loaded(0)]) == (Move(0, 1, 4),)
-    assert rebalancing().moves([loaded(0), loaded(5)]) == (Move(1, 0, 2),)
-    assert rebalancing().moves([loaded(10), loaded(1)]) == (), "a busy one would be late with its own"
-    assert rebalancing().moves([loaded(1), loaded(0)]) == ()
+    assert migration().moves([loaded(8), loaded(0)]) == (Move(0, 1, 4),)
+    assert migration().moves([loaded(0), loaded(5)]) == (Move(1, 0, 2),)
+    assert migration().moves([loaded(10), loaded(1)]) == (), "a busy one would be late with its own"
+    assert migration().moves([loaded(1), loaded(0)]) == ()
 
 
 def test_the_slowest_replicas_are_helped_first() -> None:
     slow = tuple(1.5 * seconds for seconds in SPECULATING)
     window = [loaded(8), loaded(0), loaded(12), loaded(8, slow), loaded(0), loaded(1), loaded(7)]
-    assert rebalancing().moves(window) == (Move(3, 1, 6), Move(2, 4, 6))
-    assert rebalancing().moves([loaded(8), loaded(6), loaded(0), loaded(9, age=1999.0)]) == (Move(0, 2, 4),)
+    assert migration().moves(window) == (Move(3, 1, 6), Move(2, 4, 6))
+    assert migration().moves([loaded(8), loaded(6), loaded(0), loaded(9, age=1999.0)]) == (Move(0, 2, 4),)
 
 
 def test_a_slower_replica_takes_less() -> None:
     slower = tuple(1.25 * seconds for seconds in SPECULATING)
-    assert rebalancing().moves([loaded(12), loaded(0, slower)]) == (Move(0, 1, 3),)
-    assert rebalancing().moves([loaded(12, slower), loaded(0)]) == (Move(0, 1, 9),)
-    assert rebalancing().moves([loaded(12), loaded(0, tuple(3 * seconds for seconds in SPECULATING))]) == ()
+    assert migration().moves([loaded(12), loaded(0, slower)]) == (Move(0, 1, 3),)
+    assert migration().moves([loaded(12, slower), loaded(0)]) == (Move(0, 1, 9),)
+    assert migration().moves([loaded(12), loaded(0, tuple(3 * seconds for seconds in SPECULATING))]) == ()
 
 
 def test_nothing_moves_where_small_batches_are_no_faster() -> None:
-    assert rebalancing().moves([loaded(8, READING_WEIGHTS), loaded(0, READING_WEIGHTS)]) == ()
-    assert rebalancing().moves([loaded(16, READING_WEIGHTS), loaded(0, READING_WEIGHTS)]) == (Move(0, 1, 8),)
-    assert rebalancing().moves([loaded(16, ()), loaded(0, ())]) == (), "nor where nothing is known"
-    assert rebalancing().moves([loaded(48, ()), loaded(0, ())]) == (Move(0, 1, 24),), "but queues get shorter"
+    assert migration().moves([loaded(8, READING_WEIGHTS), loaded(0, READING_WEIGHTS)]) == ()
+    assert migration().moves([loaded(16, READING_WEIGHTS), loaded(0, READING_WEIGHTS)]) == (Move(0, 1, 8),)
+    assert migration().moves([loaded(16, ()), loaded(0, ())]) == (), "nor where nothing is known"
+    assert migration().moves([loaded(48, ()), loaded(0, ())]) == (Move(0, 1, 24),), "but queues get shorter"
 
 
 def test_nothing_moves_that_ends_before_it_would_have_arrived() -> None:
-    assert rebalancing().moves([loaded(8, age=1900), loaded(0)]) == (Move(0, 1, 4),)
-    assert rebalancing().moves([loaded(8, age=2040), loaded(0)]) == ()
-    assert rebalancing(window_seconds=5.0).moves([loaded(8, age=1900), loaded(0)]) == ()
+    assert migration().moves([loaded(8, age=1900), loaded(0)]) == (Move(0, 1, 4),)
+    assert migration().moves([loaded(8, age=2040), loaded(0)]) == ()
+    assert migration(window_seconds=5.0).moves([loaded(8, age=1900), loaded(0)]) == ()
     late = [loaded(8, age=1900, seconds=100.0), loaded(0)]
-    assert rebalancing().moves(late) == (Move(0, 1, 4),), "the first window tells nothing of how long one takes"
-    slow_windows = rebalancing()
+    assert migration().moves(late) == (Move(0, 1, 4),), "the first window tells nothing of how long one takes"
+    slow_windows = migration()
     slow_windows.moves([loaded(1), loaded(0)])
     assert slow_windows.moves(late) == (), "a window takes as long as the last one took"
     expensive = loaded(0, prefill_seconds=0.01)
-    assert rebalancing().moves([loaded(8, context=1900.0, age=1600), expensive]) == ()
+    assert migration().moves([loaded(8, context=1900.0, age=1600), expensive]) == ()
 
 
 def test_moves_wait_for_the_end_of_the_hand_out() -> None:
@@ -131,9 +131,9 @@ def _window(drawn: list[tuple[int, float, tuple[float, ...]]]) -> list[Occupancy
 @given(loads)
 def test_no_move_makes_it_worse(drawn: list[tuple[int, float, tuple[float, ...]]]) -> None:
     window = _window(drawn)
-    machine = rebalancing()
+    machine = migration()
     moves = machine.moves(window)
-    assert moves == rebalancing().moves(window), "equal inputs, equal decisions"
+    assert moves == migration().moves(window), "equal inputs, equal decisions"
     involved = [replica for move in moves for replica in (move.source, move.target)]
     assert len(involved) == len(set(involved))
     for move in moves:
@@ -153,15 +153,15 @@ def test_the_numbering_of_replicas_hardly_matters(drawn: list[tuple[int, float, 
     drawn = [(n, age + index * 1e-3, curve) for index, (n, age, curve) in enumerate(drawn)]  # no ties
     order = list(range(len(drawn)))
     shuffle.shuffle(order)
-    moves = rebalancing().moves(_window(drawn))
-    shuffled = rebalancing().moves(_window([drawn[index] for index in order]))
+    moves = migration().moves(_window(drawn))
+    shuffled = migration().moves(_window([drawn[index] for index in order]))
     named = {(order[move.source], move.num_sequences) for move in shuffled}
     assert named == {(move.source, move.num_sequences) for move in moves}
 
 
 @given(st.integers(1, 64), st.floats(0, 2048))
 def test_stages_last_until_the_longest_of_all(sequences: int, age: float) -> None:
-    machine = rebalancing()
+    machine = migration()
     stages = machine.stages(sequences, age)
     longest = machine.lengths.residual(age, sequences / (sequences + 1))
     assert sum(stage.tokens for stage in stages) == pytest.approx(longest)
@@ -170,7 +170,7 @@ def test_stages_last_until_the_longest_of_all(sequences: int, age: float) -> Non
 
 
 def test_repeated_windows_spread_the_load_and_come_to_rest() -> None:
-    machine = rebalancing()
+    machine = migration()
     outstanding, moved = [40, 0, 3, 0, 0, 0], 0
     for _ in range(40):
         for move in machine.moves([loaded(n) for n in outstanding]):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from synthetic_machine import FORMATS, Learner, Machine, long_tailed, passes
 
 from erollout.configuration.speculation import LadderConfig, SpeculationConfig, ToggleConfig
-from erollout.speculation.backoff import LONGEST, HoldBack
+from erollout.speculation.backoff import LONGEST, Backoff
 from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.ladder import Ladder
 from erollout.speculation.probes import AT_ONCE, EXTENSIONS, RAREST, SHARE, Probes
@@ -315,7 +315,7 @@ def test_speculation_that_lost_is_held_back_where_it_lost(caplog: pytest.LogCapt
     assert toggle.decide(Load(16, 100.0)) == OFF and toggle._decision.reason is Reason.HELD
     assert "backoff" in toggle.explain()
     toggle.end_rollout()
-    assert not toggle.hold.left
+    assert not toggle.backoff.left
 
 
 def test_probes_alone_hold_nothing_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -325,7 +325,7 @@ def test_probes_alone_hold_nothing_back(caplog: pytest.LogCaptureFixture) -> Non
     for _ in range(5):
         machine.rollout(toggle, [12, 20, 30], toggle.arms)
     assert any(arm.speculates for arm in machine.arms)
-    assert not toggle.hold.left and not caplog.records
+    assert not toggle.backoff.left and not caplog.records
 
 
 def test_rollouts_that_gain_are_not_held_back() -> None:
@@ -333,7 +333,7 @@ def test_rollouts_that_gain_are_not_held_back() -> None:
     toggle = toggle_of(machine, "adaptive")
     for rollout in range(4):
         machine.rollout(toggle, long_tailed(32, rollout), toggle.arms)
-        assert not toggle.hold.left and toggle.metrics()["saved_seconds"] > 0
+        assert not toggle.backoff.left and toggle.metrics()["saved_seconds"] > 0
 
 
 def test_metrics_agree_with_the_truth() -> None:
@@ -514,19 +514,19 @@ def test_the_ladder_moves_with_the_acceptance_and_only_its_rung_is_used() -> Non
 
 
 def test_holding_back_lasts_longer_with_each_loss_and_is_tried_again() -> None:
-    hold, pattern = HoldBack(), []
+    backoff, pattern = Backoff(), []
     for _ in range(40):
-        held = hold.holds(16)
+        held = backoff.holds(16)
         pattern.append(held)
-        hold.end_rollout({} if held else {5: -1.0, 1: 0.1}, 10.0)
-        assert not hold.holds(1)
+        backoff.end_rollout({} if held else {5: -1.0, 1: 0.1}, 10.0)
+        assert not backoff.holds(1)
     runs = [len(run) for run in "".join("x" if held else " " for held in pattern).split()]
     assert runs[:5] == [1, 2, 4, LONGEST, LONGEST]
-    hold.left.clear()
-    hold.end_rollout({5: 1.0}, 10.0)
-    assert not hold.losses
-    hold.end_rollout({5: -0.05}, 10.0)  # half a percent
-    assert not hold.holds(16)
+    backoff.left.clear()
+    backoff.end_rollout({5: 1.0}, 10.0)
+    assert not backoff.losses
+    backoff.end_rollout({5: -0.05}, 10.0)  # half a percent
+    assert not backoff.holds(16)
 
 
 def drive(probes: Probes, steps: int, seconds: float, worth: float, measured: float) -> list[int]:

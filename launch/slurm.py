@@ -34,8 +34,8 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the run")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs per node, each with one rank")
-    size.add_argument("--ranks-per-node", type=int, metavar="M", help="without GPUs")
-    parser.add_argument("--site", metavar="FILE", help="YAML file: partition, account, container and the like")
+    size.add_argument("--ranks-per-node", type=int, metavar="M", help="ranks per node, without GPUs")
+    parser.add_argument("--site", metavar="FILE", help="YAML file of the cluster: partition, account, container, ...")
     parser.add_argument("--time", metavar="HH:MM:SS", help="time limit of each job; default: the partition's")
     parser.add_argument(
         "--grace",

@@ -47,16 +47,18 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     work.add_argument("--prompt-tokens", type=int, default=128, help="prompt length, with lognormal lengths")
     work.add_argument("--acceptance", default="0.9", help="acceptance of a draft token, or shares by position: 0.95,0.9,0.84")
     arms = parser.add_argument_group("strategies")
-    arms.add_argument("--modes", default="off,always,toggle,ladder,adaptive", help="also: oracle")
-    arms.add_argument("--policies", default="replica", help="replica,cluster,makespan")
-    arms.add_argument("--hand-outs", default="static", help="static,dynamic")
+    arms.add_argument(
+        "--modes", default="off,always,toggle,ladder,adaptive", help="comma-separated speculation modes; also: oracle"
+    )
+    arms.add_argument("--policies", default="replica", help="coordination policies: replica, cluster, makespan")
+    arms.add_argument("--hand-outs", default="static", help="dispatch of prompts: static, dynamic")
     arms.add_argument("--num-speculative-tokens", type=int, default=5, help="draft length of the modes always and toggle")
-    arms.add_argument("--max-speculative-tokens", type=int, default=11, help="of adaptive")
+    arms.add_argument("--max-speculative-tokens", type=int, default=11, help="longest draft of the mode adaptive")
     arms.add_argument(
         "--window-seconds", type=float, help="pause between two windows; default: grows with the number of replicas"
     )
     run = parser.add_argument_group("simulation")
-    run.add_argument("--seeds", type=int, default=3, help="number of seeds for lengths and acceptance to average over")
+    run.add_argument("--seeds", type=int, default=3, help="number of random draws of lengths and acceptance to average over")
     run.add_argument(
         "--rollouts", type=int, default=2, help="consecutive rollouts: each starts with what the ones before have learnt"
     )

@@ -203,7 +203,7 @@ def test_a_dry_run_writes_nothing_and_says_all(folder: Path, fake: FakeSlurm) ->
         "64, each with 8 GPUs, a rank for each: 512 ranks",
         "12,288 at most for each start: 512 GPUs x 24:00:00",
         "data 512",
-        "300 s before it the run saves and ends; queued again",
+        "300 s before it the run saves and ends; requeued",
         "  --gpus-per-node=h100:8 \\\n",
         "export EROLLOUT_RANKS_PER_NODE=8\n",
         "module load cuda",

@@ -47,7 +47,7 @@ def _jobs(run: RunDirectory) -> tuple[list[tuple[str, str]], str]:
     """The newest jobs with their state in Slurm, and whether the run is alive."""
     if not (ids := run.jobs()):
         alive = f"{len(here)} of its ranks run on this machine" if (here := ranks_here(run)) else "none of its ranks runs here"
-        return [("jobs", "none of Slurm")], alive
+        return [("jobs", "none in Slurm")], alive
     try:
         known = {job.id: job for job in slurm_jobs.jobs(ids, run.path)}
     except UserError as error:

@@ -173,7 +173,7 @@ class Checkpointer:
             path, reason = damaged[0]
             raise UserError(
                 f"checkpoint {path} is damaged: {reason}; there is no earlier one that is whole: restore its files, or remove "
-                f"{self.directory} to begin anew"
+                f"{self.directory} to start from scratch"
             )
         return None
 
@@ -342,7 +342,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         for rank, (cause, _) in error.failures.items():
             return f"rank {rank}: {_reason(cause)}"
-        return "rank 0 says why"  # saving tells the failures to the first rank only
+        return "rank 0 says why"  # saving reports failures to the first rank only
     text = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch.load's own words are before
     if named := re.search(r"GLOBAL (\S+)", text):
         return f"it names {named[1]}, which is not allowed there"

@@ -87,7 +87,7 @@ class Dispatch:
             self._next += 1
 
     def _take(self) -> int | None:
-        """The next prompt that nobody has; None when there is none."""
+        """The next prompt that is neither dispatched nor claimed; None: there is none."""
         if self.is_done:
             return None
         prompt = self._next

@@ -1,4 +1,4 @@
-"""The cluster's one stream of operations: windows of occupancies, and the sequences that move between them.
+"""The cluster's one stream of operations: windows of occupancies, and migrating sequences.
 
 The leaders of all replicas take part in the same operations over a gloo group of their own, in the same order, one after the
 other: window 1, the parcels of decision 1 if it migrates sequences, window 2, ... At a step border, a replica polls the pending

@@ -60,7 +60,7 @@ class ScorerProbe:
                 break
         what = f"{self._key()} can't score the first item ({prompt.task})"
         if refused := next((outcome for outcome in failed if not outcome.raised), None):
-            fix = "fix it, or raise rewards.timeout_seconds" if refused.timed_out else "mend it"
+            fix = "fix it, or raise rewards.timeout_seconds" if refused.timed_out else "fix it"
             raise UserError(f"{what}: {refused.error}; {fix}")
         logger.warning(
             "%s, however its answer is written: %s; responses that it raises at get rewards.error_value", what, failed[0].error

@@ -69,7 +69,7 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
     """A table of the summaries, with 95 % confidence intervals."""
     result = Table(title=title, title_justify="left")
     result.add_column("mode", no_wrap=True)
-    result.add_column("policy, hand-out", no_wrap=True)
+    result.add_column("policy, dispatch", no_wrap=True)
     columns = ("rollout s", "saved %", "step s", "busy %", "batch", "drafting %", "regret %", "moved")
     for column in columns:
         result.add_column(column, justify="right", no_wrap=True)

@@ -122,7 +122,7 @@ class Corrections:
         return clipped
 
     def _change(self, surprise: float, limit: float) -> float | None:
-        """The smallest of PERSISTENCE clipped surprises in a row to the same side; None before there are so many."""
+        """The smallest of PERSISTENCE clipped surprises in a row to the same side; None while there are fewer."""
         if abs(surprise) <= limit or (self._run and self._run[0] * surprise < 0):
             self._run = []
         if abs(surprise) > limit:

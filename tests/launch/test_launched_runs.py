@@ -160,4 +160,4 @@ def test_logs_of_a_run_on_ray(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert invoke("launch", "logs", str(tmp_path)).status == 0
     assert capfd.readouterr().out == "start 10\n"
     page = invoke("launch", "status", str(tmp_path)).stdout
-    assert "none of Slurm" in page and "ray-20261123-101010-77.10 (start 2)" in page
+    assert "none in Slurm" in page and "ray-20261123-101010-77.10 (start 2)" in page

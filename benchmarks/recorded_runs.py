@@ -65,7 +65,7 @@ STOP_AT = 2 * PROMPTS
 SHOWN_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 Quantities = dict[str, dict[str, str]]
-"""Of a run: quantity -> key (a step, a tensor's name) -> digest or exact value."""
+"""Quantities of a run: quantity -> key (a step, a tensor's name) -> digest or exact value."""
 Response = tuple[int, list[int], list[int]]
 """Index and token ids of its prompt, and its own token ids."""
 
@@ -142,7 +142,7 @@ UNCLOCKED = (
 """Further metrics of a run of one rank that always drafts."""
 SPEEDS = ("per_second", "seconds")
 STATE = ("step", "kind", "identity", "scheduler", "history", "date")
-"""Of a checkpoint's state.json. Left out: the MLflow run, the configuration (it has places), what the clock has a part in."""
+"""Recorded keys of a checkpoint's state.json: not the MLflow run, the configuration (with its paths) and timings."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def quantities(folder: Path, run: Run) -> Quantities:
 
 
 def _metrics(output: Path, names: tuple[str, ...]) -> Quantities:
-    """Of all steps, by the first word of the metrics' names."""
+    """Metrics of all steps, by the first word of their names."""
     found: Quantities = defaultdict(dict)
     for step, values in sorted(_steps(output).items()):
         for name, value in values.items():
@@ -338,7 +338,7 @@ def _sampled(output: Path) -> int:
 
 
 def _token_ids(scored: list[Response]) -> dict[str, str]:
-    """Of all responses, held-out ones too, by blocks of prompts: those of a step, which share indices with held-out ones."""
+    """Token ids of all responses by blocks of prompts, each with those of a step and the held-out ones of equal indices."""
     blocks: dict[int, set[str]] = defaultdict(set)
     for prompt, prompt_ids, ids in scored:
         blocks[prompt // PROMPTS].add(json.dumps([prompt, prompt_ids, ids]))

@@ -108,7 +108,7 @@ def job_and_attempt() -> tuple[str, int]:
 
 
 def cluster_name() -> str:
-    """Of the Slurm whose job this process is; empty in none, and where Slurm does not say."""
+    """Name of the Slurm cluster of this process's job; empty: no job, or unknown."""
     return variable("SLURM_CLUSTER_NAME") or ""
 
 

@@ -311,7 +311,7 @@ def _require_plain(path: Path) -> None:
                 read(file)
         except OSError:
             raise
-        except Exception as error:  # bytes that are no checkpoint's are read as whatever they say
+        except Exception as error:  # damaged bytes may raise anything
             raise UserError(
                 f"checkpoint {path} is refused: {name}: {_reason(error)}; move that directory away to use the one before"
             ) from error

@@ -61,10 +61,10 @@ class Owner:
     """Number of times that the job was requeued."""
     token: str
     cluster: str = ""
-    """Of Slurm, by its name: another one counts its jobs from 1 too. Empty where it is not known."""
+    """Name of the Slurm cluster, because job numbers are unique only within one; empty: unknown."""
 
     def is_of_job_of(self, other: "Owner") -> bool:
-        """Whether both are of one job; a cluster that is not known is taken for the same."""
+        """Whether both belong to one job; an unknown cluster counts as the same."""
         return self.job != "" and self.job == other.job and may_be_same(self.cluster, other.cluster)
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Owner:
 
 
 def may_be_same(cluster: str, other: str) -> bool:
-    """Of names of clusters, empty where not known."""
+    """Whether two cluster names, empty if unknown, may be of the same cluster."""
     return not cluster or not other or cluster == other
 
 
@@ -112,7 +112,7 @@ class RunLock:
     def take(self) -> None:
         """Acquire the lock. Waits briefly for a live owner, and for one of unknown state until it renews or counts as dead."""
         deadline = time.monotonic() + _ENDING_SECONDS
-        silent = time.monotonic() + _DEAD_SECONDS  # by the clock here too: a date may be of the future
+        silent = time.monotonic() + _DEAD_SECONDS  # by the local clock too, because a date may be in the future
         first: tuple[str, float] | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,12 +178,12 @@ class RunLock:
         return (_DEAD_SECONDS if other.pid else _JOB_SECONDS) - self._age()
 
     def _job_lives(self, other: Owner) -> bool | None:
-        """What Slurm says of an owner's job; None where it doesn't know it, which may be another cluster's."""
+        """An owner's job in Slurm; None: Slurm does not know it, possibly because it is another cluster's."""
         if not other.job.isdigit():
             return None
-        with suppress(UserError):  # there is no Slurm here, or it does not answer
+        with suppress(UserError):  # no Slurm here, or it does not answer
             if other.cluster and not may_be_same(self.owner.cluster or slurm_jobs.cluster(), other.cluster):
-                return None  # a job of that number here is not the owner's
+                return None  # a local job with that number is not the owner's
             known = slurm_jobs.jobs([int(other.job)], self.path.parent)
             return next((job.is_alive for job in known if job.id == int(other.job)), None)
         return None
@@ -238,9 +238,9 @@ class RunLock:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """None where there is no file, or one half written."""
+    """The owner in a lock file; None: there is no file, or it is incomplete."""
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading from a pipe would block
             return None
         return Owner(**json.loads(path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):

@@ -20,7 +20,7 @@ from erollout.errors import UserError
 _SHOWN = 80
 """Longest value shown in a message, in characters."""
 _MOST_VALUES = 100_000
-"""Of a file, its aliases written out."""
+"""Largest number of values in a file, with aliases expanded."""
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 _FLOW = {"[": "]", "{": "}", '"': '"', "'": "'"}
 """First and last characters of overrides that are parsed as YAML."""
@@ -296,7 +296,7 @@ def _parse(text: str, name: str) -> Any:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values it holds when each alias is written out. One that contains itself is counted once."""
+    """Number of values with aliases expanded. A value that contains itself counts once."""
     if id(node) in known or isinstance(node, yaml.ScalarNode):
         return known.get(id(node), 1)
     known[id(node)] = 1

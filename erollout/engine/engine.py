@@ -146,7 +146,7 @@ class Engine:
         self.verifier = Verifier(self.sampler, verification)
 
     def _begin_anew(self, scheduler: Scheduler) -> None:
-        """With an empty cache: what a failed pass wrote may be NaN."""
+        """Start over with an empty cache, because a failed pass may have written NaN."""
         scheduler.cancel()
         self.sleep()
         self.wake_up()

@@ -44,7 +44,7 @@ class Promise:
     broken: tuple[str, ...]
     """Operations whose bits depend on the other tokens of a pass; empty: the promise holds."""
     is_tried: bool = True
-    """False on a GPU, whose libraries promise nothing: there `coupled` keeps the distribution, not the tokens."""
+    """False on a GPU, whose libraries promise nothing: `coupled` then keeps the distribution, but not the tokens."""
 
     def __str__(self) -> str:
         if not self.broken:
@@ -52,7 +52,7 @@ class Promise:
         return f"{self.kernel}: a token's bits depend on its company in {'; '.join(self.broken)}"
 
     def require_coupled(self) -> None:
-        """Raise UserError where drafts would change the tokens, which coupled verification says they don't."""
+        """Raise UserError if drafts would change the tokens, which coupled verification rules out."""
         if self.is_tried and self.broken:
             raise UserError(
                 f"speculation.verification = coupled gives the tokens of decoding without drafts, but not here: {self} "

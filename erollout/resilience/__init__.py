@@ -1,1 +1,1 @@
-"""What lets a run survive its cluster: signals, stop requests, heartbeats."""
+"""Tolerance of preemption, failures and time limits: signals, stop requests, heartbeats."""

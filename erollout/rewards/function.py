@@ -81,7 +81,12 @@ def reward_value(name: str, value: object) -> float:
         raise NotANumber(f"{name} returned a {type(value).__name__}, {str(value)[:40]!r}; a reward is a number")
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # an array of several numbers, one too large
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:  # an array of several numbers, or a number that is too large
         raise NotANumber(f"{name} returned a {type(value).__name__} that is no number ({error})") from error
     if not math.isfinite(number):
         raise NotANumber(f"{name} returned {number}")

@@ -1,1 +1,1 @@
-"""What hands out nodes: Slurm and Ray, asked through their own interfaces."""
+"""Interfaces to schedulers: Slurm and Ray."""

@@ -77,7 +77,7 @@ def answers() -> str | None:
 
 
 def cluster() -> str:
-    """Name of the cluster whose Slurm answers here; empty where it does not say. Raises UserError where none answers."""
+    """Name of the cluster whose Slurm answers here; empty: unknown. Raises UserError if none answers."""
     found = re.search(r"^ClusterName\s*= (\S+)", _must("scontrol", "show", "config"), re.MULTILINE)
     return found[1] if found else ""
 

@@ -129,7 +129,7 @@ def _is_message(module: str, name: str, found: Any) -> bool:
         return True
     if not isinstance(found, type) or found.__module__ != module:
         return False
-    # a pickle calls what it has made as well as what it names: of a scorer, that is any function
+    # a pickle also calls objects that it has made, which with a scorer may be any function
     is_record = (dataclasses.is_dataclass(found) or issubclass(found, Enum)) and not _makes_callables(found)
     return (is_record and _is_in(module, _RECORDS)) or (issubclass(found, BaseException) and not _makes_callables(found))
 

@@ -27,7 +27,7 @@ FIGURES = (
     ("tokens_per_s", names.TOKENS_PER_SECOND, "{:.0f}"),
     ("mismatch_kl", names.MISMATCH_KL, "{:.2g}"),
 )
-"""Label, tracked name and format, the most important first. A step without the figure leaves it out."""
+"""Label, tracked name and format of each figure, the most important first. A step without a figure omits it."""
 _BAR_FROM_WIDTH = 40
 """Least terminal width for a progress bar, so that the figures have room."""
 SMOOTHING = 0.9
@@ -74,7 +74,7 @@ class StepReporter:
                 self._progress.update(self._task, completed=step, eta=remaining)
 
     def _line(self, step: int, kind: str, figures: Sequence[tuple[str, str]]) -> None:
-        """All figures in a log, with the date; on a terminal the time of day, and as many figures as stand on one line."""
+        """Print a line: in a log with the date and all figures; on a terminal with the time and as many figures as fit."""
         is_terminal = self._console.is_terminal
         line = f"{time.strftime('%H:%M:%S' if is_terminal else '%Y-%m-%d %H:%M:%S')} {kind}step={step}/{self._total}"
         for label, figure in figures:

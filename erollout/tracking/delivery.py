@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 METRICS_PER_BATCH = 1000
 """MLflow's limit per call."""
 ASIDE_AT_ONCE = 20
-"""How many of those that were refused for now are tried again at a time."""
+"""Number of records set aside that are retried at a time."""
 
 
 class RejectedError(Exception):
@@ -23,15 +23,15 @@ class RejectedError(Exception):
 
 
 class RefusedForNow(Exception):
-    """The store takes others, but not these records. Why is not known: it may be damaged, and put back."""
+    """Raised if the store accepts other records but not these, for unknown reasons: it may be damaged and be restored later."""
 
 
 class Delivery:
     """Sends the journal's records after its delivered offset.
 
     If the store does not answer, this is logged once and retried with growing pauses; its return is logged too. A record that
-    that the store refuses for good is counted and left out, so that it can't hold up those behind it. One that it refuses for
-    now is set aside and tried again; the delivered offset stays before it, so that the next attempt at the run tries it too.
+    the store rejects for good is counted and skipped, so that it does not block those after it. One that it rejects for now is
+    set aside and retried; the delivered offset stays before it, so that the next attempt at the run retries it too.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class Delivery:
         self._away = False
         self.rejected = 0
         self._position = journal.delivered
-        """Byte offset up to which the store has everything but what is set aside."""
+        """Byte offset up to which all records are in the store, except for those set aside."""
         self._aside: deque[tuple[int, JournalEntry]] = deque()
-        """Records refused for now, and where their lines begin."""
+        """Records set aside, with the offsets of their lines."""
         self._thread = threading.Thread(target=self._run, name="tracking-delivery", daemon=True)
 
     def start(self) -> None:
@@ -96,7 +96,7 @@ class Delivery:
         return not refused_again
 
     def _try_aside(self) -> bool:
-        """Whether the store still refuses some. Few at once: each costs it several calls."""
+        """Retry records set aside, a few at a time, because each costs several calls. Returns whether some remain."""
         for _ in range(min(len(self._aside), ASIDE_AT_ONCE)):
             start, entry = self._aside.popleft()
             self._aside.append((start, entry))
@@ -120,7 +120,7 @@ class Delivery:
         self._mark()
 
     def _send_or_leave_out(self, batch: list[JournalEntry]) -> None:
-        """Raises RejectedError where only a part of them may be refused, else what sending does."""
+        """Send records. Raises RejectedError if some of them may be accepted singly, else what sending raises."""
         records = [entry.record for entry in batch if entry.record is not None]
         try:
             if records:
@@ -155,7 +155,7 @@ class Delivery:
     def _say_set_aside(self, entry: JournalEntry, error: Exception) -> None:
         if not self._aside and entry.record is not None:
             logger.warning(
-                "tracking store %s does not take a %s record; it is kept in %s and tried again, and those behind it go on (%s)",
+                "tracking store %s does not accept a %s record; it is kept in %s and retried, without blocking others (%s)",
                 self._store_name,
                 entry.record["kind"],
                 self._journal.path,

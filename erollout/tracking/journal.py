@@ -81,7 +81,7 @@ class Journal:
         return [entry.record for entry in self.read(0, limit=2**62) if entry.record is not None]
 
     def undelivered(self, offset: int) -> int:
-        """Records behind a byte offset."""
+        """Number of records after a byte offset."""
         return sum(entry.record is not None for entry in self.read(offset, limit=2**62))
 
     def mark_delivered(self, offset: int) -> None:

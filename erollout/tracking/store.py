@@ -114,8 +114,8 @@ class MlflowStore:
     def send(self, run_id: str, records: list[dict[str, Any]], directory: Path) -> None:
         """Send journal records: several of metrics, or one of another kind. `directory` holds the files that they name.
 
-        Raises RejectedError for what the store will never take, RefusedForNow for what fails while others are taken, MLflow's
-        or the driver's own errors for anything else.
+        Raises RejectedError for records rejected for good, RefusedForNow for those that fail while others are accepted, and
+        MLflow's or the driver's own errors otherwise.
         """
         from mlflow.exceptions import MlflowException
 
@@ -138,7 +138,7 @@ class MlflowStore:
             raise
 
     def _raise_if_others_are_taken(self, run_id: str, record: dict[str, Any], error: Exception) -> None:
-        """RefusedForNow where a record fails by what it holds, or by one damaged table. The order of states matters."""
+        """Raise RefusedForNow if a record fails because of its content or of one damaged table. The order of states matters."""
         if record["kind"] != "status":
             try:
                 self._client().set_tag(run_id, "erollout.delivery", str(int(time.time())))

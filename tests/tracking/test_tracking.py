@@ -456,7 +456,7 @@ def test_what_a_store_does_not_take_for_now_does_not_hold_up_the_others(
         wait_until(lambda: steps_of(uri, run_id) == [1])
         tracker.finish("KILLED")
         assert not client(uri).get_run(run_id).data.params and client(uri).get_run(run_id).info.status == "KILLED"
-        assert "does not take a params record" in caplog.text and "\n1 tracking records are not in" in "\n".join(
+        assert "does not accept a params record" in caplog.text and "\n1 tracking records are not in" in "\n".join(
             caplog.messages
         )
         tracker, _ = begin(output_dir, run_id, step=1)

@@ -67,7 +67,7 @@ def test_a_disk_that_fails_costs_the_trace_and_not_the_run(
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
         assert not trace.write(tmp_path / "file" / "decisions.csv.gz")
-    assert "not kept" in caplog.text and "decisions.csv.gz" in caplog.text
+    assert "is lost" in caplog.text and "decisions.csv.gz" in caplog.text
 
 
 def test_a_damaged_file_is_named(trace: DecisionTrace, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
     "median out of range": (lambda lines: [*lines[:2], _with(lines[2], 6, "99"), *lines[3:]], "row 3: median_ms = 99.0 is not"),
     "words for numbers": (lambda lines: [*lines[:2], _with(lines[2], 1, "two"), *lines[3:]], "row 3: batch = 'two'"),
     "a row cut off": (lambda lines: [*lines[:3], "Qwen2.5-7B,1"], "row 4: no seq"),
-    "twice the same": (lambda lines: [*lines, lines[2]], f"row {92}: drafter_decode at batch 1.*stands in row 3"),
+    "twice the same": (lambda lines: [*lines, lines[2]], f"row {92}: drafter_decode at batch 1.*is in row 3"),
     "no autoregressive step": (
         lambda lines: [lines[0], *lines[2:]],
         "row 2: drafter_decode at batch 1, seq 512, but no target",

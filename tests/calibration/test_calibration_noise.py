@@ -35,7 +35,7 @@ def test_the_spread_of_repeated_steps_makes_a_sweep_uncertain() -> None:
     assert steady.spread == pytest.approx(0.2) and steady.uncertainty == pytest.approx(0.2 * 1.2533 / 4, rel=1e-3)
     assert [warning.split(",")[0] for warning in spread.warnings()] == ["medians are uncertain by 12.5 %"]
     once = noise_of([replace(row, std_ms=0.0, n_samples=1) for row in rows])
-    assert any(f"{len(rows)} of {len(rows)} rows are of fewer than 3 steps" in warning for warning in once.warnings())
+    assert any(f"{len(rows)} of {len(rows)} rows have fewer than 3 steps" in warning for warning in once.warnings())
 
 
 def test_outliers_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

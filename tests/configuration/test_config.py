@@ -196,7 +196,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("train.steps=[", ["train.steps = '['"]),
         ("train.steps=[1, [2]", ["train.steps = '[1, [2]'", "expected ',' or ']'"]),
         ("rollout.stop=[a, [b]", ["rollout.stop = '[a, [b]'", "expected ',' or ']'"]),
-        ("data.args={a: 1, a: 2}", ["key a stands twice"]),
+        ("data.args={a: 1, a: 2}", ["duplicate key a"]),
         ("train .steps=3", ["'train .steps=3'", "section.key=value"]),
     ],
 )

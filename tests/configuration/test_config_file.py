@@ -137,11 +137,11 @@ def test_a_file_says_what_is_written(tmp_path: Path, written: str, key: str | No
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("train: {steps: 3}\n" + BASE + "train: {seed: 7}\n", ["key train stands twice", "lines 1 and 4"]),
-        (BASE + "train:\n  steps: 3\n  seed: 1\n  steps: 4\n", ["key steps stands twice", "lines 4 and 6"]),
-        (BASE + "train: {steps: 3, steps: 3}\n", ["key steps stands twice", "line 3"]),
-        ("model: {architecture: {a: {b: 1, b: 2}}}\n", ["key b stands twice"]),
-        (BASE + "data:\n  tasks:\n  - name: a\n    name: b\n", ["key data stands twice, at lines 2 and 3"]),
+        ("train: {steps: 3}\n" + BASE + "train: {seed: 7}\n", ["duplicate key train", "lines 1 and 4"]),
+        (BASE + "train:\n  steps: 3\n  seed: 1\n  steps: 4\n", ["duplicate key steps", "lines 4 and 6"]),
+        (BASE + "train: {steps: 3, steps: 3}\n", ["duplicate key steps", "line 3"]),
+        ("model: {architecture: {a: {b: 1, b: 2}}}\n", ["duplicate key b"]),
+        (BASE + "data:\n  tasks:\n  - name: a\n    name: b\n", ["duplicate key data, at lines 2 and 3"]),
         ("model: {path: Zürich}".encode("latin-1"), ["not UTF-8", "save it as UTF-8"]),
         ("model: {path: m}".encode("utf-16"), ["not UTF-8"]),
         ("[" * 5000, ["nested too deeply"]),

@@ -60,7 +60,7 @@ def test_a_driver_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_fewer_cores_than_ranks() -> None:
     assert list(cpu.check_cores(8, 8)) == list(cpu.check_cores(2, 0)) == []
     (few,) = cpu.check_cores(1, 8)
-    assert (few.level, few.text) == ("error", "1 to be used, by 8 ranks") and "cpus_per_task" in few.fix
+    assert (few.level, few.text) == ("error", "1 usable by 8 ranks") and "cpus_per_task" in few.fix
 
 
 def test_memory_bandwidth() -> None:

@@ -67,7 +67,7 @@ def test_nodes_that_know_the_secret_share_a_store_and_get_numbers(meeting: Meeti
         numbers.append(take_seat(meeting, SECRET, 2))
         other.join()
         assert sorted(numbers) == [0, 1]
-        with pytest.raises(UserError, match="2 nodes are there without this one"):
+        with pytest.raises(UserError, match="there are already 2 nodes"):
             take_seat(meeting, SECRET, 2)
 
 

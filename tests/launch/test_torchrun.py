@@ -105,7 +105,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "misspelt head": (["--nodes", "2", "--nproc-per-node", "1", "--head", "a:b:c"], ["--head = a:b:c"]),
     "port out of range": (["--nodes", "2", "--nproc-per-node", "1", "--head", "localhost:70000"], ["localhost:70000"]),
     "unknown head": (["--nodes", "2", "--nproc-per-node", "1", "--head", "nowhere.invalid"], ["nowhere.invalid"]),
-    "unknown head of one node": (["--nproc-per-node", "1", "--head", "nowhere.invalid"], ["nowhere.invalid can't be resolved here"]),
+    "unknown head of one node": (
+        ["--nproc-per-node", "1", "--head", "nowhere.invalid"],
+        ["nowhere.invalid can't be resolved here"],
+    ),
     "misspelt head of one node": (["--nproc-per-node", "1", "--head", "a:b:c"], ["--head = a:b:c"]),
     "misspelt key": (["--nproc-per-node", "1", "train.stesp=1"], ["train.stesp"]),
 }

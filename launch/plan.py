@@ -17,6 +17,7 @@ from erollout.launch.run_directory import RunDirectory, dump_config
 from erollout.launch.sites import Site
 from erollout.launch.snapshot import Snapshot
 from erollout.parallel.layout import DecodeLayout, TrainLayout
+from erollout.resilience.atomic_write import write_atomically
 from erollout.schedulers.slurm_jobs import Refused
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
@@ -139,7 +140,7 @@ def written(plan: Plan) -> Iterator[None]:
     except Refused:
         if len(plan.run.submissions()) == submitted:
             for path, text in before.items():
-                path.write_text(text)
+                write_atomically(path, text)
         raise
 
 
@@ -148,9 +149,7 @@ def _write(plan: Plan) -> None:
         plan.run.path.mkdir(parents=True, exist_ok=True)
         plan.snapshot.write(plan.run.code)
         for path, text in plan.files().items():
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_text(text)
-            partial.replace(path)
+            write_atomically(path, text)
     except OSError as error:
         raise UserError(
             f"train.output_dir = {plan.run.path} can't be written: {error.strerror}; choose another place"

@@ -21,6 +21,7 @@ from erollout.launch.scorer_files import function_in_copy
 from erollout.launch.sites import Site, load_site
 from erollout.launch.snapshot import take_snapshot
 from erollout.policy.families import policy_architecture
+from erollout.resilience.atomic_write import write_atomically
 from erollout.schedulers import slurm_jobs
 
 _GRACE_SECONDS = 300
@@ -170,7 +171,7 @@ def submit(run: RunDirectory, submission: Submission, known: set[int]) -> None:
             job = slurm_jobs.submit([*command[:2], *extra, *command[2:]], run.path, known)
         except slurm_jobs.Refused:
             if number == 1 and verdict is not None:
-                (run.path / VERDICT).write_text(f"{verdict}\n")
+                write_atomically(run.path / VERDICT, f"{verdict}\n")
             raise
         submission = replace(submission, job=job, submitted=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         run.add(submission)

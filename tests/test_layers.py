@@ -11,7 +11,15 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("errors",),
-    ("erollout", "configuration", "environment", "resilience.signals", "security", "tracking.terminal"),
+    (
+        "erollout",
+        "configuration",
+        "environment",
+        "resilience.atomic_write",
+        "resilience.signals",
+        "security",
+        "tracking.terminal",
+    ),
     ("config", "types", "megatron_patches", "schedulers"),
     ("parallel", "tracking", "launch", "kernels", "speculation", "resilience.watchdog", "rollout.partial"),
     ("policy", "rewards", "data", "plots", "resilience"),
@@ -144,6 +152,7 @@ PURE = (
     "tracking.terminal",
     "types",
     "security.unpickling",
+    "resilience.atomic_write",
     "resilience.watchdog",
 )
 """Modules whose import loads none of FRAMEWORKS, not even through another module of erollout."""

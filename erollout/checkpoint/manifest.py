@@ -3,7 +3,6 @@
 import errno
 import json
 import logging
-import os
 import shutil
 import time
 import zlib
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from erollout.errors import UserError
+from erollout.resilience.atomic_write import flush
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def write_manifest(directory: Path, checksums: Mapping[str, str] | None = None) 
     }
     (directory / MANIFEST).write_text(json.dumps(entries, indent=1))
     for path in [*(file for name, file in files.items() if name not in known), directory / MANIFEST, directory]:
-        _flush(path)
+        flush(path)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -66,15 +66,6 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(p for p in directory.glob("step_*") if not p.suffix and (p / MANIFEST).is_file())
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish(written: Path, target: Path) -> None:
@@ -85,7 +76,7 @@ def publish(written: Path, target: Path) -> None:
         remove(replaced)
         target.rename(replaced)
     written.rename(target)
-    _flush(target.parent)
+    flush(target.parent)
     remove(replaced)
 
 

@@ -15,6 +15,7 @@ import psutil
 from erollout.config import TrackingConfig
 from erollout.doctor.report import Finding
 from erollout.errors import UserError
+from erollout.resilience.atomic_write import write_atomically
 from erollout.tracking.address import has_own_store, store_uri, uri_source
 
 _CANARY_BYTES = 64 * 1024
@@ -53,23 +54,17 @@ def check_space(topic: str, directory: Path, least_gib: float) -> Finding:
 def check_canary(directory: Path) -> Finding:
     """Test file that does what a checkpoint does: write, flush, rename, read back. Leaves nothing behind."""
     path = directory / f".erollout-canary-{socket.gethostname()}-{os.getpid()}"
-    partial = path.with_name(f"{path.name}.partial")
     contents = secrets.token_bytes(_CANARY_BYTES)
     try:
-        with partial.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        ahead = partial.stat().st_mtime - time.time()
-        partial.replace(path)
+        write_atomically(path, contents, durable=True)
+        ahead = path.stat().st_mtime - time.time()
         same = path.read_bytes() == contents
     except OSError as error:
         text = f"can't write, rename and read a file in {directory}: {error.strerror}"
         return Finding("filesystem", text, "error", "choose another directory, or fix its permissions or its mount")
     finally:
-        for left in (partial, path):
-            with suppress(OSError):
-                left.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
     if not same:
         return Finding("filesystem", f"a file in {directory} came back changed", "error", "exclude this node or disk")
     if abs(ahead) > _CLOCK_SECONDS:

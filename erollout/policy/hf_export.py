@@ -6,7 +6,6 @@ export brings it back).
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from erollout.policy.architecture import Architecture
 from erollout.policy.families import hf_config
 from erollout.policy.hf_io import INDEX_FILE, SINGLE_FILE
 from erollout.policy.training_layout import training_placement
+from erollout.resilience.atomic_write import flush
 
 MAX_SHARD_BYTES = 2 << 30
 
@@ -208,12 +208,13 @@ class _Writer:
         if len(set(self.weight_map.values())) > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-        for path in self.folder.iterdir():
-            _to_disk(path)
+        for path in (*self.folder.iterdir(), self.folder):
+            flush(path)
         shutil.rmtree(self.replaced, ignore_errors=True)
         if self.destination.exists():
             self.destination.rename(self.replaced)
         self.folder.rename(self.destination)
+        flush(self.destination.parent)
         shutil.rmtree(self.replaced, ignore_errors=True)
 
 
@@ -227,8 +228,3 @@ def check_destination(destination: Path, tokenizer: Path | None) -> None:
         raise UserError(f"can't export to {destination}: the tokenizer is read from there; choose another export path")
     if not destination.is_dir() or (any(destination.iterdir()) and not (destination / "config.json").exists()):
         raise UserError(f"can't export to {destination}: it exists and is not an exported model; choose another path")
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

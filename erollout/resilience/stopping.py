@@ -19,6 +19,7 @@ from erollout.environment import launcher_environment
 from erollout.errors import UserError
 from erollout.parallel.collectives import all_max
 from erollout.parallel.groups import current_rank
+from erollout.resilience.atomic_write import write_atomically
 from erollout.resilience.signals import AGAIN_SECONDS, ENDED_AT_ONCE
 
 if TYPE_CHECKING:
@@ -157,9 +158,7 @@ def stoppable(output_dir: str, saves: bool) -> Iterator[Stop]:
 
 
 def _write(path: Path, verdict: str) -> None:
-    partial = path.with_name(f"{VERDICT}.partial")
     try:
-        partial.write_text(f"{verdict}\n")
-        partial.replace(path)
+        write_atomically(path, f"{verdict}\n")
     except OSError as error:
         raise UserError(f"train.output_dir: can't write {path}: {error.strerror}; free space or make it writable") from error

@@ -22,6 +22,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from erollout.resilience.atomic_write import write_atomically
+
 logger = logging.getLogger(__name__)
 
 HUNG = 70
@@ -118,11 +120,9 @@ class Watchdog:
 
     def _write(self) -> None:
         path = _file(self._directory, self._place.rank)
-        partial = path.with_suffix(".partial")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(asdict(replace(self._place, beat=time.time(), collectives=_collectives()))))
-            partial.replace(path)
+            write_atomically(path, json.dumps(asdict(replace(self._place, beat=time.time(), collectives=_collectives()))))
         except OSError as error:
             if not self._write_failed:
                 logger.warning("can't write heartbeats to %s: %s", self._directory, error.strerror)

@@ -4,7 +4,6 @@ import csv
 import gzip
 import io
 import logging
-import os
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ from math import nan
 from pathlib import Path
 
 from erollout.errors import UserError
+from erollout.resilience.atomic_write import write_atomically
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 
 logger = logging.getLogger(__name__)
@@ -190,11 +190,9 @@ class DecisionTrace:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(zip(*(self._texts(name) for name in COLUMNS), strict=True))
-        partial = path.with_name(f"{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(gzip.compress(text.getvalue().encode(), 6, mtime=0))
-            os.replace(partial, path)
+            write_atomically(path, gzip.compress(text.getvalue().encode(), 6, mtime=0))
         except OSError as error:
             logger.warning("the decision trace of this rollout is lost: %s can't be written (%s)", path, error)
             return False

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from erollout.resilience.atomic_write import write_atomically
 from erollout.tracking.records import decode
 
 logger = logging.getLogger(__name__)
@@ -90,10 +91,8 @@ class Journal:
         On a full disk only this process knows the offset; a later one sends some records again, which is harmless.
         """
         self._delivered = offset
-        temporary = self._offset_path.with_suffix(".tmp")
         with suppress(OSError):
-            temporary.write_text(str(offset))
-            os.replace(temporary, self._offset_path)
+            write_atomically(self._offset_path, str(offset))
 
     def sync(self) -> None:
         """Flush to disk, without the lock, so that appends do not wait."""

@@ -10,7 +10,6 @@ seconds. Files and plots of such a step are replaced.
 
 import json
 import logging
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import yaml
 from erollout.config import Config
 from erollout.environment import variable
 from erollout.errors import UserError
+from erollout.resilience.atomic_write import write_atomically
 from erollout.security.redaction import redact
 from erollout.tracking.address import store_uri, uri_source
 from erollout.tracking.delivery import Delivery
@@ -328,10 +328,8 @@ class JournalTracker:
 
     def _write(self, path: Path, content: bytes) -> bool:
         """Replace a file atomically, because the delivery thread may be reading it."""
-        temporary = path.with_name(path.name + ".tmp")
         try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            write_atomically(path, content)
         except OSError as error:
             self._say_lost(error)
             return False

@@ -112,7 +112,7 @@ def test_a_long_phase_that_gives_signs_is_no_hang(tmp_path: Path) -> None:
 def test_a_filesystem_that_hangs_delays_no_end(tmp_path: Path) -> None:
     """Nobody reads the pipe that a heartbeat is written to, and the stacks."""
     (tmp_path / "heartbeats").mkdir()
-    for name in ("rank_00000.partial", "stacks_rank_00000.txt"):
+    for name in ("rank_00000.json.partial", "stacks_rank_00000.txt"):
         os.mkfifo(tmp_path / "heartbeats" / name)
     rank = _rank(tmp_path, 0, "rollout", 1)
     try:

@@ -1,10 +1,16 @@
-"""The state that a decode replica reports to the others at a step border: a short vector of numbers. Pure."""
+"""The state that a decode replica reports to the others at a step border, a short vector of numbers, and its builder. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+
+from erollout.speculation.step import Load
 
 CURVE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes for which a replica reports its predicted step time: powers of two."""
+CURVE_CONTEXT_STEP = 1.25
+"""Change of the mean context after which the curve is predicted again."""
+PREFILL_TOKENS = 2048
+"""Prompt length at which prefill seconds per token are predicted: a shorter prompt seems free beside the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,89 @@ class Occupancy:
         start = len(_SCALARS)
         arms, curve = tuple(vector[start : start + num_arms]), tuple(vector[start + num_arms :])
         return cls(*map(int, vector[:_COUNTS]), *vector[_COUNTS:start], arms, curve)  # type: ignore[call-arg, arg-type]
+
+
+class OccupancyBuilder:
+    """A replica's occupancies in one rollout. Predictions for other batches are kept while the context is much the same."""
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        seconds_per_token: Callable[[Load], tuple[float, ...]],
+        autoregressive_seconds: Callable[[Load], float],
+    ) -> None:
+        """
+        Args:
+            max_num_seqs: sequences that run at once.
+            seconds_per_token: predicted, per arm of the agreed list: seconds per token of a sequence at a load.
+            autoregressive_seconds: predicted, of a step without speculation at a load.
+        """
+        self.max_num_seqs = max_num_seqs
+        self._seconds_per_token = seconds_per_token
+        self._autoregressive_seconds = autoregressive_seconds
+        self._prompt_tokens = self._samples = 0
+        """Prompt tokens and number of all responses dispatched here; prompt tokens count once per response."""
+        self._context = self._prefill_seconds = 0.0
+        """The mean context that the predictions hold for, and one of them."""
+        self._curve: tuple[float, ...] = ()
+
+    def given(self, prompt_tokens: int, samples: int) -> None:
+        """Count responses to a prompt that are newly queued here."""
+        self._prompt_tokens += samples * prompt_tokens
+        self._samples += samples
+
+    def build(
+        self,
+        load: Load,
+        outstanding: int,
+        *,
+        steps: int,
+        arm: int,
+        finished: int,
+        num_drafts: int,
+        drafted: int,
+        accepted: int,
+        seconds: float,
+        claimed: int = 0,
+        asked: bool = False,
+    ) -> Occupancy:
+        """The occupancy now.
+
+        Args:
+            load: of the next step.
+            outstanding: responses still to be completed here, waiting ones included.
+            steps ... asked: as in `Occupancy`.
+        """
+        running = min(outstanding - min(load.waiting, outstanding), self.max_num_seqs)
+        at = load if load.decoding else Load(max(running, 1), load.context)
+        self._predict(load.context)
+        return Occupancy(
+            steps=steps,
+            arm=arm,
+            running=running,
+            waiting=outstanding - running,
+            finished=finished,
+            claimed=claimed,
+            asked=int(asked),
+            num_drafts=num_drafts,
+            drafted=drafted,
+            accepted=accepted,
+            context=load.context,
+            age=max(0.0, load.context - self._prompt_tokens / max(self._samples, 1)),
+            seconds=seconds,
+            prefill_seconds=self._prefill_seconds,
+            seconds_per_token=self._seconds_per_token(at),
+            curve=self._curve,
+        )
+
+    def _predict(self, context: float) -> None:
+        """Update the predictions for other batch sizes if the context has changed."""
+        if self._curve and self._context / CURVE_CONTEXT_STEP <= context <= self._context * CURVE_CONTEXT_STEP:
+            return
+        self._context = context
+        self._curve = tuple(min(self._seconds_per_token(Load(batch, context))) for batch in CURVE_BATCHES)
+        step = self._autoregressive_seconds
+        self._prefill_seconds = max(0.0, step(Load(1, context, PREFILL_TOKENS)) - step(Load(1, context))) / PREFILL_TOKENS
 
 
 _SCALARS = tuple(field.name for field in fields(Occupancy) if field.type in (int, float))

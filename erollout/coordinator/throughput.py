@@ -5,9 +5,6 @@ from collections.abc import Sequence
 
 from erollout.coordinator.occupancy import CURVE_BATCHES
 
-PREFILL_TOKENS = 2048
-"""Prompt length at which prefill seconds per token are predicted: a shorter prompt seems free beside the weights."""
-
 
 def seconds_per_token(curve: Sequence[float], sequences: float, max_num_seqs: int) -> float:
     """Mean seconds in which each of `sequences` gets one token, when at most max_num_seqs run at once.

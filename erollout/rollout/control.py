@@ -5,7 +5,6 @@ import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf
 
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.migration import Move
-from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
+from erollout.coordinator.occupancy import Occupancy, OccupancyBuilder
 from erollout.coordinator.state_machine import ClusterDecision
-from erollout.coordinator.throughput import PREFILL_TOKENS
 from erollout.engine.orders import Arrival, Control, Orders
 from erollout.resilience.unattended import ignore, never
 from erollout.security.unpickling import load_message
@@ -32,8 +30,6 @@ LONGEST_WAIT = 1.0
 """Seconds after which it returns to the engine, so that nobody waits for its orders for longer."""
 LOOKS_PER_WINDOW = 2
 """In the least time between two windows: a replica that has something to do looks no more often."""
-CURVE_CONTEXT_STEP = 1.25
-"""The curve is predicted again when the mean context has changed by this factor."""
 
 
 @dataclass(slots=True)
@@ -55,18 +51,6 @@ class _Counts:
         self.num_drafts += outcome.drafted_at[0] if outcome.drafted_at else 0
         self.drafted += sum(outcome.drafted_at)
         self.accepted += sum(outcome.accepted_at)
-
-
-@dataclass(frozen=True, slots=True)
-class _Speed:
-    """What does not depend on the load of the moment."""
-
-    context: float = 0.0
-    prefill_seconds: float = 0.0
-    curve: tuple[float, ...] = ()
-
-    def holds(self, context: float) -> bool:
-        return bool(self.curve) and self.context / CURVE_CONTEXT_STEP <= context <= self.context * CURVE_CONTEXT_STEP
 
 
 class ReplicaControl:
@@ -115,7 +99,9 @@ class ReplicaControl:
         self._release = 0
         self._outstanding = 0
         """Responses to be completed here."""
-        self._prompt_tokens = self._samples = 0
+        self._occupancies = OccupancyBuilder(
+            max_num_seqs, toggle.seconds_per_token, lambda load: toggle.cost.step_seconds(OFF, load)
+        )
         self._alone = self._broken = False
         self._late: int | None = None
         """Windows before the last one that stalled, until one comes without: a peer that is always slow stalls every one."""
@@ -124,7 +110,6 @@ class ReplicaControl:
         self._load = Load(0, 0.0)
         self._counts = _Counts()
         self._next_look = 0.0
-        self._speed = _Speed()
         if exchange is None:
             self._take(requests)
         else:
@@ -294,43 +279,25 @@ class ReplicaControl:
 
     def _count_samples(self, request: RolloutRequest, count: int) -> None:
         self._outstanding += count
-        self._samples += count
-        self._prompt_tokens += count * len(request.prompt_ids)
+        self._occupancies.given(len(request.prompt_ids), count)
 
     def _occupancy(self) -> Occupancy:
         """What this replica tells the others now, with all that it has been given."""
-        exchange, load, counts = self.exchange, self._load, self._counts
-        assert exchange is not None
-        running = min(self._outstanding - min(load.waiting, self._outstanding), self.max_num_seqs)
-        speed = self._predict(load.context)
-        asked = load if load.decoding else Load(max(running, 1), load.context)
-        return Occupancy(
+        counts = self._counts
+        assert self.exchange is not None
+        return self._occupancies.build(
+            self._load,
+            self._outstanding,
             steps=counts.steps,
             arm=counts.arm,
-            running=running,
-            waiting=self._outstanding - running,
-            context=load.context,
-            age=max(0.0, load.context - self._prompt_tokens / max(self._samples, 1)),
             finished=counts.finished,
-            claimed=exchange.machine.claimed,
-            asked=int(self.asked()),
             num_drafts=counts.num_drafts,
             drafted=counts.drafted,
             accepted=counts.accepted,
             seconds=time.monotonic() - self._started,
-            prefill_seconds=speed.prefill_seconds,
-            seconds_per_token=self.toggle.seconds_per_token(asked),
-            curve=speed.curve,
+            claimed=self.exchange.machine.claimed,
+            asked=self.asked(),
         )
-
-    def _predict(self, context: float) -> _Speed:
-        """Kept while the context is much the same: it takes many predictions."""
-        if not self._speed.holds(context):
-            step = partial(self.toggle.cost.step_seconds, OFF)
-            prefill = max(0.0, step(Load(1, context, PREFILL_TOKENS)) - step(Load(1, context))) / PREFILL_TOKENS
-            curve = tuple(min(self.toggle.seconds_per_token(Load(batch, context))) for batch in CURVE_BATCHES)
-            self._speed = _Speed(context, prefill, curve)
-        return self._speed
 
 
 class AgreedControl:

@@ -3,19 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import exp, inf
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
-from erollout.coordinator.throughput import PREFILL_TOKENS
+from erollout.coordinator.occupancy import Occupancy, OccupancyBuilder
 from erollout.simulation.truth import Truth
 from erollout.simulation.workload import Workload
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
-
-CURVE_CONTEXT_STEP = 1.25
-"""Change of the mean context after which the curve is predicted again, as in a real replica."""
 
 
 class Chooser(Protocol):
@@ -114,10 +111,7 @@ class Replica(ABC):
         """Time at which its last response was complete."""
         self.ledger = Ledger()
         self._arm = OFF
-        self._prompt_tokens = self._samples = 0
-        """Prompt tokens and number of all responses dispatched here; prompt tokens count once per response."""
-        self._curve: tuple[float, tuple[float, ...]] = 0.0, ()
-        self._prefill = 0.0
+        self._occupancies = OccupancyBuilder(limits.max_num_seqs, chooser.seconds_per_token, partial(truth.step_seconds, OFF))
 
     @abstractmethod
     def take(self, prompts: Sequence[int]) -> None:
@@ -153,41 +147,22 @@ class Replica(ABC):
 
     def occupancy(self) -> Occupancy:
         """Its occupancy at this step border."""
-        load, ledger, arms = self._load(), self.ledger, self.chooser.arms
-        running = min(self.outstanding - min(load.waiting, self.outstanding), self.limits.max_num_seqs)
-        asked = load if load.decoding else Load(max(running, 1), load.context)
-        self._predict(load.context)
-        return Occupancy(
+        ledger, arms = self.ledger, self.chooser.arms
+        return self._occupancies.build(
+            self._load(),
+            self.outstanding,
             steps=ledger.steps,
             arm=arms.index(self._arm) if self._arm in arms else 0,
-            running=running,
-            waiting=self.outstanding - running,
-            context=load.context,
-            age=max(0.0, load.context - self._prompt_tokens / max(self._samples, 1)),
             finished=ledger.finished,
             num_drafts=ledger.num_drafts,
             drafted=ledger.drafted,
             accepted=ledger.accepted,
             seconds=self.now,
-            prefill_seconds=self._prefill,
-            seconds_per_token=self.chooser.seconds_per_token(asked),
-            curve=self._curve[1],
         )
 
     def _given(self, prompt: int, samples: int) -> None:
         """Count responses that are newly queued here."""
-        self._prompt_tokens += samples * int(self.workload.prompt_tokens[prompt])
-        self._samples += samples
-
-    def _predict(self, context: float) -> None:
-        """Update the occupancy's predictions for other batch sizes if the context has changed."""
-        at, curve = self._curve
-        if curve and at / CURVE_CONTEXT_STEP <= context <= at * CURVE_CONTEXT_STEP:
-            return
-        curve = tuple(min(self.chooser.seconds_per_token(Load(batch, context))) for batch in CURVE_BATCHES)
-        self._curve = context, curve
-        with_prompt, without = (self.truth.step_seconds(OFF, Load(1, context, tokens)) for tokens in (PREFILL_TOKENS, 0))
-        self._prefill = max(0.0, with_prompt - without) / PREFILL_TOKENS
+        self._occupancies.given(int(self.workload.prompt_tokens[prompt]), samples)
 
     def _count(self, arm: Arm, load: Load, seconds: float, steps: int) -> None:
         """Account for `steps` steps that take `seconds` in total."""

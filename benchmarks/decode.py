@@ -195,8 +195,7 @@ class TimedLinear:
 def watch_parts(model: Any, watch: Stopwatch) -> None:
     """Put a torch model's linear layers and attention under a stopwatch."""
     for layer in model.layers:
-        for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
-            setattr(layer, name, TimedLinear(getattr(layer, name), watch))
+        layer.linears = {name: TimedLinear(linear, watch) for name, linear in layer.linears.items()}
     model.lm_head = TimedLinear(model.lm_head, watch)
     model.attention.plan = watch.wrap("plan", model.attention.plan)
     attention = watch.wrap("attention", model.attention.__call__)

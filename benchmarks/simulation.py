@@ -25,9 +25,10 @@ from rich.table import Table
 
 from erollout.calibration.file import REFERENCE_FORMAT, Identity
 from erollout.calibration.fit import fit, measured_passes
-from erollout.calibration.model_size import describe_shape, known_model, model_size
+from erollout.calibration.model_size import describe_shape, model_size
 from erollout.calibration.sweep_file import read_sweep
 from erollout.configuration.speculation import DrafterConfig, SpeculationConfig, ToggleConfig
+from erollout.policy.families import published_architecture
 from erollout.simulation.draft_outcomes import SimulatedAcceptance
 from erollout.simulation.experiment import Setting, SimulatedRollout, Strategy, simulate
 from erollout.simulation.replica import Limits
@@ -150,7 +151,7 @@ def trace_of(rollouts: list) -> LengthTrace:
 
 
 def passes_7b(sweep_csv: str) -> PassTimes:
-    architecture = known_model("Qwen2.5-7B")
+    architecture = published_architecture("Qwen2.5-7B")
     assert architecture is not None
     size = model_size(architecture, [REFERENCE_FORMAT])
     identity = Identity(describe_shape(architecture), "A100", 1, (REFERENCE_FORMAT,))
@@ -158,7 +159,7 @@ def passes_7b(sweep_csv: str) -> PassTimes:
 
 
 def passes_14b() -> PassTimes:
-    architecture = known_model("Qwen2.5-14B")
+    architecture = published_architecture("Qwen2.5-14B")
     assert architecture is not None
     common = A100_14B | {"kv_factor": 0.24}
     roofline = Roofline(

@@ -8,13 +8,14 @@ from math import exp
 
 from erollout.calibration.commands import add_commands
 from erollout.calibration.file import Identity
-from erollout.calibration.model_size import describe_shape, known_model, model_size
+from erollout.calibration.model_size import describe_shape, model_size
 from erollout.calibration.sweep_file import SweepRow
+from erollout.policy.families import published_architecture
 from erollout.speculation.cost.cost_model import PassTimes
 from erollout.speculation.cost.roofline import PassCost, Roofline
 
 MODEL = "Qwen2.5-7B"
-ARCHITECTURE = known_model(MODEL)
+ARCHITECTURE = published_architecture(MODEL)
 assert ARCHITECTURE is not None
 SIZE = model_size(ARCHITECTURE, ("w4a16",))
 IDENTITY = Identity(describe_shape(ARCHITECTURE), "A100", 1, ("w4a16",), "bfloat16", "torch")

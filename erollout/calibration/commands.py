@@ -14,7 +14,7 @@ from rich.table import Table
 from erollout.calibration.devices import find_hardware, nominal_roofline
 from erollout.calibration.explain import explanation
 from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity, load_calibration
-from erollout.calibration.model_size import describe_shape, known_model, model_size, parse_shape
+from erollout.calibration.model_size import describe_shape, model_size, parse_shape
 from erollout.calibration.sweep_file import SweepRow, read_sweep
 from erollout.configuration.arguments import add_run_arguments
 from erollout.errors import UserError
@@ -304,11 +304,11 @@ def _architecture(model: str | None, row: SweepRow, path: str) -> Architecture:
 
 def _named_architecture(model: str, where: str) -> Architecture:
     from erollout.config import ModelConfig
-    from erollout.policy.families import policy_architecture
+    from erollout.policy.families import policy_architecture, published_architecture
 
     if Path(model).is_dir():
         return policy_architecture(ModelConfig(path=model))  # type: ignore[call-arg]  # mypy does not see through section
-    architecture = known_model(model)
+    architecture = published_architecture(model)
     if architecture is None:
         raise UserError(f"{where}: {model!r} is neither a directory nor a known model; give --model DIRECTORY")
     return architecture

@@ -12,8 +12,9 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from erollout.calibration.model_size import describe_shape, known_model
+from erollout.calibration.model_size import describe_shape
 from erollout.errors import UserError
+from erollout.policy.families import published_architecture
 from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.cost.measured_table import MeasuredTable, Point
 from erollout.speculation.cost.roofline import Communication, ModelSize, Pass, PassCost, Roofline
@@ -206,7 +207,7 @@ def _from_reference(tree: dict[str, Any], path: str) -> Calibration:
         {REFERENCE_FORMAT: PassCost(**common, weight_factor=fit["eta_d"], per_sequence=fit["c_D"] * 1e-6)},
         Communication(per_sequence=hardware["c_comm"]),
     )
-    architecture = known_model(model["name"])
+    architecture = published_architecture(model["name"])
     sizes = describe_shape(architecture) if architecture else ""
     identity = Identity(sizes, hardware["gpu"], hardware["tp"], (REFERENCE_FORMAT,))
     provenance = {key: tree.get("metadata", {}).get(key) for key in ("created", "csv_source")}

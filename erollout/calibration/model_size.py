@@ -1,7 +1,6 @@
 """Bytes and FLOP of a model's passes, from its architecture, the drafters' formats and the layout. Pure."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from math import prod
 
 from erollout.errors import UserError
@@ -87,54 +86,3 @@ def parse_shape(text: str) -> Architecture:
     except (KeyError, ValueError):
         form = " ".join(f"{word}=N" for word in (*_SHAPE, "tied"))
         raise UserError(f"architecture {text!r} is not of the form {form}") from None
-
-
-def known_model(name: str) -> Architecture | None:
-    """The architecture of a published model by its name: `Qwen2.5-7B`, `meta-llama/Llama-3.1-8B-Instruct`."""
-    plain = _plain(name)
-    for known in sorted(_KNOWN, key=len, reverse=True):
-        if plain.startswith(_plain(known)):
-            return parse_shape(_KNOWN[known])
-    return None
-
-
-def published_model(name: str) -> Architecture | None:
-    """The architecture as from `known_model`, with family, context length and biases."""
-    architecture = known_model(name)
-    if architecture is None:
-        return None
-    family, context, has_bias = next(found for start, found in _FAMILIES.items() if _plain(name).startswith(start))
-    return replace(architecture, family=family, max_position_embeddings=context, add_qkv_bias=has_bias)
-
-
-def _plain(name: str) -> str:
-    return "".join(character for character in name.rpartition("/")[2].lower() if character.isalnum())
-
-
-def _row(layers: int, hidden: int, ffn: int, heads: int, groups: int, head: int, vocab: int, tied: int) -> str:
-    return f"{layers=} {hidden=} {ffn=} {heads=} {groups=} {head=} {vocab=} {tied=}"
-
-
-_FAMILIES = {
-    "qwen25": ("qwen2", 32768, True),
-    "llama3": ("llama", 131072, False),
-    "smollm2": ("llama", 8192, False),
-}
-"""Family, context length and whether queries, keys and values have a bias, by prefix of a name."""
-_KNOWN = {
-    "Qwen2.5-0.5B": _row(24, 896, 4864, 14, 2, 64, 151936, 1),
-    "Qwen2.5-1.5B": _row(28, 1536, 8960, 12, 2, 128, 151936, 1),
-    "Qwen2.5-3B": _row(36, 2048, 11008, 16, 2, 128, 151936, 1),
-    "Qwen2.5-7B": _row(28, 3584, 18944, 28, 4, 128, 152064, 0),
-    "Qwen2.5-14B": _row(48, 5120, 13824, 40, 8, 128, 152064, 0),
-    "Qwen2.5-32B": _row(64, 5120, 27648, 40, 8, 128, 152064, 0),
-    "Qwen2.5-72B": _row(80, 8192, 29568, 64, 8, 128, 152064, 0),
-    "Llama-3.2-1B": _row(16, 2048, 8192, 32, 8, 64, 128256, 1),
-    "Llama-3.2-3B": _row(28, 3072, 8192, 24, 8, 128, 128256, 1),
-    "Llama-3.1-8B": _row(32, 4096, 14336, 32, 8, 128, 128256, 0),
-    "Llama-3.1-70B": _row(80, 8192, 28672, 64, 8, 128, 128256, 0),
-    "SmolLM2-135M": _row(30, 576, 1536, 9, 3, 64, 49152, 1),
-    "SmolLM2-360M": _row(32, 960, 2560, 15, 5, 64, 49152, 1),
-    "SmolLM2-1.7B": _row(24, 2048, 8192, 32, 32, 64, 49152, 1),
-}
-"""Sizes of published models, from their config.json."""

@@ -106,8 +106,9 @@ def changes(saved: Mapping[str, Any], config: Config) -> list[Change]:
 
 def identity(architecture: Architecture, config: Config) -> dict[str, Any]:
     """Properties of model and optimizer that must be equal in the run that loads the checkpoint."""
+    sizes = {key: value for key, value in asdict(architecture).items() if key != "layer"}  # which is its family's
     return {
-        "architecture": json.loads(json.dumps(asdict(architecture))),
+        "architecture": json.loads(json.dumps(sizes)),
         "dtype": config.model.dtype,
         "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
     }

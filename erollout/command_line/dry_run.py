@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from erollout.calibration.model_size import published_model
 from erollout.checkpoint.resume import RunKind
 from erollout.config import Config
 from erollout.configuration.hub import fetch_line
+from erollout.policy.families import published_architecture
 from erollout.security.redaction import redact
 from erollout.tracking.address import has_own_store, store_uri, uri_source
 from erollout.train.preflight import Resolved, Sizes, check_places, preflight, work_out
@@ -24,7 +24,7 @@ def dry_run(config: Config, kind: RunKind | None = None) -> str:
     """
     rolls_out = kind != "supervised"
     path = config.model.path
-    published = published_model(path) if path is not None and not Path(path).exists() else None
+    published = published_architecture(path) if path is not None and not Path(path).exists() else None
     if path is None or published is None:
         resolved = preflight(config, kind)
         return "\n".join([*_describe(config, resolved, rolls_out), *_lines(_items(config, resolved, rolls_out))])

@@ -20,6 +20,7 @@ from erollout.engine.model.attention import QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.linear import Linear
 from erollout.engine.sampling.logits import gather, shard_logits
+from erollout.policy.decoder import LAYER, Layer
 from erollout.speculation.format_choice import Choice, Selection, select
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def select_formats(
         rate = acceptance(expected, drafter.model, token_sequences)
         return Choice(format, _seconds(linears, layers, target), rate)
 
-    everything = layers_by_unit(target.architecture.num_layers)
+    everything = layers_by_unit(target.architecture.num_layers, target.architecture.layer)
     free = {unit: [layer for layer in layers if layer not in configured] for unit, layers in everything.items()}
     units = {unit: layers for unit, layers in free.items() if layers}
     targets = {unit: _seconds([own[layer] for layer in layers], layers, target) for unit, layers in units.items()}
@@ -89,13 +90,14 @@ def select_formats(
     return [(layer, selection.formats[unit]) for unit, layers in units.items() for layer in layers], selection
 
 
-def layers_by_unit(num_layers: int) -> dict[str, list[str]]:
+def layers_by_unit(num_layers: int, layer: Layer = LAYER) -> dict[str, list[str]]:
     """Local names of the linear layers of each unit, by kind and by part of the depth."""
     bounds = sorted({num_layers * part // PARTS for part in range(PARTS + 1)})
     parts = list(itertools.pairwise(bounds))
     return {
-        f"{kind} of layers {start}-{end - 1}": [f"layers.{i}.{kind}" for i in range(start, end)]
-        for kind in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        f"{module.decode} of layers {start}-{end - 1}": [f"layers.{i}.{module.decode}" for i in range(start, end)]
+        for module in layer
+        if module.is_linear
         for start, end in parts
     }
 

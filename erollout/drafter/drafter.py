@@ -155,9 +155,10 @@ class Drafter:
 
 def target_linears(target: DecodeModel) -> dict[str, Linear]:
     """The target's own linear layers by local name."""
-    names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    layers = {f"layers.{i}.{name}": getattr(layer, name) for i, layer in enumerate(target.layers) for name in names}
-    return {**layers, LM_HEAD: target.lm_head}
+    layers = enumerate(target.layers)
+    return {f"layers.{i}.{name}": linear for i, layer in layers for name, linear in layer.linears.items()} | {
+        LM_HEAD: target.lm_head
+    }
 
 
 def tensor_name(target: DecodeModel, layer: str) -> str:

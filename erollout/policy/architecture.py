@@ -1,9 +1,14 @@
 """What a decoder-only transformer is made of: the facts that training, decoding and conversion all need. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from erollout.parallel.placement import Shape
+from erollout.policy.decoder import LAYER, Layer, logical_name
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,7 @@ class Architecture:
     """Sizes of a pre-norm, SwiGLU, RMSNorm, rotary, grouped-query decoder (Llama 2/3, Qwen2/2.5)."""
 
     family: str
-    """A name in policy/families: `llama` or `qwen2`."""
+    """A name in policy/families."""
     vocab_size: int
     num_layers: int
     hidden_size: int
@@ -39,6 +44,8 @@ class Architecture:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    layer: Layer = field(default=LAYER, repr=False)
+    """What every layer is made of: the family's."""
 
     @property
     def query_size(self) -> int:
@@ -48,26 +55,23 @@ class Architecture:
     def kv_size(self) -> int:
         return self.num_query_groups * self.kv_channels
 
+    def has(self, module: str) -> bool:
+        """Whether a layer has a module of this name in the decode model."""
+        return any(mine.decode == module for mine in self.layer)
+
     def logical_tensors(self) -> dict[str, Shape]:
         """Name and shape of every weight, as a Hugging Face checkpoint of this architecture has them, in its order."""
-        h, f = self.hidden_size, self.ffn_hidden_size
-        tensors: dict[str, Shape] = {"model.embed_tokens.weight": (self.vocab_size, h)}
+        tensors: dict[str, Shape] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_layers):
-            at = f"model.layers.{layer}"
-            rows = {"q_proj": self.query_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
-            for name, size in rows.items():
-                tensors[f"{at}.self_attn.{name}.weight"] = (size, h)
-                if self.add_qkv_bias:
-                    tensors[f"{at}.self_attn.{name}.bias"] = (size,)
-            tensors[f"{at}.self_attn.o_proj.weight"] = (h, self.query_size)
-            tensors[f"{at}.mlp.gate_proj.weight"] = (f, h)
-            tensors[f"{at}.mlp.up_proj.weight"] = (f, h)
-            tensors[f"{at}.mlp.down_proj.weight"] = (h, f)
-            tensors[f"{at}.input_layernorm.weight"] = (h,)
-            tensors[f"{at}.post_attention_layernorm.weight"] = (h,)
-        tensors["model.norm.weight"] = (h,)
+            for module in sorted(
+                self.layer, key=lambda module: "." not in module.parts[0].name
+            ):  # the hidden states' norms last
+                for part in module.parts:
+                    for kind in module.kinds(self):
+                        tensors[logical_name(layer, part, kind)] = module.shape(part, kind, self)
+        tensors[FINAL_NORM] = (self.hidden_size,)
         if not self.tie_word_embeddings:
-            tensors["lm_head.weight"] = (self.vocab_size, h)
+            tensors[OUTPUT] = (self.vocab_size, self.hidden_size)
         return tensors
 
     def num_parameters(self) -> int:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from erollout.errors import UserError
 from erollout.parallel.placement import LocalTensor, Piece, Placement, box_slices, pieces_by_tensor
-from erollout.policy.architecture import Architecture
-from erollout.policy.training_layout import EMBEDDING, OUTPUT
+from erollout.policy.architecture import EMBEDDING, OUTPUT, Architecture
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

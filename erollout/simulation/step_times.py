@@ -4,11 +4,11 @@ from pathlib import Path
 
 from erollout.calibration.devices import find_hardware, nominal_roofline
 from erollout.calibration.file import load_calibration
-from erollout.calibration.model_size import known_model, model_size
+from erollout.calibration.model_size import model_size
 from erollout.config import ModelConfig
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
-from erollout.policy.families import policy_architecture
+from erollout.policy.families import policy_architecture, published_architecture
 from erollout.speculation.cost.cost_model import PassTimes
 
 DEFAULT_FORMAT = "w4a16_clip"
@@ -48,7 +48,7 @@ def _architecture(model: str) -> Architecture:
     if path.exists():
         folder = str(path.parent if path.is_file() else path)
         return policy_architecture(ModelConfig(path=folder))  # type: ignore[call-arg]  # mypy does not see through section
-    known = known_model(model)
+    known = published_architecture(model)
     if known is None:
         raise UserError(f"--model {model} is no folder with a config.json, and no published model that is known by name")
     return known

@@ -2,8 +2,10 @@
 company, chunks of any length and threads."""
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +48,9 @@ def test_structs_are_those_of_the_extension() -> None:
     assert ctypes.sizeof(ModelStruct) == library().erollout_model_size()
     assert ctypes.sizeof(LayerStruct) == library().erollout_layer_size()
     assert ctypes.sizeof(PassStruct) == library().erollout_pass_size()
+    header = (Path(native.__file__).parent / "cpp" / "model.h").read_text()
+    layer = header.partition("struct Layer {")[2].partition("}")[0]
+    assert [name for name, _ in LayerStruct._fields_] == re.findall(r"\* (\w+);", layer)
 
 
 def test_exp2_is_within_its_bound() -> None:

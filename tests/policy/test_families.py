@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 from erollout.config import ModelConfig
 from erollout.errors import UserError
 from erollout.policy.architecture import RopeScaling
-from erollout.policy.families import hf_config, policy_architecture, read_architecture
+from erollout.policy.families import hf_config, policy_architecture, published_architecture, read_architecture
 from erollout.policy.rotary import inverse_frequencies
 
 LLAMA3 = {
@@ -176,6 +176,22 @@ PUBLISHED = {
 def test_published_models_are_accepted(name: str) -> None:
     parameters, config = PUBLISHED[name]
     assert read_architecture(config, name).num_parameters() == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "context"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, 131072),
+        ("models/SmolLM2-135M-Instruct", 134_515_008, 8192),
+        ("Qwen2.5-0.5B", 494_032_768, 32768),
+        ("Qwen2.5-7B-Instruct", 7_615_616_512, 32768),
+    ],
+)
+def test_published_sizes_are_known_by_name(name: str, parameters: int, context: int) -> None:
+    architecture = published_architecture(name)
+    assert architecture is not None
+    assert (architecture.num_parameters(), architecture.max_position_embeddings) == (parameters, context)
+    assert published_architecture(name.replace("-", "-not-")) is None
 
 
 def test_old_and_new_spelling_of_rope_agree() -> None:

@@ -9,8 +9,8 @@ import pytest
 from erollout.errors import UserError
 from erollout.parallel.layout import TrainLayout
 from erollout.parallel.placement import box_slices, pieces_by_tensor
-from erollout.policy.architecture import Architecture
-from erollout.policy.training_layout import EMBEDDING, padded_vocab_size, training_placement
+from erollout.policy.architecture import EMBEDDING, Architecture
+from erollout.policy.training_layout import padded_vocab_size, training_placement
 
 LAYOUTS = [TrainLayout(1, 1, 1), TrainLayout(2, 2, 1), TrainLayout(2, 1, 2), TrainLayout(8, 2, 2), TrainLayout(4, 4, 1)]
 

@@ -233,7 +233,7 @@ def test_uncovered_and_twice_covered_elements_are_named() -> None:
 def test_layouts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="4 ranks"):
         _plan(UNTIED, (TrainLayout(4, 1, 1), DecodeLayout(2, 1)), 0)
-    with pytest.raises(UserError, match="num_query_groups = 4"):
+    with pytest.raises(UserError, match="key/value heads = 4"):
         _plan(UNTIED, (TrainLayout(8, 1, 1), DecodeLayout(8, 8)), 0)
 
 

@@ -12,39 +12,40 @@ from torch import Tensor
 
 from erollout.engine.kv_cache import KVCache
 from erollout.engine.model.attention import Attention, AttentionPlan, PagedAttention, QuerySpan
-from erollout.engine.model.decode_layout import decode_placement, vocabulary_rows_per_rank
+from erollout.engine.model.decode_layout import decode_placement
 from erollout.engine.model.linear import LINEAR_KERNELS, Linear, LinearFactory
 from erollout.engine.model.row_tiles import in_grains
 from erollout.parallel.placement import Placement
 from erollout.policy.architecture import Architecture
+from erollout.policy.decoder import Layer
 from erollout.policy.rotary import inverse_frequencies
+from erollout.policy.shards import vocabulary_rows
 
 
 class DecodeLayer:
-    """One transformer block of one rank."""
+    """One transformer block of one rank: its norms' weights and its linear layers, by the names of the layer's description."""
 
-    def __init__(self, tensors: dict[str, Tensor], prefix: str, make: LinearFactory, epsilon: float):
-        def linear(name: str) -> Linear:
-            path = f"{prefix}.{name}"
-            return make(path, tensors[f"{path}.weight"], tensors.get(f"{path}.bias"))
-
-        self.input_norm = tensors[f"{prefix}.input_norm.weight"]
-        self.post_attention_norm = tensors[f"{prefix}.post_attention_norm.weight"]
-        self.qkv_proj = linear("qkv_proj")
-        self.o_proj = linear("o_proj")
-        self.gate_up_proj = linear("gate_up_proj")
-        self.down_proj = linear("down_proj")
+    def __init__(self, modules: Layer, tensors: dict[str, Tensor], prefix: str, make: LinearFactory, epsilon: float):
+        self.norms: dict[str, Tensor] = {}
+        self.linears: dict[str, Linear] = {}
+        for module in modules:
+            path = f"{prefix}.{module.decode}"
+            weight = tensors[f"{path}.weight"]
+            if module.is_linear:
+                self.linears[module.decode] = make(path, weight, tensors.get(f"{path}.bias"))
+            else:
+                self.norms[module.decode] = weight
         self.epsilon = epsilon
 
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        return self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj
+    def normed(self, name: str, x: Tensor) -> Tensor:
+        """The RMSNorm of this name over the last dimension of x."""
+        return rms_norm(x, self.norms[name], self.epsilon)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
         """down(silu(gate) * up) of the normalised hidden states: this rank's part of the sum."""
-        gate, up = self.gate_up_proj(rms_norm(hidden, self.post_attention_norm, self.epsilon)).chunk(2, dim=-1)
+        gate, up = self.linears["gate_up_proj"](self.normed("post_attention_norm", hidden)).chunk(2, dim=-1)
         in_grains(lambda rows: F.silu(rows, inplace=True), gate)
-        return self.down_proj(gate * up)
+        return self.linears["down_proj"](gate * up)
 
 
 class DecodeModel:
@@ -77,11 +78,13 @@ class DecodeModel:
         self.attention = self._make_attention()
         make = linears or _own_linears(kernel)
         layers = range(architecture.num_layers)
-        self.layers = [DecodeLayer(self.tensors, f"layers.{i}", make, architecture.norm_epsilon) for i in layers]
+        self.layers = [
+            DecodeLayer(architecture.layer, self.tensors, f"layers.{i}", make, architecture.norm_epsilon) for i in layers
+        ]
         self.embedding = self.tensors["embed_tokens.weight"]
         self.norm = self.tensors["norm.weight"]
         self.lm_head = make("lm_head", self.tensors.get("lm_head.weight", self.embedding), None)
-        self.vocab_start = rank * vocabulary_rows_per_rank(architecture, size)
+        self.vocab_start = rank * vocabulary_rows(architecture, size)
         self.cosine, self.sine = _rotation(architecture, max_model_len, dtype, device)
 
     def plan(self, spans: list[QuerySpan]) -> AttentionPlan:
@@ -113,7 +116,7 @@ class DecodeModel:
         cosine, sine = self.cosine.index_select(0, positions), self.sine.index_select(0, positions)
         for index, layer in enumerate(self.layers):
             attended = self._attend(layer, hidden, (cosine, sine), slots, self.cache.layer(index), plan)
-            hidden = self._sum(layer.o_proj(attended)).add_(hidden)
+            hidden = self._sum(layer.linears["o_proj"](attended)).add_(hidden)
             hidden = self._sum(layer.feed_forward(hidden)).add_(hidden)
         return self.lm_head(rms_norm(hidden.index_select(0, logit_rows), self.norm, self.architecture.norm_epsilon))
 
@@ -132,7 +135,7 @@ class DecodeModel:
         """[tokens, num_heads x head_size], before o_proj."""
         head_size = self.architecture.kv_channels
         cosine, sine = rotation
-        qkv = layer.qkv_proj(rms_norm(hidden, layer.input_norm, layer.epsilon)).view(hidden.shape[0], -1, head_size)
+        qkv = layer.linears["qkv_proj"](layer.normed("input_norm", hidden)).view(hidden.shape[0], -1, head_size)
         rotated = self.num_heads + self.num_kv_heads
         query_key = qkv[:, :rotated]
         query_key = (query_key * cosine).add_(torch.roll(query_key, head_size // 2, -1).mul_(sine))
@@ -156,7 +159,7 @@ class DecodeModel:
         return partial
 
     def _linears(self) -> list[Linear]:
-        return [*(linear for layer in self.layers for linear in layer.linears), self.lm_head]
+        return [*(linear for layer in self.layers for linear in layer.linears.values()), self.lm_head]
 
 
 def sum_over_ranks(partial: Tensor, group: dist.ProcessGroup) -> None:

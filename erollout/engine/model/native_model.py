@@ -21,6 +21,7 @@ from erollout.engine.model.decode_model import DecodeLayer, DecodeModel
 from erollout.engine.model.linear import LinearFactory
 from erollout.kernels import native
 from erollout.policy.architecture import Architecture
+from erollout.policy.families import FAMILIES
 
 _POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _SIGNATURES = (
@@ -47,10 +48,10 @@ class ShapeStruct(ctypes.Structure):
 
 
 class LayerStruct(ctypes.Structure):
-    """`Layer` of model.h."""
+    """`Layer` of model.h: every module that a family's layer has; null where the model's own has none."""
 
     _fields_ = tuple(
-        (name, _POINTER) for name in ("input_norm", "post_attention_norm", "qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+        (name, _POINTER) for name in dict.fromkeys(module.decode for family in FAMILIES.values() for module in family.layer)
     )
 
 
@@ -208,7 +209,7 @@ class NativeModel(DecodeModel):
             shape=self._make_attention().shape,
             num_layers=architecture.num_layers,
             hidden_size=architecture.hidden_size,
-            ffn_size=_struct_of(self.layers[0].down_proj).in_features,
+            ffn_size=_struct_of(self.layers[0].linears["down_proj"]).in_features,
             vocabulary=self.embedding.shape[0],
             max_positions=self.cosine.shape[0],
             embedding=self.embedding.data_ptr(),
@@ -232,8 +233,9 @@ def library() -> ctypes.CDLL:
 
 
 def _layer_struct(layer: DecodeLayer) -> LayerStruct:
-    linears = (ctypes.addressof(_struct_of(linear)) for linear in layer.linears)
-    return LayerStruct(layer.input_norm.data_ptr(), layer.post_attention_norm.data_ptr(), *linears)
+    norms = {name: weight.data_ptr() for name, weight in layer.norms.items()}
+    linears = {name: ctypes.addressof(_struct_of(linear)) for name, linear in layer.linears.items()}
+    return LayerStruct(**norms, **linears)
 
 
 def _struct_of(linear: object) -> native.LinearStruct:

@@ -8,12 +8,13 @@
 
 namespace erollout {
 
+// What a model's layer lacks is null.
 struct Layer {
-  const bf16* input_norm;           // [hidden_size]
-  const bf16* post_attention_norm;  // [hidden_size]
-  const Linear* qkv_proj;           // query heads, key heads, value heads
+  const bf16* input_norm;  // [hidden_size]
+  const Linear* qkv_proj;  // query heads, key heads, value heads
   const Linear* o_proj;
-  const Linear* gate_up_proj;  // gate over up
+  const bf16* post_attention_norm;  // [hidden_size]
+  const Linear* gate_up_proj;       // gate over up
   const Linear* down_proj;
 };
 

@@ -29,6 +29,18 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     return FAMILIES[name].read(config, source)
 
 
+def published_architecture(name: str) -> Architecture | None:
+    """The architecture of a published model by its name: `Qwen2.5-7B`, `meta-llama/Llama-3.1-8B-Instruct`."""
+    plain = _plain(name)
+    matching = [
+        (known, family) for family in FAMILIES.values() for known in family.published if plain.startswith(_plain(known))
+    ]
+    if not matching:
+        return None
+    known, family = max(matching, key=lambda match: len(match[0]))
+    return family.published_architecture(known)
+
+
 def hf_config(architecture: Architecture, dtype: str) -> dict[str, Any]:
     """The config.json of an exported policy. `dtype`: float32 or bfloat16, of the weights beside it."""
     return FAMILIES[architecture.family].write(architecture, dtype)
@@ -54,6 +66,10 @@ def policy_architecture(model: ModelConfig) -> Architecture:
             raise UserError(f"{generation}: {error}") from error
         architecture = replace(architecture, eos_token_ids=tuple(dict.fromkeys((*architecture.eos_token_ids, *more))))
     return _checked_length(architecture, model)
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.rpartition("/")[2].lower() if character.isalnum())
 
 
 def _checked_length(architecture: Architecture, model: ModelConfig) -> Architecture:

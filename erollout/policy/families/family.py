@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture, RopeScaling
+from erollout.policy.decoder import LAYER, Layer
 
 Value = TypeVar("Value")
 
@@ -66,6 +67,21 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 @dataclass(frozen=True, slots=True)
+class PublishedSizes:
+    """Sizes of a published model, from its config.json."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head: int
+    vocab: int
+    tied: bool
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One `model_type` of Hugging Face, as far as it differs from the others."""
 
@@ -73,12 +89,17 @@ class Family:
     """The `model_type`."""
     architecture_class: str
     """The one entry of `architectures` that is accepted and written."""
-    add_qkv_bias: bool
-    default_max_position_embeddings: int
+    defaults: Mapping[str, int]
+    """Sizes that transformers takes where a config does not say them."""
     required: Mapping[str, Any]
     """Further fields, with the only value that is computed."""
+    add_qkv_bias: bool = False
+    layer: Layer = LAYER
+    """What a layer is made of, and how tensor parallelism cuts it."""
     harmless: frozenset[str] = frozenset()
     """Further fields that do not change the logits."""
+    published: Mapping[str, PublishedSizes] = field(default_factory=dict)
+    """By the beginning of the models' names: known before a model is fetched."""
 
     def read(self, config: Mapping[str, Any], source: str) -> Architecture:
         """The architecture that a Hugging Face config describes. Raises UserError; `source` is named in the message."""
@@ -100,6 +121,25 @@ class Family:
             tie_word_embeddings=tied,
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=eos,
+            layer=self.layer,
+        )
+
+    def published_architecture(self, name: str) -> Architecture:
+        """The architecture of one of `published`: its tensors and its context, its numbers at their defaults."""
+        sizes = self.published[name]
+        return Architecture(
+            family=self.name,
+            vocab_size=sizes.vocab,
+            num_layers=sizes.layers,
+            hidden_size=sizes.hidden,
+            ffn_hidden_size=sizes.ffn,
+            num_attention_heads=sizes.heads,
+            num_query_groups=sizes.groups,
+            kv_channels=sizes.head,
+            max_position_embeddings=sizes.context,
+            add_qkv_bias=self.add_qkv_bias,
+            tie_word_embeddings=sizes.tied,
+            layer=self.layer,
         )
 
     def write(self, architecture: Architecture, dtype: str) -> dict[str, Any]:
@@ -144,7 +184,7 @@ class Family:
             "hidden_size": hidden,
             "num_key_value_heads": heads,
             "head_dim": max(1, hidden // heads),
-            "max_position_embeddings": self.default_max_position_embeddings,
+            **self.defaults,
         }
         wanted = _SIZES if not problems else {theirs: ours for theirs, ours in _SIZES.items() if theirs not in defaults}
         sizes = {ours: _tried(problems, _size, config, theirs, defaults.get(theirs)) or 1 for theirs, ours in wanted.items()}

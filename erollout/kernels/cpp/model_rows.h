@@ -6,7 +6,7 @@
 
 namespace erollout {
 
-// y = x / rms(x) * weight.
+// y = x / rms(x) * weight. y may be x.
 void rms_norm(const bf16* x, const bf16* weight, int64_t size, float epsilon, bf16* y);
 
 // Rotate one head: x cosine + (its halves swapped) sine, all [size]. y may be x.

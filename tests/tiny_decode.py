@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
     },
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
+    "qwen3-tied": {"model_type": "qwen3", **SIZES, "tie_word_embeddings": True, "head_dim": 32},
 }
 
 

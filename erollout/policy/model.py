@@ -40,6 +40,7 @@ def transformer_config(
         kv_channels=architecture.kv_channels,
         layernorm_epsilon=architecture.norm_epsilon,
         add_qkv_bias=architecture.add_qkv_bias,
+        qk_layernorm=architecture.has("q_norm"),
         add_bias_linear=False,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -87,6 +88,9 @@ def layer_specification(config: TransformerConfig) -> TransformerBlockSubmodules
     """The modules that a pipeline stage is made of: megatron-core's own (`local`), on every device."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
+    if config.qk_layernorm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
     layers = config.num_layers // config.pipeline_model_parallel_size
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=LocalRMSNorm)
 

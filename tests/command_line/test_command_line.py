@@ -20,6 +20,8 @@ from erollout.command_line.commands import parser
 from erollout.config import load_config
 from erollout.configuration.arguments import overrides
 from erollout.configuration.hub import fetch_line
+from erollout.errors import UserError
+from erollout.simulation.step_times import read_passes
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,6 +161,17 @@ def test_a_recipe_of_a_published_model_shows_its_sizes_before_the_weights_are_th
     assert "GiB training state" in outcome.stdout
     assert ("data/math/train.parquet is not there either" in outcome.stdout) == name.startswith("qwen")
     assert not list(tmp_path.iterdir())
+
+
+def test_qwen3_is_known_by_name_before_it_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = str(ROOT / "configs" / "qwen2.5-7b-8gpu.yaml")
+    outcome = invoke("train", "--config", recipe, "--dry-run", "model.path=models/Qwen3-8B")
+    assert outcome.status == 0, outcome.stderr
+    assert "qwen3, 8,190,735,360 parameters, 36 layers" in outcome.stdout and "hf download Qwen/Qwen3-8B" in outcome.stdout
+    read_passes(None, "A100", "Qwen3-8B", None, 1)
+    with pytest.raises(UserError, match=r"Qwen3-30B-A3B is no folder .* and no published model that is known by name"):
+        read_passes(None, "A100", "Qwen3-30B-A3B", None, 1)
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-7B-Instruct", "someone/some-model"])

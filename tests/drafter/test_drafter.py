@@ -370,8 +370,9 @@ def test_what_cannot_be_held_is_refused_when_the_drafter_is_made() -> None:
 # -- statistics --------------------------------------------------------------------------------------------------------
 
 
-def test_statistics_are_those_of_the_layers_inputs() -> None:
-    model, engine = reference_model("llama"), make_engine("llama")
+@pytest.mark.parametrize("family", ["llama", "qwen3-tied"])
+def test_statistics_are_those_of_the_layers_inputs(family: str) -> None:
+    model, engine = reference_model(family), make_engine(family)
     seen: dict[str, list[Tensor]] = {}
     block = model.model.layers[1]
     places = {"qkv_proj": block.self_attn.q_proj, "o_proj": block.self_attn.o_proj}
@@ -424,10 +425,10 @@ def test_statistics_of_rollouts_sharpen_the_drafter() -> None:
 # -- tensor parallelism ------------------------------------------------------------------------------------------------
 
 
-def drafts_on_ranks(formats: Sequence[str], verification: str) -> list[tuple[bool, float]]:
+def drafts_on_ranks(formats: Sequence[str], verification: str, model: str = "llama") -> list[tuple[bool, float]]:
     """For each format: whether greedy and sampled speculative tokens are those of plain decoding, and the acceptance."""
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
-    engine = make_engine("llama", group, num_kv_blocks=100)
+    engine = make_engine(model, group, num_kv_blocks=100)
     requests = [
         RolloutRequest(i, ids, 1, SamplingParams(temperature=0.0 if i % 2 else 1.0, max_tokens=24), seed=i)
         for i, ids in enumerate(prompts(9, 21, 30, 14))
@@ -468,6 +469,12 @@ def test_coupled_speculation_equals_plain_decoding_whatever_the_format(rank_pool
     for name, (same, acceptance_rate) in zip(QUANTIZED, ranks[0], strict=True):
         assert same, name
         assert acceptance_rate > (0.9 if name == "w8a8" else 0.5), (name, acceptance_rate)
+
+
+@pytest.mark.distributed
+def test_norms_of_heads_are_the_drafters_too(rank_pool: RankPool) -> None:
+    for same, acceptance_rate in rank_pool.run(2, drafts_on_ranks, ["w8a8", "w4a16_clip"], "coupled", "qwen3-tied")[0]:
+        assert same and acceptance_rate > 0.5, acceptance_rate
 
 
 @pytest.mark.distributed

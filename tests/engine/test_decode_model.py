@@ -67,12 +67,13 @@ def test_logits_equal_transformers_on_two_ranks(rank_pool, name: str) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
-def test_bfloat16_is_as_close_to_float32_as_transformers_is() -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied"])
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str) -> None:
     """Root-mean-square error of the log-probs of bf16 weights' rounding and arithmetic, beside transformers' own."""
     ids = list(prompts(150)[0])
-    exact = reference_logprobs(reference_model("llama"), ids)
-    theirs = reference_logprobs(reference_model("llama", "bfloat16"), ids)
-    engine = make_engine("llama", dtype="bfloat16")
+    exact = reference_logprobs(reference_model(name), ids)
+    theirs = reference_logprobs(reference_model(name, "bfloat16"), ids)
+    engine = make_engine(name, dtype="bfloat16")
     engine.model.prepare()
     sequence = make_sequence(tuple(ids))
     rows = []
@@ -82,6 +83,23 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is() -> None:
     ours = torch.stack(rows)
     error = {name: (x - exact).pow(2).mean().sqrt().item() for name, x in (("ours", ours), ("theirs", theirs))}
     assert error["ours"] < 1.2 * error["theirs"], error
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied"])
+def test_a_tokens_logits_have_the_same_bits_in_any_company(name: str, dtype: str) -> None:
+    """On torch's operators, one token at a time, beside other sequences and in chunks."""
+    engine = make_engine(name, dtype=dtype, kernels="torch")
+    engine.model.prepare()
+    ids, other = prompts(60, 90)
+    alone, beside, neighbour = make_sequence(ids), make_sequence(ids), make_sequence(other)
+    for end in (*range(1, 9), 60):
+        for sequence in (alone, beside):
+            sequence.prompt_ids = ids[:end]  # so that every pass catches up and gives logits
+        expected = compute(engine, alone, end - alone.num_computed_tokens)
+        neighbour.prompt_ids = other[: neighbour.num_computed_tokens + 7]
+        together = compute(engine, beside, end - beside.num_computed_tokens, (neighbour, 7))
+        assert torch.equal(expected[0], together[0]), end
 
 
 ATTENTION = [

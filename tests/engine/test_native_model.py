@@ -212,11 +212,12 @@ def test_logits_equal_those_of_the_torch_model_on_two_ranks(rank_pool, name: str
         assert_as_exact_as_torch(*shard)
 
 
-def test_only_attention_differs_from_the_torch_model() -> None:
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-tied"])
+def test_only_attention_differs_from_the_torch_model(name: str) -> None:
     """A token at position 0 attends to itself alone: all the rest rounds as the torch model does. What is left is the order in
     which the norms sum up, which seldom moves a normalised value to the next bfloat16."""
-    plain = build("torch", "qwen2-tied")
-    fast = build("native", "qwen2-tied", plain.tensors)
+    plain = build("torch", name)
+    fast = build("native", name, plain.tensors)
     plain_on_native = DecodeModel(plain.architecture, None, "native", plain.cache, 512, torch.bfloat16, CPU, plain.tensors)
     plain_on_native.prepare()
     tokens = plain.architecture.vocab_size
@@ -247,10 +248,11 @@ def test_a_tokens_logits_have_the_same_bits_in_any_company(name: str, threads: i
         assert torch.equal(run(build("native", name, model.tensors), (0, 0, 90))[0], together)
 
 
-def test_sizes_that_fill_no_vector() -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen3-tied"])
+def test_sizes_that_fill_no_vector(name: str) -> None:
     sizes = {"hidden_size": 60, "intermediate_size": 90, "head_dim": 20, "num_attention_heads": 3, "num_key_value_heads": 1}
-    plain = build("torch", "llama", **sizes)
-    fast = build("native", "llama", plain.tensors, **sizes)
+    plain = build("torch", name, **sizes)
+    fast = build("native", name, plain.tensors, **sizes)
     expected, actual = run(plain, (0, 0, 50))[0].float(), run(fast, (0, 0, 50))[0].float()
     assert (actual - expected).pow(2).mean().sqrt() < 0.05 * expected.std()
 

@@ -34,6 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama3-wide-heads": {"model_type": "llama", **SIZES, "rope_parameters": LLAMA3, "head_dim": 32, "rms_norm_eps": 1e-5},
     "qwen2": {"model_type": "qwen2", **SIZES, "num_attention_heads": 4},
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 16},
+    "qwen3-tied": {"model_type": "qwen3", **SIZES, "tie_word_embeddings": True, "head_dim": 8},
 }
 LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
 
@@ -70,9 +72,11 @@ def test_logits_equal_transformers(rank_pool, references: Path, layout: str) -> 
 
 @pytest.mark.distributed
 def test_sequence_parallel_changes_nothing(rank_pool, references: Path) -> None:
-    shards = rank_pool.run(2, _logits, {"qwen2": {"path": str(references / "qwen2")}}, 2, 1, True)
-    logits = torch.cat([shard["qwen2"] for shard in shards], dim=-1)[..., : SIZES["vocab_size"]]
-    assert (logits - torch.load(references / "qwen2" / "logits.pt")).abs().max() < 1e-4
+    names = ("qwen2", "qwen3")
+    shards = rank_pool.run(2, _logits, {name: {"path": str(references / name)} for name in names}, 2, 1, True)
+    for name in names:
+        logits = torch.cat([shard[name] for shard in shards], dim=-1)[..., : SIZES["vocab_size"]]
+        assert (logits - torch.load(references / name / "logits.pt")).abs().max() < 1e-4
 
 
 @pytest.mark.distributed
@@ -91,7 +95,7 @@ def test_random_weights_are_the_same_under_every_layout(rank_pool) -> None:
 
 @pytest.mark.distributed
 def test_model_parameters_are_those_of_the_placement_and_marked_for_gradient_norms(rank_pool) -> None:
-    for name in ("llama-tied", "qwen2"):
+    for name in ("llama-tied", "qwen2", "qwen3"):
         for tensor, pipeline in LAYOUTS.values():
             for placed, found in rank_pool.run(tensor * pipeline, _parameters, MODELS[name], tensor, pipeline):
                 assert [entry[:2] for entry in found] == placed

@@ -71,7 +71,7 @@ def test_coupled_samples_under_every_filter_and_a_penalty(drafter: str) -> None:
 
 
 @pytest.mark.parametrize("verification", VERIFICATIONS)
-@pytest.mark.parametrize("name", ["llama3-tied-wide", "qwen2-tied"])
+@pytest.mark.parametrize("name", ["llama3-tied-wide", "qwen2-tied", "qwen3-tied"])
 def test_greedy_tokens_are_those_without_drafts(name: str, verification: Verification) -> None:
     requests = [
         RolloutRequest(i, ids, 1, replace(GREEDY, max_tokens=12), seed=0) for i, ids in enumerate(prompts(*range(1, 41)))

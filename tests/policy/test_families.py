@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from erollout.config import ModelConfig
 from erollout.errors import UserError
@@ -29,17 +29,19 @@ SMALL = {
 }
 LLAMA = {"model_type": "llama", **SMALL}
 QWEN2 = {"model_type": "qwen2", **SMALL}
+QWEN3 = {"model_type": "qwen3", **SMALL}
 
 
 def test_defaults_are_those_of_transformers() -> None:
-    for config, theirs in ((LLAMA, LlamaConfig(**SMALL)), (QWEN2, Qwen2Config(**SMALL))):
+    for config, theirs in ((LLAMA, LlamaConfig(**SMALL)), (QWEN2, Qwen2Config(**SMALL)), (QWEN3, Qwen3Config(**SMALL))):
         architecture = read_architecture(config, "test")
         assert architecture.max_position_embeddings == theirs.max_position_embeddings
         assert architecture.norm_epsilon == theirs.rms_norm_eps
         assert architecture.rotary_base == theirs.rope_parameters["rope_theta"]
         assert architecture.tie_word_embeddings == theirs.tie_word_embeddings
-        assert architecture.kv_channels == 16 and architecture.num_query_groups == 2
-        assert architecture.add_qkv_bias == (config is QWEN2)
+        assert architecture.kv_channels == (128 if config is QWEN3 else 16) == getattr(theirs, "head_dim", 16)
+        assert architecture.num_query_groups == 2
+        assert architecture.add_qkv_bias == (config is QWEN2) and architecture.has("q_norm") == (config is QWEN3)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +50,9 @@ def test_defaults_are_those_of_transformers() -> None:
         LlamaConfig(**SMALL, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=3, eos_token_id=[4, 5]),
         LlamaConfig(**SMALL, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_theta": 5e5, **LLAMA3}),
         Qwen2Config(**SMALL, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, eos_token_id=7),
+        Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True, eos_token_id=[7, 8]),
     ],
-    ids=["llama", "llama3", "qwen2"],
+    ids=["llama", "llama3", "qwen2", "qwen3"],
 )
 def test_a_config_of_transformers_survives_both_ways(config, tmp_path) -> None:
     architecture = read_architecture(json.loads(config.to_json_string(use_diff=False)), "test")
@@ -65,7 +68,7 @@ def test_a_config_of_transformers_survives_both_ways(config, tmp_path) -> None:
 
 
 def test_logical_tensors_are_those_of_transformers() -> None:
-    for config, tied in ((LLAMA, False), (LLAMA, True), (QWEN2, True)):
+    for config, tied in ((LLAMA, False), (LLAMA, True), (QWEN2, True), (QWEN3, False), (QWEN3, True)):
         config = {**config, "tie_word_embeddings": tied}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -98,6 +101,37 @@ PUBLISHED = {
             "transformers_version": "4.40.1",
             "use_cache": True,
             "use_mrope": False,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 1024,
+            "initializer_range": 0.02,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40960,
+            "max_window_layers": 28,
+            "model_type": "qwen3",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.51.0",
+            "use_cache": True,
             "use_sliding_window": False,
             "vocab_size": 151936,
         },
@@ -185,6 +219,13 @@ def test_published_models_are_accepted(name: str) -> None:
         ("models/SmolLM2-135M-Instruct", 134_515_008, 8192),
         ("Qwen2.5-0.5B", 494_032_768, 32768),
         ("Qwen2.5-7B-Instruct", 7_615_616_512, 32768),
+        ("Qwen3-0.6B", 596_049_920, 40960),
+        ("Qwen3-1.7B-Base", 1_720_574_976, 40960),
+        ("Qwen3-4B", 4_022_468_096, 40960),
+        ("Qwen/Qwen3-4B-Instruct-2507", 4_022_468_096, 262144),
+        ("Qwen3-8B", 8_190_735_360, 40960),
+        ("Qwen3-14B", 14_768_307_200, 40960),
+        ("Qwen3-32B", 32_762_123_264, 40960),
     ],
 )
 def test_published_sizes_are_known_by_name(name: str, parameters: int, context: int) -> None:
@@ -310,12 +351,27 @@ def test_all_problems_of_a_config_are_named_at_once() -> None:
         assert named in message
 
 
-def test_qwen2_sliding_window_counts_only_when_it_is_used() -> None:
-    off = {**QWEN2, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1}
-    assert read_architecture(off, "test") == read_architecture(QWEN2, "test")
+@pytest.mark.parametrize("family", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_a_sliding_window_counts_only_when_it_is_used(family: dict) -> None:
+    off = {**family, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1}
+    assert read_architecture(off, "test") == read_architecture(family, "test")
     for on in ({"use_sliding_window": True}, {"layer_types": ["full_attention", "sliding_attention"]}):
         with pytest.raises(UserError, match=next(iter(on))):
             read_architecture({**off, **on}, "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "qwen3_moe"}, "model_type = 'qwen3_moe' is not supported; supported are llama, qwen2, qwen3"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True is not supported"),
+        ({"model_type": "qwen3", "num_experts": 128}, "num_experts = 128 is unknown for qwen3"),
+    ],
+)
+def test_other_qwen3_are_refused(change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=f"^some/config.json: {named}") as error:
+        read_architecture({**QWEN3, **change}, "some/config.json")
+    assert "\n" not in str(error.value)
 
 
 def test_policy_architecture_reads_a_directory(tmp_path) -> None:

@@ -31,6 +31,7 @@ SIZES: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SIZES, "bos_token_id": 1, "eos_token_id": [2, 3]},
     "qwen2-tied": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **SIZES, "head_dim": 16, "max_position_embeddings": 256},
 }
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1)]
 """(world size, tensor, pipeline): the last has two data-parallel ranks."""

@@ -10,6 +10,8 @@ from erollout.errors import UserError
 from erollout.parallel.layout import TrainLayout
 from erollout.parallel.placement import box_slices, pieces_by_tensor
 from erollout.policy.architecture import EMBEDDING, Architecture
+from erollout.policy.decoder import LAYER, Layer
+from erollout.policy.families.qwen3 import QWEN3
 from erollout.policy.training_layout import padded_vocab_size, training_placement
 
 LAYOUTS = [TrainLayout(1, 1, 1), TrainLayout(2, 2, 1), TrainLayout(2, 1, 2), TrainLayout(8, 2, 2), TrainLayout(4, 4, 1)]
@@ -26,10 +28,11 @@ def _elements(start: tuple[int, ...], shape: tuple[int, ...], whole_shape: tuple
     return np.arange(prod(whole_shape)).reshape(whole_shape)[box_slices(start, shape)].ravel().tolist()
 
 
+@pytest.mark.parametrize("layer", [LAYER, QWEN3.layer], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_model_replica_holds_every_element_once(layout: TrainLayout, tied: bool) -> None:
-    architecture = _architecture(tie_word_embeddings=tied)
+def test_a_model_replica_holds_every_element_once(layout: TrainLayout, tied: bool, layer: Layer) -> None:
+    architecture = _architecture(tie_word_embeddings=tied, layer=layer)
     shapes = architecture.logical_tensors()
     for data in range(layout.data):
         copies: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))

@@ -17,6 +17,7 @@ from erollout.errors import UserError
 from erollout.parallel.layout import DecodeLayout, TrainLayout
 from erollout.parallel.placement import Placement, box_slices, whole
 from erollout.policy.architecture import Architecture
+from erollout.policy.families.qwen3 import QWEN3
 from erollout.policy.training_layout import training_placement
 from erollout.resharding.executor import Resharder, wire_dtype
 from erollout.resharding.planner import ReshardPlan, build_plan, plan_for_rank
@@ -38,6 +39,7 @@ UNTIED = Architecture(
 TIED = replace(UNTIED, tie_word_embeddings=True, add_qkv_bias=False)
 SPARSE = replace(TIED, vocab_size=5)  # on four ranks two rows each: the last rank holds nothing but padding
 THIRDS = replace(UNTIED, num_layers=3, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=36)
+HEAD_NORMS = replace(TIED, family="qwen3", layer=QWEN3.layer)
 Case = tuple[TrainLayout, DecodeLayout]
 PADDING = 777.0
 
@@ -131,7 +133,9 @@ def _reshard_in_one_process(
     assert not any(mail.values()), "messages that nobody received"
 
 
-@pytest.mark.parametrize("architecture", [UNTIED, TIED, SPARSE, THIRDS], ids=["untied", "tied", "sparse", "thirds"])
+@pytest.mark.parametrize(
+    "architecture", [UNTIED, TIED, SPARSE, THIRDS, HEAD_NORMS], ids=["untied", "tied", "sparse", "thirds", "head-norms"]
+)
 def test_every_pair_of_layouts_is_bit_exact(architecture: Architecture) -> None:
     for case in _layouts(3) if architecture is THIRDS else EVERY_PAIR:
         _reshard_in_one_process(architecture, case, torch.float32, torch.float32, bucket_bytes=2000)

@@ -1,7 +1,7 @@
 """The decode model: a lean pre-norm, rotary, grouped-query, SwiGLU decoder over a rank's local tensors.
 
-Arithmetic and rounding follow transformers' Llama and Qwen2 (norms in float32, rotation in the model's dtype), so that the
-logits of both agree up to the order of summation. Tensor parallelism sums over the ranks after the embedding, o_proj and
+Arithmetic and rounding follow transformers' Llama, Qwen2 and Qwen3 (norms in float32, rotation in the model's dtype), so that
+the logits of both agree up to the order of summation. Tensor parallelism sums over the ranks after the embedding, o_proj and
 down_proj; the logits stay cut by vocabulary.
 """
 
@@ -137,12 +137,19 @@ class DecodeModel:
         cosine, sine = rotation
         qkv = layer.linears["qkv_proj"](layer.normed("input_norm", hidden)).view(hidden.shape[0], -1, head_size)
         rotated = self.num_heads + self.num_kv_heads
-        query_key = qkv[:, :rotated]
+        query_key = self._normed_heads(layer, qkv[:, :rotated])
         query_key = (query_key * cosine).add_(torch.roll(query_key, head_size // 2, -1).mul_(sine))
         flat = cache.view(cache.shape[0], -1, head_size)
         flat[: self.num_kv_heads].index_copy_(1, slots, query_key[:, self.num_heads :].transpose(0, 1))
         flat[self.num_kv_heads :].index_copy_(1, slots, qkv[:, rotated:].transpose(0, 1))
         return self.attention(query_key[:, : self.num_heads], cache, plan)
+
+    def _normed_heads(self, layer: DecodeLayer, query_key: Tensor) -> Tensor:
+        """Query heads, then key heads, [tokens, heads, head_size]: each normalised by itself, where the layer does so."""
+        if "q_norm" not in layer.norms:
+            return query_key
+        query, key = query_key.split([self.num_heads, self.num_kv_heads], 1)
+        return torch.cat((layer.normed("q_norm", query), layer.normed("k_norm", key)), 1)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         if self.group is None:

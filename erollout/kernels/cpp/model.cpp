@@ -44,15 +44,24 @@ std::vector<Span> read_spans(const Pass& pass) {
   return spans;
 }
 
-// Rotate a token's queries where they are, its keys into the cache, and copy its values there.
-void rotate_and_store(const Model& model, const Pass& pass, int64_t token, bf16* qkv, bf16* cache) {
+// Normalise heads one by one where they are; without a weight they stay.
+void norm_heads(const Model& model, const bf16* weight, bf16* x, int64_t heads) {
+  const int64_t size = model.shape.head_size;
+  if (!weight) return;
+  for (int64_t head = 0; head < heads; ++head) rms_norm(x + head * size, weight, size, model.epsilon, x + head * size);
+}
+
+// Normalise a token's queries and keys, rotate its queries where they are, its keys into the cache, and copy its values there.
+void rotate_and_store(const Model& model, const Layer& layer, const Pass& pass, int64_t token, bf16* qkv, bf16* cache) {
   const AttentionShape& shape = model.shape;
   const int64_t size = shape.head_size, head_values = shape.cache_blocks * shape.block_size * size;
   const bf16* cosine = model.cosine + pass.positions[token] * size;
   const bf16* sine = model.sine + pass.positions[token] * size;
   bf16* slot = cache + pass.slots[token] * size;
+  bf16* keys = qkv + shape.heads * size;
+  norm_heads(model, layer.q_norm, qkv, shape.heads);
+  norm_heads(model, layer.k_norm, keys, shape.kv_heads);
   for (int64_t head = 0; head < shape.heads; ++head) rotate(qkv + head * size, cosine, sine, size, qkv + head * size);
-  const bf16* keys = qkv + shape.heads * size;
   const bf16* values = keys + shape.kv_heads * size;
   for (int64_t head = 0; head < shape.kv_heads; ++head) {
     rotate(keys + head * size, cosine, sine, size, slot + head * head_values);
@@ -87,7 +96,9 @@ void attend(const Model& model, int64_t layer_index, const Pass& pass, const Til
   bf16* attended = qkv + tokens * qkv_width;
   norm_rows(model, layer.input_norm, pass.hidden, tokens, normed, threads);
   linear(*layer.qkv_proj, normed, model.hidden_size, tokens, qkv, qkv_width, threads);
-  for_rows(tokens, threads, [&](int64_t token) { rotate_and_store(model, pass, token, qkv + token * qkv_width, cache); });
+  for_rows(tokens, threads, [&](int64_t token) {
+    rotate_and_store(model, layer, pass, token, qkv + token * qkv_width, cache);
+  });
   attention(model.shape, tiles.tiles, qkv, qkv_width, cache, attended, threads);
   std::memset(attended + tiles.tokens * attended_width, 0, (tokens - tiles.tokens) * attended_width * sizeof(bf16));
   linear(*layer.o_proj, attended, attended_width, tokens, pass.partial, model.hidden_size, threads);

@@ -16,6 +16,8 @@ struct Layer {
   const bf16* post_attention_norm;  // [hidden_size]
   const Linear* gate_up_proj;       // gate over up
   const Linear* down_proj;
+  const bf16* q_norm;  // [head_size], of every query head before the rotation
+  const bf16* k_norm;  // [head_size], of every key head
 };
 
 struct Model {
@@ -57,7 +59,7 @@ struct Pass {
 
 int64_t workspace_size(const Model& model, int64_t tokens);
 
-// hidden -> partial: norm, qkv_proj, rotation, keys and values into the cache, attention, o_proj.
+// hidden -> partial: norm, qkv_proj, norms of heads, rotation, keys and values into the cache, attention, o_proj.
 void attention_block(const Model& model, int64_t layer, const Pass& pass, Threads& threads);
 
 // hidden -> partial: norm, gate_up_proj, silu(gate) x up, down_proj.

@@ -13,8 +13,9 @@ from erollout.policy.architecture import Architecture
 from erollout.policy.families.family import Family, token_ids
 from erollout.policy.families.llama import LLAMA
 from erollout.policy.families.qwen2 import QWEN2
+from erollout.policy.families.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3)}
 
 
 def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.model.attention import QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.linear import TorchLinear
+from erollout.engine.model.model_runner import ModelRunner
 
 _BLOCK_SIZE = 32
 
@@ -59,12 +59,12 @@ def collect(
         recorders[layer] = _Recorder(linear, weight.shape[1], weight.device, sample_rows)
         return recorders[layer]
 
-    model = _recording_model(target, max_tokens, record)
+    runner = ModelRunner(_recording_model(target, max_tokens, record))
     left = max_tokens
     for tokens in token_sequences:
         read = list(tokens[:left])
         if read:
-            _read(model, read)
+            runner.model.forward(runner.reading(read))
             left -= len(read)
     if left == max_tokens:
         return {}
@@ -115,12 +115,3 @@ def _recording_model(target: DecodeModel, max_tokens: int, record) -> DecodeMode
     return DecodeModel(
         target.architecture, target.group, "torch", cache, max_tokens, target.dtype, cache.device, target.tensors, record
     )
-
-
-def _read(model: DecodeModel, tokens: list[int]) -> None:
-    """Run one pass over a sequence, with keys and values in the cache's first blocks."""
-    device = model.cache.device
-    positions = torch.arange(len(tokens), device=device)  # in blocks 0, 1, ...: slots are the positions
-    blocks = list(range(-(-len(tokens) // _BLOCK_SIZE)))
-    plan = model.plan([QuerySpan(0, len(tokens), blocks)])
-    model.forward(torch.tensor(tokens, device=device), positions, positions, plan, positions)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from erollout.drafter.activation_statistics import InputStatistics
 from erollout.drafter.drafter import Drafter, target_linears, tensor_name
-from erollout.engine.model.attention import QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.linear import Linear
+from erollout.engine.model.model_runner import ModelRunner
 from erollout.engine.sampling.logits import gather, shard_logits
 from erollout.policy.decoder import LAYER, Layer
 from erollout.speculation.format_choice import Choice, Selection, select
@@ -114,32 +114,15 @@ def acceptance(expected: list[Tensor], model: DecodeModel, token_sequences: Sequ
 
 def probabilities(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
     """Probabilities of the next token after every token of a sequence: this rank's columns, float32 [tokens, W]."""
-    logits = _read(model, tokens)
+    logits = model.forward(ModelRunner(model).reading(tokens))
     shard = shard_logits(logits, model.architecture.vocab_size, model.vocab_start, model.group)
     return shard.logprobs().exp_()
 
 
-def _read(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
-    """Logits after every token of a sequence, with keys and values in the cache's first blocks."""
-    device, size = model.cache.device, model.cache.block_size
-    positions = torch.arange(len(tokens), device=device)  # in blocks 0, 1, ...: slots are the positions
-    plan = model.plan([QuerySpan(0, len(tokens), list(range(-(-len(tokens) // size))))])
-    return model.forward(torch.tensor(tokens, device=device), positions, positions, plan, positions)
-
-
 def _step_seconds(model: DecodeModel, tokens: Sequence[int]) -> float:
     """Seconds of a decode step of one sequence with these tokens."""
-    device, size = model.cache.device, model.cache.block_size
-    last = len(tokens) - 1
-    position = torch.tensor([last], device=device)
-    ids = torch.tensor([tokens[last]], device=device)
-    blocks = list(range(last // size + 1))
-    row = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def step() -> None:
-        model.forward(ids, position, position, model.plan([QuerySpan(last, last + 1, blocks)]), row)
-
-    return _median_seconds(step, device)
+    runner = ModelRunner(model)
+    return _median_seconds(lambda: model.forward(runner.reading(tokens, len(tokens) - 1)), model.cache.device)
 
 
 def _seconds(linears: Sequence[Linear], layers: Sequence[str], model: DecodeModel) -> float:
@@ -155,7 +138,7 @@ def _seconds(linears: Sequence[Linear], layers: Sequence[str], model: DecodeMode
     return _median_seconds(call, device)
 
 
-def _median_seconds(run: Callable[[], None], device: torch.device) -> float:
+def _median_seconds(run: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(_ROUNDS):
         _wait(device)

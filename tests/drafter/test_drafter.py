@@ -16,10 +16,10 @@ from erollout.drafter.drafter import Drafter
 from erollout.drafter.formats import FORMATS, check_shape, find_format
 from erollout.drafter.linears import Shard, make_linear, quantize_activations, resolve_matmul
 from erollout.engine.kv_cache import KVCache
-from erollout.engine.model.attention import QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.factory import build_decode_model
 from erollout.engine.model.linear import TorchLinear
+from erollout.engine.model.model_runner import ModelRunner
 from erollout.engine.proposers.base import DraftRequest, Drafts
 from erollout.engine.proposers.quantized_policy import ModelProposer
 from erollout.errors import UserError
@@ -86,10 +86,8 @@ def requantize(drafter: Drafter, target: DecodeModel, version: int) -> None:
 
 def logits(model: DecodeModel, tokens: Sequence[int]) -> Tensor:
     """float32 logits after every token of a sequence, through the model's cache."""
-    positions = torch.arange(len(tokens))
-    plan = model.plan([QuerySpan(0, len(tokens), list(range(8)))])
     with torch.inference_mode():
-        return model.forward(torch.tensor(tokens), positions, positions, plan, positions).float()
+        return model.forward(ModelRunner(model).reading(tokens)).float()
 
 
 # -- formats, sizes, patterns ------------------------------------------------------------------------------------------

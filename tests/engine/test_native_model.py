@@ -17,6 +17,7 @@ from erollout.engine.kv_cache import KVCache
 from erollout.engine.model.attention import QuerySpan, reference_attention
 from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.inputs import ForwardInputs
 from erollout.engine.model.linear import PackedLinear
 from erollout.engine.model.native_model import (
     LayerStruct,
@@ -171,8 +172,8 @@ def run(model: DecodeModel, *spans: tuple[int, int, int]) -> list[torch.Tensor]:
             positions.append(position)
             slots.append(TABLES[which][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
     plan = model.plan([QuerySpan(start, end, TABLES[which]) for which, start, end in spans])
-    inputs = (torch.tensor(x) for x in (ids, positions, slots))
-    logits = model.forward(*inputs, plan, torch.arange(len(ids)))
+    placed = (torch.tensor(x) for x in (ids, positions, slots))
+    logits = model.forward(ForwardInputs(*placed, plan, torch.arange(len(ids))))
     return list(logits.split([end - start for _, start, end in spans]))
 
 
@@ -228,7 +229,9 @@ def test_only_attention_differs_from_the_torch_model(name: str) -> None:
         passes = [[x[i : i + 1] for x in inputs] for i in range(tokens)]
         plans = [model.plan(spans[i % NUM_BLOCKS]) for i in range(tokens)]
         with torch.inference_mode():
-            logits.append([model.forward(*x, plan, torch.tensor([0])) for x, plan in zip(passes, plans, strict=True)])
+            logits.append(
+                [model.forward(ForwardInputs(*x, plan, torch.tensor([0]))) for x, plan in zip(passes, plans, strict=True)]
+            )
     equal = [torch.equal(ours, theirs) for ours, theirs in zip(*logits, strict=True)]
     assert sum(equal) > 0.9 * tokens
 
@@ -276,10 +279,10 @@ def test_inputs_beyond_the_models_bounds_are_refused() -> None:
             inputs = list(good)
             inputs[index] = torch.tensor([wrong])
             with pytest.raises(IndexError, match=name):
-                model.forward(*inputs, plan, torch.tensor([0]))
+                model.forward(ForwardInputs(*inputs, plan, torch.tensor([0])))
     with pytest.raises(IndexError, match="logit_rows"):
-        model.forward(*good, plan, torch.tensor([1]))
-    assert model.forward(*good, plan, torch.tensor([0, 0, 0])).shape == (3, 97)
+        model.forward(ForwardInputs(*good, plan, torch.tensor([1])))
+    assert model.forward(ForwardInputs(*good, plan, torch.tensor([0, 0, 0]))).shape == (3, 97)
 
 
 def test_weights_are_followed_in_place_and_released() -> None:

@@ -14,7 +14,7 @@ from tiny_decode import make_engine, prompts, reference_logprobs, reference_mode
 from tiny_speculation import DRAFTER, NOISE, make_speculative_engine
 
 from erollout.engine.engine import Engine
-from erollout.engine.model.model_runner import slots_of
+from erollout.engine.model.inputs import slots_of
 from erollout.engine.proposers.base import DraftRequest, Drafts
 from erollout.engine.proposers.quantized_policy import ModelProposer
 from erollout.engine.sampling.verifier import Verification

@@ -13,6 +13,7 @@ from torch import Tensor
 from erollout.engine.kv_cache import KVCache
 from erollout.engine.model.attention import Attention, AttentionPlan, PagedAttention, QuerySpan
 from erollout.engine.model.decode_layout import decode_placement
+from erollout.engine.model.inputs import ForwardInputs
 from erollout.engine.model.linear import LINEAR_KERNELS, Linear, LinearFactory
 from erollout.engine.model.row_tiles import in_grains
 from erollout.parallel.placement import Placement
@@ -101,24 +102,18 @@ class DecodeModel:
         for linear in self._linears():
             linear.release()
 
-    def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, logit_rows: Tensor) -> Tensor:
+    def forward(self, inputs: ForwardInputs) -> Tensor:
         """Run new tokens through the model; their keys and values go into the cache.
-
-        Args:
-            token_ids, positions: int64 [tokens].
-            slots: int64 [tokens], block x block_size + offset where each token's keys and values go.
-            plan: `plan` of the same tokens.
-            logit_rows: int64 [rows], the tokens whose logits are wanted.
 
         Returns: logits of this rank's part of the vocabulary, [rows, vocabulary rows per rank].
         """
-        hidden = self._embed(token_ids)
-        cosine, sine = self.cosine.index_select(0, positions), self.sine.index_select(0, positions)
+        hidden = self._embed(inputs.token_ids)
+        rotation = self.cosine.index_select(0, inputs.positions), self.sine.index_select(0, inputs.positions)
         for index, layer in enumerate(self.layers):
-            attended = self._attend(layer, hidden, (cosine, sine), slots, self.cache.layer(index), plan)
+            attended = self._attend(layer, hidden, rotation, inputs.slots, self.cache.layer(index), inputs.plan)
             hidden = self._sum(layer.linears["o_proj"](attended)).add_(hidden)
             hidden = self._sum(layer.feed_forward(hidden)).add_(hidden)
-        return self.lm_head(rms_norm(hidden.index_select(0, logit_rows), self.norm, self.architecture.norm_epsilon))
+        return self.lm_head(rms_norm(hidden.index_select(0, inputs.logit_rows), self.norm, self.architecture.norm_epsilon))
 
     def _make_attention(self) -> Attention:
         return PagedAttention(self.num_heads, self.cache, self.num_kv_heads, self.architecture.kv_channels)

@@ -1,14 +1,19 @@
-"""From a scheduled batch to the logits that need sampling: all of a pass's tensors are built here, once."""
+"""From scheduled batches and known sequences to logits: the inputs of every pass are built here, whoever it is for."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from erollout.engine.model.attention import QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
+from erollout.engine.model.inputs import ForwardInputs, slots_of
 from erollout.engine.scheduler import Batch
 
 
 class ModelRunner:
+    """A decode model's passes: the target's, a drafter's, and those that measure either."""
+
     def __init__(self, model: DecodeModel) -> None:
         self.model = model
         self.cache = model.cache
@@ -27,34 +32,41 @@ class ModelRunner:
             batch.scheduled, key=lambda item: item.num_tokens + item.num_drafts > 1
         )  # plans want single tokens first
         token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
         last_rows: dict[int, int] = {}
         for item in items:
-            end = item.end + item.num_drafts
             token_ids += item.sequence.tokens(item.start, item.end)
             last_rows[id(item.sequence)] = len(token_ids) - 1
             token_ids += [0] * item.num_drafts
-            positions += range(item.start, end)
-            slots += slots_of(item.sequence.block_table, self.cache.block_size, item.start, end)
-        wanted = _wanted_rows(batch, last_rows)
-        rows = wanted or [len(token_ids) - 1]  # never empty
         spans = [QuerySpan(item.start, item.end + item.num_drafts, item.sequence.block_table) for item in items]
-        ids = self._tensor(token_ids)
+        wanted = _wanted_rows(batch, last_rows)
+        inputs = self.inputs(spans, token_ids, wanted or [len(token_ids) - 1])  # never empty
         if draft_ids is not None:
-            ids.index_copy_(0, self._tensor(_draft_rows(batch, last_rows)), draft_ids)
-        logits = self.model.forward(
-            ids, self._tensor(positions), self._tensor(slots), self.model.plan(spans), self._tensor(rows)
-        )
-        return logits[: len(wanted)]
+            inputs.token_ids.index_copy_(0, self._tensor(_draft_rows(batch, last_rows)), draft_ids)
+        return self.model.forward(inputs)[: len(wanted)]
 
-    def _tensor(self, values: list[int]) -> Tensor:
+    def inputs(
+        self, spans: list[QuerySpan], token_ids: Sequence[int], logit_rows: Sequence[int] | None = None
+    ) -> ForwardInputs:
+        """A pass over the tokens of `spans`, those of a single token first.
+
+        Args:
+            token_ids: of all spans in turn.
+            logit_rows: tokens whose logits are wanted; None: all of them.
+        """
+        size = self.cache.block_size
+        positions = [position for span in spans for position in range(span.start, span.end)]
+        slots = [slot for span in spans for slot in slots_of(span.block_table, size, span.start, span.end)]
+        ids, placed = self._tensor(token_ids), self._tensor(positions)
+        rows = self._tensor(logit_rows if logit_rows is not None else range(len(positions)))
+        return ForwardInputs(ids, placed, self._tensor(slots), self.model.plan(spans), rows)
+
+    def reading(self, token_ids: Sequence[int], start: int = 0) -> ForwardInputs:
+        """A pass over a sequence from position `start` on, in the cache's first blocks, with the logits of all its tokens."""
+        blocks = list(range(-(-len(token_ids) // self.cache.block_size)))
+        return self.inputs([QuerySpan(start, len(token_ids), blocks)], token_ids[start:])
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.cache.device)
-
-
-def slots_of(block_table: list[int], block_size: int, start: int, end: int) -> list[int]:
-    """Where the keys and values of positions [start, end) lie in the cache."""
-    return [block_table[position // block_size] * block_size + position % block_size for position in range(start, end)]
 
 
 def _wanted_rows(batch: Batch, last_rows: dict[int, int]) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from erollout.engine.kv_cache import KVCache
 from erollout.engine.model.attention import Attention, AttentionPlan, QuerySpan
 from erollout.engine.model.decode_model import DecodeLayer, DecodeModel
+from erollout.engine.model.inputs import ForwardInputs
 from erollout.engine.model.linear import LinearFactory
 from erollout.kernels import native
 from erollout.policy.architecture import Architecture
@@ -146,30 +147,30 @@ class NativeModel(DecodeModel):
         super().release()
         self._buffers = None
 
-    def forward(self, token_ids: Tensor, positions: Tensor, slots: Tensor, plan: AttentionPlan, logit_rows: Tensor) -> Tensor:
+    def forward(self, inputs: ForwardInputs) -> Tensor:
         """As DecodeModel.forward; raises IndexError, before any work, for inputs that lie outside the model's tensors."""
-        assert isinstance(plan, SpanPlan)
-        inputs = [x.contiguous() for x in (token_ids, positions, slots, logit_rows)]
-        assert all(x.dtype == torch.int64 for x in inputs)
-        tokens, rows = positions.shape[0], logit_rows.shape[0]
+        assert isinstance(inputs.plan, SpanPlan)
+        read: dict[str, Tensor] = {name: getattr(inputs, name).contiguous() for name in _CHECKED}
+        assert all(x.dtype == torch.int64 for x in read.values())
+        tokens, rows = len(inputs.positions), len(inputs.logit_rows)
         logits = torch.empty(rows, self._vocabulary_of_head, dtype=self.dtype)
         hidden, partial, workspace = self._working_memory(max(tokens, rows))
         work = PassStruct(
             tokens=tokens,
             num_logits=rows,
-            **{name: x.data_ptr() for name, x in zip(_CHECKED, inputs, strict=True)},
+            **{name: x.data_ptr() for name, x in read.items()},
             cache=self.cache.layer(0).data_ptr(),
             hidden=hidden.data_ptr(),
             partial=partial.data_ptr(),
             logits=logits.data_ptr(),
             workspace=workspace.data_ptr(),
         )
-        plan.write_to(work)
+        inputs.plan.write_to(work)
         self._check(work)
         if self.group is None:
             library().erollout_forward(self._address, ctypes.addressof(work), self._threads)
         else:
-            hidden[:tokens] = self._embed(inputs[0])
+            hidden[:tokens] = self._embed(read["token_ids"])
             self._forward_by_layer(work, hidden[:tokens], partial[:tokens])
         return logits
 

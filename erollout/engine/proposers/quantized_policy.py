@@ -5,15 +5,16 @@ in the slots reserved for them, which the target's verification overwrites. Ever
 the first pass; from there on each pass's tokens feed the next one on the device, without waiting for it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erollout.engine.model.attention import AttentionPlan, QuerySpan
+from erollout.engine.model.attention import QuerySpan
 from erollout.engine.model.decode_model import DecodeModel
-from erollout.engine.model.model_runner import slots_of
+from erollout.engine.model.inputs import ForwardInputs
+from erollout.engine.model.model_runner import ModelRunner
 from erollout.engine.proposers.base import DraftRequest, Drafts
 from erollout.engine.sampling.logits import ShardLogits
 from erollout.engine.sampling.random import draft_seed
@@ -22,23 +23,13 @@ from erollout.engine.sampling.verifier import Verification, sampling_row
 from erollout.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """What computes the drafts of one position, of the leading sequences that want so many."""
-
-    num_sequences: int
-    positions: Tensor
-    slots: Tensor
-    plan: AttentionPlan
-    logit_rows: Tensor
-
-
 class ModelProposer:
     """Drafts of a decode model that shares the target's cache. Its weights are of `policy_version`."""
 
     def __init__(self, model: DecodeModel, verification: Verification, sampler_kernel: SamplerKernel = "torch") -> None:
         """Under `coupled` it draws with the target's noise, under `rejection` with its own, and keeps what it drew from."""
         self.model = model
+        self.runner = ModelRunner(model)
         self.cache = model.cache
         self.verification = verification
         self.sampler_kernel = sampler_kernel
@@ -67,34 +58,29 @@ class ModelProposer:
         self._prepare()
         passes = [self._plan(request, step) for step in range(request.num_drafts[0])]
         rows = self._sampler.prepare([self._sampling_row(s) for s in request.sequences], self.cache.device)
-        token = self._tensor([s.tokens(s.num_computed_tokens, s.num_tokens)[0] for s in request.sequences])
+        token = passes[0].token_ids
         token_ids: list[Tensor] = []
         processed: list[ShardLogits] = []
-        for step in passes:
-            logits = self.model.forward(token[: step.num_sequences], step.positions, step.slots, step.plan, step.logit_rows)
-            rows = rows.first(step.num_sequences)
+        for inputs in passes:
+            num_sequences = len(inputs.token_ids)
+            logits = self.model.forward(inputs.with_tokens(token[:num_sequences]))
+            rows = rows.first(num_sequences)
             if self.verification == "coupled":
                 token = self._sampler.draw_ids_on_device(logits, rows)
             else:
                 token, drawn_from = self._sampler.draw_on_device(logits, rows)
                 processed.append(drawn_from)
             rows = rows.advance(token)
-            token_ids.append(F.pad(token, (0, len(request.sequences) - step.num_sequences)))
+            token_ids.append(F.pad(token, (0, len(request.sequences) - num_sequences)))
         return Drafts(torch.stack(token_ids), tuple(processed) or None)
 
-    def _plan(self, request: DraftRequest, step: int) -> _Pass:
-        """The pass that computes the token before draft `step`."""
+    def _plan(self, request: DraftRequest, step: int) -> ForwardInputs:
+        """The pass that computes the token before draft `step`, of the leading sequences that want so many.
+
+        Its tokens are each sequence's last known one: what the first pass reads, and stands for a draft in the others."""
         sequences = [s for s, wanted in zip(request.sequences, request.num_drafts, strict=True) if wanted > step]
         spans = [QuerySpan(s.num_computed_tokens + step, s.num_computed_tokens + step + 1, s.block_table) for s in sequences]
-        size = self.cache.block_size
-        slots = [slot for span in spans for slot in slots_of(span.block_table, size, span.start, span.end)]
-        return _Pass(
-            num_sequences=len(sequences),
-            positions=self._tensor([span.start for span in spans]),
-            slots=self._tensor(slots),
-            plan=self.model.plan(spans),
-            logit_rows=torch.arange(len(spans), device=self.cache.device),
-        )
+        return self.runner.inputs(spans, [s.tokens(s.num_computed_tokens, s.num_tokens)[0] for s in sequences])
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:
         """Of a sequence's first draft: as the target draws it, but for the noise under `rejection`."""
@@ -112,6 +98,3 @@ class ModelProposer:
     def _release(self) -> None:
         self.model.release()
         self._prepared = False
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.cache.device)

@@ -31,7 +31,7 @@ LOCATIONS = (
     "checkpoint.export_path",
     "rewards.import_path",
 )
-"""Keys whose values are places in the filesystem."""
+"""Keys whose values are paths."""
 
 
 @section
@@ -39,13 +39,13 @@ class ModelConfig:
     path: bounds.Location | None = None
     """Hugging Face directory (config.json, safetensors, tokenizer) to start from."""
     architecture: dict[str, Any] | None = None
-    """Instead of `path`: a Hugging Face style config (`model_type: llama`, `hidden_size: 64`, ...) for random weights."""
+    """Instead of `path`: a Hugging Face config (`model_type: llama`, `hidden_size: 64`, ...) for random weights."""
     tokenizer: bounds.Location | None = None
     """Hugging Face tokenizer directory; default: `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Training parameters; with bfloat16, Megatron keeps float32 main parameters and gradients."""
+    """Dtype of training parameters; with bfloat16, Megatron keeps float32 main parameters and gradients."""
     max_position_embeddings: bounds.Tokens | None = None
-    """Longest sequence; default: the architecture's."""
+    """Longest sequence in tokens; default: the architecture's."""
 
 
 @section
@@ -66,7 +66,7 @@ class RolloutConfig:
     group_size: bounds.Samples = 8
     """Responses sampled from each prompt."""
     tensor_model_parallel_size: bounds.Ranks = 1
-    """Of a decode replica; the rest of the world are further replicas."""
+    """Tensor-parallel size of a decode replica; the remaining ranks form further replicas."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     temperature: bounds.Temperature = 1.0
     top_k: bounds.Limit = 0
@@ -75,27 +75,27 @@ class RolloutConfig:
     repetition_penalty: bounds.Penalty = 1.0
     max_prompt_tokens: bounds.Tokens = 512
     max_tokens: bounds.Tokens = 256
-    """Longest response."""
+    """Longest response in tokens."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[bounds.TokenId, ...] = ()
-    """Beside the model's end-of-sequence ids."""
+    """Ids that end a response, besides the model's end-of-sequence ids."""
     special_tokens: Literal["content", "all", "none"] = "content"
-    """Special tokens in the text that is scored and that `stop` looks at. `content` keeps all (`<answer>` may be one) but those
-    that begin, end (those of `stop_token_ids` too) or pad a sequence; `all` keeps those too; `none` leaves all out."""
+    """Special tokens kept in the text that is scored and searched for `stop`. `content`: all (`<answer>` may be one) except
+    those that begin, end (including `stop_token_ids`) or pad a sequence; `all`: those too; `none`: none."""
     ignore_eos: bool = False
     block_size: bounds.GroupSize = 16
-    """Tokens per block of the paged KV cache."""
+    """Number of tokens per block of the paged KV cache."""
     num_kv_blocks: bounds.Blocks | None = None
-    """Blocks of the pool; default: what `kv_cache_gib` holds."""
+    """Number of blocks in the pool; default: as many as `kv_cache_gib` holds."""
     kv_cache_gib: bounds.Gibibytes = 0.5
     """Memory for the KV cache of one rank, in GiB."""
     max_num_seqs: bounds.Slots = 64
-    """Most sequences that decode at once on one replica."""
+    """Largest number of sequences that decode at once on one replica."""
     max_num_batched_tokens: bounds.Tokens = 2048
-    """Most tokens in one forward pass: longer prompts are prefilled in chunks."""
+    """Largest number of tokens in one forward pass: longer prompts are prefilled in chunks."""
     kernels: Literal["auto", "native", "prepacked", "torch"] = "auto"
-    """Of the decode model: `native` (bfloat16 on a CPU with AVX2 or AVX-512), `prepacked` (oneDNN, CPU), `torch` (any device);
-    `auto` takes the first that runs here. Resolved once, logged."""
+    """Kernels of the decode model: `native` (bfloat16 on a CPU with AVX2 or AVX-512), `prepacked` (oneDNN, CPU), `torch` (any
+    device); `auto` takes the first that can run here. Resolved once and logged."""
 
     @property
     def truncates(self) -> bool:
@@ -105,19 +105,19 @@ class RolloutConfig:
 
 @section
 class CoordinatorConfig:
-    """How decode replicas work together. No server: every replica sees the same occupancies and takes the same decisions."""
+    """Coordination of decode replicas without a server: all see the same occupancies and take the same decisions."""
 
     policy: Literal["replica", "cluster", "makespan"] = "makespan"
-    """`replica`: each one speculates as suits itself. `cluster`: one state for all, the best for their sum. `makespan`: as
-    `replica`, and the tail is rebalanced: sequences move to idle replicas when the slowest is predicted to finish earlier."""
+    """`replica`: each one chooses its own arm. `cluster`: one arm for all, the best for their sum. `makespan`: as `replica`,
+    and sequences of the tail migrate to idle replicas if the slowest replica is predicted to finish earlier."""
     hand_out: Literal["dynamic", "static"] = "dynamic"
-    """Of prompts that wait: to the replica that will be free first, or in turns at the start."""
+    """Dispatch of prompts: `dynamic`: to the replica predicted to be free first; `static`: round-robin at the start."""
     lock_step: bool = False
-    """Replicas share collectives: all take the same decision at the same step, and wait there. Needs `cluster`."""
+    """Whether replicas share collectives, so that all take the same decision at the same step, and wait. Needs `cluster`."""
     window_seconds: bounds.Seconds = 0.05
-    """Least time between two exchanges of occupancies."""
+    """Least time between two windows, in which replicas exchange occupancies."""
     stall_seconds: bounds.Seconds = 5.0
-    """After so long without an exchange a replica decides for itself until the next one; in lock step it warns and waits."""
+    """Time without a window after which a replica decides for itself until the next one; in lock step it warns and waits."""
 
 
 @section
@@ -128,7 +128,7 @@ class AlgorithmConfig:
     normalize_advantages: bool = True
     """Divide a group's advantages by its standard deviation."""
     kl_coefficient: bounds.Coefficient = 0.0
-    """0: no reference model is kept."""
+    """Coefficient of the KL to the reference; 0: no reference model is kept."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_placement: Literal["loss", "reward"] = "loss"
     entropy_coefficient: bounds.SignedCoefficient = 0.0
@@ -138,22 +138,22 @@ class AlgorithmConfig:
 @section
 class RewardsConfig:
     function: str | None = None
-    """Function (prompt: Prompt, response: str) -> float: `package.module:name`, or `path/file.py:name` with the path from the
-    configuration's directory; default: the task's own scorer. docs/rewards.md says what it is given."""
+    """Function (prompt: Prompt, response: str) -> float: `package.module:name`, or `path/file.py:name` relative to the
+    configuration's directory; default: the task's own scorer. docs/rewards.md describes its arguments."""
     import_path: bounds.Location | None = None
     """Directory whose modules `function` may import; default: the configuration's, or that of `path/file.py`."""
     pool: Literal["processes", "ray"] = "processes"
-    """Where scorers run: beside the ranks, or on a Ray cluster that is there (RAY_ADDRESS, else that of the rank's machine)."""
+    """Where scorers run: beside the ranks, or on an existing Ray cluster (RAY_ADDRESS, else that of the rank's machine)."""
     num_workers: bounds.Few = 1
     """Scoring processes per decode replica; on Ray each has one CPU of the cluster reserved."""
     timeout_seconds: bounds.Seconds = 5.0
-    """For one response."""
+    """Time limit for scoring one response."""
     error_value: bounds.Reward = 0.0
     """Reward of a response whose scorer raised or timed out."""
     stop_when_all_fail: bool = True
-    """End the run when not one response of a step, or of an evaluation, could be scored."""
+    """Whether to end the run if no response of a step or an evaluation could be scored."""
     threshold: bounds.Reward | None = None
-    """When set: reward 1 at or above it, else 0 (some scorers give garbage a little more than 0)."""
+    """If set: reward 1 at or above it, else 0 (some scorers give garbage a little more than 0)."""
 
 
 @section
@@ -168,28 +168,28 @@ class TaskConfig:
 @section
 class DataConfig:
     kind: Literal["reasoning_gym", "chain_sum_cot", "file"] = "reasoning_gym"
-    """`chain_sum_cot`: the demo's chain sums with a written-out running sum."""
+    """`chain_sum_cot`: the demo's chain sums with written partial sums."""
     tasks: tuple[TaskConfig, ...] = ()
     train_files: tuple[bounds.Location, ...] = ()
     """`.jsonl`, `.json` (a list of rows), both also as `.gz`, or `.parquet`; for kind `file`."""
     test_files: tuple[bounds.Location, ...] = ()
     prompt_column: str = "prompt"
-    """Text, or chat messages (also as JSON text). A dotted name looks into a column: `reward_model.ground_truth`."""
+    """Column with text or chat messages (also as JSON text). A dotted name reads a field: `reward_model.ground_truth`."""
     answer_column: str = "answer"
     system_prompt: str | None = None
     instruction: str = "{prompt}"
-    """How a question becomes a user message; must contain {prompt}."""
+    """Template of the user message; must contain {prompt}."""
     chat_template: bool = True
-    """Apply the tokenizer's chat template, when it has one."""
+    """Whether to apply the tokenizer's chat template, if it has one."""
     date: bounds.Day | None = None
-    """Day (`2026-11-30`) that a chat template with a clock is told; default: the day on which the run began."""
+    """Date (`2026-11-30`) for chat templates that use one; default: the day on which the run began."""
     train_seed: bounds.Seed = 20_000_000
     train_size: bounds.Items = 1_000_000
     test_seed: bounds.Seed = 10_000_000
     test_size: bounds.Items = 200
     """Generated items are seeded by seed + index, so [seed, seed + size) of train and test must not overlap."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Of kind `chain_sum_cot`: min_terms, continue_probability, max_terms."""
+    """Arguments of kind `chain_sum_cot`: min_terms, continue_probability, max_terms."""
 
 
 @section
@@ -197,7 +197,7 @@ class EvaluationConfig:
     interval: bounds.Interval = 0
     """Steps between held-out evaluations; one runs before the first and after the last step; 0: none."""
     num_prompts: bounds.Samples = 100
-    """At most: a test file may have fewer."""
+    """Largest number of prompts: a test file may have fewer."""
     samples_per_prompt: bounds.Samples = 1
     temperature: bounds.Temperature = 1.0
 
@@ -213,7 +213,7 @@ class OptimizerConfig:
     adam_beta2: bounds.Decay = 0.95
     adam_eps: bounds.Epsilon = 1e-8
     clip_grad: bounds.Norm = 1.0
-    """Global gradient norm; 0: no clipping."""
+    """Largest global gradient norm; 0: no clipping."""
     use_distributed_optimizer: bool = False
 
 
@@ -222,9 +222,9 @@ class TrainConfig:
     steps: bounds.Steps = 100
     seed: bounds.Seed = 1234
     global_batch_size: bounds.Samples | None = None
-    """Samples per optimizer step; default: all of a rollout (one on-policy update)."""
+    """Number of samples per optimizer step; default: all of a rollout (one on-policy update)."""
     max_tokens_per_micro_batch: bounds.Tokens = 4096
-    """Padded tokens of one micro-batch."""
+    """Largest number of padded tokens in one micro-batch."""
     recompute_granularity: Literal["full", "selective"] | None = None
     output_dir: bounds.Location = "runs/default"
 
@@ -233,18 +233,18 @@ class TrainConfig:
 class SupervisedConfig:
     steps: bounds.Steps = 100
     batch_size: bounds.Samples = 64
-    """Sequences per optimizer step."""
+    """Number of sequences per optimizer step."""
 
 
 @section
 class TrackingConfig:
     enabled: bool = True
     uri: str | None = None
-    """MLflow store; default: a SQLite file in train.output_dir. A password in it is refused: the environment has it."""
+    """URI of the MLflow store; default: a SQLite file in train.output_dir. Passwords must come from the environment."""
     experiment: str = "erollout"
     run_name: str | None = None
     num_sample_rollouts: bounds.Limit = 8
-    """Rollouts written to the samples table at each evaluation."""
+    """Number of rollouts written to the samples table at each evaluation."""
     system_metrics: bool = True
 
 
@@ -253,27 +253,27 @@ class CheckpointConfig:
     directory: bounds.Location | None = None
     """Default: <train.output_dir>/checkpoints."""
     interval: bounds.Interval = 0
-    """Steps between checkpoints; one is saved at the end; 0: none at all."""
+    """Steps between checkpoints; one is also saved at the end; 0: no checkpoints."""
     keep_last: bounds.Few = 2
     asynchronous: bool = False
-    """Write in the background while training goes on: each rank holds a copy of what it saves in host memory meanwhile."""
+    """Write in the background while training continues; each rank holds a copy of its state in host memory meanwhile."""
     resume: bool = True
-    """Go on from the newest complete checkpoint in the directory, when there is one; false: refuse to mix two runs."""
+    """Resume from the newest complete checkpoint in the directory, if there is one; false: refuse to start if there is."""
     export_path: bounds.Location | None = None
-    """Where to write the final policy as a Hugging Face directory."""
+    """Directory for the final policy in Hugging Face's format."""
 
 
 @section
 class FaultToleranceConfig:
     heartbeat_seconds: bounds.Heartbeat = 5.0
-    """Between two writings of where each rank is (<train.output_dir>/heartbeats). At most 20."""
+    """Seconds between heartbeats of each rank (<train.output_dir>/heartbeats). At most 20."""
     hang_seconds: bounds.SecondsOrNever = 3600.0
-    """A rank that stays in one phase for so long is taken to hang: who waits for whom is said, and the run ends. In rollouts
-    and evaluations it is the time of one step of the engine, and of scoring after the last one. 0: never."""
+    """Time in one phase after which a rank counts as hanging: the ranks that it waits for are reported, and the run ends. In
+    rollouts and evaluations it is the time of one engine step, and of scoring after the last one. 0: never."""
     max_nonfinite_steps: bounds.Steps = 5
-    """Updates in a row whose loss or gradient is not finite: that many end the run, with the last batch saved."""
+    """Number of updates in a row with a non-finite loss or gradient that ends the run, with the last batch saved."""
     checksum_interval: bounds.Interval = 100
-    """Steps between comparisons of the parameters of data-parallel ranks; 0: none."""
+    """Steps between comparisons of parameters across data-parallel ranks; 0: none."""
 
 
 @section
@@ -321,7 +321,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def _with_import_path(config: Config, directory: Path) -> Config:
-    """A reward function may be in the configuration's directory: it is looked for there wherever the run is started."""
+    """Default rewards.import_path to the configuration's directory, wherever the run is started."""
     if config.rewards.function is None or config.rewards.import_path is not None:
         return config
     rewards = replace(config.rewards, import_path=str(directory))  # type: ignore[type-var]  # mypy does not see through section
@@ -343,7 +343,7 @@ def build_config(tree: dict[str, Any], source: str = "config") -> Config:
 
 
 def _elsewhere(key: str) -> str:
-    """Configurations are copied to run directories, and overrides are to be seen in the list of processes."""
+    """Where a secret belongs instead: configurations are copied to run directories, and overrides appear in process lists."""
     if key == "tracking.uri":
         return (
             "which belongs in the environment: leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
@@ -353,7 +353,7 @@ def _elsewhere(key: str) -> str:
 
 
 def _check_consistency(config: Config) -> None:
-    """What no single key can be checked for."""
+    """Checks that involve several keys."""
     model, data, rollout = config.model, config.data, config.rollout
     hang, timeout = config.fault_tolerance.hang_seconds, config.parallel.timeout_seconds
     if 0 < hang <= config.fault_tolerance.heartbeat_seconds:
@@ -422,7 +422,7 @@ def _check_consistency(config: Config) -> None:
 
 
 def require_groups(config: Config) -> None:
-    """For what trains. Raises UserError where an advantage has nothing to be compared with."""
+    """Check, for training, that groups have several samples, which advantages need. Raises UserError."""
     if config.rollout.group_size == 1:
         raise UserError(
             f"rollout.group_size = 1: {config.algorithm.name.upper()} compares a response with the others to its prompt, and "

@@ -13,7 +13,7 @@ _EPSILON = 1e-6
 
 
 class GRPO:
-    """What the trainer needs from an algorithm: advantages of samples, and a loss for each token."""
+    """GRPO: advantages of samples, and a loss per token."""
 
     metric_names: tuple[str, ...] = (
         "loss",
@@ -32,24 +32,24 @@ class GRPO:
         self._kl = ESTIMATORS[config.kl_estimator]
 
     def shaped_reward(self, reward: float, sample: TrainSample) -> float:
-        """The reward of a sample (with its log-probs), less its KL to the reference where that belongs in the reward."""
+        """The reward of a sample (with its log-probs), minus its KL to the reference if that is part of the reward."""
         if not (self.uses_reference and self.config.kl_placement == "reward"):
             return reward
         old, ref = torch.tensor(sample.old_logprobs), torch.tensor(sample.ref_logprobs)
         return reward - self.config.kl_coefficient * float(self._kl(old, ref).sum())
 
     def advantages(self, rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
-        """The advantage of each sample: its (shaped) reward against the other samples of its group.
+        """The advantage of each sample: its (shaped) reward relative to its group.
 
         Args:
-            rewards: one per sample of the whole batch.
-            groups: the prompt that each sample answers; samples of one group need not be adjacent.
+            rewards: reward per sample of the whole batch.
+            groups: prompt of each sample; samples of one group need not be adjacent.
         """
         shaped = torch.tensor(rewards, dtype=torch.float64)
         return group_relative(shaped, torch.tensor(groups, dtype=torch.int64), self.config.normalize_advantages).tolist()
 
     def token_loss(self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each token [B, S] (averaging is the caller's) and what to report, each [B, S] too."""
+        """Loss of each token [B, S], to be averaged by the caller, and metrics, each [B, S] too."""
         config = self.config
         log_ratio = (logprobs - batch.old_logprobs) * batch.mask
         ratio = log_ratio.exp()

@@ -1,4 +1,4 @@
-"""Which samples of a rollout this rank trains on, in which optimizer step. Every rank computes the same split."""
+"""Split of a rollout's samples over optimizer steps and data-parallel ranks. Every rank computes the same split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ class MiniBatch:
     """One data-parallel rank's share of the samples of one optimizer step."""
 
     indices: list[int]
-    """Positions in the rollout's list of samples."""
+    """Indices into the rollout's list of samples."""
     samples: list[TrainSample]
     weights: list[float]
-    """Of each sample's response tokens; over all data-parallel ranks they sum to 1."""
+    """Weight of each response token, per sample; over the tokens of all data-parallel ranks they sum to 1."""
 
 
 def split(
@@ -32,7 +32,7 @@ def split(
 ) -> list[MiniBatch]:
     """Consecutive runs of global_batch_size samples, each balanced over the data-parallel ranks by tokens.
 
-    raw_logprobs: whether the engine's raw log-probs, and not the processed ones, are those to compare with the actor's.
+    raw_logprobs: whether to compare the engine's raw log-probs, instead of the processed ones, with the actor's.
     """
     samples = [_train_sample(s.rollout, raw_logprobs) for s in scored]
     return [

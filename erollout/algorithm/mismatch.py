@@ -1,4 +1,4 @@
-"""How far the decode engine's log-probs are from the actor's, before any update: should be rounding, is measured every step."""
+"""Mismatch of the decode engine's and the actor's log-probs before any update: should be rounding; measured every step."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def mismatch_metrics(samples: Sequence[TrainSample], device: torch.device) -> di
     """Difference of old_logprobs and rollout_logprobs over the response tokens of all ranks' samples.
 
     Args:
-        samples: each sample on exactly one rank; a rank that only mirrors another's passes an empty list.
+        samples: each sample on exactly one rank; a rank that mirrors another one passes an empty list.
     """
     tokens, absolute, kl = all_sum(_sums(samples), device)
     largest_ratio, largest = all_max(_maxima(samples), device)

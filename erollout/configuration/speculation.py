@@ -24,67 +24,67 @@ class FormatOverrideConfig:
 @section
 class DrafterConfig:
     format: str = "w4a16_clip"
-    """A name of erollout/drafter/formats.py, or `auto`: the choice per layer with the most predicted speed-up."""
+    """A name in erollout/drafter/formats.py, or `auto`: the choice per layer with the highest predicted speed-up."""
     group_size: bounds.GroupSize = 128
-    """Weights that share a scale, of the int4 formats; it must divide every layer's input size on a decode rank."""
+    """Number of weights that share a scale in int4 formats; it must divide every layer's input size on a decode rank."""
     alternatives: tuple[str, ...] = ()
-    """Further formats that `adaptive` may draft with instead: each is one more drafter of the same weights."""
+    """Further formats for `adaptive` to choose from: each is another drafter of the same weights."""
     lm_head: Literal["target", "w8a8"] = "target"
     """The drafter's LM head: the target's own, or an INT8 copy of it."""
     overrides: tuple[FormatOverrideConfig, ...] = ()
     """Other formats for some layers; the last pattern that matches a layer counts."""
     statistics_tokens: bounds.Limit = 512
-    """Tokens of the last rollout that the activation statistics of w4a16_clip and the like are taken from; 0: none are."""
+    """Number of tokens of the last rollout for the activation statistics of formats like w4a16_clip; 0: no statistics."""
     statistics_interval: bounds.Steps = 10
     """Steps between two collections of these statistics."""
 
 
 @section
 class LadderConfig:
-    """The paper's rule for the draft length: one rung up or down when whole rollouts ask for it."""
+    """The paper's rule for the draft length: one rung up or down, by the acceptance rates of whole rollouts."""
 
     rungs: tuple[bounds.DraftLength, ...] = (5, 7, 9, 11)
     raise_above: bounds.Fraction = 0.94
-    """Acceptance rate of a rollout that asks for the next longer draft."""
+    """Acceptance rate of a rollout above which it calls for the next longer draft."""
     lower_below: bounds.Fraction = 0.85
     persistence: bounds.Few = 2
-    """Rollouts in a row that must ask for it."""
+    """Number of rollouts in a row that must call for it."""
 
 
 @section
 class ToggleConfig:
     margin: bounds.Fraction = 0.02
-    """A change must promise this share of the time per token."""
+    """Least predicted saving of time per token, as a share, for a change of the arm."""
     max_speculative_tokens: bounds.DraftLength = 8
     """Longest draft that `adaptive` considers."""
     acceptance_window: bounds.Steps = 150
-    """Drafts after which an old one counts e times less in the estimated acceptance."""
+    """Number of drafts after which an old one weighs e times less in the estimated acceptance."""
     probe_interval: bounds.Interval = 200
-    """Steps between two probes of what is not chosen; 0: none."""
+    """Steps between two probes of an arm that is not chosen; 0: no probes."""
     probe_steps: bounds.Few = 2
     bootstrap_seconds: bounds.Seconds = 5.0
-    """Without a calibration file: how long this device is measured before the first rollout."""
+    """Time for measuring this device before the first rollout, without a calibration file."""
     ladder: LadderConfig = field(default_factory=LadderConfig)
 
 
 @section
 class SpeculationConfig:
     mode: Annotated[Literal["off", "always", "toggle", "adaptive", "ladder"], BeforeValidator(_mode)] = "off"
-    """`always`: every step drafts num_speculative_tokens. `toggle`: they are drafted in the steps where that is predicted to be
-    faster. `adaptive`: drafter and number too are chosen for each step. `ladder`: as `toggle`, with the paper's rule for the
+    """`always`: every step drafts num_speculative_tokens. `toggle`: a step drafts them if that is predicted to be faster.
+    `adaptive`: drafter and number are chosen for each step as well. `ladder`: as `toggle`, with the paper's rule for the
     number between rollouts."""
     num_speculative_tokens: bounds.DraftLength = 3
-    """Tokens that the drafter proposes before the target verifies them all at once."""
+    """Number of tokens that the drafter proposes before the target verifies them in one pass."""
     verification: Literal["coupled", "rejection"] = "coupled"
     """`coupled`: the samples are those of autoregressive decoding, token for token (on GPUs in distribution); refused on a CPU
     whose kernels can't. `rejection`: the same distribution, with the highest acceptance."""
     calibration: bounds.Location | None = None
     """File of `erollout calibrate fit` for this model, device, layout and drafter; default: measured at the start."""
     decision_interval: bounds.Few = 1
-    """Steps between two decisions; above 1 where a replica has several ranks, which must agree on each."""
+    """Steps between two decisions; above 1 for replicas of several ranks, which must agree on each."""
     trace_interval: bounds.Interval = 1
-    """Rollouts between two whose decisions are written to <train.output_dir>/decisions; 0: none. The newest
-    hundred of each replica are kept."""
+    """Interval, in rollouts, of those whose decisions are written to <train.output_dir>/decisions; 0: none. The newest hundred
+    per replica are kept."""
     toggle: ToggleConfig = field(default_factory=ToggleConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
 

@@ -1,4 +1,4 @@
-"""The same rollout with speculation off and on, in turns, in one process: what drafts save, and that they change no token."""
+"""Comparison of rollouts with speculation off and on, alternating in one process: time saved, and equality of tokens."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -14,29 +14,29 @@ from erollout.speculation.statistics import merge
 Rows = list[tuple[str, object]]
 
 _ONE_BY_ONE = 8
-"""Prompts of the comparison at one sequence at a time."""
+"""Number of prompts in the comparison with one sequence at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Rollouts of the same requests, as many without drafts as with."""
+    """Rollouts of the same requests, equally many with and without drafts."""
 
     off: list[RolloutResult]
     on: list[RolloutResult]
 
     @property
     def differing(self) -> int:
-        """Responses whose tokens, in any rollout with drafts, are not those of the first without."""
+        """Number of responses that differ, in any rollout with drafts, from the first one without."""
         without = _responses(self.off[0])
         return sum(a != b for result in self.on for a, b in zip(without, _responses(result), strict=True))
 
     @property
     def speed_up(self) -> float:
-        """Tokens per second with drafts over those without: under `rejection` the responses differ in length."""
+        """Ratio of tokens per second with and without drafts: under `rejection` the responses differ in length."""
         return _tokens_per_second(self.on) / _tokens_per_second(self.off)
 
     def rows(self) -> Rows:
-        """Names and values for a table. Seconds and speeds are medians."""
+        """Names and values for a table. Seconds and throughput are medians."""
         speculation = merge(result.speculation for result in self.on)
         responses = len(self.on) * len(self.on[0].scored)
         same = "all, token for token" if not self.differing else f"all but {self.differing} of {responses}"
@@ -51,7 +51,7 @@ class Comparison:
         ]
 
     def where(self) -> list[tuple[str, ...]]:
-        """A line per batch size: seconds without and with speculation per rollout, where it was on, and what that saved."""
+        """Rows by batch size: seconds per rollout without and with speculation, share of time speculating, and speed-up."""
         off, on = (_shares(results) for results in (self.off, self.on))
         rows: list[tuple[str, ...]] = []
         for batch in sorted(off.keys() | on.keys()):
@@ -76,7 +76,7 @@ WHERE = ("sequences", "seconds, off", "seconds, on", "speculating", "mean n", "t
 
 
 def compare(rollout: Callable[[bool], RolloutResult], rounds: int = 3) -> Comparison:
-    """Run a rollout without and with speculation, in turns, the first of a round being the second of the next.
+    """Run a rollout without and with speculation, alternating, with their order reversed in every other round.
 
     Collective over the world.
     """
@@ -88,9 +88,9 @@ def compare(rollout: Callable[[bool], RolloutResult], rounds: int = 3) -> Compar
 
 
 def compare_held_out(worker: RolloutWorker, data: PromptDataset, rounds: int = 3) -> dict[str, Comparison]:
-    """The held-out prompts, by how many sequences run at once: one (the first few prompts), and as many as configured.
+    """Comparisons on held-out prompts by number of concurrent sequences: one (with the first few prompts), and as configured.
 
-    Each figure is of rollouts of the same requests on the same replicas.
+    Each comparison is between rollouts of the same requests on the same replicas.
     """
     options = worker.config.evaluation
     few = [data.prompt(i) for i in range(min(_ONE_BY_ONE, options.num_prompts, len(data)))]
@@ -102,9 +102,9 @@ def compare_held_out(worker: RolloutWorker, data: PromptDataset, rounds: int = 3
 
 
 def drafter_as_in_training(worker: RolloutWorker, data: PromptDataset) -> tuple[RolloutResult, RequantizeStats]:
-    """Make the drafter as a training step does: of weights that just arrived, weighed by the tokens of a rollout before.
+    """Update the drafter as in a training step: from the current weights, with statistics of an earlier rollout.
 
-    Returns that rollout, made without drafts, and what the drafter took. Collective over the world.
+    Returns that rollout, made without drafts, and the cost of the update. Collective over the world.
     """
     assert worker.speculation is not None
     first = worker.evaluate(data, 0, speculates=False)
@@ -117,7 +117,7 @@ def drafter_as_in_training(worker: RolloutWorker, data: PromptDataset) -> tuple[
 
 @contextmanager
 def _at_once(worker: RolloutWorker, max_num_seqs: int) -> Iterator[None]:
-    """Let so many sequences run together."""
+    """Context in which max_num_seqs sequences run concurrently."""
     options = worker.engine.rollout
     worker.engine.rollout = replace(options, max_num_seqs=max_num_seqs)  # type: ignore[type-var]  # as in Config.to_dict
     try:
@@ -127,14 +127,14 @@ def _at_once(worker: RolloutWorker, max_num_seqs: int) -> Iterator[None]:
 
 
 def _sequences(batch: int) -> str:
-    """Batch sizes of a BatchShare, by the largest."""
+    """Range of batch sizes of a BatchShare, from the largest one."""
     if batch < 3:
         return str(batch or "with prompts")
     return f"{batch // 2 + 1}-{batch}"
 
 
 def _shares(results: list[RolloutResult]) -> dict[int, BatchShare]:
-    """Of all replicas and rollouts together, by batch size."""
+    """Shares summed over all replicas and rollouts, by batch size."""
     total: dict[int, BatchShare] = {}
     for result in results:
         for summary in result.summaries:
@@ -148,7 +148,7 @@ def _responses(result: RolloutResult) -> list[tuple[int, ...]]:
 
 
 def _seconds(results: list[RolloutResult]) -> float:
-    """Of the slowest replica."""
+    """Median seconds of the slowest replica."""
     return statistics.median(max(report["seconds"] for report in result.reports) for result in results)
 
 

@@ -25,20 +25,20 @@ from erollout.types import PartialRollout, RolloutRequest
 logger = logging.getLogger(__name__)
 
 SHORTEST_SLEEP, LONGEST_SLEEP = 0.0002, 0.005
-"""Seconds between two looks of a replica that has nothing to do."""
+"""Seconds between two polls of an idle replica."""
 LONGEST_WAIT = 1.0
-"""Seconds after which it returns to the engine, so that nobody waits for its orders for longer."""
+"""Longest wait in seconds before an idle replica returns to the engine, so that its ranks don't wait longer for orders."""
 LOOKS_PER_WINDOW = 2
-"""In the least time between two windows: a replica that has something to do looks no more often."""
+"""Largest number of polls of a busy replica in the least time between two windows."""
 
 
 @dataclass(slots=True)
 class _Counts:
-    """Of a rollout's steps so far."""
+    """Counts over a rollout's steps so far."""
 
     steps: int = 0
     arm: int = 0
-    """Index of the last step's, as far as it is one of the agreed."""
+    """Index of the last step's arm, if it is one of the agreed arms."""
     finished: int = 0
     num_drafts: int = 0
     drafted: int = 0
@@ -54,7 +54,7 @@ class _Counts:
 
 
 class ReplicaControl:
-    """Of a replica's leader, in one rollout: which arm, which prompts, which sequences come and go."""
+    """Control of a replica's leader in one rollout: chooses arms, takes prompts, and migrates sequences."""
 
     def __init__(
         self,
@@ -68,13 +68,13 @@ class ReplicaControl:
     ) -> None:
         """
         Args:
-            requests: of the whole cluster, the same on every replica.
-            toggle: of this replica, in its rollout.
-            exchange: new; None for the only replica, which takes all requests.
-            lock_step: every call of `orders` is one window, waited for: all replicas call equally often.
-            asked: whether this process was asked to stop. One that was interrupts the rollout on all replicas, at the next
+            requests: requests of the whole cluster, the same on every replica.
+            toggle: this replica's toggle.
+            exchange: new exchange; None for the only replica, which takes all requests.
+            lock_step: whether every call of `orders` waits for one window: all replicas call equally often.
+            asked: whether a stop was requested in this process, which interrupts the rollout on all replicas at the next
                 window.
-            alive: told at each window, and so that the others go on: one that waits for a silent peer gives no sign.
+            alive: called at each window as a sign of life, but not while waiting for a silent peer.
         """
         self.requests = requests
         self.max_num_seqs = max_num_seqs
@@ -84,27 +84,27 @@ class ReplicaControl:
         self.asked = asked
         self.alive = alive
         self.interrupted = False
-        """What is left undone here is not to be done."""
+        """Whether the remaining responses are aborted."""
         self.stalls = self.claims = self.decisions = 0
         self.moves: list[tuple[float, Move]] = []
-        """Of all replicas, with the seconds since the rollout began."""
+        """Moves between all replicas, with the seconds since the rollout began."""
         self._arm: Arm | None = None
-        """The cluster's; None: the toggle's own."""
+        """The cluster's arm; None: the toggle decides."""
         self._arms = toggle.arms
         self._by_index = {request.prompt_index: request for request in requests}
         self._new: list[RolloutRequest] = []
         self._arrivals: list[Arrival] = []
         self._known: set[tuple[int, int]] = set()
-        """Prompt and sample indices of the responses that are here, or were completed here."""
+        """Prompt and sample indices of the responses that are, or were completed, here."""
         self._release = 0
         self._outstanding = 0
-        """Responses to be completed here."""
+        """Number of responses to complete here."""
         self._occupancies = OccupancyBuilder(
             max_num_seqs, toggle.seconds_per_token, lambda load: toggle.cost.step_seconds(OFF, load)
         )
         self._alone = self._broken = False
         self._late: int | None = None
-        """Windows before the last one that stalled, until one comes without: a peer that is always slow stalls every one."""
+        """Number of windows before the last stalled one, until one does not stall: a slow peer may stall every one."""
         self._started = time.monotonic()
         self._last_work = self._started
         self._load = Load(0, 0.0)
@@ -117,16 +117,16 @@ class ReplicaControl:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more comes from the cluster."""
+        """Whether nothing more comes from the cluster."""
         return self.exchange is None or self.exchange.has_ended or self._broken
 
     @property
     def has_lost_others(self) -> bool:
-        """An operation of the exchange failed or was given up: another one in its group could meet what is left of it."""
+        """Whether an operation of the exchange failed or was abandoned, so that its group can't be used any more."""
         return self.exchange is not None and self.exchange.stream.error is not None
 
     def orders(self, load: Load) -> Orders:
-        """For the next step; with nothing to do, waits up to LONGEST_WAIT for something."""
+        """Orders for the next step; an idle replica waits for up to LONGEST_WAIT."""
         self._load = load
         if self.exchange is not None:
             if self.lock_step:
@@ -152,7 +152,7 @@ class ReplicaControl:
         self._last_work = time.monotonic()
 
     def report(self) -> dict[str, float]:
-        """What coordination did in this rollout: counts, seconds, share of the rollout's time."""
+        """Metrics of coordination in this rollout: counts, seconds, share of the rollout's time."""
         exchange, now = self.exchange, time.monotonic()
         if exchange is None:
             return {}
@@ -176,7 +176,7 @@ class ReplicaControl:
         return self.exchange.decision.interrupted
 
     def _follow(self, exchange: Exchange) -> None:
-        """Take in what the stream brought; with nothing to do, wait for something."""
+        """Take in what the stream brought; an idle replica waits for something."""
         now = time.monotonic()
         if self._outstanding and now < self._next_look and not self.asked():
             return
@@ -189,7 +189,7 @@ class ReplicaControl:
             self._look(exchange)
 
     def _window_in_lock_step(self, exchange: Exchange) -> None:
-        """Complete one window. RuntimeError when it does not come: these replicas can't go on without each other."""
+        """Complete one window. Raises RuntimeError if it fails: replicas in lock step can't continue without each other."""
         before, sleep = exchange.windows, SHORTEST_SLEEP
         while exchange.windows == before and not exchange.has_ended:
             self._look(exchange, pause=0.0)
@@ -198,10 +198,10 @@ class ReplicaControl:
             if not exchange.stream.is_free:
                 time.sleep(sleep)
                 sleep = min(2 * sleep, LONGEST_SLEEP)
-        self._look(exchange, pause=inf)  # sequences that are to move leave before the step
+        self._look(exchange, pause=inf)  # sequences to be moved leave before the step
 
     def _look(self, exchange: Exchange, pause: float | None = None) -> None:
-        """One look at the stream, and what follows from it. A replica with nothing to do spares no time."""
+        """Poll the stream once, and act on the result. An idle replica does not save polls."""
         if pause is None and (self.asked() or not self._outstanding):
             pause = 0.0 if self.asked() else exchange.window_seconds
         windows = exchange.windows
@@ -230,7 +230,7 @@ class ReplicaControl:
         self._take([self.requests[position] for position in mine])
 
     def _change_company(self, exchange: Exchange) -> None:
-        """This replica is on its own now, or no longer."""
+        """Handle the loss or the return of the other replicas."""
         was_alone, self._alone = self._alone, exchange.is_alone
         if exchange.stream.error is not None:
             self._broken = True
@@ -254,7 +254,7 @@ class ReplicaControl:
         self.stalls += self._alone and not was_alone
 
     def _claim(self, exchange: Exchange) -> None:
-        """Keep the slots filled with prompts that no window gives."""
+        """Claim prompts to keep the slots filled while no window arrives."""
         while self._outstanding < self.max_num_seqs:
             position = exchange.machine.claim(exchange.replica)
             if position is None:
@@ -272,7 +272,7 @@ class ReplicaControl:
         for part in partials:
             request = self._by_index[part.prompt_index]
             if (part.prompt_index, part.sample_index) in self._known:
-                continue  # two replicas that had lost each other began it: it is here already
+                continue  # begun by two replicas that had lost each other, and here already
             self._known.add((part.prompt_index, part.sample_index))
             self._arrivals.append(Arrival(request, part))
             self._count_samples(request, 1)
@@ -282,7 +282,7 @@ class ReplicaControl:
         self._occupancies.given(len(request.prompt_ids), count)
 
     def _occupancy(self) -> Occupancy:
-        """What this replica tells the others now, with all that it has been given."""
+        """This replica's present occupancy, including all that was dispatched to it."""
         counts = self._counts
         assert self.exchange is not None
         return self._occupancies.build(
@@ -301,9 +301,10 @@ class ReplicaControl:
 
 
 class AgreedControl:
-    """The orders of a replica's leader on all of its ranks: new ones at every so many steps, in between the last arm alone.
+    """A control that gives the orders of a replica's leader on all of its ranks: new ones every `interval` steps, and only the
+    last arm in between.
 
-    Where the borders are is agreed without asking: the ranks' engines call equally often.
+    The steps with new orders need no communication to agree on: the ranks' engines call equally often.
     """
 
     def __init__(
@@ -317,12 +318,12 @@ class AgreedControl:
     ) -> None:
         """
         Args:
-            leader: on the group's first rank; None on the others.
+            leader: the leader's control on the group's first rank; None on the others.
             group: the replica's ranks, over gloo; None for one rank.
-            arms: OFF and all that the leader may order, the same on all ranks.
-            requests: of the whole cluster, the same on all ranks.
-            interval: steps between two borders.
-            alive: told after each step, and where this rank has none, at each word of its leader.
+            arms: OFF and all arms that the leader may order, the same on all ranks.
+            requests: requests of the whole cluster, the same on all ranks.
+            interval: steps between new orders.
+            alive: called after each step, and on a rank without steps at each message of its leader.
         """
         self.leader = leader
         self.alive = alive
@@ -358,7 +359,7 @@ class AgreedControl:
         return self._send(self.leader.orders(load)) if self.leader is not None else self._receive()
 
     def _send(self, orders: Orders) -> Orders:
-        """Tell the other ranks: always a header, and what prompts and sequences there are."""
+        """Send orders to the other ranks: a header, then prompts and sequences, if any."""
         payload = b""
         if orders.requests or orders.arrivals:
             prompts = [request.prompt_index for request in orders.requests]

@@ -1,4 +1,4 @@
-"""One rank's part in coordinated rollouts: its toggle over the run, and a control for each rollout that follows the others."""
+"""One rank's part in coordinated rollouts: its toggle over the run, and a control for each rollout."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Coordination:
-    """One rank's part. `begin` and `end` are collective over the world."""
+    """Coordination of rollouts on one rank. `begin` and `end` are collective over the world."""
 
     def __init__(
         self,
@@ -38,36 +38,36 @@ class Coordination:
         asked: Callable[[], bool] = never,
         alive: Callable[[], None] = ignore,
     ) -> None:
-        """As RolloutWorker. Raises UserError for a calibration that is not of this run."""
+        """Arguments as for RolloutWorker. Raises UserError for a calibration that is not for this run."""
         self.config = config
         self.context = context
         self.engine = engine
         self.asked = asked
         self.alive = alive
         self.was_interrupted = False
-        """The last rollout, on some replica, as all ranks know."""
+        """Whether the last rollout was interrupted on any replica, as agreed by all ranks."""
         self.formats = speculation.formats if speculation is not None else ()
         self._drafters = speculation.drafters if speculation is not None else {}
         self._known_drafters = dict(self._drafters)
         self.costs = RunCosts(config.speculation, engine, self.formats)
         self.lengths: tuple[int, ...] = ()
-        """Lengths of the last training rollout's responses, of all replicas."""
+        """Response lengths of the last training rollout on all replicas."""
         self.toggle: Toggle | None = None
-        """None until the first rollout."""
+        """The run's toggle; None before the first rollout."""
         self.last: Toggle | None = None
-        """Toggle of the last rollout, with its trace; None on ranks that decide nothing."""
+        """Toggle of the last rollout, with its trace; None on ranks that take no decisions."""
         self._state: dict[str, Any] = {}
         self._control: ReplicaControl | None = None
         self._has_split = False
-        """Replicas lost each other in the last rollout, as all ranks know."""
+        """Whether replicas lost each other in the last rollout, as agreed by all ranks."""
 
     def begin(self, requests: Sequence[RolloutRequest], learns: bool, speculates: bool = True) -> Control:
-        """The control of the next rollout. The first one measures what steps cost, where that is to be measured.
+        """The control of the next rollout. The first call measures step costs if there is no calibration.
 
         Args:
-            requests: those of the whole cluster, the same on every rank.
-            learns: false: nothing of the rollout is kept for later ones.
-            speculates: false: autoregressive, whatever the mode.
+            requests: requests of the whole cluster, the same on every rank.
+            learns: False: later rollouts do not learn from this one.
+            speculates: False: autoregressive, whatever the mode.
 
         Raises RuntimeError after a rollout in which replicas lost each other.
         """
@@ -87,7 +87,7 @@ class Coordination:
         return AgreedControl(self._control, self.context.control_group, toggle.arms, requests, interval, self.alive)
 
     def end(self, decisions: Path | None) -> RolloutSummary:
-        """Close the rollout; collective over the world. `decisions`: file for what was decided; None: it is not kept."""
+        """Close the rollout. Collective over the world. `decisions`: file for the decision trace; None: not written."""
         control, self._control = self._control, None
         statistics = self.engine.stats.speculation
         counts = [0.0] * 4
@@ -104,17 +104,19 @@ class Coordination:
         return summarize(toggle, self.engine.stats.seconds, control.report(), control.moves)
 
     def state_dict(self) -> dict[str, Any]:
-        """What later rollouts know, as JSON."""
+        """State for later rollouts, as JSON."""
         calibration = self.costs.calibration
         if self.toggle is None or calibration is None:
             return self._state | {"lengths": list(self.lengths)}
         return {"toggle": self.toggle.state_dict(), "calibration": calibration.to_dict(), "lengths": list(self.lengths)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The state of a run with this configuration or another; what does not fit is measured and learnt again."""
+        """Load the state of a run with this or another configuration; what does not fit is measured and learnt again."""
         self._state = state
         self.lengths = tuple(state["lengths"])
-        self._known_drafters = dict(self._drafters)  # those that it was learnt of: formats that `auto` had chosen are there now
+        self._known_drafters = dict(
+            self._drafters
+        )  # of the present drafters, since formats chosen by `auto` have been restored
 
     def _exchange(self, requests: Sequence[RolloutRequest], toggle: Toggle) -> Exchange | None:
         """The replicas' exchange of one rollout; None for the only replica."""
@@ -128,16 +130,14 @@ class Coordination:
         return Exchange(context.coordination_group, machine, len(toggle.arms), max_tokens, options, patience)
 
     def _forget_replaced(self, toggle: Toggle) -> None:
-        """A drafter's name may stand for other formats since the last rollout: `auto` has chosen them."""
+        """Forget what was learnt about drafters whose formats `auto` has changed since the last rollout."""
         for name, drafter in self._drafters.items():
             if drafter is not self._known_drafters[name]:
-                logger.info(
-                    "drafter %s is another one now: its acceptance and what live steps said of its costs start anew", name
-                )
+                logger.info("drafter %s has changed: its acceptance and its cost corrections are reset", name)
                 toggle.forget(name)
         self._known_drafters = dict(self._drafters)
 
     def _without_speculation(self, toggle: Toggle) -> Toggle:
-        """One that leaves no trace in the run's own, but knows its costs."""
+        """A toggle without speculation that shares the run's costs but does not change its state."""
         assert isinstance(toggle.cost, CalibratedCost)
         return Toggle(replace(self.config.speculation, mode="off"), (), toggle.cost)  # type: ignore[type-var]

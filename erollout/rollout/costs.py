@@ -1,4 +1,4 @@
-"""What a replica's steps cost in this run: by the named calibration, else as the run has measured before, else measured now."""
+"""Step costs of a run: from the configured calibration, else as measured by an earlier attempt, else measured now."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class RunCosts:
-    """The costs that a run's toggle starts with. Every rank has the same."""
+    """The costs with which a run's toggle starts, equal on all ranks."""
 
     def __init__(self, options: SpeculationConfig, engine: Engine, formats: Sequence[str]) -> None:
-        """Raises UserError for a named calibration that is not of this run.
+        """Raises UserError for a configured calibration that is not for this run.
 
         Args:
             formats: names of the drafters.
@@ -29,14 +29,14 @@ class RunCosts:
         self.engine = engine
         self.formats = tuple(formats)
         self.calibration = named_calibration(options, engine, formats)
-        """What the toggle's corrections are relative to; None: not looked up yet, and none is named."""
+        """Calibration that the toggle's corrections refer to; None: none is configured, and none has been resolved yet."""
 
     def first_toggle(self, num_sequences: int, saved: Mapping[str, Any]) -> Toggle:
-        """The run's toggle, with the costs and the acceptance of its earlier attempts, where they are of this model, hardware
-        and drafters. Collective over the world.
+        """The run's toggle, with costs and acceptance of earlier attempts if they are for this model, hardware and drafters.
+        Collective over the world.
 
         Args:
-            num_sequences: most that a replica will decode at once.
+            num_sequences: largest batch of a replica.
             saved: `calibration` and `toggle` of a checkpoint; empty: there is none.
         """
         known = from_rank_zero(self._usable(saved))
@@ -45,8 +45,8 @@ class RunCosts:
         toggle = Toggle(self.options, self.formats, found.cost_model())
         if known is not None:
             state = dict(saved["toggle"])
-            if (known.roofline, known.tables) != (found.roofline, found.tables):  # corrections are relative to these
-                logger.info("speculation.calibration is not that of the checkpoint: what live steps added to it is dropped")
+            if (known.roofline, known.tables) != (found.roofline, found.tables):  # corrections refer to these
+                logger.info("speculation.calibration differs from the checkpoint's: its live corrections are dropped")
                 del state["cost"]
             try:
                 toggle.load_state_dict(state)
@@ -64,6 +64,6 @@ class RunCosts:
                 raise UserError("they were guessed")
         except UserError as error:
             if self.options.mode != "off":  # where they are always guessed
-                logger.info("costs and acceptance of the run so far are not used: %s", error)
+                logger.info("costs and acceptance in the checkpoint are not used: %s", error)
             return None
         return calibration

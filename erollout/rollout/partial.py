@@ -1,4 +1,4 @@
-"""What an interrupted rollout has sampled, for a later attempt to go on with. Pure."""
+"""Partial rollouts: samples of an interrupted rollout, to be resumed by a later attempt. Pure."""
 
 import hashlib
 import io
@@ -21,13 +21,13 @@ _REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
 
 @dataclass(frozen=True, slots=True)
 class KeptRollouts:
-    """Samples of one rollout, complete ones and begun ones. Its random numbers are functions of position: any replica of any
-    layout goes on with them."""
+    """Complete and partial samples of one rollout. Random numbers are functions of position, so any replica of any layout can
+    resume them."""
 
     fingerprint: str
-    """Of the rollout's requests: samples of others don't fit."""
+    """Fingerprint of the rollout's requests: samples of other requests don't fit."""
     samples: tuple[PartialRollout, ...]
-    """One for each prompt and sample index; all have tokens."""
+    """At most one per prompt and sample index, each with tokens."""
 
     @property
     def finished(self) -> list[PartialRollout]:
@@ -42,11 +42,11 @@ class KeptRollouts:
         return sum(len(sample.response_ids) for sample in self.samples)
 
     def summary(self, num_samples: int) -> str:
-        """In words; `num_samples`: of the whole rollout."""
+        """Summary in words. `num_samples`: number of samples of the whole rollout."""
         return f"{len(self.finished)} of {num_samples} samples finished, {self.num_tokens:,} tokens kept"
 
     def completed(self, prompts: Mapping[int, Prompt], policy_version: int) -> list[Rollout]:
-        """The complete ones; `prompts` by their index."""
+        """The complete samples as rollouts; `prompts` by index."""
         return [
             Rollout(
                 part.prompt_index,
@@ -63,7 +63,7 @@ class KeptRollouts:
         ]
 
     def resume(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
-        """The requests for what is left of them."""
+        """The requests for the remaining samples."""
         finished, begun = defaultdict[int, list[int]](list), defaultdict[int, list[PartialRollout]](list)
         for sample in self.samples:
             if sample.finish_reason is not None:
@@ -73,7 +73,7 @@ class KeptRollouts:
         return [replace(r, finished=frozenset(finished[r.prompt_index]), begun=tuple(begun[r.prompt_index])) for r in requests]
 
     def to_bytes(self) -> bytes:
-        """Log-probs with all of their bits."""
+        """Serialise, with log-probs bit-exact."""
         places = [(s.prompt_index, s.sample_index, len(s.response_ids), _REASONS.index(s.finish_reason)) for s in self.samples]
         file = io.BytesIO()
         np.savez(
@@ -88,13 +88,13 @@ class KeptRollouts:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """What `to_bytes` made. Raises ValueError for anything else."""
+        """The inverse of `to_bytes`. Raises ValueError for anything else."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 fingerprint, places = str(arrays["fingerprint"]), arrays["places"].tolist()
                 columns = [arrays[name] for name in ("response_ids", "logprobs", "raw_logprobs")]
         except (zipfile.BadZipFile, EOFError, KeyError, OSError) as error:
-            raise ValueError(f"no kept rollouts: {error}") from error
+            raise ValueError(f"not partial rollouts: {error}") from error
         samples, start = [], 0
         for prompt_index, sample_index, length, reason in places:
             ids, logprobs, raw = (tuple(column[start : start + length].tolist()) for column in columns)
@@ -104,21 +104,21 @@ class KeptRollouts:
 
 
 class RolloutInterrupted(Exception):
-    """A rank was asked to stop in the middle of a rollout. Raised on all ranks."""
+    """Raised on all ranks if a stop was requested during a rollout."""
 
     def __init__(self, kept: KeptRollouts | None = None) -> None:
-        """`kept`: for another attempt at the same rollout; None: of an evaluation, which begins anew."""
+        """`kept`: partial rollouts for another attempt; None: in an evaluation, which starts over."""
         super().__init__("the rollout was interrupted")
         self.kept = kept
 
     @property
     def has_samples(self) -> bool:
-        """Whether there is something for another attempt."""
+        """Whether there are samples for another attempt."""
         return self.kept is not None and bool(self.kept.samples)
 
 
 def as_partial(rollout: Rollout) -> PartialRollout:
-    """A complete one, to be kept."""
+    """A complete rollout as a PartialRollout."""
     return PartialRollout(
         rollout.prompt_index,
         rollout.sample_index,
@@ -130,7 +130,7 @@ def as_partial(rollout: Rollout) -> PartialRollout:
 
 
 def keep(requests: Sequence[RolloutRequest], samples: Iterable[PartialRollout]) -> KeptRollouts:
-    """Of what several replicas and attempts have of the same samples, the complete ones, else the longest."""
+    """Merge samples of several replicas and attempts: per sample the complete one, else the longest."""
     kept: dict[tuple[int, int], PartialRollout] = {}
     for sample in samples:
         key = sample.prompt_index, sample.sample_index
@@ -140,7 +140,7 @@ def keep(requests: Sequence[RolloutRequest], samples: Iterable[PartialRollout]) 
 
 
 def fitting(kept: KeptRollouts | None, requests: Sequence[RolloutRequest], step: int) -> KeptRollouts:
-    """What of it the rollout after `step` steps can go on with: all or, where it asks for other samples, nothing."""
+    """The samples that the rollout after `step` steps can resume: all, or none if its requests differ."""
     nothing = KeptRollouts("", ())
     if kept is None:
         return nothing
@@ -153,12 +153,12 @@ def fitting(kept: KeptRollouts | None, requests: Sequence[RolloutRequest], step:
         )
         return nothing
     total = sum(request.group_size for request in requests)
-    logger.info("going on in mid-rollout of step %d: %s", step + 1, kept.summary(total))
+    logger.info("resuming the interrupted rollout of step %d: %s", step + 1, kept.summary(total))
     return kept
 
 
 def fingerprint(requests: Sequence[RolloutRequest]) -> str:
-    """Equal for requests of the same prompts, seeds and distribution, whatever of them is done."""
+    """Fingerprint of the prompts, seeds and distribution of requests, whatever is completed."""
     rows = [asdict(replace(request, finished=frozenset(), begun=())) | {"finished": None} for request in requests]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 

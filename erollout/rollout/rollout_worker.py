@@ -40,36 +40,36 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1
-"""Streams of random numbers: evaluation never repeats the noise of training."""
+"""Streams of random numbers, so that evaluation never repeats the noise of training."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutResult:
-    """What every rank knows after a rollout."""
+    """Result of a rollout, equal on all ranks."""
 
     scored: list[ScoredRollout]
     """All replicas' samples, ordered by prompt and sample."""
     reports: list[dict[str, float]]
-    """One per decode replica: tokens, seconds, scoring errors."""
+    """Counts per decode replica: tokens, seconds, scoring errors."""
     speculation: SpeculationStatistics
-    """Of all replicas together."""
+    """Draft statistics of all replicas together."""
     summaries: list[RolloutSummary]
-    """One per decode replica: what was decided."""
+    """Summary of decisions per decode replica."""
     resumed_samples: int
-    """Complete or begun when it started: an interrupted attempt left them."""
+    """Number of samples, complete or partial, left by an interrupted attempt."""
     kept_tokens: int
-    """Of theirs, not sampled again."""
+    """Number of their tokens, which were not sampled again."""
     failures: Counter[str] = field(default_factory=Counter)
-    """Responses that were not scored, by kind."""
+    """Number of responses without a score, by kind of failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class RefitStats:
-    """What taking over a policy took, on this rank."""
+    """Cost of a refit on this rank."""
 
     reshard: ReshardStats
     requantize: RequantizeStats | None
-    """None without a drafter. Its seconds are part of the reshard's: it works on tensors as they land."""
+    """Cost of requantising; None: no drafter. Its seconds are part of the reshard's, during which it runs."""
 
 
 class RolloutWorker:
@@ -87,8 +87,8 @@ class RolloutWorker:
     ) -> None:
         """
         Args:
-            asked: whether this process was asked to stop, which interrupts a rollout.
-            alive: told at each step of the engine that a rollout goes on.
+            asked: whether a stop was requested in this process, which interrupts a rollout.
+            alive: called at each step of the engine as a sign of life.
         """
         self.config = config
         self.context = context
@@ -104,15 +104,15 @@ class RolloutWorker:
         self.resharder = self._build_resharder(architecture)
         self._failures = FailureLog()
         self._states: tuple[str, ...] = ()
-        """On or off, at the batches of the last reasons that were logged."""
+        """Speculation state (on or off) by batch size when reasons were last logged."""
 
     def refit(self, policy: dict[str, Tensor], policy_version: int) -> RefitStats:
-        """Take over the policy's weights from the training layout, and make the drafter of them as they land."""
+        """Reshard the policy's weights from the training layout, and requantise the drafter as they arrive."""
         stats = self.resharder.run(policy, self.engine.local_tensors())
         return RefitStats(stats, self._updated(policy_version))
 
     def load_weights(self) -> RequantizeStats | None:
-        """Take the configured model's weights instead of a policy's: for sampling without training. None without a drafter."""
+        """Load the configured model's weights, for sampling without training. Returns None without a drafter."""
         architecture, decode = self.engine.architecture, self.context.decode
         placement = decode_placement(architecture, decode.tensor, decode.tensor_rank(self.context.rank))
         first_weights(self.engine.local_tensors(), architecture, self.config.model, placement, self.config.train.seed)
@@ -134,13 +134,13 @@ class RolloutWorker:
         """Sample every prompt group_size times and score the samples.
 
         Args:
-            prompts: of the whole cluster, the same on every rank; the coordinator says which replica takes which.
+            prompts: prompts of the whole cluster, the same on every rank; the coordinator dispatches them to replicas.
             stream: TRAINING_STREAM or EVALUATION_STREAM.
-            speculates: false: without drafts, whatever the mode.
-            learns: whether acceptance and costs are learnt from it for later ones; default: in training alone.
-            kept: what an interrupted attempt at this rollout left.
+            speculates: False: without drafts, whatever the mode.
+            learns: whether later rollouts learn acceptance and costs from it; default: only in training.
+            kept: partial rollouts of an interrupted attempt.
 
-        Raises RolloutInterrupted. Then the run is to end: what is being scored is not waited for.
+        Raises RolloutInterrupted, after which the run must end: pending scoring is not waited for.
         """
         seed = self.config.train.seed * 2 + stream
         requests = [
@@ -158,12 +158,12 @@ class RolloutWorker:
             raise RolloutInterrupted(self._kept(before, requests, rollouts) if trains else None)
         if self.speculation is not None and trains:
             due = step % self.config.speculation.drafter.statistics_interval == 0
-            if due or not self.speculation.has_learned:  # the first rollout of a resumed run too
+            if due or not self.speculation.has_learned:  # also in the first rollout of a resumed run
                 self.speculation.learn_from(rollouts)
         self.engine.sleep()
         parts = self._gather(rollouts, summary)
         if any(part.scoring_was_cut for part in parts):
-            logger.info("asked to stop while responses were scored: the next attempt scores them")
+            logger.info("stop requested during scoring: the next attempt scores the remaining responses")
             found = (as_partial(rollout) for part in parts for rollout in part.rollouts)
             raise RolloutInterrupted(keep(requests, found) if trains else None)
         result = _merged(parts, by_index, before, self._count_failures(parts, step))
@@ -175,19 +175,19 @@ class RolloutWorker:
         return result
 
     def evaluate(self, data: PromptDataset, step: int, speculates: bool = True, learns: bool | None = None) -> RolloutResult:
-        """Sample and score the held-out prompts as the evaluation section says; as `rollout` otherwise."""
+        """Sample and score the held-out prompts as configured by the evaluation section; otherwise as `rollout`."""
         options = self.config.evaluation
         prompts = [data.prompt(i) for i in range(min(options.num_prompts, len(data)))]
         sampling = self.sampling_params(options.temperature)
         return self.rollout(prompts, sampling, options.samples_per_prompt, EVALUATION_STREAM, step, speculates, learns)
 
     def state_dict(self) -> dict[str, Any]:
-        """What later rollouts know from earlier ones, as JSON."""
+        """State for later rollouts, as JSON."""
         drafter = {"drafter": self.speculation.state_dict()} if self.speculation is not None else {}
         return self.coordination.state_dict() | drafter
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """None: of a checkpoint in which there is nothing."""
+        """Load a state; None: the checkpoint has none."""
         if state is None:
             return
         if self.speculation is not None and "drafter" in state:
@@ -195,7 +195,7 @@ class RolloutWorker:
         self.coordination.load_state_dict(state)
 
     def sampling_params(self, temperature: float | None = None) -> SamplingParams:
-        """The configured distribution; evaluation may have its own temperature."""
+        """Parameters of the configured distribution; evaluation may have its own temperature."""
         rollout = self.config.rollout
         return SamplingParams(
             temperature=rollout.temperature if temperature is None else temperature,
@@ -210,7 +210,7 @@ class RolloutWorker:
         )
 
     def _updated(self, policy_version: int) -> RequantizeStats | None:
-        """Engine and drafter now hold this version."""
+        """Declare that engine and drafter now hold this version."""
         self.engine.weights_updated(policy_version)
         return self.speculation.complete(policy_version) if self.speculation is not None else None
 
@@ -220,7 +220,7 @@ class RolloutWorker:
         return self.engine.run(control, lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r)))
 
     def _completed(self, kept: KeptRollouts, prompts: dict[int, Prompt]) -> list[Rollout]:
-        """This replica's share of the responses that were complete before: they are scored here."""
+        """This replica's share of the responses completed by an earlier attempt, which are scored here."""
         decode = self.context.decode
         rollouts = kept.completed(prompts, self.engine.policy_version or 0)
         mine = rollouts[decode.replica(self.context.rank) :: decode.replicas]
@@ -229,14 +229,14 @@ class RolloutWorker:
         return mine
 
     def _kept(self, before: KeptRollouts, requests: Sequence[RolloutRequest], rollouts: list[Rollout]) -> KeptRollouts:
-        """What all replicas and earlier attempts have, on every rank."""
+        """The merged samples of all replicas and earlier attempts, on every rank."""
         mine: list[PartialRollout] = []
         if self.context.is_decode_leader:
             mine = [*self.engine.left, *map(as_partial, rollouts)]
         return keep(requests, [*before.samples, *(sample for part in all_gather(mine) for sample in part)])
 
     def _say_why(self, summary: RolloutSummary) -> None:
-        """Log why the first replica speculates or not: in its first rollout, and when that changes."""
+        """Log why the first replica speculates or not, in its first rollout and at changes."""
         states = tuple(reason.partition(":")[0] for reason in summary.why)
         if self.context.rank == 0 and self.speculation is not None and states != self._states:
             self._states = states
@@ -264,7 +264,7 @@ class RolloutWorker:
         }
 
     def _gather(self, rollouts: list[Rollout], summary: RolloutSummary) -> "list[_Contribution]":
-        """Every replica's rollouts and rewards on every rank."""
+        """Gather all replicas' rollouts and rewards on every rank."""
         contribution: _Contribution | None = None
         if self.context.is_decode_leader:
             rewards = self.rewards.collect(self._asked)
@@ -275,7 +275,7 @@ class RolloutWorker:
         return [part for part in all_gather(contribution) if part is not None]
 
     def _count_failures(self, parts: "list[_Contribution]", step: int) -> Counter[str]:
-        """By kind; the first of each is logged. Raises AllScoringFailed, where the configuration says so."""
+        """Count failures by kind, and log the first of each. Raises AllScoringFailed if so configured."""
         rewards = [reward for part in parts for reward in part.rewards.values()]
         errors = [reward.error for reward in rewards if reward.error is not None]
         counts, new = self._failures.note(errors)
@@ -313,7 +313,7 @@ class RolloutWorker:
 
 @dataclass(frozen=True, slots=True)
 class _Contribution:
-    """What a replica tells the others."""
+    """A replica's contribution to the result."""
 
     rollouts: list[Rollout]
     rewards: dict[tuple[int, int], Reward]
@@ -321,8 +321,7 @@ class _Contribution:
     speculation: SpeculationStatistics
     summary: RolloutSummary
     scoring_was_cut: bool
-    """The replica was asked to stop before all was scored, or scoring failed then: what a scorer had started may have had the
-    signal too."""
+    """Whether scoring was cut short by a stop request, or failed then: processes of a scorer may have got the signal too."""
 
 
 def _merged(
@@ -332,7 +331,7 @@ def _merged(
     for part in parts:
         for rollout in part.rollouts:
             key = rollout.prompt_index, rollout.sample_index
-            # Two replicas that had lost each other may both have made it: the first one's counts.
+            # two replicas that had lost each other may both have sampled it: the first one counts
             scored.setdefault(key, ScoredRollout(rollout, part.rewards[key].value, prompts[rollout.prompt_index].task))
     order = {index: position for position, index in enumerate(prompts)}
     return RolloutResult(
@@ -347,6 +346,6 @@ def _merged(
 
 
 def _require_complete(result: RolloutResult, responses: int) -> None:
-    """RuntimeError where responses are missing: a replica left the rollout early."""
+    """Raise RuntimeError if responses are missing, because a replica left the rollout early."""
     if missing := responses - len(result.scored):
         raise RuntimeError(f"{missing} of {responses} responses are missing: a replica left the rollout before its end")

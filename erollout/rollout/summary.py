@@ -1,4 +1,4 @@
-"""How one replica's rollout went: its seconds by batch size, its busy spans, its moves, and why it speculated or not. Pure."""
+"""Summary of one replica's rollout: seconds by batch size, busy spans, moves, and reasons for speculating or not. Pure."""
 
 from dataclasses import dataclass, field
 
@@ -8,20 +8,20 @@ from erollout.speculation.toggle import Toggle
 from erollout.speculation.trace import Bin, DecisionTrace
 
 BINS = 200
-"""Spans of a rollout's time that replicas tell each other about."""
+"""Number of spans of a rollout's time that replicas exchange."""
 
 
 @dataclass(slots=True)
 class BatchShare:
-    """The steps of a rollout at batches up to a power of two, and beyond the one before."""
+    """A rollout's steps at batch sizes up to a power of two and above the previous one."""
 
     seconds: float = 0.0
     emitted: int = 0
-    """Tokens."""
+    """Number of emitted tokens."""
     speculating: float = 0.0
-    """Seconds of these in steps that speculate."""
+    """Seconds in steps that speculate."""
     num_speculative_tokens: float = 0.0
-    """Summed over those seconds."""
+    """Integral of num_speculative_tokens over those seconds."""
 
     def add(self, other: "BatchShare") -> None:
         self.seconds += other.seconds
@@ -32,25 +32,25 @@ class BatchShare:
 
 @dataclass(frozen=True, slots=True)
 class RolloutSummary:
-    """How one replica's rollout went."""
+    """Summary of one replica's rollout."""
 
     seconds: float = 0.0
-    """Until the rollout was over for this replica, waiting for the others included."""
+    """Seconds until the rollout was over for this replica, including waiting for others."""
     metrics: dict[str, float] = field(default_factory=dict)
     bins: list[Bin] = field(default_factory=list)
-    """Equal spans of these seconds."""
+    """Summaries of equal spans of these seconds."""
     shares: dict[int, BatchShare] = field(default_factory=dict)
-    """By the largest batch of each: 1, 2, 4, 8, ...; passes with prompt tokens in them: 0."""
+    """Shares by largest batch size: 1, 2, 4, 8, ...; 0: passes with prompt tokens."""
     moves: list[tuple[float, Move]] = field(default_factory=list)
-    """All moves of sequences between replicas, with the seconds at which this one learnt of them."""
+    """Moves between all replicas, with the seconds at which this one learnt of them."""
     why: tuple[str, ...] = ()
-    """In words, why it would speculate or not at the most and at the fewest sequences that it had at once."""
+    """Explanations, in words, for its largest and its smallest batch."""
 
 
 def summarize(
     toggle: Toggle, engine_seconds: float, coordination: dict[str, float], moves: list[tuple[float, Move]]
 ) -> RolloutSummary:
-    """The summary of a rollout that has ended; `coordination`: what ReplicaControl reports."""
+    """The summary of a completed rollout. `coordination`: metrics of ReplicaControl."""
     metrics = {f"toggle/{name}": value for name, value in toggle.metrics().items()}
     metrics |= {f"coordinator/{name}": value for name, value in coordination.items()}
     trace, seconds = toggle.trace, max(engine_seconds, toggle.trace.seconds)
@@ -58,7 +58,7 @@ def summarize(
 
 
 def shares(trace: DecisionTrace) -> dict[int, BatchShare]:
-    """Where a rollout's seconds went, by batch size; passes with prompt tokens in them are batch 0."""
+    """A rollout's seconds by batch size; passes with prompt tokens count as batch 0."""
     found: dict[int, BatchShare] = {}
     columns = trace.columns
     for step, (batch, prompts) in enumerate(zip(columns["decoding"], columns["prefill_tokens"], strict=True)):
@@ -69,7 +69,7 @@ def shares(trace: DecisionTrace) -> dict[int, BatchShare]:
 
 
 def _reasons(toggle: Toggle) -> tuple[str, ...]:
-    """Why, at the largest and the smallest batch of the rollout."""
+    """Explanations at the largest and the smallest batch of the rollout."""
     decoding, contexts = (toggle.trace.columns[name] for name in ("decoding", "context"))
     loads = [Load(batch, context) for batch, context in zip(decoding, contexts, strict=True) if batch]
     ends = [end(loads, key=lambda load: load.decoding) for end in (max, min)] if loads else []

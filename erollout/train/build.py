@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its configuration, on every rank."""
+"""Builders of the parts of a run, on every rank."""
 
 import hashlib
 import json
@@ -31,38 +31,38 @@ def reward_pool(options: RewardsConfig, resolved: Resolved) -> RewardPool:
 
 
 def sampling_worker(world: World, rewards: RewardPool) -> RolloutWorker:
-    """A worker with the configured model's weights, for sampling without training: nothing of training is built."""
+    """A worker with the configured model's weights, for sampling without training."""
     worker = RolloutWorker(world.config, world.resolved.architecture, world.context, world.resolved.tokenizer, rewards)
     worker.load_weights()
     return worker
 
 
 def training_worker(run: RunningWorld, rewards: RewardPool) -> RolloutWorker:
-    """A worker that takes its weights from the actor, and stops with the run."""
+    """A worker that gets its weights from the actor, and stops with the run."""
     resolved = run.resolved
     asked, alive = run.stop.is_asked, run.watchdog.alive
     return RolloutWorker(run.config, resolved.architecture, run.context, resolved.tokenizer, rewards, asked, alive)
 
 
 def restored(run: RunningWorld, actor: Actor) -> tuple[Checkpointer, RunState]:
-    """The run's checkpoints, and where it goes on: the newest one, which is loaded, or the beginning. Collective."""
+    """The run's checkpointer, and the state to resume from: the newest checkpoint, which is loaded, or none. Collective."""
     options = run.config.checkpoint
     checkpointer = Checkpointer(run.config.checkpoint_directory, options.keep_last, actor, run.kind, options.asynchronous)
     return checkpointer, checkpointer.restore() or RunState(0, None)
 
 
 def cadence(config: Config, steps: int, evaluates: bool) -> Cadence:
-    """When is done what in a run of so many steps."""
+    """Intervals of saving, evaluating and logging in a run of `steps` steps."""
     evaluation = config.evaluation.interval if evaluates else 0
     return Cadence(steps, config.checkpoint.interval, config.fault_tolerance.checksum_interval, evaluation)
 
 
 @contextmanager
 def tracked(run: RunningWorld, state: RunState, total_steps: int) -> Iterator[tuple[RunServices, str]]:
-    """The services of a run whose tracking has begun, and its run id; its status follows from how the block ends."""
+    """Context with the services of a tracked run, and its run id. How it ends determines the run's status."""
     config, stop, tracker = run.config, run.stop, create_tracker(run.context.rank)
     facts = resolved_facts(run.resolved)
-    # What rank 0 can't honour is every rank's error.
+    # an error of rank 0 is raised on every rank
     run_id = on_rank_zero(lambda: tracker.start(config, facts, state.run_id, config.train.output_dir, state.step))
     tracker.log_config_artifacts(config, facts)
     data = json.dumps(config.to_dict()["data"], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Held-out evaluation: pass@1, pass@k and response lengths on prompts that are never trained on. Pure but for the rollout."""
+"""Held-out evaluation: pass@1, pass@k and response lengths on prompts that are never trained on. Pure."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from math import comb
 from erollout.types import ScoredRollout
 
 _CORRECT = 1.0 - 1e-6
-"""A response is right when its reward is (numerically) 1."""
+"""Least reward of a right response: numerically 1."""
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -16,10 +16,10 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def evaluation_metrics(scored: Sequence[ScoredRollout], scoring_errors: int = 0) -> dict[str, float]:
-    """pass@1 and, with k samples per prompt, pass@k, and the mean reward: over all prompts and by task; mean response length.
+    """pass@1, with k samples per prompt pass@k, and mean reward, over all prompts and by task; mean response length.
 
     Args:
-        scoring_errors: responses that no scorer scored.
+        scoring_errors: number of responses without a score.
     """
     metrics = _of_samples(scored, "evaluation/")
     tasks = {sample.task for sample in scored}

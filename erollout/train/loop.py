@@ -1,4 +1,4 @@
-"""The loop that every training run shares: steps until the last one or a request to stop, and what is due between them.
+"""The run loop shared by all training: steps until the last one or a stop request, with evaluations and checkpoints.
 
 Every rank runs it; only rank 0 tracks and prints.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """Number of steps of a run, and steps between two of what is due in between; 0: never."""
+    """Number of steps of a run, and intervals in steps; 0: never."""
 
     steps: int
     checkpoint: int
@@ -32,19 +32,19 @@ class Cadence:
 
 @dataclass(frozen=True, slots=True)
 class RunServices:
-    """Whom a run tells how it goes, and whom it asks whether to go on."""
+    """Services of a run: tracking, console, stop requests and watchdog."""
 
     tracker: Tracker
     report: Callable[[int, Mapping[str, float]], None] = ignore
     """Shows a finished step, or an evaluation, on the console."""
     stops: Callable[[int], bool] = never
-    """Whether the ranks agree to stop after so many steps. Collective."""
+    """Whether the ranks agree to stop after the given number of steps. Collective."""
     enter: Callable[[int, str], None] = ignore
-    """Tells the watchdog of this rank that a phase begins in the step after so many."""
+    """Tells this rank's watchdog that a phase begins, in the step after the given number of steps."""
 
 
 class Phases:
-    """The phases of one step: each is a sign of life for the watchdog, and timed."""
+    """The phases of one step, reported to the watchdog and timed."""
 
     def __init__(self, step: int = 0, enter: Callable[[int, str], None] = ignore) -> None:
         self._step = step
@@ -64,30 +64,30 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What there is to track of a step or an evaluation."""
+    """What to track of a step or an evaluation."""
 
     metrics: dict[str, float]
     figures: Callable[[], dict[str, "Figure"]] = dict
-    """Plots by name, drawn when they are due."""
+    """Makes plots by name, called when they are due."""
     samples: Sequence[Mapping[str, object]] = ()
-    """Responses to show, one row each."""
+    """Rows of the samples table."""
 
 
 class Training(Protocol):
-    """What one kind of training does in a step. All methods are collective."""
+    """A kind of training, as seen by the run loop. All methods are collective."""
 
     actor: Actor
 
     def train_step(self, step: int, phase: Phases) -> StepReport:
-        """The step after `step` others. Raises RolloutInterrupted or AllScoringFailed, the policy being as before."""
+        """Make step number `step`, from 0. Raises RolloutInterrupted or AllScoringFailed, with the policy unchanged."""
         ...
 
     def evaluate(self, step: int) -> StepReport:
-        """The policy after `step` steps on held-out prompts. Raises as train_step; needed where Cadence.evaluation is set."""
+        """Evaluate the policy after `step` steps on held-out prompts, if Cadence.evaluation is set. Raises as train_step."""
         ...
 
     def saved(self, state: RunState) -> RunState:
-        """The run's state with what this kind of training has to keep."""
+        """The run's state, completed with that of this kind of training."""
         ...
 
 
@@ -102,7 +102,7 @@ class RunLoop:
         services: RunServices,
         state: RunState,
     ) -> None:
-        """`state`: where the run goes on."""
+        """`state`: state to resume from."""
         self.training = training
         self.cadence = cadence
         self.context = training.actor.context
@@ -110,17 +110,17 @@ class RunLoop:
         self.services = services
         self.state = state
         self._changed = False
-        """There is something that the last checkpoint doesn't know."""
+        """Whether the state differs from the last checkpoint."""
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of completed steps."""
         return self.state.step
 
     def run(self) -> None:
-        """Train to the last step, or until asked to stop, evaluating and saving on the way."""
+        """Train to the last step, or until a stop is requested, evaluating and saving on the way."""
         try:
-            self._evaluate_and_save()  # an evaluation may be left to do
+            self._evaluate_and_save()  # an evaluation may be due
             while self.step < self.cadence.steps and not self.services.stops(self.step):
                 self._train_step()
                 self.checkpointer.advance()
@@ -130,7 +130,7 @@ class RunLoop:
         except RolloutInterrupted as interrupted:
             self.services.stops(self.step)
             self._changed = self._changed or interrupted.has_samples
-        except AllScoringFailed:  # what was learnt before the scorer failed is not lost with it
+        except AllScoringFailed:  # so that progress before the scorer failed is not lost
             if self.step:
                 self._save_changes()
             self.checkpointer.wait()
@@ -168,7 +168,7 @@ class RunLoop:
                 self.services.tracker.log_figure(f"{name}_step_{self.step:08d}", figure)
 
     def _evaluate_and_save(self) -> None:
-        """Do both where they are due and not done."""
+        """Evaluate and save, if due and not done."""
         if self._due(self.cadence.evaluation) and not any(row["step"] == self.step for row in self.state.history):
             self.evaluate()
         if self._due(self.cadence.checkpoint) and self.step:
@@ -179,7 +179,7 @@ class RunLoop:
             self.save()
 
     def _require_equal_replicas(self) -> None:
-        """Before a checkpoint too: what has gone wrong unseen is not to take the place of what was right."""
+        """Compare replicas, also before a checkpoint, so that corrupted parameters do not replace good ones."""
         if self.cadence.checksum and self.context.train.data > 1:
             self.training.actor.require_equal_replicas(self.step)
 

@@ -1,4 +1,4 @@
-"""Everything about a run that can be checked and worked out before a process group starts."""
+"""Preflight: checks of a run, and its sizes, before a process group starts."""
 
 import importlib.util
 import os
@@ -46,23 +46,23 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What follows from the architecture alone."""
+    """Layouts and sizes that follow from configuration and architecture."""
 
     architecture: Architecture
     train: TrainLayout
     decode: DecodeLayout
     trained_parameters: int
-    """Of the rank that holds most."""
+    """Number of parameters on the rank with the most."""
     decoded_parameters: int
     training_bytes: int
-    """Weights, float32 gradients and Adam's state of the rank that holds most; activations come on top."""
+    """Bytes of weights, float32 gradients and Adam's state on the rank with the most, without activations."""
     decoding_bytes: int
-    """Decode weights and KV cache of one rank."""
+    """Bytes of decode weights and KV cache of one rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved(Sizes):
-    """What the configuration comes to on this world."""
+    """What the configuration resolves to in this world."""
 
     tokenizer: PreTrainedTokenizerBase
     train_data: PromptDataset
@@ -71,11 +71,11 @@ class Resolved(Sizes):
 
 
 def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) -> Resolved:
-    """Check model, tokenizer, layouts, data, scorer and tracking store. Raises UserError for the first thing that is wrong.
+    """Check model, tokenizer, layouts, data, scorer and tracking store. Raises UserError for the first error.
 
     Args:
-        kind: of a run that saves and goes on; a supervised one needs no scorer, and no room for responses. None: no such run.
-        scores: whether rank 0 tries the scorer; false where another process has done it.
+        kind: kind of a run with checkpoints; a supervised one needs no scorer, and no room for responses. None: no such run.
+        scores: whether rank 0 tests the scorer; False if another process has done so.
     """
     rolls_out = kind != "supervised"
     architecture = policy_architecture(config.model)
@@ -106,7 +106,7 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
 
 
 def work_out(config: Config, architecture: Architecture, rolls_out: bool = True) -> Sizes:
-    """Layouts and sizes. Raises UserError where they don't fit the architecture or each other."""
+    """Layouts and sizes. Raises UserError if they don't fit the architecture or each other."""
     train, decode = resolve_layouts(config, expected_world_size(config.parallel))
     if rolls_out:
         check_context(config, architecture)
@@ -133,7 +133,7 @@ def work_out(config: Config, architecture: Architecture, rolls_out: bool = True)
 
 @contextmanager
 def _named(keys: str) -> Iterator[None]:
-    """Says which keys a layout that doesn't fit the model comes from."""
+    """Context that adds the responsible keys to errors of a layout that does not fit the model."""
     try:
         yield
     except UserError as error:
@@ -146,7 +146,7 @@ def prompt_limits(config: Config, architecture: Architecture) -> PromptLimits:
 
 
 def check_context(config: Config, architecture: Architecture) -> None:
-    """Prompt and response must fit the model's context together."""
+    """Check that prompt and response together fit the model's context."""
     context = prompt_limits(config, architecture).context_tokens
     wanted = config.rollout.max_prompt_tokens + config.rollout.max_tokens
     if wanted > context:
@@ -164,7 +164,7 @@ def _check_stop_ids(config: Config, architecture: Architecture) -> None:
 
 
 def _check_cache(config: Config, architecture: Architecture) -> None:
-    """Longer prompts than one token need more: the engine looks at each."""
+    """Check that the KV cache holds one response; prompts are checked by the engine."""
     blocks, rollout = num_blocks(config.rollout, architecture), config.rollout
     needed = -(-rollout.max_tokens // rollout.block_size)
     if needed > blocks:
@@ -175,7 +175,7 @@ def _check_cache(config: Config, architecture: Architecture) -> None:
 
 
 def check_drafter(config: Config, placement: Placement) -> None:
-    """The drafter's formats are known, ModelOpt is there to make them, and they fit the shards of a decode rank."""
+    """Check that the drafter's formats are known, that ModelOpt is installed, and that they fit a decode rank's shards."""
     if config.speculation.mode == "off":
         return
     if importlib.util.find_spec("modelopt") is None:
@@ -196,7 +196,7 @@ def check_drafter(config: Config, placement: Placement) -> None:
 
 
 def check_calibration(config: Config, architecture: Architecture) -> None:
-    """A named calibration can be read and is of this model, layout and drafters; the ranks look at their hardware."""
+    """Check that a configured calibration is readable and is for this model, layout and drafters; ranks check the hardware."""
     path = config.speculation.calibration
     if path is None or config.speculation.mode == "off":
         return
@@ -213,8 +213,8 @@ def check_calibration(config: Config, architecture: Architecture) -> None:
 
 
 def _check_first_items(train_data: PromptDataset, test_data: PromptDataset | None, rolls_out: bool) -> None:
-    """Items are made and tokenized as they are needed: a task that the tokenizer can't write, or that has no solutions to
-    learn from, shows in its first ones.
+    """Check the first items, which are otherwise created and tokenized on demand: a task that the tokenizer can't encode, or
+    that lacks solutions to learn from, shows in them.
     """
     train_data.prompt(0)
     if test_data is not None:
@@ -224,32 +224,32 @@ def _check_first_items(train_data: PromptDataset, test_data: PromptDataset | Non
 
 
 def _probe(config: Config, scorer: Scorer, scores: bool) -> AbstractContextManager[ScorerProbe | None]:
-    """Begun before the data is read: it loads the scorer meanwhile."""
+    """Start the scorer's probe, which loads the scorer while the data is read."""
     return ScorerProbe(scorer, config.rewards.timeout_seconds) if scores and current_rank() == 0 else nullcontext()
 
 
 def _check_scorer(config: Config, probe: ScorerProbe, train_data: PromptDataset, test_data: PromptDataset | None) -> None:
-    """A user's function scores the first item; the task's own reads all reference answers that time allows."""
+    """Let a user's function score the first item; let the task's own read as many reference answers as time allows."""
     probe.require_scores(train_data.prompt(0), train_data.solution(0))
     if config.data.kind == "file" and config.rewards.function is None:
         probe.require_readable(chain.from_iterable(data.unrendered() for data in (train_data, test_data) if data is not None))
 
 
 def _check_pool(config: Config) -> None:
-    """Better known before models are loaded; each rank that scores joins the cluster later."""
+    """Check the Ray cluster before models are loaded; each rank that scores joins it later."""
     if config.rewards.pool == "ray" and current_rank() == 0:
         find_cluster("auto", "rewards.pool = ray")
 
 
 def _check_store(config: Config) -> None:
-    """A new run's tracking store must answer; a resumed one keeps its records until the store is back."""
+    """Check that a new run's tracking store answers; a resumed run keeps its records until the store is back."""
     resumes = config.checkpoint.resume and complete_checkpoints(config.checkpoint_directory)
     if current_rank() == 0 and config.tracking.enabled and not has_own_store(config.tracking) and not resumes:
         MlflowStore(store_uri(config.tracking, config.train.output_dir), uri_source(config.tracking)).check()
 
 
 def _check_export(config: Config) -> None:
-    """The export replaces its directory, so it must not be one that the run reads."""
+    """Check that the export, which replaces its directory, does not replace one that the run reads."""
     export = config.checkpoint.export_path
     sources = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     for key, source in sources.items():
@@ -260,7 +260,7 @@ def _check_export(config: Config) -> None:
 
 
 def check_places(config: Config) -> None:
-    """Whatever the run writes can be written: better known now than at the first checkpoint."""
+    """Check that all outputs can be written, before the first checkpoint needs it."""
     require_writable("train.output_dir", Path(config.train.output_dir))
     for name in (VERDICT, LOCK):
         if (file := Path(config.train.output_dir) / name).is_dir():
@@ -272,7 +272,7 @@ def check_places(config: Config) -> None:
 
 
 def require_writable(key: str, directory: Path) -> None:
-    """Raise UserError unless the directory is there or can be made, and takes files. Makes nothing."""
+    """Raise UserError unless the directory exists or can be created, and is writable. Creates nothing."""
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{key} = {directory} can't be a directory: {there} is a file; choose another place")
@@ -299,7 +299,7 @@ def _training_bytes_per_parameter(config: Config, train: TrainLayout) -> int:
 
 
 def resolved_facts(resolved: Resolved) -> dict[str, str | int | float]:
-    """What is tracked beside the configuration."""
+    """Facts tracked besides the configuration."""
     return {
         "world_size": resolved.train.world_size,
         "data_parallel_size": resolved.train.data,

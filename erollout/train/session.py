@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
-    """The RL run of a configuration, from its newest checkpoint if it has one, to the last step or until asked to stop."""
+    """Run RL from the newest checkpoint, if there is one, to the last step or until a stop is requested."""
     with running(config, "reinforcement learning") as run:
         resolved, context, steps = run.resolved, run.context, config.train.steps
         algorithm = build_algorithm(config.algorithm)

@@ -15,7 +15,7 @@ from erollout.train.updates import Updates
 
 @dataclass
 class SupervisedTrainer:
-    """The steps of a supervised run; RunLoop is the loop around them. All methods are collective."""
+    """Steps of a supervised run, called by RunLoop. All methods are collective."""
 
     config: Config
     actor: Actor
@@ -26,7 +26,7 @@ class SupervisedTrainer:
         self.updates = Updates(self.actor, self.loss, self.config.fault_tolerance, self.config.train.output_dir)
 
     def train_step(self, step: int, phase: Phases) -> StepReport:
-        """One optimizer step on the next batch_size examples."""
+        """Make one optimizer step on the next batch_size examples."""
         size, context = self.config.supervised.batch_size, self.actor.context
         samples = [TrainSample(*self.data.supervised_example(step * size + i)) for i in range(size)]
         batch = share(samples, range(size), context.train.data, context.data_parallel_rank, self.loss.aggregation)

@@ -1,4 +1,4 @@
-"""The numbers of one step, from what its phases returned. Pure."""
+"""Metrics of one step, from the results of its phases. Pure."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from erollout.tracking.address import store_uri
 from erollout.tracking.metrics import SCORING_ERRORS, summarize_lengths
 
 _FEW = 10
-"""Steps that the first and the last reward are averaged over."""
+"""Number of steps over which the first and the last reward are averaged."""
 
 
 def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) -> dict[str, float]:
-    """Rewards, lengths and speeds of a step whose rollout phase took `seconds`."""
+    """Rewards, lengths and throughput of a step whose rollout phase took `seconds`."""
     requantize_seconds = refit.requantize.seconds if refit.requantize is not None else 0.0
     reshard = replace(refit.reshard, seconds=refit.reshard.seconds - requantize_seconds)
     scored = result.scored
@@ -55,7 +55,7 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
 
 
 def coordination_metrics(replicas: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What toggle and coordinator did, of all replicas: means of the one, sums of the other (of shares the largest)."""
+    """Metrics of toggle (means) and coordinator (sums; maxima of shares) over all replicas."""
     metrics = {}
     for name in dict.fromkeys(name for replica in replicas for name in replica):
         values = [replica[name] for replica in replicas if name in replica]
@@ -67,7 +67,7 @@ def coordination_metrics(replicas: Sequence[Mapping[str, float]]) -> dict[str, f
 
 
 def speculation_metrics(statistics: SpeculationStatistics, requantize: RequantizeStats) -> dict[str, float]:
-    """What the drafts of a step were worth, and what making the drafter took; seconds of drafting are summed over replicas."""
+    """Metrics of a step's drafts, and the cost of updating the drafter; seconds of drafting are summed over replicas."""
     return {
         "speculation/acceptance_rate": statistics.acceptance_rate,
         "speculation/acceptance_length": statistics.acceptance_length,
@@ -88,7 +88,7 @@ def summary_rows(
     output_dir: str,
     run_id: str,
 ) -> list[tuple[str, object]]:
-    """The table at the end of a run: reward first and last, held-out accuracy before and after, seconds, where to look."""
+    """Rows of the table at the end of a run: first and last reward, held-out accuracy before and after, seconds, tracking."""
     steps = [row for row in history if "reward/mean" in row]
     rows: list[tuple[str, object]] = [("steps", len(steps))]
     if steps:
@@ -101,7 +101,7 @@ def summary_rows(
             ("held-out accuracy, before and after", f"{before:.3f} -> {after:.3f} ({100 * (after - before):+.1f} points)")
         )
         rewards = [row.get("evaluation/reward_mean") for row in (evaluations[0], evaluations[-1])]
-        if None not in rewards:  # of a checkpoint that doesn't say
+        if None not in rewards:  # from a checkpoint that lacks it
             rows.append(("held-out reward, before and after", " -> ".join(f"{mean:.3f}" for mean in rewards)))
     rows += _failure_rows(history)
     phases = sorted({name for row in steps for name in row if name.startswith("seconds/")})
@@ -121,7 +121,7 @@ def summary_rows(
 
 
 def _failure_rows(history: Sequence[Mapping[str, float]]) -> list[tuple[str, object]]:
-    """How many responses no scorer scored, in training by kind; nothing where all were."""
+    """Rows on responses without a score, in training by kind; none if all were scored."""
     rows: list[tuple[str, object]] = []
     totals: Counter[str] = Counter()
     for row in history:

@@ -1,4 +1,4 @@
-"""Reinforcement learning, synchronous and colocated: refit, rollout, log-probs, update. Every rank does all of it."""
+"""Reinforcement learning, synchronous and colocated: refit, rollout, log-probs, update, on every rank."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from erollout.types import Prompt
 
 @dataclass
 class Trainer:
-    """The steps of an RL run; RunLoop is the loop around them. All methods are collective."""
+    """Steps of an RL run, called by RunLoop. All methods are collective."""
 
     config: Config
     actor: Actor
@@ -41,7 +41,7 @@ class Trainer:
         self.updates = Updates(self.actor, self.algorithm, self.config.fault_tolerance, self.config.train.output_dir)
 
     def train_step(self, step: int, phase: Phases) -> StepReport:
-        """One step, its phases in the method's order. Responses are scored while others are still sampled."""
+        """Make one step, with the phases in order. Responses are scored while others are still being sampled."""
         with phase("refit"):
             self.actor.sleep()
             refit = self.worker.refit(self.actor.local_tensors(), policy_version=step)
@@ -62,7 +62,7 @@ class Trainer:
         return StepReport(metrics, partial(rollout_figures, result, self.worker.coordination.last))
 
     def evaluate(self, step: int) -> StepReport:
-        """Held-out accuracy of the policy after `step` steps."""
+        """Evaluate the policy after `step` steps on held-out prompts."""
         assert self.held_out is not None
         self.actor.sleep()
         self.worker.refit(self.actor.local_tensors(), policy_version=step)
@@ -84,7 +84,7 @@ class Trainer:
     def _mini_batches(self, result: RolloutResult) -> list[MiniBatch]:
         size, raw = self.config.train.global_batch_size or len(result.scored), self.config.rollout.truncates
         ranks, rank = self.context.train.data, self.context.data_parallel_rank
-        # The actor's log-probs know the temperature but no truncation: with truncation the raw ones are compared.
+        # The actor's log-probs include the temperature but no truncation: with truncation the raw ones are compared.
         return split(result.scored, size, ranks, rank, self.algorithm.aggregation, raw)
 
     @contextmanager

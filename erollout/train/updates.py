@@ -1,4 +1,4 @@
-"""The optimizer steps of a run: one per mini-batch; many in a row that are not finite end the run."""
+"""Optimizer steps of a run, one per mini-batch. Many non-finite ones in a row end the run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from erollout.policy.nonfinite import SkippedUpdates
 
 
 class Updates:
-    """The actor's updates by one loss. Collective."""
+    """The actor's updates with one loss. Collective."""
 
     def __init__(self, actor: Actor, loss: TokenLoss, options: FaultToleranceConfig, output_dir: str) -> None:
         self.actor = actor
@@ -18,7 +18,7 @@ class Updates:
         self.skipped = SkippedUpdates(options.max_nonfinite_steps, Path(output_dir) / "nonfinite", actor.context.rank)
 
     def make(self, batches: Sequence[MiniBatch], step: int) -> dict[str, float]:
-        """One update per mini-batch, in the step after `step` others; metrics are the mean over them, named `train/...`."""
+        """Make one update per mini-batch, in step number `step` from 0. Returns the mean metrics, named `train/...`."""
         updates = [self._update(batch, step) for batch in batches]
         return {f"train/{name}": sum(update[name] for update in updates) / len(updates) for name in updates[0]}
 

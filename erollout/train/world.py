@@ -1,4 +1,4 @@
-"""What every command on ranks stands on: a checked configuration and the world of its ranks; for a run, its directories too."""
+"""The world of a command: a checked configuration and its ranks, and for a run also its directories."""
 
 import logging
 from collections.abc import Iterator
@@ -24,19 +24,19 @@ from erollout.train.preflight import Resolved, preflight
 logger = logging.getLogger(__name__)
 
 _LEAVE_SECONDS = 300.0
-"""All is saved then, and a start after it finds nothing left to do."""
+"""Time limit for leaving the process groups: everything is saved by then."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The ranks of a command, and what the configuration comes to on them."""
+    """The ranks of a command, and what the configuration resolves to on them."""
 
     config: Config
     resolved: Resolved
     context: ParallelContext
 
     def fix_date(self, begun: str | None = None) -> None:
-        """Let the chat template's clock stand still, on the same day on all ranks and in all attempts at a run. Collective.
+        """Fix the date for chat templates, equal on all ranks and in all attempts at a run. Collective.
 
         `begun`: day on which the run began; None: today.
         """
@@ -44,12 +44,12 @@ class World:
         day = from_rank_zero(self.config.data.date or begun or renderer.date.isoformat())
         renderer.date = date.fromisoformat(day)
         if renderer.tells_date:
-            logger.info("the chat template asks for the date: it is told %s throughout (data.date)", day)
+            logger.info("the chat template uses the date: fixed to %s for the run (data.date)", day)
 
 
 @dataclass(frozen=True, slots=True)
 class RunningWorld(World):
-    """The world of a run that writes to its directory."""
+    """The world of a run with an output directory."""
 
     kind: RunKind
     stop: Stop
@@ -58,9 +58,9 @@ class RunningWorld(World):
 
 @contextmanager
 def joined(config: Config, kind: RunKind | None = None) -> Iterator[World]:
-    """Check everything, join the world, leave it at the end."""
+    """Context that checks everything and joins the world."""
     configure_logging(current_rank())
-    resolved = preflight(config, kind, scores=launcher_environment() is not None)  # else the command has done it
+    resolved = preflight(config, kind, scores=launcher_environment() is not None)  # otherwise the command has done it
     context = initialize(config)
     with ExitStack() as failed:
         # An exchange between replicas may still be waiting for one that is gone, and would hold the end of its group up: the
@@ -75,9 +75,9 @@ def joined(config: Config, kind: RunKind | None = None) -> Iterator[World]:
 
 @contextmanager
 def running(config: Config, kind: RunKind) -> Iterator[RunningWorld]:
-    """A run that writes to its directory: checked, joined to its world, watched for hangs, and ended by signals.
+    """Context of a run with an output directory: checks everything, joins the world, starts the watchdog and handles signals.
 
-    Its directories are released last: who waits for them must not begin before the verdict is written.
+    The directories are released last, because a waiting run must not start before the verdict is written.
     """
     output, saves = config.train.output_dir, config.checkpoint.interval > 0
     limits = config.fault_tolerance
@@ -85,7 +85,7 @@ def running(config: Config, kind: RunKind) -> Iterator[RunningWorld]:
         context = world.context
         on_rank_zero(lambda: _hold(held, world, kind))
         if not saves:
-            logger.info("checkpoint.interval = 0: nothing is saved before the last step; whatever ends the run loses all of it")
+            logger.info("checkpoint.interval = 0: nothing is saved before the last step; if the run ends early, all is lost")
         watchdog = Watchdog(output, context.rank, context.world_size, limits.heartbeat_seconds, limits.hang_seconds)
         with watchdog.watching():  # loading and building are its first phase
             yield RunningWorld(config, world.resolved, context, kind, stop, watchdog)
@@ -94,22 +94,22 @@ def running(config: Config, kind: RunKind) -> Iterator[RunningWorld]:
 
 
 def _hold(held: ExitStack, world: World, kind: RunKind) -> None:
-    """Until `held` is closed, no other run writes to the directories of this one. Raises UserError."""
+    """Lock the run's directories until `held` is closed. Raises UserError."""
     config = world.config
     places = {Path(config.train.output_dir).resolve(): "train.output_dir"}
     if config.checkpoint.interval:
         places.setdefault(config.checkpoint_directory.resolve(), "checkpoint.directory")
     for directory, key in places.items():
         held.enter_context(RunLock(directory, key).held())
-    check_newest(world.resolved.architecture, config, kind)  # the owner before may have saved since the preflight
+    check_newest(world.resolved.architecture, config, kind)  # the previous owner may have saved since the preflight
 
 
 def _what_is_saved(config: Config, asked: Signals) -> str:
-    """The last line of a run that was asked to stop."""
+    """The last line of a run that was stopped on request."""
     found = complete_checkpoints(config.checkpoint_directory) if config.checkpoint.interval else []
     if not found:
-        none = "no step was done" if config.checkpoint.interval else "checkpoint.interval = 0"
-        return f"stopped, nothing is saved ({none}); the same command begins anew"
-    begun = " with the begun rollout of the next step" if (found[-1] / KEPT).exists() else ""
-    requeued = ", as a scheduler does that queues it again" if asked is Signals.SIGUSR1 else ""
-    return f"stopped, saved in {found[-1]}{begun}; the same command goes on from there{requeued}"
+        none = "no step was completed" if config.checkpoint.interval else "checkpoint.interval = 0"
+        return f"stopped, nothing is saved ({none}); run the same command to start again"
+    begun = " with the partial rollouts of the next step" if (found[-1] / KEPT).exists() else ""
+    requeued = " (a scheduler requeues it)" if asked is Signals.SIGUSR1 else ""
+    return f"stopped, saved in {found[-1]}{begun}; run the same command to resume{requeued}"

@@ -256,7 +256,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_one_ends_at_once(ranks:
         assert not (tmp_path / "run" / "verdict").exists() and not complete_checkpoints(tmp_path / "run" / "checkpoints")
     else:
         (saved,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
-        assert last.startswith(f"erollout: SIGINT: stopped, saved in {saved}") and "the same command goes on" in last
+        assert last.startswith(f"erollout: SIGINT: stopped, saved in {saved}") and "run the same command to resume" in last
         assert _verdict(tmp_path) == "stopped"
 
 

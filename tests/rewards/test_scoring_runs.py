@@ -81,4 +81,4 @@ def test_a_resumed_run_tells_its_template_the_day_on_which_it_began(tmp_path: Pa
     second = invoke("train", "--config", config, "train.steps=2")
     assert first.status == second.status == 0
     assert "nothing is saved" not in first.stderr
-    assert "the date: it is told 2001-02-03" in first.stderr and "the date: it is told 2001-02-03" in second.stderr
+    assert "the date: fixed to 2001-02-03" in first.stderr and "the date: fixed to 2001-02-03" in second.stderr

@@ -89,7 +89,7 @@ class _Cut:
         self.rows: list[int] = []
         self.valid: list[int] = []
         self.positions: list[int] = []
-        """Of every tile row's token."""
+        """Position of every tile row's token."""
         self.items: list[tuple[int, int]] = []
         """(tile, position of the chunk's first key)."""
         self.blocks: list[int] = []

@@ -25,7 +25,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 _PADDED = 16
 """Up to so many rows, padding costs less than a second pass over the weights."""
 _MAX_ELEMENTS = 1 << 19
-"""Of the self-test's weight: larger ones are tested with fewer outputs."""
+"""Largest weight of the self-test, in elements: larger ones are tested with fewer outputs."""
 _LINE = 64
 """Bytes: products read from the start of a cache line, since alignment too decides how a library adds up."""
 GRAIN = 16384

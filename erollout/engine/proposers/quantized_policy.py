@@ -83,7 +83,7 @@ class ModelProposer:
         return self.runner.inputs(spans, [s.tokens(s.num_computed_tokens, s.num_tokens)[0] for s in sequences])
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:
-        """Of a sequence's first draft: as the target draws it, but for the noise under `rejection`."""
+        """Sampling row of a sequence's first draft: the target's, except for the noise under `rejection`."""
         row = sampling_row(sequence)
         return row if self.verification == "coupled" else replace(row, seed=draft_seed(row.seed))
 

@@ -28,7 +28,7 @@ class Occupancy:
     """Responses completed here."""
     claimed: int = 0
     """Prompts claimed while no window arrived (`StateMachine.claim`)."""
-    asked: int = 0
+    stop_requested: int = 0
     """1: a stop was requested here."""
     num_drafts: int = 0
     drafted: int = 0
@@ -64,7 +64,7 @@ class Occupancy:
 
 
 class OccupancyBuilder:
-    """A replica's occupancies in one rollout. Predictions for other batches are kept while the context is much the same."""
+    """Builds a replica's occupancies in one rollout. Predictions are cached while the context is about the same."""
 
     def __init__(
         self,
@@ -74,9 +74,9 @@ class OccupancyBuilder:
     ) -> None:
         """
         Args:
-            max_num_seqs: sequences that run at once.
-            seconds_per_token: predicted, per arm of the agreed list: seconds per token of a sequence at a load.
-            autoregressive_seconds: predicted, of a step without speculation at a load.
+            max_num_seqs: largest batch.
+            seconds_per_token: predicts seconds per token of a sequence at a load, per agreed arm.
+            autoregressive_seconds: predicts seconds of a step without speculation at a load.
         """
         self.max_num_seqs = max_num_seqs
         self._seconds_per_token = seconds_per_token
@@ -84,7 +84,7 @@ class OccupancyBuilder:
         self._prompt_tokens = self._samples = 0
         """Prompt tokens and number of all responses dispatched here; prompt tokens count once per response."""
         self._context = self._prefill_seconds = 0.0
-        """The mean context that the predictions hold for, and one of them."""
+        """Mean context of the cached predictions, and seconds per prompt token."""
         self._curve: tuple[float, ...] = ()
 
     def given(self, prompt_tokens: int, samples: int) -> None:
@@ -105,14 +105,14 @@ class OccupancyBuilder:
         accepted: int,
         seconds: float,
         claimed: int = 0,
-        asked: bool = False,
+        stop_requested: bool = False,
     ) -> Occupancy:
         """The occupancy now.
 
         Args:
-            load: of the next step.
-            outstanding: responses still to be completed here, waiting ones included.
-            steps ... asked: as in `Occupancy`.
+            load: load of the next step.
+            outstanding: number of responses that are not complete, waiting ones included.
+            steps ... stop_requested: as in `Occupancy`.
         """
         running = min(outstanding - min(load.waiting, outstanding), self.max_num_seqs)
         at = load if load.decoding else Load(max(running, 1), load.context)
@@ -124,7 +124,7 @@ class OccupancyBuilder:
             waiting=outstanding - running,
             finished=finished,
             claimed=claimed,
-            asked=int(asked),
+            stop_requested=int(stop_requested),
             num_drafts=num_drafts,
             drafted=drafted,
             accepted=accepted,

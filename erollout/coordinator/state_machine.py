@@ -26,7 +26,7 @@ class ClusterDecision:
     """Number of the window, from 1; 0 before the first."""
     arm: int | None = None
     """Index into the agreed arms, for all replicas; None: each replica chooses its own."""
-    hand_out: tuple[tuple[int, ...], ...] = ()
+    dispatched: tuple[tuple[int, ...], ...] = ()
     """Prompts dispatched to each replica, as positions in the rollout's list; empty: none to any replica."""
     moves: tuple[Move, ...] = ()
     """Carried out before the next window."""
@@ -84,7 +84,7 @@ class StateMachine:
             done = sum(occupancy.finished for occupancy in window)
             assert done >= self.num_responses, f"{self.num_responses - done} responses were lost"
             return ClusterDecision(self._epoch, self._arm, finished=True)
-        if any(occupancy.asked for occupancy in window):
+        if any(occupancy.stop_requested for occupancy in window):
             return ClusterDecision(self._epoch, self._arm, interrupted=True)
         if self._arm is not None:
             self._arm = self._best_arm(window, self._arm)
@@ -92,7 +92,7 @@ class StateMachine:
         return ClusterDecision(
             self._epoch,
             self._arm,
-            hand_out=self._dispatch.more(window),
+            dispatched=self._dispatch.more(window),
             moves=self._migration.moves(window) if moves else (),
         )
 
@@ -112,7 +112,7 @@ class StateMachine:
 
     def mine(self, decision: ClusterDecision, replica: int) -> tuple[int, ...]:
         """The prompts that a decision dispatches to this process's replica, without those that it has already claimed."""
-        given = decision.hand_out[replica] if decision.hand_out else ()
+        given = decision.dispatched[replica] if decision.dispatched else ()
         return tuple(prompt for prompt in given if not self._dispatch.is_claim(prompt, replica, self._claimed_here))
 
     def _best_arm(self, window: Sequence[Occupancy], present: int) -> int:

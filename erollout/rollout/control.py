@@ -225,7 +225,7 @@ class ReplicaControl:
         arm = None if decision.arm is None else self._arms[decision.arm]
         mine = self.exchange.machine.mine(decision, self.exchange.replica)
         self.moves += [(time.monotonic() - self._started, move) for move in decision.moves]
-        self.decisions += arm != self._arm or any(decision.hand_out) or bool(decision.moves)
+        self.decisions += arm != self._arm or any(decision.dispatched) or bool(decision.moves)
         self._arm = arm
         self._take([self.requests[position] for position in mine])
 
@@ -296,7 +296,7 @@ class ReplicaControl:
             accepted=counts.accepted,
             seconds=time.monotonic() - self._started,
             claimed=self.exchange.machine.claimed,
-            asked=self.asked(),
+            stop_requested=self.asked(),
         )
 
 

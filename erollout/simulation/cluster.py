@@ -74,7 +74,7 @@ class Cluster:
         imposed = None if decision.arm is None else arms[decision.arm]
         for replica in self.replicas:
             replica.imposed = imposed
-        for replica, prompts in zip(self.replicas, decision.hand_out, strict=False):
+        for replica, prompts in zip(self.replicas, decision.dispatched, strict=False):
             if prompts:
                 replica.take(prompts)
                 self._handed_out += len(prompts)

@@ -203,7 +203,7 @@ class Rules:
             mine = machine.mine(decision, index)
             assert not set(mine) & set(replica.claims), "a replica samples twice what it had claimed"
             replica = self.taken(replica, mine)
-            handed = {prompt for prompts in decision.hand_out for prompt in prompts}
+            handed = {prompt for prompts in decision.dispatched for prompt in prompts}
             for other, occupancy in zip(world.replicas, posted, strict=True):
                 assert not handed & set(other.claims[: occupancy.claimed]), "what is known to be claimed is handed out"
         replica = replace(replica, completed=replica.completed + 1)

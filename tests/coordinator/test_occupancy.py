@@ -36,7 +36,7 @@ def test_responses_run_as_far_as_there_are_slots_and_are_as_old_as_their_context
     told = builder.build(Load(3, 110.0, 0, 1), 6, **COUNTS)
     assert (told.running, told.waiting, told.outstanding) == (4, 2, 6)
     assert told.age == pytest.approx(110 - (4 * 100 + 2 * 40) / 6)
-    assert (told.steps, told.finished, told.claimed, told.asked) == (3, 2, 0, 0)
+    assert (told.steps, told.finished, told.claimed, told.stop_requested) == (3, 2, 0, 0)
     assert told.seconds_per_token == (3e-3, 1.5e-3)
     assert told.curve == tuple(5e-4 * batch for batch in CURVE_BATCHES)
     assert told.prefill_seconds == pytest.approx(1e-6)
@@ -44,8 +44,8 @@ def test_responses_run_as_far_as_there_are_slots_and_are_as_old_as_their_context
 
 
 def test_an_idle_replica_is_asked_for_one_sequence() -> None:
-    told = Predictions().builder().build(Load(0, 0.0), 0, **COUNTS, claimed=2, asked=True)
-    assert (told.running, told.waiting, told.age, told.claimed, told.asked) == (0, 0, 0.0, 2, 1)
+    told = Predictions().builder().build(Load(0, 0.0), 0, **COUNTS, claimed=2, stop_requested=True)
+    assert (told.running, told.waiting, told.age, told.claimed, told.stop_requested) == (0, 0, 0.0, 2, 1)
     assert told.seconds_per_token == (1e-3, 5e-4)
 
 

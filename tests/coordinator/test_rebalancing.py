@@ -112,12 +112,12 @@ def test_nothing_moves_that_ends_before_it_would_have_arrived() -> None:
 def test_moves_wait_for_the_end_of_the_hand_out() -> None:
     for policy, expected in (("makespan", (Move(0, 1, 4),)), ("replica", ())):
         machine = StateMachine(CoordinatorConfig(policy=policy), 2, 4, 8, 8, LENGTHS, 2048)  # type: ignore[arg-type]
-        assert machine.start().hand_out == ((0, 2), (1, 3))
+        assert machine.start().dispatched == ((0, 2), (1, 3))
         assert machine.advance([loaded(8), loaded(0)]).moves == expected
     machine = StateMachine(CoordinatorConfig(), 2, 6, 8, 8, LENGTHS, 2048)
     machine.start()
     decision = machine.advance([loaded(16), loaded(0)])
-    assert decision.hand_out == ((), (4, 5)) and decision.moves == ()
+    assert decision.dispatched == ((), (4, 5)) and decision.moves == ()
     assert machine.advance([loaded(16), loaded(0)]).moves
 
 

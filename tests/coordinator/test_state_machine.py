@@ -44,19 +44,19 @@ def test_static_hand_out_gives_everything_at_once() -> None:
 
 
 def test_dynamic_hand_out_fills_the_slots_and_one_more() -> None:
-    assert machine(prompts=12).start().hand_out == ((0, 2, 4), (1, 3, 5))
-    assert machine(prompts=4).start().hand_out == ((0, 2), (1, 3)), "few prompts are spread evenly"
-    assert machine(prompts=3, replicas=4).start().hand_out == ((0,), (1,), (2,), ())
-    assert machine(prompts=12, group_size=8).start().hand_out == ((0, 2), (1, 3))
+    assert machine(prompts=12).start().dispatched == ((0, 2, 4), (1, 3, 5))
+    assert machine(prompts=4).start().dispatched == ((0, 2), (1, 3)), "few prompts are spread evenly"
+    assert machine(prompts=3, replicas=4).start().dispatched == ((0,), (1,), (2,), ())
+    assert machine(prompts=12, group_size=8).start().dispatched == ((0, 2), (1, 3))
 
 
 def test_the_rest_goes_to_who_is_free_first() -> None:
     dynamic = machine(prompts=9)
     dynamic.start()
-    assert dynamic.advance([busy(4, 1), busy(4, 2)]).hand_out == (), "a reserve of one prompt is enough"
-    assert dynamic.advance([busy(4, 0, finished=2), busy(4, 2)]).hand_out == ((6, 7), ()), "more where they end quickly"
-    assert dynamic.advance([busy(4, 4, finished=2), busy(1, 0, finished=5)]).hand_out == ((), (8,))
-    assert dynamic.advance([busy(1), busy(1)]).hand_out == ()
+    assert dynamic.advance([busy(4, 1), busy(4, 2)]).dispatched == (), "a reserve of one prompt is enough"
+    assert dynamic.advance([busy(4, 0, finished=2), busy(4, 2)]).dispatched == ((6, 7), ()), "more where they end quickly"
+    assert dynamic.advance([busy(4, 4, finished=2), busy(1, 0, finished=5)]).dispatched == ((), (8,))
+    assert dynamic.advance([busy(1), busy(1)]).dispatched == ()
 
 
 def test_the_last_prompt_goes_to_the_faster_of_two_full_replicas() -> None:
@@ -67,13 +67,13 @@ def test_the_last_prompt_goes_to_the_faster_of_two_full_replicas() -> None:
         window[slow] = replace(window[slow], curve=tuple(2 * seconds for seconds in CURVE))
         expected = [(6,), (6,)]
         expected[slow] = ()
-        assert dynamic.advance(window).hand_out == tuple(expected)
+        assert dynamic.advance(window).dispatched == tuple(expected)
 
 
 def test_the_last_prompts_are_shared() -> None:
     dynamic = machine(prompts=9)
     dynamic.start()
-    assert dynamic.advance([busy(1), busy(2)]).hand_out == ((6, 8), (7,))
+    assert dynamic.advance([busy(1), busy(2)]).dispatched == ((6, 8), (7,))
 
 
 def test_the_end_is_when_nobody_has_anything_left() -> None:
@@ -97,11 +97,11 @@ def test_a_replica_that_is_asked_to_stop_stops_all_of_them() -> None:
     dynamic = machine()
     dynamic.start()
     assert not dynamic.advance([busy(4, 2), busy(4, 2)]).is_last
-    stopped = dynamic.advance([busy(4, 2), busy(0, 0, asked=1)])
+    stopped = dynamic.advance([busy(4, 2), busy(0, 0, stop_requested=1)])
     assert stopped == ClusterDecision(2, interrupted=True) and stopped.is_last
     complete = machine(CoordinatorConfig(hand_out="static"), prompts=2)
     complete.start()
-    assert complete.advance([busy(finished=2, asked=1), busy(finished=2)]) == ClusterDecision(1, finished=True)
+    assert complete.advance([busy(finished=2, stop_requested=1), busy(finished=2)]) == ClusterDecision(1, finished=True)
 
 
 def test_what_an_earlier_attempt_completed_is_not_missed() -> None:
@@ -119,7 +119,7 @@ def test_claims_come_from_the_end_of_the_home_and_are_not_handed_out() -> None:
     window = [busy(0, 0, claimed=3), busy(0, 0, claimed=2)]
     decisions = [each.advance(window) for each in (here, there)]
     assert decisions[0] == decisions[1]
-    assert sorted(p for prompts in decisions[0].hand_out for p in prompts) == [7]
+    assert sorted(p for prompts in decisions[0].dispatched for p in prompts) == [7]
 
 
 def test_a_claim_that_the_window_does_not_show_is_sampled_twice_unless_handed_to_the_claimer() -> None:
@@ -129,9 +129,9 @@ def test_a_claim_that_the_window_does_not_show_is_sampled_twice_unless_handed_to
     assert here.claim(0) == 6
     to_me = [busy(0, 0), busy(4, 2)]  # taken before the claim
     decision = here.advance(to_me)
-    assert decision.hand_out == ((6,), ()) and here.mine(decision, 0) == ()
+    assert decision.dispatched == ((6,), ()) and here.mine(decision, 0) == ()
     decision = there.advance([busy(4, 2), busy(0, 0)])
-    assert decision.hand_out == ((), (6,)) and there.mine(decision, 1) == (6,)
+    assert decision.dispatched == ((), (6,)) and there.mine(decision, 1) == (6,)
     assert not there.advance([busy(0, 2, finished=6, claimed=1), busy(0, 0, finished=8)]).finished
     assert there.advance([busy(finished=8, claimed=1), busy(finished=8)]).finished
 
@@ -151,7 +151,7 @@ def test_every_prompt_is_handed_out_once_and_loads_stay_even(
     outstanding, finished, given_out = [0] * replicas, [0] * replicas, []
     decision = dynamic.start()
     for _ in range(400):
-        for replica, mine in enumerate(decision.hand_out):
+        for replica, mine in enumerate(decision.dispatched):
             given_out += mine
             outstanding[replica] += len(mine) * group
         if decision.finished:
@@ -166,8 +166,10 @@ def test_every_prompt_is_handed_out_once_and_loads_stay_even(
             busy(min(left, slots), left - min(left, slots), finished=f) for left, f in zip(outstanding, finished, strict=True)
         ]
         decision = dynamic.advance(window)
-        if len(given_out) + sum(map(len, decision.hand_out)) < prompts:  # what is left waits for room
-            totals = [left + len(m) * group for left, m in zip(outstanding, decision.hand_out or [()] * replicas, strict=True)]
+        if len(given_out) + sum(map(len, decision.dispatched)) < prompts:  # what is left waits for room
+            totals = [
+                left + len(m) * group for left, m in zip(outstanding, decision.dispatched or [()] * replicas, strict=True)
+            ]
             assert all(total >= slots for total in totals), "no slot stays empty while a prompt waits"
     assert decision.finished
     assert sorted(given_out) == list(range(prompts))

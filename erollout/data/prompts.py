@@ -9,7 +9,7 @@ from jinja2.exceptions import TemplateError
 
 from erollout.config import DataConfig
 from erollout.data.items import Message, Source, TaskItem
-from erollout.errors import UserError
+from erollout.errors import UserError, foreign_code
 from erollout.types import Prompt
 
 if TYPE_CHECKING:
@@ -63,10 +63,12 @@ class PromptRenderer:
 
         The tokenizers library raises bare `Exception`, so nothing narrower can be caught.
         """
-        try:
+
+        def refusal(error: Exception) -> UserError:
+            return UserError(f"{origin}: the tokenizer can't encode {text[:60]!r}: {' '.join(str(error).split())}")
+
+        with foreign_code(refusal):
             return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-        except Exception as error:
-            raise UserError(f"{origin}: the tokenizer can't encode {text[:60]!r}: {' '.join(str(error).split())}") from error
 
     def _instruct(self, question: str) -> str:
         return self._instruction.replace("{prompt}", question)
@@ -83,21 +85,23 @@ class PromptRenderer:
 
     def _chat(self, messages: list[Message], origin: str) -> str:
         """Apply the chat template, which is foreign code and may raise anything."""
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, strftime_now=self.date.strftime
-            )
-        except Exception as error:
+
+        def refusal(error: Exception) -> UserError:
             templates = self.tokenizer.chat_template
             if isinstance(templates, dict) and "default" not in templates:
-                raise UserError(
+                return UserError(
                     f"{origin}: the tokenizer has chat templates named {', '.join(templates)} but none named default; name one "
                     "so in its directory, or set data.chat_template = false"
-                ) from error
+                )
             roles = ", ".join(message["role"] for message in messages)
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "  # its text says it all
             why = " ".join(f"{kind}{error}".split())[:300]
-            raise UserError(f"{origin}: the tokenizer's chat template refuses messages of roles {roles}: {why}") from error
+            return UserError(f"{origin}: the tokenizer's chat template refuses messages of roles {roles}: {why}")
+
+        with foreign_code(refusal):
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, strftime_now=self.date.strftime
+            )
         return str(rendered)
 
 

@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from erollout.configuration.hub import fetch_line
-from erollout.errors import UserError
+from erollout.errors import UserError, foreign_code
 
 CHARACTERS = "\n " + string.digits + string.ascii_lowercase + "+-*/=#().,:;?!<>'\"%^_[]"
 """Characters of the demo's tokenizer; with three special tokens there are 64 tokens."""
@@ -27,10 +27,9 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> PreTrainedTokenizerBase
         (Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
         raise UserError(f"tokenizer directory {path} has no tokenizer.json; set model.tokenizer to one that has")
-    try:
+    # the tokenizers library raises bare Exception for a damaged file
+    with foreign_code(lambda error: UserError(f"can't load the tokenizer in {path}: {' '.join(str(error).split())[:300]}")):
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        raise UserError(f"can't load the tokenizer in {path}: {' '.join(str(error).split())[:300]}") from error
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1
     if needed > vocab_size:
         raise UserError(

@@ -4,7 +4,6 @@ An actor runs the scoring process of worker.py on any node with a free CPU, so l
 Killing only an actor would leave processes started by a scorer, so the actor kills its process first.
 """
 
-import pickle
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from erollout.errors import UserError
 from erollout.rewards.pool import RewardPool
 from erollout.rewards.scorers import Scorer
-from erollout.rewards.worker import START_TIMEOUT_SECONDS, ScoreResult, Worker, WorkerDied, WorkerLost
+from erollout.rewards.worker import START_TIMEOUT_SECONDS, NotCarried, ScoreResult, Worker, WorkerDied, WorkerLost, pack, unpack
 from erollout.schedulers.ray_cluster import join_cluster, resources_free
 
 _ANSWER_SECONDS = 60.0
@@ -106,9 +105,9 @@ class RayWorker:
     def score(self, prompt: object, response: str, timeout_seconds: float) -> ScoreResult:
         """Score as Worker.score. Also raises WorkerLost if the node or the actor is gone or silent."""
         try:
-            item = pickle.dumps((prompt, response))
-        except Exception as error:  # pickling an item runs foreign code
-            return ScoreResult(error=f"the item can't be sent to a scoring process: {type(error).__name__}: {error}")
+            item = pack(prompt, response)
+        except NotCarried as error:
+            return ScoreResult(error=str(error))
         scoring = False
         try:
             if time.monotonic() - self._answered > _IDLE_SECONDS:
@@ -156,9 +155,9 @@ class _Host:
 
     def score(self, item: bytes, timeout_seconds: float) -> ScoreResult | str:
         try:
-            prompt, response = pickle.loads(item)
-        except Exception as error:  # as is what a pickle loads
-            return ScoreResult(error=f"the item can't be read by a scoring process: {type(error).__name__}: {error}")
+            prompt, response = unpack(item)
+        except NotCarried as error:
+            return ScoreResult(error=str(error))
         try:
             return self._worker.score(prompt, response, timeout_seconds)
         except WorkerDied as error:

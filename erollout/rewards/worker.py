@@ -7,6 +7,7 @@ that a scorer has started, and Ctrl-C in the terminal reaches only the ranks.
 
 import ctypes
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from erollout.errors import UserError
+from erollout.errors import UserError, foreign_code
 from erollout.resilience.signals import STOPS, stops_wait
 from erollout.rewards.function import NotANumber
 from erollout.rewards.scorers import Scorer
@@ -57,6 +58,27 @@ class WorkerLost(Exception):
         """`scoring`: whether it had the response, which may have ended it."""
         super().__init__(reason)
         self.scoring = scoring
+
+
+class NotCarried(Exception):
+    """An item can't be pickled for a scoring process, or can't be read there; the message says why."""
+
+
+def pack(prompt: object, response: str) -> bytes:
+    """Pickle an item, which may run code of the item's own. Raises NotCarried."""
+    with foreign_code(lambda error: _not_carried("sent to", error)):
+        return pickle.dumps((prompt, response))
+
+
+def unpack(item: bytes) -> tuple[Prompt, str]:
+    """The prompt and response of `pack`. Raises NotCarried."""
+    with foreign_code(lambda error: _not_carried("read by", error)):
+        prompt, response = pickle.loads(item)
+    return prompt, response
+
+
+def _not_carried(how: str, error: Exception) -> NotCarried:
+    return NotCarried(f"the item can't be {how} a scoring process: {type(error).__name__}: {error}")
 
 
 class ScoringWorker(Protocol):
@@ -110,11 +132,11 @@ class Worker:
     def score(self, prompt: Prompt, response: str, timeout_seconds: float) -> ScoreResult:
         """Score a response. Raises WorkerDied if the process ended before it had received the response."""
         try:
-            self._connection.send((prompt, response))
+            self._connection.send_bytes(pack(prompt, response))
+        except NotCarried as error:
+            return ScoreResult(error=str(error))
         except OSError as error:
             raise WorkerDied("scoring process died while it waited") from error
-        except Exception as error:  # pickling an item runs foreign code
-            return ScoreResult(error=f"the item can't be sent to a scoring process: {type(error).__name__}: {error}")
         taken, end = False, time.monotonic() + timeout_seconds
         try:
             while self._connection.poll(max(0.0, end - time.monotonic())):

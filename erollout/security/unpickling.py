@@ -13,6 +13,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, BinaryIO
 
+from erollout.errors import foreign_code
+
 _PLAIN = {
     "builtins": ("set", "frozenset", "slice", "range", "complex", "bytearray"),
     "collections": ("OrderedDict", "deque"),
@@ -62,15 +64,15 @@ def load_message(data: bytes) -> Any:
 
 
 def _read(reader: "_Reader") -> Any:
-    try:
+    with foreign_code(_unreadable, passing=(pickle.UnpicklingError, MemoryError)):  # a damaged pickle may raise anything
         try:
             return reader.load()
         finally:
             reader.require_unchanged()
-    except (pickle.UnpicklingError, MemoryError):
-        raise
-    except Exception as error:  # a damaged pickle may raise anything
-        raise pickle.UnpicklingError(f"it can't be read ({type(error).__name__}: {error})") from error
+
+
+def _unreadable(error: Exception) -> pickle.UnpicklingError:
+    return pickle.UnpicklingError(f"it can't be read ({type(error).__name__}: {error})")
 
 
 class _Reader(pickle.Unpickler):

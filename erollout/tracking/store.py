@@ -20,7 +20,7 @@ from urllib.parse import unquote
 import psutil
 
 from erollout.environment import set_default
-from erollout.errors import UserError
+from erollout.errors import UserError, foreign_code
 from erollout.security.redaction import redact
 from erollout.tracking.delivery import METRICS_PER_BATCH, RefusedForNow, RejectedError
 
@@ -64,12 +64,10 @@ class MlflowStore:
         """Raise UserError, within seconds, unless the store answers."""
         if self.uri.startswith(("http://", "https://")):
             self._check_server()
-        try:
+        with foreign_code(self._unusable):  # drivers and network stacks raise anything
             _make_database(self.uri)
             self._client().search_experiments(max_results=1)
             _remove_misnamed(self.uri)
-        except Exception as error:  # drivers and network stacks raise anything; each error means that the store can't be used
-            raise self._unusable(error) from error
 
     def has_run(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException

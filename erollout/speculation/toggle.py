@@ -200,18 +200,6 @@ class Toggle:
             f"and yields {length:.2f} tokens, {length / cost:.2f}x the speed"
         )
 
-    def summary(self) -> str:
-        """One line that sums up the decisions of the last rollout."""
-        trace, metrics = self.trace, self._metrics
-        batches = [b for b, n in zip(trace.columns["decoding"], trace.num_speculative_tokens, strict=True) if n]
-        if not batches:
-            return f"speculation in none of {len(trace)} steps"
-        return (
-            f"speculation in {len(batches)} of {len(trace)} steps, at {min(batches)} to {max(batches)} sequences, with "
-            f"{metrics['mean_num_speculative_tokens']:.1f} drafts on average; it saved "
-            f"{metrics['saved_seconds']:.2f} s, the steps took {trace.seconds:.2f} s"
-        )
-
     def state_dict(self) -> dict[str, object]:
         """State for the checkpoint, as JSON: acceptance, online costs, ladder, probes and backoff."""
         return {

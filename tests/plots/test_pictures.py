@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from matplotlib.colors import to_hex
@@ -12,7 +11,7 @@ from matplotlib.text import Text
 from erollout.plots.accepted_drafts import Accepted, acceptance, interval
 from erollout.plots.decision_timeline import decisions
 from erollout.plots.replica_timeline import MOST_LANES, Lane, Transfer, occupancy
-from erollout.plots.simulated_rollouts import Bar, Check, Size, agreement, rollout_times, scaling, utilisation
+from erollout.plots.simulated_rollouts import Bar, rollout_times, utilisation
 from erollout.plots.speculation_map import Measurement, Prediction, boundary
 from erollout.plots.style import OFF_COLOR, arm_colors
 from erollout.plots.training_curves import save
@@ -180,26 +179,14 @@ def test_simulated_times(tmp_path: Path) -> None:
         assert label in text
 
 
-def test_simulated_utilisation_scaling_and_agreement(tmp_path: Path) -> None:
+def test_simulated_utilisation(tmp_path: Path) -> None:
     text = drawn(utilisation({"off": ([0.0, 5.0, 9.0], [1.0, 0.5, 0.0]), "adaptive": ([], [])}), tmp_path)
     assert "busy replicas, %" in text and "adaptive" in text
-    figure = scaling({mode: [Size(n, 100 + n**0.5, 1.0) for n in (1, 8, 100_000)] for mode in ("off", "adaptive")})
-    text = drawn(figure, tmp_path)
-    assert "100,000" in text and "saved against off, %" in text
-    drawn(scaling({"adaptive": [Size(4, 10.0)]}), tmp_path)
-    text = drawn(agreement([Check("off", 22.0, 20.0, 0.5), Check("n=5", 13.0, 13.5, source="published")]), tmp_path)
-    assert "22 s, measured 20 s" in text and "13 s, published 13.5 s" in text
 
 
-@pytest.mark.parametrize("draw", [rollout_times, agreement], ids=lambda draw: draw.__name__)
-def test_simulations_of_nothing(draw: Any, tmp_path: Path) -> None:
-    assert "nothing" in drawn(draw([]), tmp_path)
-
-
-@pytest.mark.parametrize("nothing", [{}, {"off": []}], ids=str)
-def test_scaling_of_nothing(nothing: dict[str, list[Size]], tmp_path: Path) -> None:
-    assert "nothing was simulated" in drawn(scaling(nothing), tmp_path)
-    assert "no steps" in drawn(utilisation({name: ([], []) for name in nothing}), tmp_path)
+def test_simulations_of_nothing(tmp_path: Path) -> None:
+    assert "nothing" in drawn(rollout_times([]), tmp_path)
+    assert "no steps" in drawn(utilisation({}), tmp_path)
 
 
 def test_more_drafts_are_darker_and_drafters_have_their_own_hues() -> None:

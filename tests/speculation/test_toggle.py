@@ -351,7 +351,6 @@ def test_metrics_agree_with_the_truth() -> None:
     assert metrics["expected_length/w4"] == pytest.approx(1 + 0.93 + 0.93**2 + 0.93**3, abs=0.15)
     assert 0.2 < metrics["share_speculating"] < 0.9 and metrics["switches"] >= 1
     assert all(isinstance(value, float) for value in metrics.values())
-    assert "it saved" in toggle.summary()
 
 
 def test_it_says_why() -> None:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenLoss(Protocol):
-    """What an update asks of an algorithm."""
+    """Interface of an algorithm for updates."""
 
     metric_names: tuple[str, ...]
 
@@ -39,7 +39,7 @@ class TokenLoss(Protocol):
 
 
 class Actor:
-    """This rank's shard of the policy, its optimizer and, if asked for, the frozen reference."""
+    """This rank's shard of the policy, its optimizer and, if needed, the frozen reference."""
 
     def __init__(
         self,
@@ -71,15 +71,15 @@ class Actor:
 
     @property
     def num_updates(self) -> int:
-        """That were made, without those that were skipped."""
-        return int(self.scheduler.num_steps) - 1  # the schedule is one ahead, see build_optimizer
+        """Number of updates, without skipped ones."""
+        return int(self.scheduler.num_steps) - 1  # the schedule is one step ahead, see build_optimizer
 
     def local_tensors(self) -> dict[str, Tensor]:
-        """The parameters by their names in the placement: what resharding and export read."""
+        """The parameters by their names in the placement, for resharding and export."""
         return local_tensors(self.module)
 
     def sleep(self) -> None:
-        """Give the gradient buffers' memory to the rollout."""
+        """Free the gradient buffers' memory for the rollout."""
         self.model.offload_grad_buffers(synchronize=False, empty_cache=self.context.device.type == "cuda")
 
     def wake_up(self) -> None:
@@ -90,7 +90,7 @@ class Actor:
 
         Args:
             samples: the same list on every rank of the model replica; may be empty.
-            reference: of the reference instead of the policy.
+            reference: use the reference instead of the policy.
 
         Returns:
             One list per sample, the same on every rank of the model replica.
@@ -104,7 +104,7 @@ class Actor:
         return self._share_logprobs(samples, batches, collected)
 
     def update(self, samples: Sequence[TrainSample], weights: Sequence[float], algorithm: TokenLoss) -> dict[str, float]:
-        """One optimizer step. Returns the algorithm's metrics over the whole global batch, and gradient norm and rate.
+        """Make one optimizer step. Returns the algorithm's metrics over the global batch, gradient norm and learning rate.
 
         A batch whose metrics or gradient are not finite changes nothing and counts as skipped.
 
@@ -129,11 +129,11 @@ class Actor:
         return metrics | {"grad_norm": float(grad_norm or 0.0), "update_skipped": float(not succeeded)}
 
     def require_equal_replicas(self, step: int) -> None:
-        """Collective. Raises UserError where data-parallel ranks hold different parameters after `step` steps."""
+        """Raise UserError if data-parallel ranks hold different parameters after `step` steps. Collective."""
         require_equal_replicas(self.local_tensors(), step)
 
     def _gradient_is_finite(self) -> bool:
-        """On all ranks: a step with one that is not would leave no weight finite."""
+        """Whether the gradient is finite on all ranks: otherwise a step would leave no weight finite."""
         buffers = [*self.model.buffers, *self.model.expert_parallel_buffers]
         finite = torch.stack([buffer.grad_data.norm() for buffer in buffers]).isfinite().all()
         wrong = (~finite).float()
@@ -153,7 +153,7 @@ class Actor:
     def _run_schedule(
         self, model: Module, batches: list[MicroBatch], loss: Callable[[MicroBatch, Tensor], Any], forward_only: bool
     ) -> list[Any]:
-        """What `loss` returned for each micro-batch: on the last pipeline stage; empty on the others."""
+        """Results of `loss` per micro-batch, on the last pipeline stage; empty on the others."""
 
         def forward_step(iterator: Iterator[MicroBatch], stage: Module) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(iterator)
@@ -174,7 +174,7 @@ class Actor:
                 data_iterator=iter(batches),
                 model=model,
                 num_microbatches=len(batches),
-                seq_length=batches[0].tokens.shape[1],  # of the first: shapes travel with the activations
+                seq_length=batches[0].tokens.shape[1],  # length of the first one: shapes are sent with the activations
                 micro_batch_size=batches[0].tokens.shape[0],
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
@@ -202,7 +202,7 @@ class Actor:
     def _share_logprobs(
         self, samples: Sequence[TrainSample], batches: list[MicroBatch], collected: list[Tensor]
     ) -> list[list[float]]:
-        """From the last pipeline stage to all stages, cut into samples."""
+        """Send log-probs from the last pipeline stage to all stages, and split them into samples."""
         lengths = [len(sample.response_ids) for sample in samples]
         flat = torch.zeros(sum(lengths), device=self.context.device)
         order = [index for batch in batches for index in batch.indices]

@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is made of: the facts that training, decoding and conversion all need. Pure."""
+"""Architecture of a decoder-only transformer, for training, decoding and conversion. Pure."""
 
 from dataclasses import dataclass, field
 from math import prod
@@ -26,14 +26,14 @@ class Architecture:
     """Sizes of a pre-norm, SwiGLU, RMSNorm, rotary, grouped-query decoder (Llama 2/3, Qwen2/2.5)."""
 
     family: str
-    """A name in policy/families."""
+    """Name of the family in policy/families."""
     vocab_size: int
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
     num_query_groups: int
-    """Key/value heads."""
+    """Number of key/value heads."""
     kv_channels: int
     """Size of one head."""
     max_position_embeddings: int
@@ -45,7 +45,7 @@ class Architecture:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     layer: Layer = field(default=LAYER, repr=False)
-    """What every layer is made of: the family's."""
+    """Description of a layer, from the family."""
 
     @property
     def query_size(self) -> int:
@@ -60,7 +60,7 @@ class Architecture:
         return any(mine.decode == module for mine in self.layer)
 
     def logical_tensors(self) -> dict[str, Shape]:
-        """Name and shape of every weight, as a Hugging Face checkpoint of this architecture has them, in its order."""
+        """Name and shape of every weight in a Hugging Face checkpoint of this architecture, in its order."""
         tensors: dict[str, Shape] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_layers):
             for module in sorted(

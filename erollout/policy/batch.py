@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class TrainSample:
-    """A prompt with its response and what the loss needs to know of it. Per-token lists have one entry per response id."""
+    """A prompt with its response and inputs of the loss. Per-token lists have one entry per response id."""
 
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
@@ -28,7 +28,7 @@ class MicroBatch:
     """Right-padded sequences. B sequences of S positions; position t predicts the token at t + 1."""
 
     indices: tuple[int, ...]
-    """Which samples these are, in the list that was cut up."""
+    """Indices of the samples in the list that was split."""
     tokens: Tensor
     """[B, S] int64: input ids."""
     labels: Tensor
@@ -109,9 +109,9 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
 
 
 def token_weights(response_lengths: Sequence[int], aggregation: str) -> list[float]:
-    """Weight of each token of each response, such that all weights of the batch sum to 1.
+    """Weight of each token, per response, such that all weights of the batch sum to 1.
 
-    token-mean: every token counts the same. sequence-mean: every response counts the same, its tokens share its weight.
+    token-mean: all tokens have equal weights. sequence-mean: all responses have equal weights, shared by their tokens.
     """
     if aggregation == "token-mean":
         total = sum(response_lengths)

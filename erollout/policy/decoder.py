@@ -1,4 +1,4 @@
-"""What a layer of a decoder is made of, and how tensor parallelism cuts it: the one description of its tensors. Pure.
+"""Description of a decoder layer's tensors and their tensor-parallel cut. Pure.
 
 The names and shapes of a checkpoint (architecture.py), the placements of training and decode ranks (training_layout.py,
 engine/model/decode_layout.py), the decode model's layers and the drafter's follow from it. Sizes are names of Architecture's
@@ -13,40 +13,40 @@ from erollout.parallel.placement import Shape
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A logical tensor's module, as a Hugging Face checkpoint names it within a layer."""
+    """A logical tensor's module, by its name within a layer of a Hugging Face checkpoint."""
 
     name: str
     outputs: str
-    """Number of its outputs, or a norm's length."""
+    """Size of its outputs, or of a norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A module of a layer: a norm, or a linear layer, perhaps of several parts that are fused into one matrix."""
+    """A module of a layer: a norm, or a linear layer of one or several parts fused into one matrix."""
 
     decode: str
-    """Name within a layer of the decode model."""
+    """Name in a layer of the decode model."""
     training: str
-    """Name within a layer of megatron-core's GPTModel."""
+    """Name in a layer of megatron-core's GPTModel."""
     parts: tuple[Part, ...]
-    """In the order in which their outputs are stacked."""
+    """Parts, in the order in which their outputs are stacked."""
     inputs: str | None = None
-    """Number of inputs; None: a norm, whose weight is a vector that every rank holds whole."""
+    """Size of the inputs; None: a norm, whose weight vector is replicated on every rank."""
     cut: str | None = None
-    """What tensor parallelism cuts: `outputs` or `inputs`. A linear layer whose inputs are cut has one part and no bias."""
+    """Dimension cut by tensor parallelism: `outputs` or `inputs`. A linear layer with cut inputs has one part and no bias."""
     unit: str = ""
-    """What the ranks share out, equally many each: `num_query_groups` or `ffn_hidden_size`."""
+    """Unit of the cut, of which each rank holds equally many: `num_query_groups` or `ffn_hidden_size`."""
     bias: str | None = None
-    """Architecture's field that says whether there is one; None: never."""
+    """Field of Architecture that says whether there is a bias; None: never."""
     trained_by_unit: bool = False
-    """Training stacks the parts unit by unit (a query group's queries, its key, its value), not each part whole."""
+    """Whether training stacks the parts unit by unit (a query group's queries, its key, its value), not each part whole."""
 
     @property
     def is_linear(self) -> bool:
         return self.inputs is not None
 
     def kinds(self, sizes: Any) -> tuple[str, ...]:
-        """`weight`, and `bias` where there is one. `sizes`: an Architecture."""
+        """`weight`, and `bias` if there is one. `sizes`: an Architecture."""
         return ("weight", "bias") if self.bias is not None and getattr(sizes, self.bias) else ("weight",)
 
     def shape(self, part: Part, kind: str, sizes: Any) -> Shape:
@@ -60,7 +60,7 @@ Layer = tuple[Module, ...]
 
 
 def logical_name(layer: int, part: Part, kind: str) -> str:
-    """A checkpoint's name of a part's weight or bias."""
+    """Name of a part's weight or bias in a checkpoint."""
     return f"model.layers.{layer}.{part.name}.{kind}"
 
 
@@ -70,7 +70,7 @@ def norm(decode: str, training: str, name: str, size: str = "hidden_size") -> Mo
 
 
 def inserted(layer: Layer, after: str, *modules: Module) -> Layer:
-    """A layer with further modules behind the one that the decode model calls `after`."""
+    """The layer with further modules after the one named `after` in the decode model."""
     at = [module.decode for module in layer].index(after) + 1
     return (*layer[:at], *modules, *layer[at:])
 

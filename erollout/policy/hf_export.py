@@ -1,8 +1,8 @@
-"""Writing the policy as a Hugging Face directory, tensor by tensor, from wherever its shards lie.
+"""Export of the policy as a Hugging Face directory, tensor by tensor, from shards on all ranks.
 
-Global rank 0 collects and writes; it holds at most one shard file. The files appear in a folder beside the destination that is
-renamed when complete, so a crash leaves what was there (at worst under the name .<destination>.replaced, from where the next
-export brings it back).
+Global rank 0 collects and writes, holding at most one shard file. The files are written to a folder beside the destination,
+which is renamed when complete, so a crash leaves the previous export (at worst as .<destination>.replaced, from which the
+next export restores it).
 """
 
 import json
@@ -34,14 +34,14 @@ _COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
-"""What is copied from the tokenizer's directory, as far as it is there."""
+"""Files copied from the tokenizer's directory, if present."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """A piece of a logical tensor and the rank and local tensor that supply it."""
+    """A piece of a logical tensor, with the rank and local tensor that supply it."""
 
     rank: int
     local: str
@@ -58,13 +58,13 @@ def export_policy(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write config.json, safetensors and the tokenizer's files; collective over `group` (default: the world).
+    """Write config.json, safetensors and the tokenizer's files. Collective over `group` (default: the world).
 
     Args:
         tensors: this rank's parameters, named as in training_placement(). Only those of data-parallel rank 0 are read.
-        dtype: float32 or bfloat16, of the written weights.
+        dtype: float32 or bfloat16, that of the written weights.
 
-    Raises UserError, on all ranks alike, when the destination can't be replaced or written (no space, no permission).
+    Raises UserError, on all ranks alike, if the destination can't be replaced or written (no space, no permission).
     """
     destination, rank = Path(directory), dist.get_rank()
     writer = _Writer(destination, max_shard_bytes) if rank == 0 else None
@@ -87,7 +87,7 @@ def export_policy(
 
 
 def plan_shards(architecture: Architecture, itemsize: int, max_shard_bytes: int) -> list[list[str]]:
-    """The tensors of each file, in the checkpoint's order: as many as fit, at least one."""
+    """Tensors of each file, in the checkpoint's order: as many as fit, and at least one."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, shape in architecture.logical_tensors().items():
@@ -101,7 +101,7 @@ def plan_shards(architecture: Architecture, itemsize: int, max_shard_bytes: int)
 
 
 def _owners(architecture: Architecture, layout: TrainLayout) -> dict[str, list[Owned]]:
-    """Who supplies every element of every logical tensor: the first holder among the ranks of the first model replica."""
+    """Suppliers of all logical tensors' elements: the first holder among the ranks of the first model replica."""
     owners: dict[str, dict[tuple[Shape, Shape], Owned]] = {name: {} for name in architecture.logical_tensors()}
     for rank in layout.model_replica(0):
         for local, piece in pieces_by_tensor(training_placement(architecture, layout, rank)):
@@ -117,7 +117,7 @@ def _gather(
     rank: int,
     group: dist.ProcessGroup | None,
 ) -> Tensor | None:
-    """A whole logical tensor on rank 0's CPU, None elsewhere. One message per rank that holds some of it."""
+    """A whole logical tensor on rank 0's CPU, None elsewhere. One message per rank that holds a part of it."""
     whole = torch.empty(shape, dtype=dtype) if rank == 0 else None
     device = next(iter(tensors.values())).device
     for source, owned in _by_rank(owners):
@@ -146,7 +146,7 @@ def _piece_values(local: Tensor, piece: Piece) -> Tensor:
 
 
 def _agree(writer: "_Writer | None", group: dist.ProcessGroup | None) -> None:
-    """Raise rank 0's error, if it had one, on all ranks."""
+    """Raise rank 0's error, if any, on all ranks."""
     message = [writer.error if writer else None]
     dist.broadcast_object_list(message, 0, group=group)
     if message[0]:
@@ -155,9 +155,9 @@ def _agree(writer: "_Writer | None", group: dist.ProcessGroup | None) -> None:
 
 @dataclass
 class _Writer:
-    """Rank 0's side: files in a temporary folder beside the destination. After an error it does nothing but hold it.
+    """Rank 0's writer of files in a temporary folder beside the destination. After an error it only keeps the error.
 
-    The other ranks go on sending, so rank 0 must go on receiving: the error is raised once all are through.
+    The other ranks keep sending, so rank 0 must keep receiving: the error is raised once all are done.
     """
 
     destination: Path
@@ -187,10 +187,10 @@ class _Writer:
         return self.destination.with_name(f".{self.destination.name}.replaced")
 
     def begin(self, architecture: Architecture, dtype: str, tokenizer: Path | None) -> None:
-        if self.replaced.exists() and not self.destination.exists():  # a process died between finish()'s two renames
+        if self.replaced.exists() and not self.destination.exists():  # an earlier process ended between finish()'s two renames
             self.replaced.rename(self.destination)
         check_destination(self.destination, tokenizer)
-        shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier process that died
+        shutil.rmtree(self.folder, ignore_errors=True)  # left by an earlier process
         self.folder.mkdir(parents=True)
         (self.folder / "config.json").write_text(json.dumps(hf_config(architecture, dtype), indent=2) + "\n")
         if tokenizer:
@@ -219,7 +219,7 @@ class _Writer:
 
 
 def check_destination(destination: Path, tokenizer: Path | None) -> None:
-    """Raise UserError unless `destination` is free or an earlier model, and not what is being read from."""
+    """Raise UserError unless `destination` is free or an earlier export, and not a directory that is read from."""
     if tokenizer and not any((tokenizer / name).exists() for name in _COMPANIONS):
         raise UserError(f"{tokenizer} holds no tokenizer files to export; set model.tokenizer to a Hugging Face directory")
     if not destination.exists():

@@ -1,7 +1,6 @@
-"""Reading a Hugging Face checkpoint: each rank streams its own slices, whatever the layout.
+"""Reading of Hugging Face checkpoints: each rank streams its own slices, whatever the layout.
 
-Everything that can be wrong is checked from the files' headers before a weight is read, by every rank alike: a bad checkpoint
-is refused by all ranks with the same message.
+Every rank checks the files' headers before a weight is read, so that all ranks reject a bad checkpoint with the same message.
 """
 
 import json
@@ -114,7 +113,7 @@ def _check_shapes(path: Path, architecture: Architecture, names: list[str]) -> N
 
 
 def _check_tied(files: Mapping[str, Path], pieces: list[Piece]) -> None:
-    """Some tools write the output layer of tied models too: fine as long as it is the embedding."""
+    """Check that the output layer of a tied model, which some tools write too, equals the embedding."""
     with _opened(files[OUTPUT]) as output, _opened(files[EMBEDDING]) as embedding:
         for piece in pieces:
             box = box_slices(piece.start, piece.shape)

@@ -1,7 +1,7 @@
-"""The first weights of a run: read, or random and the same under every layout.
+"""Initial weights of a run: read, or random and equal under every layout.
 
-Each random logical tensor is drawn whole from a generator of its own, seeded by (seed, name), and a rank keeps its pieces:
-nothing depends on how the model is cut, on the order of layers or on what else was drawn.
+Each random logical tensor is drawn whole from its own generator, seeded by (seed, name), and a rank keeps its pieces, so
+nothing depends on the layout, on the order of layers or on other tensors.
 """
 
 import hashlib
@@ -37,13 +37,13 @@ def initialize_weights(architecture: Architecture, placement: Placement, tensors
         for local in placement:
             target = tensors[local.name].zero_()
             for piece in sorted(local.pieces, key=lambda piece: piece.tensor):
-                if drawn is None or drawn[0] != piece.tensor:  # pieces of one tensor come together: it is drawn once
+                if drawn is None or drawn[0] != piece.tensor:  # pieces of one tensor are adjacent, so it is drawn once
                     drawn = piece.tensor, initial_tensor(piece.tensor, shapes[piece.tensor], architecture.num_layers, seed)
                 target[box_slices(piece.local_start, piece.shape)].copy_(drawn[1][box_slices(piece.start, piece.shape)])
 
 
 def initial_tensor(name: str, shape: Shape, num_layers: int, seed: int) -> Tensor:
-    """A logical tensor's first value, float32 on the CPU.
+    """A logical tensor's initial value, float32 on the CPU.
 
     Norms are 1, biases 0, weights normal(0, 0.02); projections that write into the residual stream are smaller by sqrt(2 x
     layers), so that its variance does not grow with depth (GPT-2, section 2.3).

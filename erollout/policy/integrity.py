@@ -1,4 +1,4 @@
-"""Whether data-parallel ranks hold the same parameters, bit for bit: memory and links corrupt some in silence."""
+"""Check that data-parallel ranks hold bit-equal parameters: memory and links may corrupt some silently."""
 
 from collections.abc import Mapping
 
@@ -14,12 +14,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> Tensor:
-    """[P] int64: of each tensor the sum of its bits as integers. One flipped bit always changes it."""
+    """[P] int64: checksum of each tensor, the sum of its bits as integers. A single flipped bit always changes it."""
     return torch.stack([_checksum(tensor.detach().reshape(-1)) for tensor in tensors.values()])
 
 
 def _checksum(flat: Tensor) -> Tensor:
-    """By words of 8 bytes as far as they are aligned: on a CPU the sum of narrower integers is much slower."""
+    """Checksum by words of 8 bytes where aligned: on a CPU sums of narrower integers are much slower."""
     per_word = 8 // flat.element_size()
     narrow = _INTEGERS[flat.element_size()]
     if flat.storage_offset() % per_word:
@@ -31,7 +31,7 @@ def _checksum(flat: Tensor) -> Tensor:
 def require_equal_replicas(tensors: Mapping[str, Tensor], step: int) -> None:
     """Compare with the other ranks of the data-parallel group. Collective over the world.
 
-    Raises UserError on all ranks, naming ranks and parameter, when any group's ranks differ.
+    Raises UserError on all ranks, naming ranks and parameter, if the ranks of any group differ.
     """
     mine = checksums(tensors)
     group = parallel_state.get_data_parallel_group()
@@ -50,7 +50,7 @@ def require_equal_replicas(tensors: Mapping[str, Tensor], step: int) -> None:
 
 
 def _difference(table: Tensor, ranks: list[int], names: list[str]) -> str | None:
-    """In words; None where all rows are equal. `table`: [ranks, P]."""
+    """The difference in words; None: all rows are equal. `table`: [ranks, P]."""
     common = table.mode(dim=0).values
     differing = table != common
     if not differing.any():

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of vocabulary-parallel logits, without ever gathering them.
+"""Log-probabilities and entropy of vocabulary-parallel logits, without gathering them.
 
 Each tensor-parallel rank holds columns [vocab_start, vocab_start + V_local) of the logits. Two small all-reduces per call
 (a maximum, then three sums of one float per token) are all that crosses ranks. Rows are processed in chunks, so that the
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 1 << 24
-"""Logits per chunk: 64 MiB in float32."""
+"""Number of logits per chunk: 64 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,10 @@ class VocabShard:
     """The columns of the logits that this rank holds."""
 
     group: dist.ProcessGroup | None
-    """Tensor-parallel group; None when this rank holds the whole vocabulary."""
+    """Tensor-parallel group; None: this rank holds the whole vocabulary."""
     start: int
     size: int
-    """Real columns: padding behind them takes no part in the softmax."""
+    """Number of real columns; the padding after them is excluded from the softmax."""
 
 
 def vocab_shard(group: dist.ProcessGroup, vocab_size: int, local_columns: int) -> VocabShard:
@@ -49,7 +49,7 @@ def logprobs_and_entropy(logits: Tensor, labels: Tensor, shard: VocabShard, temp
 
 
 def reference_logprobs_and_entropy(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The same from whole logits [..., V] by torch's own operators: what the fast path is tested against."""
+    """The same from whole logits [..., V] by torch's own operators, as the reference in tests."""
     log_softmax = torch.log_softmax(logits.float() / temperature, dim=-1)
     logprobs = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return logprobs, -(log_softmax.exp() * log_softmax).sum(-1)
@@ -63,7 +63,7 @@ class _LogProbs(torch.autograd.Function):
         if shard.size:
             maximum = logits[:, : shard.size].amax(-1).float() / temperature
         _all_reduce(maximum, shard.group, dist.ReduceOp.MAX)
-        sums = maximum.new_zeros(3, tokens)  # of exp(x - max), of that times (x - max), the label's x - max
+        sums = maximum.new_zeros(3, tokens)  # sums of exp(x - max), of that times (x - max), and the label's x - max
         for rows in _chunks(logits):
             _chunk_sums(_shifted(logits, rows, shard, temperature, maximum), labels[rows], shard.start, sums[:, rows])
         _all_reduce(sums, shard.group, dist.ReduceOp.SUM)
@@ -100,7 +100,7 @@ def _chunk_sums(shifted: Tensor, labels: Tensor, start: int, out: Tensor) -> Non
 
 
 def _local_labels(labels: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Labels as local columns, and which of them lie in this shard."""
+    """Labels as local columns, and a mask of those in this shard."""
     local = labels - start
     return local, (local >= 0) & (local < columns)
 

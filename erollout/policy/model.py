@@ -54,7 +54,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths insists on it, for dense models too
+        moe_token_dispatcher_type="alltoall",  # required by variable_seq_lengths, for dense models too
         recompute_granularity=recompute_granularity,
         **whole_layers,
         **_NO_FUSIONS,
@@ -85,7 +85,7 @@ def build_model(architecture: Architecture, config: TransformerConfig) -> GPTMod
 
 
 def layer_specification(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The modules that a pipeline stage is made of: megatron-core's own (`local`), on every device."""
+    """The modules of a pipeline stage: megatron-core's own (`local`), on every device."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
     if config.qk_layernorm:
@@ -101,7 +101,7 @@ def local_tensors(model: GPTModel) -> dict[str, Tensor]:
 
 
 def _leave(_: Tensor) -> None:
-    """An init method that does nothing: the weights are loaded right after.
+    """An init method that does nothing, because the weights are loaded right after.
 
     Megatron's perform_initialization = False would also skip marking parameters as tensor-parallel, which gradient norms need.
     """

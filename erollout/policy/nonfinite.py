@@ -1,4 +1,4 @@
-"""Updates that are skipped because their loss or gradient is not finite: a few happen, many in a row end the run."""
+"""Updates skipped because of a non-finite loss or gradient: a few are tolerated, many in a row end the run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,19 @@ from erollout.policy.batch import TrainSample
 
 
 class SkippedUpdates:
-    """Counts those in a row, equally on all ranks."""
+    """Counter of skipped updates in a row, equal on all ranks."""
 
     def __init__(self, limit: int, directory: Path, rank: int) -> None:
-        """`directory`: for the batch that ends the run, one file per rank."""
+        """`directory`: directory for the batch that ends the run, one file per rank."""
         self.limit = limit
         self.in_a_row = 0
         self._directory = directory
         self._rank = rank
 
     def count(self, step: int, metrics: Mapping[str, float], samples: Sequence[TrainSample]) -> int:
-        """How many in a row there are, after an update with these metrics from this rank's samples.
+        """Number of skipped updates in a row, after an update with these metrics from this rank's samples.
 
-        Raises UserError on all ranks when there are `limit` of them.
+        Raises UserError on all ranks once it reaches `limit`.
         """
         self.in_a_row = self.in_a_row + 1 if metrics["update_skipped"] else 0
         if self.in_a_row >= self.limit:

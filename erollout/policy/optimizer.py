@@ -12,7 +12,7 @@ from torch.nn import Module
 from erollout.config import OptimizerConfig
 
 _CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
-"""Options of a parameter group that a configuration sets; learning rate and weight decay follow from the schedule."""
+"""Configured options of a parameter group; learning rate and weight decay follow from the schedule."""
 
 
 def build_optimizer(
@@ -51,18 +51,18 @@ def build_optimizer(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
-    scheduler.step(1)  # the rate for step k is that of k - 1: without this, warm-up would begin with an update of rate 0
+    scheduler.step(1)  # the schedule gives step k the rate of k - 1: without this, warm-up would begin with a rate of 0
     return optimizer, scheduler
 
 
 def restore_optimizer(
     optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, state: Mapping[str, Any] | None, schedule: dict[str, Any]
 ) -> None:
-    """Go on from a checkpoint, with the hyper-parameters of this configuration: Megatron would take the saved ones.
+    """Resume from a checkpoint with the hyper-parameters of this configuration: Megatron would take the saved ones.
 
     Args:
-        state: of the optimizer; None: no update has been made.
-        schedule: state of the scheduler, of which the number of updates counts.
+        state: state of the optimizer; None: no update has been made.
+        schedule: state of the scheduler, of which only the number of updates is used.
     """
     ours = [{name: group[name] for name in _CONFIGURED if name in group} for group in optimizer.param_groups]
     if state is None:

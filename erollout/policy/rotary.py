@@ -1,4 +1,4 @@
-"""Rotary embeddings' inverse frequencies, bit for bit those of transformers, with and without Llama 3's scaling."""
+"""Inverse frequencies of rotary embeddings, bit-equal to those of transformers, with and without Llama 3's scaling."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A tensor-parallel rank's shards of a model's tensors, by the description of its layer: what all layouts are made of. Pure."""
+"""Shards of a model's tensors on a tensor-parallel rank, from the description of its layer, for all layouts. Pure."""
 
 from collections.abc import Iterator
 
@@ -11,19 +11,19 @@ from erollout.policy.decoder import Module, logical_name
 _UNITS = {"num_query_groups": "the model's number of key/value heads", "ffn_hidden_size": "the model's feed-forward size"}
 
 _Tensor = tuple[str, Shape]
-"""A logical tensor's name and shape."""
+"""Name and shape of a logical tensor."""
 
 
 def module_shards(
     architecture: Architecture, module: Module, layer: int, local: str, ranks: int, rank: int, by_unit: bool = False
 ) -> Iterator[LocalTensor]:
-    """A rank's part of a module of layer `layer`: its weight and, where there is one, its bias.
+    """A rank's part of a module in layer `layer`: its weight and, if any, its bias.
 
-    Raises UserError when the ranks can't hold equally much.
+    Raises UserError if the module can't be divided evenly.
 
     Args:
         local: the module's name in the rank's own model.
-        by_unit: the outputs of fused parts stand unit by unit, not part by part.
+        by_unit: whether the outputs of fused parts are stacked unit by unit, not part by part.
     """
     for kind in module.kinds(architecture):
         name = f"{local}.{kind}"
@@ -46,7 +46,7 @@ def vocabulary_rows(architecture: Architecture, ranks: int) -> int:
 
 
 def vocabulary_shard(name: str, logical: str, architecture: Architecture, ranks: int, rank: int) -> LocalTensor:
-    """A rank's rows of a tensor [vocabulary, hidden]; ranks at the vocabulary's end may hold little but padding."""
+    """A rank's rows of a tensor [vocabulary, hidden]; ranks at the vocabulary's end may hold mostly padding."""
     rows, hidden = vocabulary_rows(architecture, ranks), architecture.hidden_size
     start = min(rank * rows, architecture.vocab_size)
     real = min(rows, architecture.vocab_size - start)

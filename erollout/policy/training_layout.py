@@ -1,4 +1,4 @@
-"""Where a model's logical tensors lie in the parameters of a training rank's GPTModel. Pure.
+"""Placement of a model's logical tensors in the parameters of a training rank's GPTModel. Pure.
 
 The local names are those of megatron-core's GPTModel.named_parameters() under its local layer specification. Tensor
 parallelism cuts as the description of the layer says (decoder.py); pipeline parallelism cuts the layers evenly.
@@ -18,7 +18,7 @@ def padded_vocab_size(architecture: Architecture, tensor: int) -> int:
 
 
 def layer_range(architecture: Architecture, layout: TrainLayout, stage: int) -> range:
-    """The layers of a pipeline stage. Raises UserError when the stages can't hold equally many."""
+    """The layers of a pipeline stage. Raises UserError if the stages can't hold equally many."""
     layers, stages = architecture.num_layers, layout.pipeline
     if layers % stages:
         raise UserError(
@@ -28,7 +28,7 @@ def layer_range(architecture: Architecture, layout: TrainLayout, stage: int) -> 
 
 
 def training_placement(architecture: Architecture, layout: TrainLayout, rank: int) -> Placement:
-    """Every parameter of `rank`'s GPTModel, in its order. Raises UserError when the layout does not divide the model."""
+    """All parameters of `rank`'s GPTModel, in its order. Raises UserError if the layout does not divide the model."""
     tensor, _, stage = layout.coordinates(rank)
     first, last = stage == 0, stage == layout.pipeline - 1
     local: list[LocalTensor] = []
@@ -48,6 +48,6 @@ def training_placement(architecture: Architecture, layout: TrainLayout, rank: in
 
 
 def _as_registered(layer: Layer) -> Layer:
-    """In the order of named_parameters(): Attention registers its output projection before SelfAttention all the rest."""
+    """The layer in the order of named_parameters(): Attention registers its output projection before the rest."""
     first = {"input_layernorm": 0, "self_attention.linear_proj": 1}
     return tuple(sorted(layer, key=lambda module: first.get(module.training, 2)))

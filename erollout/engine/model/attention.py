@@ -22,9 +22,9 @@ from erollout.engine.model.row_tiles import in_grains
 TARGET_CHUNK = 128
 """Keys of one item, rounded to whole blocks and vectors."""
 _VECTOR = 32
-"""Chunks are multiples of this: exp2 computes what does not fill two AVX-512 vectors with other last bits."""
+"""Divisor of chunk sizes: exp2 gives other last bits to values that do not fill two AVX-512 vectors."""
 _MASKED = -1e30
-"""Score of a key that a query must not see: finite, so that a chunk without any visible key gets weight 0 and not NaN."""
+"""Score of a masked key: finite, so that a chunk without any visible key gets weight 0 and not NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class TileGroup:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What every layer of a pass needs to know, prepared once; each kind of attention has its own form."""
+    """Plan of a pass, prepared once for all layers; each kind of attention has its own form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Attention(Protocol):
 
 
 class _Cut:
-    """Tiles and items of a group while they are counted out; the attributes are those of TileGroup, as lists."""
+    """Tiles and items of a group under construction; the attributes are those of TileGroup, as lists."""
 
     def __init__(self, tile: int) -> None:
         self.tile = tile

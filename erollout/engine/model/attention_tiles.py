@@ -1,4 +1,4 @@
-"""Which shapes of attention's batched products give a query the same bits, found by a self-test as in row_tiles."""
+"""Shapes of attention's batched products that give a query the same bits, found by a self-test as in row_tiles."""
 
 import logging
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from erollout.engine.model.row_tiles import aligned, bits_of, cancelling
 logger = logging.getLogger(__name__)
 
 TILES = (1, 2, 4, 8, 16, 32)
-"""Query tokens of one item."""
+"""Candidate numbers of query tokens per item."""
 BATCHES = (1, 4, 16)
-"""Items of one batched product."""
+"""Candidate numbers of items per batched product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class AttentionTiles:
     """Tiles that give a token's query heads the same bits at any place of the tile and the batch."""
 
     single: int
-    """Query tokens of an item where a sequence computes one."""
+    """Query tokens per item for a sequence that computes one token."""
     several: int
-    """Query tokens of an item where a sequence computes more."""
+    """Query tokens per item for a sequence that computes several tokens."""
     batches: dict[int, tuple[int, ...]]
-    """Batch sizes of each tile, descending, down to 1; empty where no promise is made."""
+    """Batch sizes of each tile, descending, down to 1; empty if nothing is promised."""
 
     def batched(self, tile: int, left: Tensor, right: Tensor) -> Tensor:
         """left @ right, [items, rows, n] @ [items, n, m] for items of this tile, in batches of these sizes."""
@@ -51,7 +51,7 @@ UNTESTED = AttentionTiles(1, TILES[-1], {})
 
 @cache
 def attention_tiles(queries_per_kv: int, head_size: int, chunk: int, dtype: torch.dtype, threads: int) -> AttentionTiles:
-    """On the CPU, for chunks of so many keys. The tiles with the widest range: few queries at decoding, many in prompts."""
+    """Tiles on the CPU for chunks of `chunk` keys, with the widest range: few queries in decoding, many in prefill."""
     query, key = cancelling(queries_per_kv, chunk, head_size, dtype)
     weight, value = cancelling(queries_per_kv, head_size, chunk, dtype)
     keys, values = key.repeat(BATCHES[-1], 1, 1).transpose(1, 2), value.t().repeat(BATCHES[-1], 1, 1)
@@ -73,7 +73,7 @@ def attention_tiles(queries_per_kv: int, head_size: int, chunk: int, dtype: torc
 
 
 def _bits_of_tokens(products: Tensor, queries_per_kv: int) -> bytes | None:
-    """Those of the queries of one token; None where they depend on its place in the tile or the batch."""
+    """Bits of the queries of one token; None: they depend on its place in the tile or the batch."""
     tokens = products.view(-1, queries_per_kv, products.shape[-1])
     first = bits_of(tokens[0])
     return first if all(bits_of(token) == first for token in tokens[1:]) else None

@@ -1,4 +1,4 @@
-"""Where a model's logical tensors lie in the parameters of a decode rank. Pure.
+"""Placement of a model's logical tensors in the parameters of a decode rank. Pure.
 
 The decode model has no pipeline: each rank of a replica holds its tensor-parallel shard of every layer, cut as the description
 of the layer says (policy/decoder.py), with the parts of a fused matrix stacked whole: a rank's query heads, key heads and value
@@ -13,7 +13,7 @@ from erollout.policy.shards import module_shards, vocabulary_shard
 def decode_placement(architecture: Architecture, tensor: int, tensor_rank: int) -> Placement:
     """Every parameter of rank `tensor_rank` of a decode replica of `tensor` ranks, in the order of execution.
 
-    Raises UserError when the heads, the query groups or the feed-forward size can't be cut evenly.
+    Raises UserError if the heads, the query groups or the feed-forward size can't be divided evenly.
     """
     local: list[LocalTensor] = [vocabulary_shard("embed_tokens.weight", EMBEDDING, architecture, tensor, tensor_rank)]
     for layer in range(architecture.num_layers):

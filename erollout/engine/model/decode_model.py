@@ -89,16 +89,16 @@ class DecodeModel:
         self.cosine, self.sine = _rotation(architecture, max_model_len, dtype, device)
 
     def plan(self, spans: list[QuerySpan]) -> AttentionPlan:
-        """What a pass of these spans needs, prepared once. `spans` is in token order, those of a single token first."""
+        """The plan of a pass over these spans. `spans` is in token order, those of a single token first."""
         return self.attention.plan(spans)
 
     def prepare(self) -> None:
-        """Derive the kernels' own forms of the current weights."""
+        """Derive the kernels' own forms of the weights."""
         for linear in self._linears():
             linear.prepare()
 
     def release(self) -> None:
-        """Drop what `prepare` made."""
+        """Free what `prepare` derived."""
         for linear in self._linears():
             linear.release()
 
@@ -165,10 +165,10 @@ class DecodeModel:
 
 
 def sum_over_ranks(partial: Tensor, group: dist.ProcessGroup) -> None:
-    """Add the ranks' tensors up, in place. On the CPU an element's bits depend on its addends alone.
+    """Sum the ranks' tensors, in place. On the CPU an element's bits depend on its addends alone.
 
-    gloo's all-reduce of more than two ranks adds in an order that depends on the element's place in the message: a row's result
-    would depend on how many rows share the pass.
+    gloo's all-reduce over more than two ranks sums in an order that depends on the element's place in the message, so that a
+    row's result would depend on how many rows share the pass.
     """
     if partial.device.type != "cpu" or group.size() <= 2:
         dist.all_reduce(partial, group=group)

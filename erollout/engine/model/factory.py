@@ -1,4 +1,4 @@
-"""Which decode model serves a kernel."""
+"""Construction of the decode model of a kernel."""
 
 import torch
 import torch.distributed as dist

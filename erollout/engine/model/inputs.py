@@ -1,4 +1,4 @@
-"""What one forward pass of the decode model reads: the one description that target, drafter and every measurement share."""
+"""Inputs of one forward pass of the decode model, shared by target, drafter and all measurements."""
 
 from dataclasses import dataclass, replace
 
@@ -9,18 +9,18 @@ from erollout.engine.model.attention import AttentionPlan
 
 @dataclass(frozen=True, slots=True)
 class ForwardInputs:
-    """New tokens of some sequences, those of each in a row. Tensors are int64, on the model's device."""
+    """New tokens of some sequences, contiguous per sequence. Tensors are int64, on the model's device."""
 
     token_ids: Tensor
     """[tokens]"""
     positions: Tensor
-    """[tokens]: each token's in its sequence."""
+    """[tokens]: position of each token in its sequence."""
     slots: Tensor
-    """[tokens]: block x block_size + offset where each token's keys and values go."""
+    """[tokens]: cache slot of each token's keys and values, block x block_size + offset."""
     plan: AttentionPlan
-    """The model's own of the same tokens."""
+    """The model's plan for these tokens."""
     logit_rows: Tensor
-    """[rows]: the tokens whose logits are wanted."""
+    """[rows]: indices of the tokens whose logits are needed."""
 
     def with_tokens(self, token_ids: Tensor) -> "ForwardInputs":
         """The same pass over other tokens, [tokens]."""
@@ -28,5 +28,5 @@ class ForwardInputs:
 
 
 def slots_of(block_table: list[int], block_size: int, start: int, end: int) -> list[int]:
-    """Where the keys and values of positions [start, end) lie in the cache."""
+    """Cache slots of the keys and values of positions [start, end)."""
     return [block_table[position // block_size] * block_size + position % block_size for position in range(start, end)]

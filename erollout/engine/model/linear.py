@@ -1,6 +1,6 @@
 """Linear layers of the decode model: one interface, several kernels, chosen by name.
 
-A kernel reads weights that the reshard overwrites in place; whatever it derives from them is made again by `prepare`.
+A kernel reads weights that the reshard overwrites in place; `prepare` derives its own copies again.
 """
 
 import logging
@@ -24,10 +24,10 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def prepare(self) -> None:
-        """Derive what the kernel needs from the current weights."""
+        """Derive the kernel's own form of the current weights."""
 
     def release(self) -> None:
-        """Drop what was derived: `prepare` must run before the next call."""
+        """Free the derived form: `prepare` must run before the next call."""
 
 
 LinearFactory = Callable[[str, Tensor, Tensor | None], Linear]
@@ -90,7 +90,7 @@ class PackedLinear:
 
     @property
     def struct(self) -> native.LinearStruct:
-        """What the native model calls; its address is stable."""
+        """Structure for the native model; its address is stable."""
         return self._native.struct
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ LINEAR_KERNELS: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {
 
 
 def resolve_linear_kernel(name: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The kernel behind rollout.kernels; `auto` is the fastest that dtype, device and processor allow. Raises UserError."""
+    """The kernel for rollout.kernels; `auto`: the fastest one that dtype, device and processor allow. Raises UserError."""
     lacks = {"native": _lacks_native(dtype, device), "prepacked": _lacks_prepacked(dtype, device), "torch": None}
     if name == "auto":
         resolved = next(kernel for kernel, reason in lacks.items() if reason is None)
@@ -128,7 +128,7 @@ def resolve_linear_kernel(name: str, dtype: torch.dtype, device: torch.device) -
 
 
 def _lacks_native(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the native kernels can't run, None where they can."""
+    """Reason why the native kernels can't run; None: they can."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return f"native kernels are for bfloat16 on a CPU (rollout.dtype), and this is {dtype} on {device.type}"
     return native.why_unavailable()

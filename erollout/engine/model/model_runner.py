@@ -1,4 +1,4 @@
-"""From scheduled batches and known sequences to logits: the inputs of every pass are built here, whoever it is for."""
+"""Passes of a decode model, from scheduled batches or known sequences to logits: builds the inputs of every pass."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from erollout.engine.scheduler import Batch
 
 
 class ModelRunner:
-    """A decode model's passes: the target's, a drafter's, and those that measure either."""
+    """Runs passes of a decode model: the target's, a drafter's, and those that measure either."""
 
     def __init__(self, model: DecodeModel) -> None:
         self.model = model
@@ -20,13 +20,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch, draft_ids: Tensor | None = None) -> Tensor:
-        """Compute a batch, whose block copies are made already.
+        """Compute a batch, whose block copies are already made.
 
         Args:
-            draft_ids: int64 [drafts], on the device: each sequence's drafts in turn, in the order of batch.scheduled.
+            draft_ids: int64 [drafts], on the device: each sequence's drafts, in the order of batch.scheduled.
 
-        Returns: logits [rows, local vocabulary]: 1 + num_drafts rows for each sequence that catches up, of its last known
-            token and of its drafts, in the order of batch.scheduled.
+        Returns: logits [rows, local vocabulary]: 1 + num_drafts rows per sequence that catches up, for its last known token and
+            its drafts, in the order of batch.scheduled.
         """
         items = sorted(
             batch.scheduled, key=lambda item: item.num_tokens + item.num_drafts > 1
@@ -50,8 +50,8 @@ class ModelRunner:
         """A pass over the tokens of `spans`, those of a single token first.
 
         Args:
-            token_ids: of all spans in turn.
-            logit_rows: tokens whose logits are wanted; None: all of them.
+            token_ids: token ids of all spans, in order.
+            logit_rows: tokens whose logits are needed; None: all.
         """
         size = self.cache.block_size
         positions = [position for span in spans for position in range(span.start, span.end)]
@@ -70,7 +70,7 @@ class ModelRunner:
 
 
 def _wanted_rows(batch: Batch, last_rows: dict[int, int]) -> list[int]:
-    """Rows of the pass whose logits are wanted, by the row of each sequence's last known token."""
+    """Rows of the pass whose logits are needed, from the row of each sequence's last known token."""
     rows: list[int] = []
     for item in batch.scheduled:
         if item.catches_up:

@@ -1,7 +1,7 @@
 """The decode model in one native call: norms, rotation, KV write, attention and residuals around the packed linear layers.
 
 Only the embedding and the sums over the ranks stay in torch, under tensor parallelism. Rounding is that of the torch model, so
-that the logits of both agree up to the order of summation, with two exceptions, both towards more exact: attention scores and
+that the logits of both agree up to the order of summation, with two exceptions, both more exact: attention scores and
 sums stay in float32 (torch rounds each chunk's scores and output to bfloat16), and the attention weights are summed up as
 rounded, as they are multiplied with the values.
 """
@@ -39,7 +39,7 @@ _SIGNATURES = (
     ("erollout_attention", None, _POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
 )
 _CHECKED = ("token_ids", "positions", "slots", "logit_rows")
-"""What erollout_check_pass returns, from 1 on."""
+"""Names of the values returned by erollout_check_pass, from 1 on."""
 
 
 class ShapeStruct(ctypes.Structure):
@@ -49,7 +49,7 @@ class ShapeStruct(ctypes.Structure):
 
 
 class LayerStruct(ctypes.Structure):
-    """`Layer` of model.h: every module that a family's layer has; null where the model's own has none."""
+    """`Layer` of model.h: all modules that a family's layer may have; null if the model's layer lacks one."""
 
     _fields_ = tuple(
         (name, _POINTER) for name in dict.fromkeys(module.decode for family in FAMILIES.values() for module in family.layer)
@@ -79,15 +79,15 @@ class PassStruct(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class SpanPlan(AttentionPlan):
-    """The spans of a pass as they are."""
+    """A plan that holds the spans of a pass unchanged."""
 
     spans: array
     """int64 [spans, 4]: first row, first position, tokens, where the block table begins in `tables`."""
     tables: array
-    """int32: the block tables one after the other."""
+    """int32: the concatenated block tables."""
 
     def write_to(self, work: PassStruct) -> None:
-        """The plan must outlive the pass."""
+        """Write the plan, which must outlive the pass, to a pass structure."""
         work.num_spans = len(self.spans) // 4
         work.spans = self.spans.buffer_info()[0]
         work.tables = self.tables.buffer_info()[0]
@@ -192,7 +192,7 @@ class NativeModel(DecodeModel):
             raise IndexError(f"{_CHECKED[wrong - 1]} beyond the model's bounds")
 
     def _working_memory(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden, partial, workspace) for so many tokens, kept between passes until `release`."""
+        """(hidden, partial, workspace) for `tokens` tokens, kept between passes until `release`."""
         size = tokens * self.architecture.hidden_size
         workspace = library().erollout_workspace_size(self._address, tokens)
         if self._buffers is None or self._buffers.shape[0] < 2 * size + workspace:

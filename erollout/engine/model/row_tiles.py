@@ -1,13 +1,13 @@
 """Matrix products on the CPU over fixed numbers of rows, so that a row's bits depend on that row alone.
 
-In which order a library adds up depends on the number of rows, on the processor and on the library's version: MKL's float32
-product gives a row other bits alone, beside one other and among four. So no product here has just as many rows as there are.
-It is cut into pieces of a few sizes, the last one padded with zeros, and only of sizes that gave the same bits at every row in
-a self-test of a layer with as many inputs and outputs; of more than 2^19 weights fewer outputs are tried, and the rest is taken
-to add up as these. One row at a time is always among the possible answers.
+A library's order of summation depends on the number of rows, on the processor and on the library's version: MKL's float32
+product gives a row other bits alone, with one other row and with three. So a product is cut into pieces of a few sizes, the
+last one padded with zeros, and only sizes are used that gave the same bits at every row in a self-test of a layer with as many
+inputs and outputs. Of layers with more than 2^19 weights fewer outputs are tested, and the rest is assumed alike. One row at
+a time is always a possible result.
 
-The self-test's sums cancel: each product has its negative among the others, so that only the errors of rounding are left, which
-differ in every other order. What it finds is a fact about processor and libraries, the same in every process.
+The self-test's sums cancel: each product has its negative among the others, so that only rounding errors are left, which differ
+for any other order. The result is a property of processor and libraries, the same in every process.
 """
 
 import logging
@@ -21,15 +21,15 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""Rows of one product."""
+"""Candidate numbers of rows per product."""
 _PADDED = 16
-"""Up to so many rows, padding costs less than a second pass over the weights."""
+"""Number of rows up to which padding costs less than a second pass over the weights."""
 _MAX_ELEMENTS = 1 << 19
 """Largest weight of the self-test, in elements: larger ones are tested with fewer outputs."""
 _LINE = 64
 """Bytes: products read from the start of a cache line, since alignment too decides how a library adds up."""
 GRAIN = 16384
-"""Elements that torch computes on one thread: it splits more of them wherever the number of threads says, vectors or not."""
+"""Number of elements up to which torch uses one thread: it splits more of them by the number of threads, even mid-vector."""
 
 Product = Callable[[Tensor], Tensor]
 """x [rows, in_features] -> [rows, out_features]."""
@@ -42,7 +42,7 @@ class RowTiles:
     sizes: tuple[int, ...]
 
     def pieces(self, rows: int) -> Iterator[tuple[int, int, int]]:
-        """(first row, end, rows of the product) one after the other; the product is padded where it has more rows."""
+        """Consecutive (first row, end, rows of the product); a product with more rows is padded."""
         start = 0
         while start < rows:
             left = rows - start
@@ -86,7 +86,7 @@ def _linear_tiles(
 
 
 def largest_class(bits: "dict[int, Hashable | None]") -> tuple[int, ...]:
-    """The most sizes with equal bits; None stands for a size whose rows differ among themselves."""
+    """The largest set of sizes with equal bits; None marks a size whose rows differ among themselves."""
     classes: dict[Hashable, list[int]] = {}
     for size, of_row in bits.items():
         if of_row is not None:
@@ -113,7 +113,7 @@ def bits_of(x: Tensor) -> bytes:
 def in_grains(function: Callable[[Tensor], object], x: Tensor) -> None:
     """An elementwise function of rows x [rows, n], row by row or in more rows that one thread computes at once.
 
-    exp2, sigmoid and what is made of them have other last bits where a vector is not full: that must not depend on the threads.
+    exp2, sigmoid and functions of them have other last bits in a partial vector, which must not depend on the threads.
     """
     if torch.get_num_threads() == 1:
         function(x)
@@ -124,18 +124,18 @@ def in_grains(function: Callable[[Tensor], object], x: Tensor) -> None:
 
 
 def _bits_of_rows(y: Tensor) -> bytes | None:
-    """Those of every row; None where they are not all the same."""
+    """Bits of every row; None: they are not all equal."""
     first = bits_of(y[0])
     return first if torch.equal(y.view(torch.uint8), y[:1].expand_as(y).contiguous().view(torch.uint8)) else None
 
 
 def aligned(x: Tensor) -> Tensor:
-    """A contiguous x that begins on a cache line: itself where it does."""
+    """A contiguous x that begins on a cache line; x itself if it does."""
     return x if x.is_contiguous() and x.data_ptr() % _LINE == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """x with zeros up to so many rows, on a cache line."""
+    """x padded with zeros to `rows` rows, on a cache line."""
     if x.shape[0] == rows:
         return aligned(x)
     padded = x.new_zeros(rows, x.shape[1])

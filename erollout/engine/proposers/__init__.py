@@ -1,1 +1,1 @@
-"""What proposes draft tokens."""
+"""Proposers of draft tokens."""

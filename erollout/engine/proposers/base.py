@@ -1,4 +1,4 @@
-"""What proposes draft tokens: an interface, so that a quantised policy, an n-gram table or extra heads can each be one file."""
+"""Interface of proposers of draft tokens: a quantised policy, an n-gram table or extra heads can each be one file."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ from erollout.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """Decoding sequences that want drafts; their KV blocks have room for them."""
+    """Decoding sequences that need drafts, for which their KV blocks have room."""
 
     sequences: list[Sequence]
-    """Each lags by one token: its last one is not computed yet."""
+    """The sequences, each of which lags by one token."""
     num_drafts: list[int]
-    """How many tokens each wants: at least 1, in descending order."""
+    """Number of drafts for each sequence: at least 1, in descending order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """Proposed tokens, on the engine's device: making them forces no synchronisation with the host."""
+    """Proposed tokens, on the engine's device, made without synchronisation with the host."""
 
     token_ids: Tensor
-    """int64 [most drafts, sequences]: row i holds every sequence's draft i; beyond a sequence's number anything may stand,
-    as long as it is a token of the vocabulary."""
+    """int64 [most drafts, sequences]: row i holds every sequence's draft i; entries beyond a sequence's number are arbitrary
+    tokens of the vocabulary."""
     processed: tuple[ShardLogits, ...] | None
-    """Per draft position, the processed logits that the drafts were drawn from, of those (leading) sequences that have such a
-    draft. None when each draft was certain: the proposer has no distribution, or the verification needs none."""
+    """Processed logits from which the drafts were sampled, per draft position, of the (leading) sequences with such a draft.
+    None if each draft was certain: the proposer has no distribution, or the verification needs none."""
 
     def runs(self, columns: Iterable[tuple[int, int]]) -> Tensor:
-        """The drafts of one sequence after the other, int64 [drafts]; each named by its (column, number of drafts)."""
+        """The drafts of several sequences in a row, int64 [drafts]; each sequence given by (column, number of drafts)."""
         width = self.token_ids.shape[1]
         index = [step * width + column for column, num_drafts in columns for step in range(num_drafts)]
         return self.token_ids.flatten().index_select(0, torch.tensor(index, dtype=torch.int64, device=self.token_ids.device))
@@ -47,4 +47,4 @@ class Proposer(Protocol):
         """Draft tokens. Under tensor parallelism collective over the replica, with equal results on all of its ranks."""
 
     def sleep(self) -> None:
-        """Give back memory that only a rollout needs."""
+        """Free memory that only a rollout needs."""

@@ -1,8 +1,8 @@
 """Drafting with a second decode model on the target's own KV cache: one forward pass per draft position.
 
-The model sees what the target would: it reads the target's keys and values of all tokens before the drafts and adds its own
-in the slots reserved for them, which the target's verification overwrites. Everything that integers decide is prepared before
-the first pass; from there on each pass's tokens feed the next one on the device, without waiting for it.
+The model reads the target's keys and values of all tokens before the drafts and adds its own in the slots reserved for them,
+which the target's verification overwrites. Everything that depends on integers is prepared before the first pass; then each
+pass's tokens feed the next one on the device, without waiting for it.
 """
 
 from dataclasses import replace
@@ -24,10 +24,10 @@ from erollout.engine.sequence import Sequence
 
 
 class ModelProposer:
-    """Drafts of a decode model that shares the target's cache. Its weights are of `policy_version`."""
+    """Proposer with a decode model that shares the target's cache. Its weights belong to `policy_version`."""
 
     def __init__(self, model: DecodeModel, verification: Verification, sampler_kernel: SamplerKernel = "torch") -> None:
-        """Under `coupled` it draws with the target's noise, under `rejection` with its own, and keeps what it drew from."""
+        """With `coupled` it samples with the target's noise, with `rejection` with its own, and keeps its distributions."""
         self.model = model
         self.runner = ModelRunner(model)
         self.cache = model.cache
@@ -38,7 +38,7 @@ class ModelProposer:
         self._prepared = False
 
     def weights_updated(self, policy_version: int) -> None:
-        """Say that the model's weights now belong to this version of the policy."""
+        """Declare that the model's weights now belong to this version of the policy."""
         self.policy_version = policy_version
         self._release()
 
@@ -50,7 +50,7 @@ class ModelProposer:
             )
 
     def sleep(self) -> None:
-        self._sampler = self._make_sampler()  # without the old one's buffers
+        self._sampler = self._make_sampler()  # frees the old sampler's buffers
         self._release()
 
     @torch.inference_mode()
@@ -75,9 +75,9 @@ class ModelProposer:
         return Drafts(torch.stack(token_ids), tuple(processed) or None)
 
     def _plan(self, request: DraftRequest, step: int) -> ForwardInputs:
-        """The pass that computes the token before draft `step`, of the leading sequences that want so many.
+        """The pass that computes the token before draft `step`, for the leading sequences with at least that many drafts.
 
-        Its tokens are each sequence's last known one: what the first pass reads, and stands for a draft in the others."""
+        Its tokens are each sequence's last known one, read by the first pass and replaced by drafts in the others."""
         sequences = [s for s, wanted in zip(request.sequences, request.num_drafts, strict=True) if wanted > step]
         spans = [QuerySpan(s.num_computed_tokens + step, s.num_computed_tokens + step + 1, s.block_table) for s in sequences]
         return self.runner.inputs(spans, [s.tokens(s.num_computed_tokens, s.num_tokens)[0] for s in sequences])

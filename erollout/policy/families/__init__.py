@@ -1,4 +1,4 @@
-"""The model families that can be trained, and the way from a Hugging Face config to an Architecture and back. Pure."""
+"""Supported model families, and conversion between Hugging Face configs and Architecture. Pure."""
 
 import json
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN2, 
 def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     """The architecture of a Hugging Face config (config.json, or model.architecture in our YAML).
 
-    Raises UserError for a model_type that is not supported and for any field that would change the logits but is not computed;
-    `source` is named in the message.
+    Raises UserError, naming `source`, for an unsupported model_type and for fields that would change the logits but are not
+    supported.
     """
     name = config.get("model_type")
     if name not in FAMILIES:
@@ -43,14 +43,14 @@ def published_architecture(name: str) -> Architecture | None:
 
 
 def hf_config(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """The config.json of an exported policy. `dtype`: float32 or bfloat16, of the weights beside it."""
+    """The config.json of an exported policy. `dtype`: float32 or bfloat16, that of the weights."""
     return FAMILIES[architecture.family].write(architecture, dtype)
 
 
 def policy_architecture(model: ModelConfig) -> Architecture:
-    """The architecture that `model.path` or `model.architecture` asks for. Raises UserError.
+    """The architecture configured by `model.path` or `model.architecture`. Raises UserError.
 
-    generation_config.json may name more end-of-sequence ids than config.json: all of them count.
+    generation_config.json may name more end-of-sequence ids than config.json: all count.
     """
     if model.path is None:
         return _checked_length(read_architecture(model.architecture or {}, "model.architecture"), model)

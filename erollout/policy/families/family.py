@@ -1,4 +1,4 @@
-"""What a family of models says about itself, and the reading and writing of Hugging Face configs by it. Pure."""
+"""Description of a model family, and reading and writing of its Hugging Face configs. Pure."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ _SIZES = {
     "head_dim": "kv_channels",
     "max_position_embeddings": "max_position_embeddings",
 }
-"""Hugging Face's name of each size: Architecture's."""
+"""Hugging Face's name of each size -> Architecture's."""
 
 _VALUES = {
     "rms_norm_eps",
@@ -42,7 +42,7 @@ _REQUIRED: dict[str, Any] = {
     "partial_rotary_factor": 1,
     "rope_interleaved": False,
 }
-"""Fields whose other values no family here computes."""
+"""Fields with the only value that is supported in any family."""
 
 _HARMLESS = {
     *("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path"),
@@ -59,8 +59,8 @@ _HARMLESS = {
     *("tie_encoder_decoder", "is_decoder", "cross_attention_hidden_size", "max_sequence_length"),
     *("_commit_hash", "gradient_checkpointing", "use_return_dict", "low_memory", "output_past", "xla_device"),
 }
-"""Fields that say nothing about the function from tokens to logits: generation defaults, and what transformers wrote into every
-config whatever the model (is_decoder and tie_encoder_decoder count beside an encoder only)."""
+"""Fields that don't affect the function from tokens to logits: generation defaults, and fields that transformers wrote into
+every config (is_decoder and tie_encoder_decoder only count with an encoder)."""
 
 _ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -83,33 +83,33 @@ class PublishedSizes:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One `model_type` of Hugging Face, as far as it differs from the others."""
+    """A `model_type` of Hugging Face, described by its differences from the others."""
 
     name: str
     """The `model_type`."""
     architecture_class: str
-    """The one entry of `architectures` that is accepted and written."""
+    """The only accepted entry of `architectures`, which is also written."""
     defaults: Mapping[str, int]
-    """Sizes that transformers takes where a config does not say them."""
+    """Default sizes of transformers for fields missing in a config."""
     required: Mapping[str, Any]
-    """Further fields, with the only value that is computed."""
+    """Further fields, with the only supported value."""
     add_qkv_bias: bool = False
     layer: Layer = LAYER
-    """What a layer is made of, and how tensor parallelism cuts it."""
+    """Description of a layer and its tensor-parallel cut."""
     harmless: frozenset[str] = frozenset()
     """Further fields that do not change the logits."""
     published: Mapping[str, PublishedSizes] = field(default_factory=dict)
-    """By the beginning of the models' names: known before a model is fetched."""
+    """Sizes of published models by prefix of their names, known before a model is fetched."""
 
     def read(self, config: Mapping[str, Any], source: str) -> Architecture:
-        """The architecture that a Hugging Face config describes. Raises UserError; `source` is named in the message."""
+        """The architecture described by a Hugging Face config. Raises UserError that names `source`."""
         problems = [problem for key, value in config.items() if value is not None and (problem := self._problem(key, value))]
         sizes = _tried(problems, self._sizes, config) or {}
         rope = _tried(problems, _rope, config, sizes.get("max_position_embeddings", 1))
         epsilon = _tried(problems, _number, config, "rms_norm_eps", 1e-6)
         tied = _tried(problems, _boolean, config, "tie_word_embeddings")
         bos, eos = (_tried(problems, token_ids, config, key) or () for key in ("bos_token_id", "eos_token_id"))
-        if problems or rope is None or epsilon is None or tied is None:  # all of them: a config is mended in one go
+        if problems or rope is None or epsilon is None or tied is None:  # all of them, so that a config is fixed in one go
             raise UserError(f"{source}: {'; '.join(problems)}")
         return Architecture(
             family=self.name,
@@ -125,7 +125,7 @@ class Family:
         )
 
     def published_architecture(self, name: str) -> Architecture:
-        """The architecture of one of `published`: its tensors and its context, its numbers at their defaults."""
+        """The architecture of one of `published`: its tensors and its context, with defaults for other values."""
         sizes = self.published[name]
         return Architecture(
             family=self.name,
@@ -162,7 +162,7 @@ class Family:
         }
 
     def _problem(self, key: str, value: Any) -> str | None:
-        """What is wrong with a field that is set; None: nothing."""
+        """Problem of a field that is set; None: none."""
         required = {**_REQUIRED, **self.required}
         if key == "architectures":
             right = value == [self.architecture_class] or not value
@@ -196,7 +196,7 @@ class Family:
 
 
 def _mismatches(heads: int, hidden: int, sizes: Mapping[str, int]) -> list[str]:
-    """Sizes that are right by themselves and don't go together."""
+    """Problems of sizes that are valid singly but inconsistent."""
     groups, channels = sizes["num_query_groups"], sizes["kv_channels"]
     problems = []
     if hidden % heads:
@@ -209,7 +209,7 @@ def _mismatches(heads: int, hidden: int, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _tried(problems: list[str], action: Callable[..., Value], *args: Any) -> Value | None:
-    """The action's value; None, and its UserError among the problems, where it has none."""
+    """The action's value; if it raises UserError, None, with the error added to the problems."""
     try:
         return action(*args)
     except UserError as error:
@@ -218,7 +218,7 @@ def _tried(problems: list[str], action: Callable[..., Value], *args: Any) -> Val
 
 
 def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """A config's token id field: one, several or none. Raises UserError for anything else."""
+    """Token ids in a config's field: one, several or none. Raises UserError for anything else."""
     value = config.get(key)
     ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in ids):

@@ -62,14 +62,6 @@ class GenerationStats:
         """Sampled tokens per second of the whole call, prefill included."""
         return self.decode_tokens / self.seconds if self.seconds else 0.0
 
-    @property
-    def peak_running(self) -> int:
-        return max(self.running, default=0)
-
-    @property
-    def mean_running(self) -> float:
-        return sum(self.running) / len(self.running) if self.running else 0.0
-
 
 @dataclass(slots=True)
 class _Generation:

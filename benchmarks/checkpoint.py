@@ -85,7 +85,7 @@ def _updater(actor: Actor) -> Callable[[], object]:
     vocabulary = actor.architecture.vocab_size
     ids = [tuple((7 * i + j) % vocabulary for j in range(TOKENS)) for i in range(SEQUENCES)]
     samples = [TrainSample(row[: TOKENS // 2], row[TOKENS // 2 :]) for row in ids]
-    return lambda: actor.update(samples, [1.0 / TOKENS] * SEQUENCES, Supervised())
+    return lambda: actor.update(samples, Supervised().token_weights(samples), Supervised())
 
 
 def _timed(action: Callable[[], object]) -> float:

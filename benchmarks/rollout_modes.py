@@ -39,6 +39,7 @@ from decode import machine
 from erollout.algorithm import build_algorithm
 from erollout.config import Config, load_config
 from erollout.data.chain_sum import TASK_NAME, question, solution
+from erollout.data.cursor import DataCursor
 from erollout.data.items import TaskItem
 from erollout.data.prompts import PromptDataset, PromptRenderer
 from erollout.environment import set_default, stay_on_loopback
@@ -50,6 +51,7 @@ from erollout.rollout.coordination import Coordination
 from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.speculation.trace import DecisionTrace
+from erollout.train.groups import GroupCollector
 from erollout.train.loop import Phases
 from erollout.train.preflight import preflight, prompt_limits
 from erollout.train.trainer import Trainer
@@ -215,7 +217,9 @@ class Bench:
         actor = Actor(config, self.resolved.architecture, self.context, steps)
         self.worker.coordination = self.arm("off")
         self.worker.engine.rollout = replace(options, max_num_seqs=load.at_once)
-        trainer = Trainer(config, actor, self.worker, build_algorithm(config.algorithm), self.data(load))
+        algorithm = build_algorithm(config.algorithm)
+        groups = GroupCollector(self.worker, algorithm, self.data(load), config.rollout, DataCursor())
+        trainer = Trainer(config, actor, algorithm, groups)
         seen = [trainer.train_step(step, Phases(step)).metrics for step in range(steps)]
         names = {
             "refit": "seconds/refit",

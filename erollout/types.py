@@ -1,9 +1,15 @@
 """Types that cross package borders. Token ids are Python ints, log-probs are natural logarithms."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
+
+
+def all_sampled(response_ids: Sequence[int]) -> tuple[int, ...]:
+    """The loss mask of a response whose tokens all come from the policy."""
+    return (1,) * len(response_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,16 @@ class PartialRollout:
     raw_logprobs: tuple[float, ...]
     finish_reason: FinishReason | None = None
     """Finish reason of a complete response; None: incomplete."""
+    loss_mask: tuple[int, ...] = ()
+    """As Rollout.loss_mask."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss_mask", self.loss_mask or all_sampled(self.response_ids))
+
+    @property
+    def num_sampled(self) -> int:
+        """Response tokens that the policy sampled."""
+        return sum(self.loss_mask)
 
 
 @dataclass(slots=True)
@@ -92,6 +108,17 @@ class Rollout:
     """Log-probs of the target's softmax without any processing; one per response id."""
     finish_reason: FinishReason
     policy_version: int
+    loss_mask: tuple[int, ...] = ()
+    """1 for a token that the policy sampled and is trained on, 0 for one that something else put there (a tool's output); one
+    per response id. Left out: all are 1."""
+
+    def __post_init__(self) -> None:
+        self.loss_mask = self.loss_mask or all_sampled(self.response_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        """Response tokens that the policy sampled."""
+        return sum(self.loss_mask)
 
 
 @dataclass(slots=True)

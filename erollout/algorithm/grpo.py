@@ -7,13 +7,14 @@ from torch import Tensor
 
 from erollout.algorithm.kl import ESTIMATORS
 from erollout.config import AlgorithmConfig
-from erollout.policy.batch import MicroBatch, TrainSample
+from erollout.policy.batch import MicroBatch, TrainSample, token_weights
+from erollout.types import ScoredRollout
 
 _EPSILON = 1e-6
 
 
 class GRPO:
-    """GRPO: advantages of samples, and a loss per token."""
+    """Group-relative advantages and a clipped loss for each token."""
 
     metric_names: tuple[str, ...] = (
         "loss",
@@ -24,19 +25,28 @@ class GRPO:
         "approx_kl",
         "kl_reference",
     )
+    max_rollouts = 1
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config = config
         self.uses_reference = config.kl_coefficient > 0
-        self.aggregation: str = config.aggregation
         self._kl = ESTIMATORS[config.kl_estimator]
+
+    def select(self, group: Sequence[ScoredRollout]) -> bool:
+        """GRPO trains on every group."""
+        return True
+
+    def token_weights(self, samples: Sequence[TrainSample]) -> list[list[float]]:
+        """By the configured aggregation."""
+        return token_weights([sample.loss_mask for sample in samples], self.config.aggregation)
 
     def shaped_reward(self, reward: float, sample: TrainSample) -> float:
         """The reward of a sample (with its log-probs), minus its KL to the reference if that is part of the reward."""
         if not (self.uses_reference and self.config.kl_placement == "reward"):
             return reward
         old, ref = torch.tensor(sample.old_logprobs), torch.tensor(sample.ref_logprobs)
-        return reward - self.config.kl_coefficient * float(self._kl(old, ref).sum())
+        mask = torch.tensor(sample.loss_mask)
+        return reward - self.config.kl_coefficient * float((self._kl(old, ref) * mask).sum())
 
     def advantages(self, rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
         """The advantage of each sample: its (shaped) reward relative to its group.

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from erollout.algorithm.protocol import Algorithm
+from erollout.algorithm.protocol import Algorithm, WeightedLoss
 from erollout.parallel.collectives import all_sum
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
-from erollout.policy.batch import TrainSample, balance, token_weights
+from erollout.policy.batch import TrainSample, balance
 from erollout.types import Rollout, ScoredRollout
 
 
@@ -18,8 +18,8 @@ class MiniBatch:
     indices: list[int]
     """Indices into the rollout's list of samples."""
     samples: list[TrainSample]
-    weights: list[float]
-    """Weight of each response token, per sample; over the tokens of all data-parallel ranks they sum to 1."""
+    weights: list[list[float]]
+    """One per response id of each sample: the token's share in the loss of the optimizer step over all data-parallel ranks."""
 
 
 def split(
@@ -27,7 +27,7 @@ def split(
     global_batch_size: int,
     data_parallel_size: int,
     data_parallel_rank: int,
-    aggregation: str,
+    loss: WeightedLoss,
     raw_logprobs: bool = False,
 ) -> list[MiniBatch]:
     """Consecutive runs of global_batch_size samples, each balanced over the data-parallel ranks by tokens.
@@ -41,16 +41,16 @@ def split(
             range(start, min(start + global_batch_size, len(samples))),
             data_parallel_size,
             data_parallel_rank,
-            aggregation,
+            loss,
         )
         for start in range(0, len(samples), global_batch_size)
     ]
 
 
-def share(samples: Sequence[TrainSample], indices: Sequence[int], ranks: int, rank: int, aggregation: str) -> MiniBatch:
+def share(samples: Sequence[TrainSample], indices: Sequence[int], ranks: int, rank: int, loss: WeightedLoss) -> MiniBatch:
     """The share of data-parallel rank `rank` in one optimizer step on the samples with these indices, balanced by tokens."""
     part = [samples[i] for i in indices]
-    weights = token_weights([len(sample.response_ids) for sample in part], aggregation)
+    weights = loss.token_weights(part)
     mine = balance([sample.length for sample in part], ranks)[rank]
     return MiniBatch([indices[i] for i in mine], [part[i] for i in mine], [weights[i] for i in mine])
 
@@ -87,4 +87,4 @@ def reported_samples(batches: Sequence[MiniBatch], context: ParallelContext) -> 
 
 def _train_sample(rollout: Rollout, raw: bool) -> TrainSample:
     logprobs = rollout.raw_logprobs if raw else rollout.rollout_logprobs
-    return TrainSample(rollout.prompt_ids, rollout.response_ids, rollout_logprobs=logprobs)
+    return TrainSample(rollout.prompt_ids, rollout.response_ids, rollout_logprobs=logprobs, loss_mask=rollout.loss_mask)

@@ -9,7 +9,7 @@ from erollout.policy.batch import TrainSample
 
 
 def mismatch_metrics(samples: Sequence[TrainSample], device: torch.device) -> dict[str, float]:
-    """Difference of old_logprobs and rollout_logprobs over the response tokens of all ranks' samples.
+    """Difference of old_logprobs and rollout_logprobs over the sampled response tokens of all ranks' samples.
 
     Args:
         samples: each sample on exactly one rank; a rank that mirrors another one passes an empty list.
@@ -37,7 +37,9 @@ def _maxima(samples: Sequence[TrainSample]) -> list[float]:
 
 
 def _log_ratio(samples: Sequence[TrainSample]) -> torch.Tensor:
-    """old - rollout of every response token [tokens], float64."""
+    """old - rollout of every token that the policy sampled [tokens], float64."""
     old = [value for sample in samples for value in sample.old_logprobs]
     rollout = [value for sample in samples for value in sample.rollout_logprobs]
-    return torch.tensor(old, dtype=torch.float64) - torch.tensor(rollout, dtype=torch.float64)
+    sampled = [bool(value) for sample in samples for value in sample.loss_mask]
+    difference = torch.tensor(old, dtype=torch.float64) - torch.tensor(rollout, dtype=torch.float64)
+    return difference[torch.tensor(sampled, dtype=torch.bool)]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -37,7 +37,7 @@ from erollout.checkpoint.manifest import (
     total_bytes,
     write_manifest,
 )
-from erollout.checkpoint.resume import RunKind, changes, configuration, identity, read_state, require_resumable
+from erollout.checkpoint.resume import RunKind, changes, configuration, drawn, identity, read_state, require_resumable
 from erollout.checkpoint.writing import Writing
 from erollout.errors import UserError
 from erollout.parallel.collectives import all_gather, from_rank_zero, on_rank_zero
@@ -56,7 +56,7 @@ _INDEX = ".metadata"
 _COMMON = "common.pt"
 """Megatron's file of unsharded state."""
 KEPT = "rollouts.npz"
-"""File of RunState.kept, which may be large."""
+"""File of the first of RunState.kept, which may be large."""
 
 # optimizer state that any layout can load
 _OPTIMIZER_METADATA = {
@@ -78,10 +78,12 @@ class RunState:
     """Held-out evaluations so far."""
     rollout: dict[str, Any] | None = None
     """State learnt by the rollout worker: acceptance, costs, lengths. None: nothing yet."""
-    kept: KeptRollouts | None = None
-    """Partial rollouts of the next step, whose rollout was interrupted. None: it had not begun."""
+    kept: tuple[KeptRollouts, ...] = ()
+    """Partial rollouts of the next step, one per rollout that it had begun when it was interrupted, in their order."""
     date: str | None = None
     """Date given to chat templates that use one, as 2026-11-30. None: the checkpoint does not state it."""
+    cursor: int = 0
+    """Prompts, or supervised examples, that the steps have drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class _Pending:
     target: Path
     state: str
     """Content of the STATE file."""
-    kept: KeptRollouts | None
+    kept: tuple[KeptRollouts, ...]
     began: float
 
     @property
@@ -198,7 +200,8 @@ class Checkpointer:
             logger.info("the configuration has changed since %s: %s", path, "; ".join(map(str, changed)))
         history = tuple(document["history"])
         kept = self._read_kept(path)
-        return RunState(document["step"], document["run_id"], history, document["rollout"], kept, document.get("date"))
+        cursor = drawn(document, self.actor.config, self.kind)
+        return RunState(document["step"], document["run_id"], history, document["rollout"], kept, document.get("date"), cursor)
 
     def _complete(self) -> list[Path]:
         self._on_rank_zero(lambda: finish_publishing(self.directory))
@@ -227,11 +230,10 @@ class Checkpointer:
         optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
         return {"model": model, "optimizer": optimizer}
 
-    def _read_kept(self, path: Path) -> KeptRollouts | None:
-        if not (path / KEPT).exists():
-            return None
+    def _read_kept(self, path: Path) -> tuple[KeptRollouts, ...]:
+        files = list(takewhile(Path.exists, (path / kept_name(index) for index in count())))
         try:
-            return KeptRollouts.from_bytes((path / KEPT).read_bytes())
+            return tuple(KeptRollouts.from_bytes(file.read_bytes()) for file in files)
         except (OSError, ValueError) as error:
             raise UserError(f"checkpoint {path} is damaged: can't read {KEPT} ({error}); remove the directory") from error
 
@@ -260,7 +262,7 @@ class Checkpointer:
             )
 
     def _document(self, state: RunState) -> str:
-        document = asdict(replace(state, kept=None)) | {
+        document = asdict(replace(state, kept=())) | {
             "kind": self.kind,
             "identity": identity(self.actor.architecture, self.actor.config),
             "configuration": configuration(self.actor.config),
@@ -271,8 +273,8 @@ class Checkpointer:
     def _publish(self, pending: _Pending, checksums: dict[str, str]) -> None:
         partial, target = pending.partial, pending.target
         (partial / STATE).write_text(pending.state)
-        if pending.kept is not None:
-            (partial / KEPT).write_bytes(pending.kept.to_bytes())
+        for index, kept in enumerate(pending.kept):
+            (partial / kept_name(index)).write_bytes(kept.to_bytes())
         write_manifest(partial, checksums)
         publish(partial, target)  # possibly again: a rollout may be interrupted twice
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
@@ -290,6 +292,11 @@ class Checkpointer:
                 raise UserError(str(error)) from error
 
         on_rank_zero(run)
+
+
+def kept_name(index: int) -> str:
+    """Name of the file of RunState.kept[index]."""
+    return KEPT if index == 0 else f"{Path(KEPT).stem}_{index}{Path(KEPT).suffix}"
 
 
 def _set_aside(damaged: list[tuple[Path, str]]) -> None:

@@ -23,9 +23,9 @@ ELSEWHERE = "set train.output_dir to another directory to start another run"
 OBEYED: Mapping[str, str] = {
     "model": "tokenizer max_position_embeddings",
     "parallel": "world_size tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel timeout_seconds",
-    "rollout": "group_size tensor_model_parallel_size dtype temperature top_k top_p min_p repetition_penalty max_prompt_tokens "
-    "max_tokens stop stop_token_ids ignore_eos block_size num_kv_blocks kv_cache_gib max_num_seqs max_num_batched_tokens "
-    "kernels special_tokens",
+    "rollout": "prompts_per_step group_size tensor_model_parallel_size dtype temperature top_k top_p min_p repetition_penalty "
+    "max_prompt_tokens max_tokens stop stop_token_ids ignore_eos block_size num_kv_blocks kv_cache_gib max_num_seqs "
+    "max_num_batched_tokens kernels special_tokens",
     "speculation": "mode num_speculative_tokens verification calibration decision_interval trace_interval",
     "speculation.toggle": "margin max_speculative_tokens acceptance_window probe_interval probe_steps bootstrap_seconds",
     "speculation.toggle.ladder": "rungs raise_above lower_below persistence",
@@ -39,7 +39,7 @@ OBEYED: Mapping[str, str] = {
     "evaluation": "interval num_prompts samples_per_prompt temperature",
     "optimizer": "lr min_lr lr_decay_style lr_warmup_steps weight_decay adam_beta1 adam_beta2 adam_eps clip_grad",
     "train": "steps global_batch_size max_tokens_per_micro_batch recompute_granularity output_dir",
-    "supervised": "steps",
+    "supervised": "steps batch_size",
     "tracking": "enabled uri run_name num_sample_rollouts system_metrics",
     "checkpoint": "directory interval keep_last asynchronous resume export_path",
     "fault_tolerance": "heartbeat_seconds hang_seconds max_nonfinite_steps checksum_interval",
@@ -50,10 +50,6 @@ REFUSED: Mapping[str, str] = {
     "model.architecture": f"the checkpoint has that model; set it to that, or {ELSEWHERE}",
     "model.dtype": f"the optimizer's state has that type; set it to that, or {ELSEWHERE}",
     "optimizer.use_distributed_optimizer": f"the optimizer's state is laid out by it; set it to that, or {ELSEWHERE}",
-    "rollout.prompts_per_step": "prompts are counted by steps, so some would be skipped or taken twice; set it to that, or "
-    f"{ELSEWHERE} (from this policy: checkpoint.export_path, then model.path)",
-    "supervised.batch_size": "examples are counted by steps, so some would be skipped or taken twice; set it to that, or "
-    f"{ELSEWHERE} (from this policy: checkpoint.export_path, then model.path)",
     "train.seed": f"all samples of a run are functions of it; set it to that, or {ELSEWHERE}",
 }
 """Keys with reason and fix."""
@@ -65,8 +61,8 @@ UNREAD: Mapping[str, str] = {
 """Keys whose new value has no effect but the one stated here."""
 
 
-_OF_KIND: Mapping[str, RunKind] = {"rollout.prompts_per_step": "reinforcement learning", "supervised.batch_size": "supervised"}
-"""Refused keys that only runs of one kind read."""
+_PER_STEP: Mapping[RunKind, str] = {"reinforcement learning": "rollout.prompts_per_step", "supervised": "supervised.batch_size"}
+"""Keys with the number of items that a step draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +100,14 @@ def changes(saved: Mapping[str, Any], config: Config) -> list[Change]:
     return [Change(key, saved[key], now) for key, now in configuration(config).items() if key in saved and saved[key] != now]
 
 
+def drawn(document: Mapping[str, Any], config: Config, kind: RunKind) -> int:
+    """Prompts or examples that a checkpoint's run has drawn; where its STATE does not say, as many as its steps always took."""
+    if "cursor" in document:
+        return int(document["cursor"])
+    key = _PER_STEP[kind]
+    return int(document["step"] * document.get("configuration", {}).get(key, configuration(config)[key]))
+
+
 def identity(architecture: Architecture, config: Config) -> dict[str, Any]:
     """Properties of model and optimizer that must be equal in the run that loads the checkpoint."""
     sizes = {key: value for key, value in asdict(architecture).items() if key != "layer"}  # which is its family's
@@ -130,7 +134,7 @@ def require_resumable(
     for change in changes(document.get("configuration", {}), config):
         if change.key == "model.architecture":  # covered by the model's identity
             continue
-        if change.key in REFUSED and _OF_KIND.get(change.key, kind) == kind:
+        if change.key in REFUSED:
             raise UserError(
                 f"{change.key} = {_text(change.now)}, but checkpoint {path} was saved with {_text(change.before)}: "
                 f"{REFUSED[change.key]}"
@@ -168,6 +172,8 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError("it lacks an identity or configuration")
         if missing := {"dtype", "use_distributed_optimizer"} - document["identity"].keys():
             raise ValueError(f"no identity.{min(missing)}")
+        if not isinstance(cursor := document.get("cursor", 0), int) or cursor < 0:
+            raise ValueError(f"cursor = {cursor}")
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"checkpoint {path} is damaged: can't read {STATE} ({error}); remove the directory to use the one before"

@@ -146,7 +146,7 @@ class Exchange:
         self.seconds = 0.0
         """Seconds that this thread spent in `poll`."""
         self._num_arms = num_arms
-        self._width = 3 + 3 * max_tokens
+        self._width = parcel_width(max_tokens)
         self._given: list[PartialRollout] = []
         """Sequences sent in the last moves, kept until a window shows that their targets received them."""
         self._release_asked = self._swap_due = False
@@ -270,13 +270,18 @@ class Exchange:
         return 1 + move.num_sequences * self._width
 
 
+def parcel_width(max_tokens: int) -> int:
+    """Numbers of one response in a parcel: its place, and for each token id, two log-probs and loss mask."""
+    return 3 + 4 * max_tokens
+
+
 def encode(partials: Sequence[PartialRollout], num_sequences: int, width: int) -> "array[float]":
-    """Pack up to num_sequences responses, [1 + num_sequences * width]: their number, then index, tokens, log-probs of each."""
+    """Pack up to num_sequences responses, [1 + num_sequences * width]: their number, then index, tokens, log-probs, mask."""
     parcel = array("d", bytes(8 * (1 + num_sequences * width)))
     parcel[0] = len(partials)
     for index, part in enumerate(partials):
         place = part.prompt_index, part.sample_index, len(part.response_ids)
-        values = array("d", [*place, *part.response_ids, *part.logprobs, *part.raw_logprobs])
+        values = array("d", [*place, *part.response_ids, *part.logprobs, *part.raw_logprobs, *part.loss_mask])
         start = 1 + index * width
         parcel[start : start + len(values)] = values
     return parcel
@@ -288,8 +293,9 @@ def decode(parcel: "array[float]", width: int) -> list[PartialRollout]:
     for index in range(int(parcel[0])):
         row = parcel[1 + index * width : 1 + (index + 1) * width]
         prompt_index, sample_index, length = (int(value) for value in row[:3])
-        ids, logprobs, raw = (tuple(row[3 + part * length : 3 + (part + 1) * length]) for part in range(3))
-        partials.append(PartialRollout(prompt_index, sample_index, tuple(int(i) for i in ids), logprobs, raw))
+        ids, logprobs, raw, mask = (tuple(row[3 + part * length : 3 + (part + 1) * length]) for part in range(4))
+        ids, mask = (tuple(int(value) for value in column) for column in (ids, mask))
+        partials.append(PartialRollout(prompt_index, sample_index, ids, logprobs, raw, loss_mask=mask))
     return partials
 
 

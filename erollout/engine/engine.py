@@ -339,8 +339,7 @@ class Engine:
         """A sequence to be resumed from another replica or an earlier attempt, with nothing computed."""
         partial = arrival.partial
         sequence = self._sequence(generation, arrival.request, partial.sample_index)
-        sequence.response_ids = list(partial.response_ids)
-        sequence.logprobs, sequence.raw_logprobs = list(partial.logprobs), list(partial.raw_logprobs)
+        sequence.restore(partial)
         if (detector := generation.detectors.get(sequence.order)) is not None:
             for token_id in partial.response_ids:
                 detector.feed(token_id)
@@ -348,16 +347,8 @@ class Engine:
 
     def _release(self, generation: _Generation, count: int) -> list[PartialRollout]:
         """Release up to `count` sequences, for another replica or a later attempt to resume."""
-        return [
-            PartialRollout(
-                generation.requests[sequence.request_index].prompt_index,
-                sequence.sample_index,
-                tuple(sequence.response_ids),
-                tuple(sequence.logprobs),
-                tuple(sequence.raw_logprobs),
-            )
-            for sequence in generation.scheduler.release(count)
-        ]
+        released = generation.scheduler.release(count)
+        return [sequence.partial(generation.requests[sequence.request_index].prompt_index) for sequence in released]
 
     def _proposer(self, arm: Arm) -> Proposer:
         """The proposer of an arm. Raises RuntimeError if its drafts are of another policy version."""
@@ -411,6 +402,7 @@ class Engine:
             raw_logprobs=tuple(sequence.raw_logprobs),
             finish_reason=sequence.finish_reason,
             policy_version=self.policy_version,
+            loss_mask=tuple(sequence.loss_mask),
         )
 
 

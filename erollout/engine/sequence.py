@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from erollout.types import FinishReason, SamplingParams
+from erollout.types import FinishReason, PartialRollout, SamplingParams
 
 
 class SequenceState(Enum):
@@ -28,6 +28,8 @@ class Sequence:
     response_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
+    """As Rollout.loss_mask."""
     num_computed_tokens: int = 0
     """Number of leading tokens whose keys and values are in the cache; it catches up with num_tokens."""
     block_table: list[int] = field(default_factory=list)
@@ -52,3 +54,20 @@ class Sequence:
         self.response_ids.append(token_id)
         self.logprobs.append(logprob)
         self.raw_logprobs.append(raw_logprob)
+        self.loss_mask.append(1)
+
+    def partial(self, prompt_index: int) -> PartialRollout:
+        """What another replica, or a later attempt, needs to resume this response."""
+        return PartialRollout(
+            prompt_index,
+            self.sample_index,
+            tuple(self.response_ids),
+            tuple(self.logprobs),
+            tuple(self.raw_logprobs),
+            loss_mask=tuple(self.loss_mask),
+        )
+
+    def restore(self, partial: PartialRollout) -> None:
+        """Take over a response as it was, with nothing computed."""
+        self.response_ids, self.loss_mask = list(partial.response_ids), list(partial.loss_mask)
+        self.logprobs, self.raw_logprobs = list(partial.logprobs), list(partial.raw_logprobs)

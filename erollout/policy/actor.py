@@ -99,18 +99,20 @@ class Actor:
             return []
         model = self.reference if reference else self.model
         assert model is not None, "built without a reference"
-        batches = self._micro_batches(samples, [0.0] * len(samples))
+        batches = self._micro_batches(samples, [()] * len(samples))
         collected = self._run_schedule(model, batches, self._collect_logprobs, forward_only=True)
         return self._share_logprobs(samples, batches, collected)
 
-    def update(self, samples: Sequence[TrainSample], weights: Sequence[float], algorithm: TokenLoss) -> dict[str, float]:
+    def update(
+        self, samples: Sequence[TrainSample], weights: Sequence[Sequence[float]], algorithm: TokenLoss
+    ) -> dict[str, float]:
         """Make one optimizer step. Returns the algorithm's metrics over the global batch, gradient norm and learning rate.
 
         A batch whose metrics or gradient are not finite changes nothing and counts as skipped.
 
         Args:
             samples: this data-parallel rank's share, the same on every rank of the model replica.
-            weights: each sample's weight per response token; over all data-parallel ranks' tokens they sum to 1.
+            weights: of each sample one per response id: its share in the loss of the whole global batch.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -145,7 +147,7 @@ class Actor:
         first_weights(local_tensors(model), self.architecture, self.config.model, self.placement, self.config.train.seed)
         return model
 
-    def _micro_batches(self, samples: Sequence[TrainSample], weights: Sequence[float]) -> list[MicroBatch]:
+    def _micro_batches(self, samples: Sequence[TrainSample], weights: Sequence[Sequence[float]]) -> list[MicroBatch]:
         multiple = self.context.train.tensor if self.config.parallel.sequence_parallel else 1
         groups = cut_micro_batches([sample.length for sample in samples], self.config.train.max_tokens_per_micro_batch)
         return [collate(samples, group, weights, multiple) for group in groups]
@@ -207,8 +209,8 @@ class Actor:
         flat = torch.zeros(sum(lengths), device=self.context.device)
         order = [index for batch in batches for index in batch.indices]
         if collected:
-            masked = [lp[batch.mask.bool().to(lp.device)] for batch, lp in zip(batches, collected, strict=True)]
-            flat.copy_(torch.cat(masked))
+            parts = [lp[batch.responses.to(lp.device)] for batch, lp in zip(batches, collected, strict=True)]
+            flat.copy_(torch.cat(parts))
         if self.context.train.pipeline > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(flat, last, group=parallel_state.get_pipeline_model_parallel_group())

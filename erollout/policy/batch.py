@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from erollout.types import all_sampled
+
 
 @dataclass(slots=True)
 class TrainSample:
@@ -17,6 +19,11 @@ class TrainSample:
     rollout_logprobs: Sequence[float] = ()
     old_logprobs: Sequence[float] = ()
     ref_logprobs: Sequence[float] = ()
+    loss_mask: Sequence[int] = ()
+    """1 for a response token that is trained on, else 0. Left out: all are 1."""
+
+    def __post_init__(self) -> None:
+        self.loss_mask = self.loss_mask or all_sampled(self.response_ids)
 
     @property
     def length(self) -> int:
@@ -35,8 +42,10 @@ class MicroBatch:
     """[B, S] int64: the token after each position."""
     position_ids: Tensor
     """[B, S] int64."""
+    responses: Tensor
+    """[B, S] bool: where the label is a response token."""
     mask: Tensor
-    """[B, S] float32: 1 where the label is a response token."""
+    """[B, S] float32: 1 where the label is a response token that is trained on."""
     weights: Tensor
     """[B, S] float32: each token's share in the loss of the whole global batch; 0 outside the mask."""
     advantages: Tensor
@@ -75,30 +84,41 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Sequence[float], pad_multiple: int) -> MicroBatch:
-    """Pad samples[i] for i in `indices` to their longest, rounded up to pad_multiple; weights[i] is of each response token."""
+def collate(
+    samples: Sequence[TrainSample], indices: Sequence[int], weights: Sequence[Sequence[float]], pad_multiple: int
+) -> MicroBatch:
+    """Pad samples[i] for i in `indices` to their longest, rounded up to pad_multiple; weights[i]: one per response id."""
     chosen = [samples[i] for i in indices]
     longest = max(2, *(sample.length for sample in chosen)) - 1
     width = -(-longest // pad_multiple) * pad_multiple
     tokens = torch.zeros(len(chosen), width, dtype=torch.int64)
     labels = torch.zeros_like(tokens)
+    responses = torch.zeros(len(chosen), width, dtype=torch.bool)
     mask, weight, old, ref, rollout = (torch.zeros(len(chosen), width) for _ in range(5))
     for row, (index, sample) in enumerate(zip(indices, chosen, strict=True)):
         assert len(sample.prompt_ids), "the first response token has no position that predicts it"
         ids = torch.tensor([*sample.prompt_ids, *sample.response_ids])
         tokens[row, : len(ids) - 1], labels[row, : len(ids) - 1] = ids[:-1], ids[1:]
         response = slice(len(sample.prompt_ids) - 1, len(ids) - 1)
-        mask[row, response] = 1.0
-        weight[row, response] = weights[index]
-        for target, values in ((old, sample.old_logprobs), (ref, sample.ref_logprobs), (rollout, sample.rollout_logprobs)):
+        responses[row, response] = True
+        columns = (
+            (mask, sample.loss_mask),
+            (weight, weights[index]),
+            (old, sample.old_logprobs),
+            (ref, sample.ref_logprobs),
+            (rollout, sample.rollout_logprobs),
+        )
+        for target, values in columns:
             if len(values):
-                assert len(values) == len(sample.response_ids), "one log-prob per response id"
+                assert len(values) == len(sample.response_ids), "one value per response id"
                 target[row, response] = torch.tensor(values, dtype=torch.float32)
+                target[row] *= mask[row]
     return MicroBatch(
         indices=tuple(indices),
         tokens=tokens,
         labels=labels,
         position_ids=torch.arange(width).expand(len(chosen), -1).contiguous(),
+        responses=responses,
         mask=mask,
         weights=weight,
         advantages=torch.tensor([[sample.advantage] for sample in chosen], dtype=torch.float32),
@@ -108,12 +128,13 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
     )
 
 
-def token_weights(response_lengths: Sequence[int], aggregation: str) -> list[float]:
-    """Weight of each token, per response, such that all weights of the batch sum to 1.
+def token_weights(loss_masks: Sequence[Sequence[int]], aggregation: str) -> list[list[float]]:
+    """Weight of each response token, per response, such that all weights of the batch sum to 1; 0 where the mask is 0.
 
-    token-mean: all tokens have equal weights. sequence-mean: all responses have equal weights, shared by their tokens.
+    token-mean: all tokens that are trained on have equal weights. sequence-mean: all responses have equal weights, shared by
+    their tokens.
     """
-    if aggregation == "token-mean":
-        total = sum(response_lengths)
-        return [1.0 / max(1, total)] * len(response_lengths)
-    return [1.0 / (max(1, n) * len(response_lengths)) for n in response_lengths]
+    counts = [sum(mask) for mask in loss_masks]
+    total = max(1, sum(counts))
+    shares = [1.0 / (total if aggregation == "token-mean" else max(1, count) * len(loss_masks)) for count in counts]
+    return [[share if trained else 0.0 for trained in mask] for mask, share in zip(loss_masks, shares, strict=True)]

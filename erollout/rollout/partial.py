@@ -39,7 +39,8 @@ class KeptRollouts:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(sample.response_ids) for sample in self.samples)
+        """Tokens that are not sampled again."""
+        return sum(sample.num_sampled for sample in self.samples)
 
     def summary(self, num_samples: int) -> str:
         """Summary in words. `num_samples`: number of samples of the whole rollout."""
@@ -57,6 +58,7 @@ class KeptRollouts:
                 part.raw_logprobs,
                 part.finish_reason,
                 policy_version,
+                part.loss_mask,
             )
             for part in self.samples
             if part.finish_reason is not None
@@ -83,6 +85,7 @@ class KeptRollouts:
             response_ids=_joined([s.response_ids for s in self.samples], np.int32),
             logprobs=_joined([s.logprobs for s in self.samples], np.float64),
             raw_logprobs=_joined([s.raw_logprobs for s in self.samples], np.float64),
+            loss_mask=_joined([s.loss_mask for s in self.samples], np.int8),
         )
         return file.getvalue()
 
@@ -93,12 +96,14 @@ class KeptRollouts:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 fingerprint, places = str(arrays["fingerprint"]), arrays["places"].tolist()
                 columns = [arrays[name] for name in ("response_ids", "logprobs", "raw_logprobs")]
+                if "loss_mask" in arrays:  # a file of an earlier version has none: all tokens were sampled
+                    columns.append(arrays["loss_mask"])
         except (zipfile.BadZipFile, EOFError, KeyError, OSError) as error:
             raise ValueError(f"not partial rollouts: {error}") from error
         samples, start = [], 0
         for prompt_index, sample_index, length, reason in places:
-            ids, logprobs, raw = (tuple(column[start : start + length].tolist()) for column in columns)
-            samples.append(PartialRollout(prompt_index, sample_index, ids, logprobs, raw, _REASONS[reason]))
+            ids, logprobs, raw, *mask = (tuple(column[start : start + length].tolist()) for column in columns)
+            samples.append(PartialRollout(prompt_index, sample_index, ids, logprobs, raw, _REASONS[reason], *mask))
             start += length
         return cls(fingerprint, tuple(samples))
 
@@ -126,6 +131,7 @@ def as_partial(rollout: Rollout) -> PartialRollout:
         rollout.rollout_logprobs,
         rollout.raw_logprobs,
         rollout.finish_reason,
+        rollout.loss_mask,
     )
 
 

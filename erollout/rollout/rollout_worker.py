@@ -142,10 +142,7 @@ class RolloutWorker:
 
         Raises RolloutInterrupted, after which the run must end: pending scoring is not waited for.
         """
-        seed = self.config.train.seed * 2 + stream
-        requests = [
-            RolloutRequest(p.index, p.prompt_ids, group_size, sampling, request_seed(seed, step, p.index)) for p in prompts
-        ]
+        requests = self.requests(prompts, sampling, group_size, stream, step)
         by_index = {p.index: p for p in prompts}
         trains = stream == TRAINING_STREAM
         before = fitting(kept, requests, step)
@@ -173,6 +170,13 @@ class RolloutWorker:
         if trains:
             self.coordination.lengths = tuple(sorted(len(s.rollout.response_ids) for s in result.scored))
         return result
+
+    def requests(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, group_size: int, stream: int, step: int
+    ) -> list[RolloutRequest]:
+        """What `rollout` asks the engines for."""
+        seed = self.config.train.seed * 2 + stream
+        return [RolloutRequest(p.index, p.prompt_ids, group_size, sampling, request_seed(seed, step, p.index)) for p in prompts]
 
     def evaluate(self, data: PromptDataset, step: int, speculates: bool = True, learns: bool | None = None) -> RolloutResult:
         """Sample and score the held-out prompts as configured by the evaluation section; otherwise as `rollout`."""
@@ -293,7 +297,7 @@ class RolloutWorker:
         stats = self.engine.stats
         return {
             "seconds": stats.seconds,
-            "tokens": float(sum(len(r.response_ids) for r in rollouts)),
+            "tokens": float(sum(rollout.num_sampled for rollout in rollouts)),
             "preemptions": float(stats.preemptions),
             "decode_steps": float(stats.steps),
             "scoring_errors": float(sum(r.error is not None for r in rewards.values())),

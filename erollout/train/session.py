@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from erollout.algorithm import build_algorithm
 from erollout.config import Config
+from erollout.data.cursor import DataCursor
 from erollout.plots.training_curves import phase_seconds, response_lengths, reward_curve
 from erollout.policy.actor import Actor
 from erollout.policy.hf_export import export_policy
@@ -12,6 +13,7 @@ from erollout.tracking.console import print_summary
 from erollout.tracking.journal import journal_path, read_history
 from erollout.tracking.tracker import Tracker
 from erollout.train.build import cadence, restored, reward_pool, tracked, training_worker
+from erollout.train.groups import GroupCollector
 from erollout.train.loop import RunLoop
 from erollout.train.preflight import resolved_facts
 from erollout.train.sft import SupervisedTrainer
@@ -37,7 +39,9 @@ def train(config: Config) -> None:
             facts = {**resolved_facts(resolved), "decode_kernels": str(worker.engine.promise)}
             services.tracker.log_config_artifacts(config, facts)
             worker.load_state_dict(state.rollout)
-            trainer = Trainer(config, actor, worker, algorithm, resolved.train_data, resolved.test_data, state.kept)
+            cursor = DataCursor(state.cursor)
+            groups = GroupCollector(worker, algorithm, resolved.train_data, config.rollout, cursor, state.kept)
+            trainer = Trainer(config, actor, algorithm, groups, resolved.test_data)
             times = cadence(config, steps, evaluates=resolved.test_data is not None)
             loop = RunLoop(trainer, times, checkpointer, services, replace(state, run_id=run_id))
             loop.run()
@@ -58,7 +62,7 @@ def supervised(config: Config) -> None:
         run.fix_date(state.date)
         run.stop.begin()
         with tracked(run, state, steps) as (services, run_id):
-            trainer = SupervisedTrainer(config, actor, resolved.train_data)
+            trainer = SupervisedTrainer(config, actor, resolved.train_data, DataCursor(state.cursor))
             times = cadence(config, steps, evaluates=False)
             RunLoop(trainer, times, checkpointer, services, replace(state, run_id=run_id)).run()
             if run.stop.agreed is None:

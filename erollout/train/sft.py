@@ -6,6 +6,7 @@ from erollout.algorithm.minibatch import share
 from erollout.algorithm.supervised import Supervised
 from erollout.checkpoint.checkpointer import RunState
 from erollout.config import Config
+from erollout.data.cursor import DataCursor
 from erollout.data.prompts import PromptDataset
 from erollout.policy.actor import Actor
 from erollout.policy.batch import TrainSample
@@ -20,6 +21,7 @@ class SupervisedTrainer:
     config: Config
     actor: Actor
     data: PromptDataset
+    cursor: DataCursor
 
     def __post_init__(self) -> None:
         self.loss = Supervised()
@@ -28,8 +30,8 @@ class SupervisedTrainer:
     def train_step(self, step: int, phase: Phases) -> StepReport:
         """Make one optimizer step on the next batch_size examples."""
         size, context = self.config.supervised.batch_size, self.actor.context
-        samples = [TrainSample(*self.data.supervised_example(step * size + i)) for i in range(size)]
-        batch = share(samples, range(size), context.train.data, context.data_parallel_rank, self.loss.aggregation)
+        samples = [TrainSample(*self.data.supervised_example(i)) for i in self.cursor.take(size)]
+        batch = share(samples, range(size), context.train.data, context.data_parallel_rank, self.loss)
         with phase("update"):
             metrics = self.updates.make([batch], step)
         return StepReport(metrics | phase.seconds())
@@ -38,4 +40,4 @@ class SupervisedTrainer:
         raise NotImplementedError("a supervised run has no rollouts, and so no evaluation")
 
     def saved(self, state: RunState) -> RunState:
-        return replace(state, date=self.data.renderer.date.isoformat())
+        return replace(state, date=self.data.renderer.date.isoformat(), cursor=self.cursor.position)

@@ -24,7 +24,7 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
     rewards = [s.reward for s in scored]
     lengths = [len(s.rollout.response_ids) for s in scored]
     mean = sum(rewards) / len(rewards)
-    tokens = sum(lengths)
+    tokens = sum(s.rollout.num_sampled for s in scored)
     metrics = {
         "reward/mean": mean,
         "reward/std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,

@@ -12,7 +12,7 @@ from erollout.algorithm.grpo import GRPO
 from erollout.algorithm.mismatch import mismatch_metrics
 from erollout.algorithm.supervised import Supervised
 from erollout.config import AlgorithmConfig
-from erollout.policy.batch import MicroBatch, TrainSample, collate, cut_micro_batches, token_weights
+from erollout.policy.batch import MicroBatch, TrainSample, collate, cut_micro_batches
 from erollout.policy.logprobs import VocabShard, logprobs_and_entropy
 
 K1, K2, K3 = 0.5, 0.125, math.exp(-0.5) - 1 + 0.5
@@ -25,7 +25,7 @@ def _grpo(**options) -> GRPO:
 
 def _one_token(advantage: float, old: float, ref: float = 0.0) -> MicroBatch:
     """A prompt of one token and a response of one token."""
-    return collate([TrainSample([1], [2], advantage, old_logprobs=[old], ref_logprobs=[ref])], [0], [1.0], 1)
+    return collate([TrainSample([1], [2], advantage, old_logprobs=[old], ref_logprobs=[ref])], [0], [[1.0]], 1)
 
 
 def _one_token_loss(algorithm: GRPO, ratio: float, advantage: float, ref: float = 0.0) -> tuple[float, float, dict[str, float]]:
@@ -135,7 +135,7 @@ def test_aggregation_weighs_tokens_or_sequences(aggregation: str, loss: float) -
     """One token of advantage -2 against three of advantage 1, all with ratio 1."""
     samples = [TrainSample([1], [2], -2.0, old_logprobs=[-1.0]), TrainSample([1], [2, 3, 4], 1.0, old_logprobs=[-1.0] * 3)]
     algorithm = _grpo(aggregation=aggregation)
-    batch = collate(samples, [0, 1], token_weights([1, 3], algorithm.aggregation), 1)
+    batch = collate(samples, [0, 1], algorithm.token_weights(samples), 1)
     losses, _ = algorithm.token_loss(-batch.mask, torch.zeros_like(batch.mask), batch)
     assert (losses * batch.weights).sum().item() == pytest.approx(loss)
 
@@ -199,7 +199,7 @@ def test_gradient_of_the_whole_loss_is_that_of_plain_loops(config: AlgorithmConf
     wanted = torch.autograd.grad(plain, logits)
 
     algorithm = build_algorithm(config)
-    weights = token_weights([len(s.response_ids) for s in samples], algorithm.aggregation)
+    weights = algorithm.token_weights(samples)
     total = torch.zeros(())
     reported = 0.0
     for group in cut_micro_batches([s.length for s in samples], max_tokens):
@@ -215,6 +215,22 @@ def test_gradient_of_the_whole_loss_is_that_of_plain_loops(config: AlgorithmConf
     assert reported == pytest.approx(plain.item(), rel=1e-5)
     for got, want in zip(torch.autograd.grad(total, logits), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_of_others_are_in_neither_the_loss_nor_the_reward() -> None:
+    """A tool's output between two sampled tokens: as if it were a prompt's, whatever log-probs it has."""
+    algorithm = _grpo(kl_coefficient=0.5, kl_placement="reward", kl_estimator="k1")
+    masked = TrainSample(
+        [1], [2, 3, 4], 1.0, old_logprobs=[-1.0, -7.0, -2.0], ref_logprobs=[-1.5, 0.0, -2.0], loss_mask=[1, 0, 1]
+    )
+    plain = TrainSample([1], [2, 4], 1.0, old_logprobs=[-1.0, -2.0], ref_logprobs=[-1.5, -2.0])
+    assert algorithm.shaped_reward(1.0, masked) == algorithm.shaped_reward(1.0, plain) == 0.75
+    found = []
+    for sample, logprobs in ((masked, [-1.1, -3.0, -1.9]), (plain, [-1.1, -1.9])):
+        batch = collate([sample], [0], algorithm.token_weights([sample]), 1)
+        losses, report = algorithm.token_loss(torch.tensor([logprobs]), torch.zeros(1, len(logprobs)), batch)
+        found.append([(values * batch.weights).sum().item() for values in (losses, *report.values())])
+    assert found[0] == pytest.approx(found[1])
 
 
 def _mismatch(samples_by_rank: list[list[TrainSample]]) -> dict[str, float]:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from commands import invoke
 from ranks import RankPool
-from tiny_runs import ARCHITECTURE, history, tiny_config, tiny_tree, train_here, write_config
+from tiny_runs import history, tiny_config, tiny_tree, train_here, write_config
 
+from erollout.checkpoint.manifest import STATE, complete_checkpoints
 from erollout.checkpoint.resume import (
     OBEYED,
     REFUSED,
@@ -18,13 +19,11 @@ from erollout.checkpoint.resume import (
     RunKind,
     changes,
     configuration,
-    identity,
+    drawn,
     keys,
-    require_resumable,
 )
 from erollout.config import Config, build_config
 from erollout.errors import UserError
-from erollout.policy.families import read_architecture
 from erollout.tracking.journal import journal_path
 
 STEPS = 4
@@ -53,20 +52,18 @@ def test_a_key_that_only_one_side_knows_is_not_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "counts", "other"),
+    ("kind", "before", "sections"),
     [
-        ("reinforcement learning", {"rollout": {"prompts_per_step": 2}}, {"supervised": {"batch_size": 4}}),
-        ("supervised", {"supervised": {"batch_size": 4}}, {"rollout": {"prompts_per_step": 2}}),
+        ("reinforcement learning", 4, {"rollout": {"prompts_per_step": 2}}),
+        ("supervised", 64, {"supervised": {"batch_size": 4}}),
     ],
 )
-def test_what_only_the_other_kind_of_run_reads_is_not_refused(
-    kind: RunKind, counts: dict[str, Any], other: dict[str, Any], tmp_path: Path
+def test_a_checkpoint_without_a_cursor_has_drawn_as_many_items_as_its_steps_took(
+    kind: RunKind, before: int, sections: dict[str, Any], tmp_path: Path
 ) -> None:
-    before, architecture = tiny_config(tmp_path), read_architecture(ARCHITECTURE, "tests")
-    document = {"kind": kind, "identity": identity(architecture, before), "configuration": configuration(before)}
-    require_resumable(tmp_path, document, architecture, tiny_config(tmp_path, **other), kind)
-    with pytest.raises(UserError, match="are counted by steps"):
-        require_resumable(tmp_path, document, architecture, tiny_config(tmp_path, **counts), kind)
+    document = {"step": 3, "configuration": configuration(tiny_config(tmp_path))}
+    assert drawn(document, tiny_config(tmp_path, **sections), kind) == 3 * before
+    assert drawn(document | {"cursor": 17}, tiny_config(tmp_path, **sections), kind) == 17
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +99,6 @@ OTHERS: dict[str, Any] = {
     "model.architecture": {"hidden_size": 16},
     "model.dtype": "bfloat16",
     "optimizer.use_distributed_optimizer": True,
-    "rollout.prompts_per_step": 2,
     "train.seed": 5,
     "checkpoint.resume": False,
 }
@@ -118,9 +114,18 @@ def refused_train(tree: dict[str, Any]) -> str:
 
 
 @pytest.mark.distributed
+def test_another_number_of_prompts_per_step_goes_on_where_the_steps_before_ended(folder: Path, rank_pool: RankPool) -> None:
+    tree = _tree(folder, train={"steps": 3})
+    tree["rollout"]["prompts_per_step"] = 2
+    rank_pool.run(1, train_here, tree)
+    states = [json.loads((path / STATE).read_text()) for path in complete_checkpoints(folder / "run" / "checkpoints")]
+    assert [(state["step"], state["cursor"]) for state in states] == [(2, 8), (3, 10)]
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("key", OTHERS)
 def test_what_is_refused_is_named_and_leaves_everything_as_it_was(key: str, folder: Path, rank_pool: RankPool) -> None:
-    assert {*OTHERS} == {*REFUSED, "checkpoint.resume"} - {"supervised.batch_size"}
+    assert {*OTHERS} == {*REFUSED, "checkpoint.resume"}
     section, name = key.split(".")
     tree = _tree(folder, train={"steps": STEPS})
     value = OTHERS[key]
@@ -138,8 +143,8 @@ def test_what_is_refused_is_named_and_leaves_everything_as_it_was(key: str, fold
 def test_a_dry_run_refuses_too(folder: Path) -> None:
     config = write_config(folder, **{name: values for name, values in _tree(folder).items() if name != "data"})
     before = _contents(folder)
-    line = invoke("train", "--config", str(config), "--dry-run", "rollout.prompts_per_step=2").error()
-    assert "rollout.prompts_per_step = 2, but checkpoint" in line and "was saved with 4" in line
+    line = invoke("train", "--config", str(config), "--dry-run", "train.seed=5").error()
+    assert "train.seed = 5, but checkpoint" in line and "was saved with 1234" in line
     assert _contents(folder) == before
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import RankPool
 
 from erollout.config import CoordinatorConfig
-from erollout.coordinator.exchange import Exchange, News, Stream, decode, encode
+from erollout.coordinator.exchange import Exchange, News, Stream, decode, encode, parcel_width
 from erollout.coordinator.occupancy import CURVE_BATCHES, Occupancy
 from erollout.coordinator.state_machine import ClusterDecision, StateMachine
 from erollout.types import PartialRollout
@@ -21,12 +21,13 @@ PATIENCE = 60.0
 
 def partial(index: int, length: int) -> PartialRollout:
     ids = tuple(range(index, index + length))
-    return PartialRollout(index, index % 3, ids, tuple(-i / 7 for i in ids), tuple(-i / 3 for i in ids))
+    mask = tuple(i % 2 for i in ids)
+    return PartialRollout(index, index % 3, ids, tuple(-i / 7 for i in ids), tuple(-i / 3 for i in ids), loss_mask=mask)
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (MAX_TOKENS, 0, 5)])
 def test_sequences_survive_the_way(lengths: tuple[int, ...]) -> None:
-    width = 3 + 3 * MAX_TOKENS
+    width = parcel_width(MAX_TOKENS)
     partials = [partial(index, length) for index, length in enumerate(lengths)]
     parcel = encode(partials, 4, width)
     assert len(parcel) == 1 + 4 * width

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from erollout.algorithm.grpo import GRPO
 from erollout.algorithm.minibatch import split
+from erollout.config import AlgorithmConfig
 from erollout.policy.batch import TrainSample, balance, collate, cut_micro_batches, token_weights
-from erollout.types import Rollout, ScoredRollout
+from erollout.types import PartialRollout, Rollout, ScoredRollout
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 AGGREGATION = st.sampled_from(["token-mean", "sequence-mean"])
@@ -68,7 +70,7 @@ def test_collate_puts_everything_beside_the_token_it_is_about(samples: list[Trai
     indices = list(range(len(samples)))
     random.shuffle(indices)
     indices = indices[: random.randint(1, len(indices))]
-    weights = [1.0 / (i + 1) for i in range(len(samples))]
+    weights = [[1.0 / (i + 1)] * len(sample.response_ids) for i, sample in enumerate(samples)]
     batch = collate(samples, indices, weights, multiple)
     width = batch.tokens.shape[1]
     longest = max(samples[i].length - 1 for i in indices)
@@ -80,11 +82,12 @@ def test_collate_puts_everything_beside_the_token_it_is_about(samples: list[Trai
         assert batch.tokens[row].tolist() == ids[:-1] + [0] * (width - len(ids) + 1)
         assert batch.labels[row].tolist() == ids[1:] + [0] * (width - len(ids) + 1)
         assert batch.position_ids[row].tolist() == list(range(width))
-        response = batch.mask[row].bool()
+        response = batch.responses[row]
+        assert torch.equal(batch.mask[row], response.float())
         assert batch.labels[row][response].tolist() == list(sample.response_ids)
         assert batch.advantages[row].tolist() == [sample.advantage]
         for tensor, values in (
-            (batch.weights, [weights[index]] * len(sample.response_ids)),
+            (batch.weights, weights[index]),
             (batch.old_logprobs, sample.old_logprobs),
             (batch.ref_logprobs, sample.ref_logprobs),
             (batch.rollout_logprobs, sample.rollout_logprobs),
@@ -95,12 +98,12 @@ def test_collate_puts_everything_beside_the_token_it_is_about(samples: list[Trai
 
 
 def test_collate_of_a_single_token_has_a_position() -> None:
-    batch = collate([TrainSample([5], [])], [0], [1.0], 1)
+    batch = collate([TrainSample([5], [])], [0], [[]], 1)
     assert batch.tokens.shape == (1, 1) and not batch.mask.any()
 
 
 def test_collate_takes_whole_number_advantages() -> None:
-    assert collate([TrainSample([5], [6], advantage=1)], [0], [1.0], 1).advantages.dtype == torch.float32
+    assert collate([TrainSample([5], [6], advantage=1)], [0], [[1.0]], 1).advantages.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_collate_takes_whole_number_advantages() -> None:
 )
 def test_collate_refuses_what_would_be_misaligned(sample: TrainSample) -> None:
     with pytest.raises(AssertionError):
-        collate([sample], [0], [1.0], 1)
+        collate([sample], [0], [[1.0, 1.0]], 1)
 
 
 def _scored(lengths: list[tuple[int, int]]) -> list[ScoredRollout]:
@@ -123,7 +126,7 @@ def _scored(lengths: list[tuple[int, int]]) -> list[ScoredRollout]:
 def test_weights_of_all_ranks_response_tokens_sum_to_one(lengths: list[tuple[int, int]], ranks: int, aggregation: str) -> None:
     scored = _scored(lengths)
     size = len(scored) // 2
-    by_rank = [split(scored, size, ranks, rank, aggregation) for rank in range(ranks)]
+    by_rank = [split(scored, size, ranks, rank, GRPO(AlgorithmConfig(aggregation=aggregation))) for rank in range(ranks)]
     for step in range(len(by_rank[0])):
         shares = [batches[step] for batches in by_rank]
         start, end = step * size, min((step + 1) * size, len(scored))
@@ -138,7 +141,28 @@ def test_weights_of_all_ranks_response_tokens_sum_to_one(lengths: list[tuple[int
 
 
 def test_weights_by_hand() -> None:
-    assert token_weights([1, 3], "token-mean") == [0.25, 0.25]
-    assert token_weights([1, 4], "sequence-mean") == [0.5, 0.125]
-    assert token_weights([0, 2], "sequence-mean") == [0.5, 0.25]  # an empty response takes its share of the mean
-    assert token_weights([0, 0], "token-mean") == [1.0, 1.0]
+    assert token_weights([[1], [1, 1, 1]], "token-mean") == [[0.25], [0.25] * 3]
+    assert token_weights([[1], [1] * 4], "sequence-mean") == [[0.5], [0.125] * 4]
+    assert token_weights([[], [1, 1]], "sequence-mean") == [[], [0.25, 0.25]]  # an empty response takes its share of the mean
+    assert token_weights([[], [0]], "token-mean") == [[], [0.0]]
+    assert token_weights([[1, 0, 1], [1, 1]], "token-mean") == [[0.25, 0.0, 0.25], [0.25, 0.25]]
+    assert token_weights([[1, 0, 1], [1, 1]], "sequence-mean") == [[0.25, 0.0, 0.25], [0.25, 0.25]]
+
+
+def test_masked_tokens_are_no_part_of_mask_weights_and_logprobs() -> None:
+    sample = TrainSample([1, 2], [3, 4, 5], 1.0, [-1.0, 0.0, -2.0], [-1.5, -9.0, -2.5], [-1.0, -9.0, -2.0], [1, 0, 1])
+    batch = collate([sample], [0], token_weights([sample.loss_mask], "token-mean"), 1)
+    assert batch.responses.tolist() == [[False, True, True, True]]
+    assert batch.mask.tolist() == [[0.0, 1.0, 0.0, 1.0]] and batch.weights.tolist() == [[0.0, 0.5, 0.0, 0.5]]
+    assert batch.old_logprobs.tolist() == [[0.0, -1.5, 0.0, -2.5]] and batch.rollout_logprobs.tolist() == [
+        [0.0, -1.0, 0.0, -2.0]
+    ]
+
+
+def test_a_response_without_a_mask_is_all_sampled() -> None:
+    rollout = Rollout(0, 0, (1,), (2, 3), (-1.0,) * 2, (-1.0,) * 2, "stop", 0)
+    assert rollout.loss_mask == (1, 1) == PartialRollout(0, 0, (2, 3), (-1.0,) * 2, (-1.0,) * 2).loss_mask
+    assert TrainSample([1], [2, 3]).loss_mask == (1, 1)
+    half = Rollout(0, 0, (1,), (2, 3), (-1.0,) * 2, (-1.0,) * 2, "stop", 0, (1, 0))
+    (batch,) = split([ScoredRollout(half, 1.0, "t")], 1, 1, 0, GRPO(AlgorithmConfig()))
+    assert batch.samples[0].loss_mask == (1, 0) and batch.weights == [[1.0, 0.0]] and half.num_sampled == 1

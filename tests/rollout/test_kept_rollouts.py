@@ -1,7 +1,9 @@
 """What an interrupted rollout leaves: bit for bit through a file, the best of several, for the same requests alone."""
 
+import io
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,8 @@ def samples(draw: st.DrawFn) -> PartialRollout:
     ids = draw(st.lists(st.integers(0, 2**31 - 1), max_size=5))
     logprobs, raw = (tuple(draw(st.lists(LOGPROBS, min_size=len(ids), max_size=len(ids)))) for _ in range(2))
     reason = draw(st.sampled_from([None, "stop", "length"]))
-    return PartialRollout(draw(st.sampled_from([4, 7])), draw(st.integers(0, 2)), tuple(ids), logprobs, raw, reason)
+    mask = tuple(draw(st.lists(st.integers(0, 1), min_size=len(ids), max_size=len(ids))))
+    return PartialRollout(draw(st.sampled_from([4, 7])), draw(st.integers(0, 2)), tuple(ids), logprobs, raw, reason, mask)
 
 
 @given(st.lists(samples(), max_size=8))
@@ -26,6 +29,16 @@ def test_a_file_keeps_every_bit(kept: list[PartialRollout]) -> None:
     ours = KeptRollouts(fingerprint(REQUESTS), tuple(kept))
     theirs = KeptRollouts.from_bytes(ours.to_bytes())
     assert repr(theirs) == repr(ours)  # which tells -0.0 from 0.0
+
+
+def test_a_file_without_masks_is_of_sampled_tokens_alone() -> None:
+    kept = KeptRollouts("f", (PartialRollout(4, 1, (5, 6), (-0.5, -1.0), (-0.5, -1.0), None, (1, 0)),))
+    with np.load(io.BytesIO(kept.to_bytes())) as arrays:
+        before = {name: arrays[name] for name in arrays if name != "loss_mask"}
+    file = io.BytesIO()
+    np.savez(file, **before)
+    (sample,) = KeptRollouts.from_bytes(file.getvalue()).samples
+    assert sample.loss_mask == (1, 1) and sample.response_ids == (5, 6)
 
 
 @given(st.lists(samples(), max_size=12))

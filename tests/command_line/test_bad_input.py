@@ -89,7 +89,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "decode tensor parallel and heads": (
         _nothing,
         ["parallel.world_size=4", "rollout.tensor_model_parallel_size=4"],
-        ["rollout.tensor_model_parallel_size = 4", "num_query_groups = 2", "4 tensor-parallel ranks"],
+        ["rollout.tensor_model_parallel_size = 4", "key/value heads = 2", "4 tensor-parallel ranks"],
     ),
     "pipeline and layers": (
         _nothing,

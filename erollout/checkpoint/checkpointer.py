@@ -39,7 +39,7 @@ from erollout.checkpoint.manifest import (
 )
 from erollout.checkpoint.resume import RunKind, changes, configuration, drawn, identity, read_state, require_resumable
 from erollout.checkpoint.writing import Writing
-from erollout.errors import UserError
+from erollout.errors import UserError, foreign_code
 from erollout.parallel.collectives import all_gather, from_rank_zero, on_rank_zero
 from erollout.policy.actor import Actor
 from erollout.policy.optimizer import restore_optimizer
@@ -312,16 +312,14 @@ def _require_plain(path: Path) -> None:
     Both files are read again later by the libraries, equally strictly, but with worse messages.
     """
     for name, read in ((_INDEX, _read_index), (_COMMON, partial(torch.load, map_location="cpu", weights_only=True))):
-        try:
+        with foreign_code(partial(_refused, path, name), passing=(OSError,)):  # damaged bytes may raise anything
             _require_file(path, name)
             with open(path / name, "rb") as file:
                 read(file)
-        except OSError:
-            raise
-        except Exception as error:  # damaged bytes may raise anything
-            raise UserError(
-                f"checkpoint {path} is refused: {name}: {_reason(error)}; move that directory away to use the one before"
-            ) from error
+
+
+def _refused(path: Path, name: str, error: Exception) -> UserError:
+    return UserError(f"checkpoint {path} is refused: {name}: {_reason(error)}; move that directory away to use the one before")
 
 
 def _read_index(file: BinaryIO) -> None:

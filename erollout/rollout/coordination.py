@@ -114,9 +114,7 @@ class Coordination:
         """Load the state of a run with this or another configuration; what does not fit is measured and learnt again."""
         self._state = state
         self.lengths = tuple(state["lengths"])
-        self._known_drafters = dict(
-            self._drafters
-        )  # of the present drafters, since formats chosen by `auto` have been restored
+        self._known_drafters = dict(self._drafters)  # the formats chosen by `auto` have been restored before
 
     def _exchange(self, requests: Sequence[RolloutRequest], toggle: Toggle) -> Exchange | None:
         """The replicas' exchange of one rollout; None for the only replica."""

@@ -129,11 +129,10 @@ def _is_metadata(module: str, name: str, found: Any) -> bool:
 def _is_message(module: str, name: str, found: Any) -> bool:
     if _is_metadata(module, name, found):
         return True
-    if not isinstance(found, type) or found.__module__ != module:
-        return False
-    # a pickle also calls objects that it has made, which with a scorer may be any function
-    is_record = (dataclasses.is_dataclass(found) or issubclass(found, Enum)) and not _makes_callables(found)
-    return (is_record and _is_in(module, _RECORDS)) or (issubclass(found, BaseException) and not _makes_callables(found))
+    if not isinstance(found, type) or found.__module__ != module or _makes_callables(found):
+        return False  # a pickle also calls objects that it has made, which with a scorer may be any function
+    is_record = dataclasses.is_dataclass(found) or issubclass(found, Enum)
+    return (is_record and _is_in(module, _RECORDS)) or issubclass(found, BaseException)
 
 
 def _makes_callables(kind: type) -> bool:

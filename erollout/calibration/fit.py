@@ -20,7 +20,7 @@ from erollout.calibration.sweep_file import SweepRow
 from erollout.errors import UserError
 from erollout.speculation.cost.cost_model import PassTimes
 from erollout.speculation.cost.measured_table import Point
-from erollout.speculation.cost.roofline import Communication, ModelSize, Pass, PassCost, Roofline
+from erollout.speculation.cost.roofline import Communication, ModelSize, Pass, PassCost, Roofline, parts_of
 
 PASSES: Mapping[str, Pass] = {"target_decode": "target", "drafter_decode": "draft", "target_verify": "verify"}
 """Kinds of pass by mode of a sweep. target_decode_sd, an AR step of an engine with an idle drafter, is not used here."""
@@ -110,33 +110,22 @@ def _check_complete(points: Sequence[Measured], formats: Sequence[str]) -> None:
         raise UserError(f"the sweep has no times of {', '.join(missing) or 'any drafter'}; measure them too")
 
 
-class _Terms:
-    """The points of one kind of pass as arrays: Roofline.seconds, vectorised over points."""
+class _Passes:
+    """The measured points of one kind of pass, as arrays."""
 
     def __init__(self, points: Sequence[Measured], size: ModelSize, links: Communication) -> None:
         self.measured = np.array([p.seconds for p in points])
+        self._size, self._links = size, links
         self._weights = np.array([size.draft_bytes[p.format] if p.kind == "draft" else size.weight_bytes for p in points])
         self._batch = np.array([float(p.batch) for p in points])
         self._context = np.array([p.context for p in points])
         self._width = np.array([p.num_speculative_tokens + 1.0 for p in points])
-        self._tokens = self._batch * (self._width if points[0].kind == "verify" else 1.0)
-        self._cache = size.kv_bytes * self._batch * self._context
-        self._flops = size.flops + size.attention_flops * self._context
-        reduce = links.latency + self._tokens * size.reduce_bytes / links.bandwidth
-        self._reduces = size.reduces * reduce + links.per_sequence * self._batch
+        self._per_sequence = self._width if points[0].kind == "verify" else np.ones_like(self._width)
 
     def seconds(self, cost: PassCost) -> NDArray[np.float64]:
-        memory = (self._weights * cost.weight_factor + self._cache * cost.kv_factor) / cost.bandwidth
-        compute = _tiled(self._tokens, cost.tile) * self._flops / cost.compute
-        rows = _tiled(self._batch, self._width) if cost.padded else self._batch
-        overhead = cost.per_pass + cost.per_token * self._tokens + cost.per_context * self._context
-        overhead += cost.per_sequence * _tiled(rows, cost.sequence_tile)
-        seconds: NDArray[np.float64] = np.maximum(memory, compute) + overhead + self._reduces
-        return seconds
-
-
-def _tiled(count: NDArray[np.float64], tile: NDArray[np.float64] | int) -> NDArray[np.float64]:
-    return np.ceil(count / tile) * tile
+        """The roofline's seconds of every point."""
+        rows = self._weights, self._batch, self._context, self._width, self._per_sequence
+        return parts_of(self._size, cost, self._links, *rows).seconds
 
 
 def _fit_target(
@@ -144,7 +133,7 @@ def _fit_target(
 ) -> tuple[PassCost, PassCost, list[str]]:
     """Fit target and verify pass together: they share weights and matmuls, but not cache reads and overheads."""
     mine = [p for p in points if p.kind != "draft"]
-    groups = [_Terms([p for p in mine if p.kind == kind], size, links) for kind in ("target", "verify")]
+    groups = [_Passes([p for p in mine if p.kind == kind], size, links) for kind in ("target", "verify")]
     unit = min(p.seconds for p in mine)
     fastest = max(size.flops * p.batch * (p.num_speculative_tokens + 1) / p.seconds for p in mine)
     bandwidth = min(size.weight_bytes / unit, 0.8 * peaks.bandwidth)
@@ -178,7 +167,7 @@ def _fit_draft(
         return (_own(shared, x[2:6], unit),)
 
     shapes = [(tile, padded) for padded in (False, True) for tile in SEQUENCE_TILES]
-    (cost,), bounds = _search([_Terms(mine, size, links)], costs, search, shapes, _places(mine))
+    (cost,), bounds = _search([_Passes(mine, size, links)], costs, search, shapes, _places(mine))
     return cost, bounds
 
 
@@ -228,7 +217,7 @@ def _own(cost: PassCost, x: NDArray[np.float64], unit: float) -> PassCost:
 
 
 def _search(
-    groups: Sequence[_Terms],
+    groups: Sequence[_Passes],
     costs: Callable[[NDArray[np.float64], Shape], Costs],
     coefficients: Sequence[_Coefficient],
     shapes: Sequence[Shape],

@@ -69,7 +69,7 @@ class PassTimes:
         table = self.tables.get((kind, format))
         return seconds if table is None else seconds * exp(table.log_ratio(batch, context, num_speculative_tokens))
 
-    def parts(self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int) -> Parts:
+    def parts(self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int) -> Parts[float]:
         """Seconds by cause as in the roofline, scaled to the measured total."""
         parts = self.roofline.parts(kind, format, batch, context, num_speculative_tokens)
         scale = self.seconds(kind, format, batch, context, num_speculative_tokens) / parts.seconds

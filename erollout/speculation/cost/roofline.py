@@ -10,10 +10,15 @@ time grows in steps.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import ceil
-from typing import Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Pass = Literal["target", "draft", "verify"]
+Number = TypeVar("Number", float, "NDArray[np.float64]")
+"""One pass, or an array with an entry per pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +82,22 @@ class Communication:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(Generic[Number]):
     """Seconds of a pass by cause: `memory` and `compute` overlap, the rest is added."""
 
-    memory: float
-    compute: float
-    overhead: float
-    communication: float
+    memory: Number
+    compute: Number
+    overhead: Number
+    communication: Number
 
     @property
-    def seconds(self) -> float:
-        return max(self.memory, self.compute) + self.overhead + self.communication
+    def seconds(self) -> Number:
+        by_compute = self.compute > self.memory
+        longer = self.compute * by_compute + self.memory * (1 - by_compute)  # max, for arrays too
+        return longer + self.overhead + self.communication
 
     @property
-    def limit(self) -> str:
+    def limit(self: "Parts[float]") -> str:
         """The cause with the most seconds."""
         shares = {
             "bandwidth": self.memory if self.memory >= self.compute else 0.0,
@@ -99,6 +106,39 @@ class Parts:
             "communication": self.communication,
         }
         return max(shares, key=lambda name: shares[name])
+
+
+def parts_of(
+    size: ModelSize,
+    cost: PassCost,
+    links: Communication,
+    weight_bytes: Number,
+    batch: Number,
+    context: Number,
+    width: Number,
+    per_sequence: Number,
+    prefill_tokens: float = 0,
+) -> Parts[Number]:
+    """The roofline's formula, for one pass or an array of them.
+
+    Args:
+        weight_bytes: bytes of the weights that the pass reads.
+        width: num_speculative_tokens + 1 of the cycle.
+        per_sequence: tokens of the pass per sequence: the width in a verify pass, else 1.
+    """
+    decoded = batch * per_sequence
+    tokens = decoded + prefill_tokens
+    rows = _tiled(batch, width) if cost.padded else batch
+    return Parts(
+        memory=(weight_bytes * cost.weight_factor + size.kv_bytes * cost.kv_factor * batch * context) / cost.bandwidth,
+        compute=_tiled(tokens, cost.tile) * (size.flops + size.attention_flops * context) / cost.compute,
+        overhead=cost.per_token * decoded  # prompt tokens need no acceptance
+        + cost.per_pass
+        + cost.per_sequence * _tiled(rows, cost.sequence_tile)
+        + cost.per_context * context,
+        communication=size.reduces * (links.latency + tokens * size.reduce_bytes / links.bandwidth)
+        + links.per_sequence * batch,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,29 +154,18 @@ class Roofline:
 
     def parts(
         self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int = 0, prefill_tokens: int = 0
-    ) -> Parts:
+    ) -> Parts[float]:
         """Parts of one pass over `batch` sequences and prefill_tokens. Only "draft" uses `format`; "target" does not use n."""
-        size = self.size
+        size, width = self.size, num_speculative_tokens + 1
         cost = self.target if kind == "target" else self.verify if kind == "verify" else self.draft[format]
         weights = size.draft_bytes[format] if kind == "draft" else size.weight_bytes
-        tokens = batch * (num_speculative_tokens + 1 if kind == "verify" else 1) + prefill_tokens
-        memory = (weights * cost.weight_factor + size.kv_bytes * cost.kv_factor * batch * context) / cost.bandwidth
-        compute = _tiled(tokens, cost.tile) * (size.flops + size.attention_flops * context) / cost.compute
-        rows = _tiled(batch, num_speculative_tokens + 1) if cost.padded else batch
-        overhead = (
-            cost.per_token * (tokens - prefill_tokens)  # prompt tokens need no acceptance
-            + cost.per_pass
-            + cost.per_sequence * _tiled(rows, cost.sequence_tile)
-            + cost.per_context * context
-        )
-        links = self.communication
-        reduce = size.reduces * (links.latency + tokens * size.reduce_bytes / links.bandwidth) + links.per_sequence * batch
-        return Parts(memory, compute, overhead, reduce)
+        per_sequence = width if kind == "verify" else 1
+        return parts_of(size, cost, self.communication, weights, batch, context, width, per_sequence, prefill_tokens)
 
     def rows(self, kind: Pass, format: str, batch: int, num_speculative_tokens: int) -> int:
         """Number of matmul rows of one pass: its tokens, after padding where the drafter's batch is padded."""
         if kind == "draft":
-            return _tiled(batch, num_speculative_tokens + 1) if self.draft[format].padded else batch
+            return int(_tiled(batch, num_speculative_tokens + 1)) if self.draft[format].padded else batch
         return batch * (num_speculative_tokens + 1 if kind == "verify" else 1)
 
     def seconds(
@@ -149,5 +178,6 @@ class Roofline:
         return self.seconds("verify", "", 0, tokens / 2, 0, tokens)
 
 
-def _tiled(count: int, tile: int) -> int:
-    return ceil(count / tile) * tile
+def _tiled(count: Number, tile: Number | int) -> Number:
+    """`count` rounded up to whole tiles."""
+    return -(-count // tile) * tile

@@ -72,5 +72,5 @@ def test_a_run_directory_of_two_lines_is_refused(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert done.returncode == 1 and done.stdout.count("\n") == 1 and "has the end of a line in it" in done.stdout
+    assert done.returncode == 1 and done.stdout.count("\n") == 1 and "contains a line break" in done.stdout
     assert not list(tmp_path.iterdir())

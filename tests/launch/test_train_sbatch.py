@@ -116,4 +116,4 @@ def test_a_run_is_ended_only_when_ranks_that_gave_signs_are_silent(
         end_if_silent {seconds}
         kill -0 "$TRAINING" && kill "$TRAINING" && echo lives"""
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=60)
-    assert ("no rank has given a sign" in done.stdout) == ends == (log / "silent").exists(), done.stdout + done.stderr
+    assert ("no heartbeat of any rank" in done.stdout) == ends == (log / "silent").exists(), done.stdout + done.stderr

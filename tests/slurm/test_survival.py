@@ -146,4 +146,4 @@ def test_a_node_that_is_lost_and_back_before_the_controller_sees_it(nodes: Clust
     assert nodes.job(job).state == "RUNNING", nodes.logs(job)()
     nodes.output("scancel", "--batch", "--signal=USR1", str(job))
     assert_went_on(nodes, job, run, unbroken)
-    assert "no rank has given a sign" in nodes.logs(job)()
+    assert "no heartbeat of any rank" in nodes.logs(job)()

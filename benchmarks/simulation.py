@@ -28,6 +28,7 @@ from erollout.calibration.fit import fit, measured_passes
 from erollout.calibration.model_size import describe_shape, model_size
 from erollout.calibration.sweep_file import read_sweep
 from erollout.configuration.speculation import DrafterConfig, SpeculationConfig, ToggleConfig
+from erollout.drafter.registry import draft_weights
 from erollout.policy.families import published_architecture
 from erollout.simulation.draft_outcomes import SimulatedAcceptance
 from erollout.simulation.experiment import Setting, SimulatedRollout, Strategy, simulate
@@ -80,7 +81,7 @@ def measured(options: argparse.Namespace) -> None:
     speculation.learn_from(written)
     requantize(speculation)
     requests = [replace(request, group_size=options.samples) for request in subject.requests[: options.prompts]]
-    size = model_size(engine.architecture, speculation.formats, 1, "bfloat16", options.group_size, "w8a8")
+    size = model_size(engine.architecture, draft_weights(speculation.formats, options.group_size), 1, "bfloat16")
     grid = SweepGrid(tuple(b for b in (1, 2, 4, 8, 16, 32) if b <= options.slots), (64, 192), (1, 2, 3, 5))
 
     def rollout(mode: str, passes: PassTimes) -> tuple[float, list[Rollout]]:
@@ -153,7 +154,7 @@ def trace_of(rollouts: list) -> LengthTrace:
 def passes_7b(sweep_csv: str) -> PassTimes:
     architecture = published_architecture("Qwen2.5-7B")
     assert architecture is not None
-    size = model_size(architecture, [REFERENCE_FORMAT])
+    size = model_size(architecture, draft_weights([REFERENCE_FORMAT]))
     identity = Identity(describe_shape(architecture), "A100", 1, (REFERENCE_FORMAT,))
     return fit(measured_passes(read_sweep(sweep_csv)), size, identity).passes()
 
@@ -163,7 +164,7 @@ def passes_14b() -> PassTimes:
     assert architecture is not None
     common = A100_14B | {"kv_factor": 0.24}
     roofline = Roofline(
-        model_size(architecture, [REFERENCE_FORMAT]),
+        model_size(architecture, draft_weights([REFERENCE_FORMAT])),
         PassCost(**common, per_sequence=50e-6),
         PassCost(**common, per_sequence=232e-6),
         {REFERENCE_FORMAT: PassCost(**common, per_sequence=154e-6, weight_factor=1.271)},

@@ -31,11 +31,13 @@ from erollout.config import ModelConfig, RolloutConfig, load_config
 from erollout.data.datasets import build_datasets
 from erollout.data.prompts import PromptLimits
 from erollout.data.tokenizer import load_tokenizer
-from erollout.drafter.drafter import Drafter, RequantizeStats
+from erollout.drafter.description import DrafterDescription
+from erollout.drafter.drafter import Drafter
 from erollout.drafter.formats import FORMATS
 from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.engine import Engine
 from erollout.engine.model.decode_layout import decode_placement
+from erollout.engine.proposers.proposer_set import RequantizeStats
 from erollout.engine.scheduler import Batch
 from erollout.policy.families import policy_architecture
 from erollout.policy.initialization import first_weights
@@ -57,8 +59,6 @@ RANDOM_541M = {
 }
 """541M parameters in the layers."""
 MAX_MODEL_LEN = 512
-INT8_HEAD = "+head"
-"""Behind a format: the drafter has an INT8 LM head too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +148,12 @@ def build_engine(subject: Subject, options: argparse.Namespace) -> Engine:
 
 
 def build_speculation(engine: Engine, name: str, options: argparse.Namespace) -> SelfSpeculation:
-    """`name`: a format, perhaps with INT8_HEAD behind it."""
+    described = DrafterDescription.named(name)
+    assert described is not None
     drafter = {
-        "format": name.removesuffix(INT8_HEAD),
+        "format": described.format,
         "group_size": options.group_size,
-        "lm_head": "w8a8" if name.endswith(INT8_HEAD) else "target",
+        "lm_head": "w8a8" if described.has_own_head else "target",
     }
     choices = [f"speculation.drafter.{key}={value}" for key, value in drafter.items()]
     choices += [f"speculation.verification={options.verification}", f"rollout.kernels={options.kernels}"]
@@ -337,8 +338,8 @@ def _numbers(text: str) -> list[int]:
 def _formats(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name.removesuffix(INT8_HEAD) not in FORMATS:
-            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(FORMATS)} (each also with {INT8_HEAD})")
+        if DrafterDescription.named(name) is None:
+            raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(FORMATS)} (each also with +head)")
     return names
 
 

@@ -10,6 +10,7 @@ from erollout.calibration.commands import add_commands
 from erollout.calibration.file import Identity
 from erollout.calibration.model_size import describe_shape, model_size
 from erollout.calibration.sweep_file import SweepRow
+from erollout.drafter.registry import draft_weights
 from erollout.policy.families import published_architecture
 from erollout.speculation.cost.cost_model import PassTimes
 from erollout.speculation.cost.roofline import PassCost, Roofline
@@ -17,7 +18,7 @@ from erollout.speculation.cost.roofline import PassCost, Roofline
 MODEL = "Qwen2.5-7B"
 ARCHITECTURE = published_architecture(MODEL)
 assert ARCHITECTURE is not None
-SIZE = model_size(ARCHITECTURE, ("w4a16",))
+SIZE = model_size(ARCHITECTURE, draft_weights(["w4a16"]))
 IDENTITY = Identity(describe_shape(ARCHITECTURE), "A100", 1, ("w4a16",), "bfloat16", "torch")
 BATCHES, DRAFTS = (1, 4, 8, 16, 20, 24, 32, 48, 64), (3, 7)
 

@@ -17,6 +17,7 @@ from erollout.calibration.file import REFERENCE_FORMAT, Calibration, Identity, l
 from erollout.calibration.model_size import describe_shape, model_size, parse_shape
 from erollout.calibration.sweep_file import SweepRow, read_sweep
 from erollout.configuration.arguments import add_run_arguments
+from erollout.drafter.registry import draft_weights
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
 from erollout.speculation.cost.cost_model import PassTimes
@@ -134,7 +135,7 @@ def _fit(options: argparse.Namespace, arguments: list[str]) -> int:
         "points": len(points),
         "versions": {name: _version(name) for name in ("erollout", "torch", "scipy")},
     }
-    size = model_size(architecture, formats, ranks, dtype)
+    size = model_size(architecture, draft_weights(formats), ranks, dtype)
     calibration = fit(points, size, identity, options.model or first.model, provenance)
     noisy = noise(rows, calibration.passes().tables)
     calibration = replace(calibration, diagnostics={**calibration.diagnostics, "noise": noisy.as_json()})
@@ -320,7 +321,7 @@ def _point_passes(options: argparse.Namespace) -> PassTimes:
         return load_calibration(options.config).passes()
     if not options.model or not options.hardware:
         raise UserError("give --config CALIBRATION, or --model and --hardware for a prediction from published figures")
-    size = model_size(_named_architecture(options.model, "--model"), (options.format,), options.tp)
+    size = model_size(_named_architecture(options.model, "--model"), draft_weights((options.format,)), options.tp)
     return PassTimes(nominal_roofline(size, find_hardware(options.hardware), (options.format,)))
 
 

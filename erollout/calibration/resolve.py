@@ -10,6 +10,7 @@ from erollout.calibration.fit import fit, measured_passes
 from erollout.calibration.model_size import model_size
 from erollout.calibration.sweep import bootstrap, identify
 from erollout.configuration.speculation import SpeculationConfig
+from erollout.drafter.registry import proposer_kind
 from erollout.engine.engine import Engine
 from erollout.parallel.collectives import from_rank_zero
 from erollout.speculation.cost.roofline import ModelSize
@@ -68,6 +69,5 @@ def _guessed(options: SpeculationConfig, engine: Engine, identity: Identity) -> 
 
 
 def _size(options: SpeculationConfig, engine: Engine, identity: Identity) -> ModelSize:
-    drafter = options.drafter
-    ranks, dtype = identity.tensor_model_parallel_size, identity.dtype
-    return model_size(engine.architecture, identity.formats, ranks, dtype, drafter.group_size)
+    drafters = proposer_kind(options).drafters(options) if identity.formats else {}
+    return model_size(engine.architecture, drafters, identity.tensor_model_parallel_size, identity.dtype)

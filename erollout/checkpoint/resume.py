@@ -26,7 +26,7 @@ OBEYED: Mapping[str, str] = {
     "rollout": "prompts_per_step group_size tensor_model_parallel_size dtype temperature top_k top_p min_p repetition_penalty "
     "max_prompt_tokens max_tokens stop stop_token_ids ignore_eos block_size num_kv_blocks kv_cache_gib max_num_seqs "
     "max_num_batched_tokens kernels special_tokens",
-    "speculation": "mode num_speculative_tokens verification calibration decision_interval trace_interval",
+    "speculation": "mode proposer num_speculative_tokens verification calibration decision_interval trace_interval",
     "speculation.toggle": "margin max_speculative_tokens acceptance_window probe_interval probe_steps bootstrap_seconds",
     "speculation.toggle.ladder": "rungs raise_above lower_below persistence",
     "speculation.drafter": "format group_size alternatives lm_head overrides statistics_tokens statistics_interval",

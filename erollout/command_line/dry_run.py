@@ -5,6 +5,7 @@ from pathlib import Path
 from erollout.checkpoint.resume import RunKind
 from erollout.config import Config
 from erollout.configuration.hub import fetch_line
+from erollout.drafter.registry import proposer_kind
 from erollout.policy.families import published_architecture
 from erollout.security.redaction import redact
 from erollout.tracking.address import has_own_store, store_uri, uri_source
@@ -126,12 +127,11 @@ def _speculation(config: Config) -> str:
     options = config.speculation
     if options.mode == "off":
         return "off"
-    drafter = f"{', '.join((options.drafter.format, *options.drafter.alternatives))}, LM head {options.drafter.lm_head}"
     longest = options.toggle.max_speculative_tokens
     lengths = {"adaptive": f"up to {longest}", "ladder": f"one of {options.toggle.ladder.rungs}"}
     tokens = lengths.get(options.mode, str(options.num_speculative_tokens))
     costs = "" if options.mode == "always" else f", costs {options.calibration or 'measured at the start'}"
-    return f"{options.mode}, {tokens} tokens, {options.verification}, drafter {drafter}{costs}"
+    return f"{options.mode}, {tokens} tokens, {options.verification}, {proposer_kind(options).summary(options)}{costs}"
 
 
 def _gib(size: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from erollout.calibration.measure import sweep_grid, sweep_into
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
+from erollout.drafter.registry import proposer_kind
 from erollout.errors import UserError
 from erollout.plots.rollout_figures import rollout_figures
 from erollout.plots.training_curves import save
@@ -58,7 +59,7 @@ def compare(config: Config) -> None:
             for name, figure in rollout_figures(last, worker.coordination.last).items():
                 save(figure, figures / f"{name}.png")
             facts = {
-                "drafts": f"{options.drafter.format}, {options.verification}",
+                "drafts": f"{', '.join(proposer_kind(options).drafters(options))}, {options.verification}",
                 "requantise seconds": requantize.seconds,
                 "why": "\n".join(last.summaries[0].why),
                 "pictures": str(figures),

@@ -73,6 +73,8 @@ class SpeculationConfig:
     """`always`: every step drafts num_speculative_tokens. `toggle`: a step drafts them if that is predicted to be faster.
     `adaptive`: drafter and number are chosen for each step as well. `ladder`: as `toggle`, with the paper's rule for the
     number between rollouts."""
+    proposer: Literal["quantized_policy"] = "quantized_policy"
+    """What proposes draft tokens. `quantized_policy`: the policy itself in fewer bits; its keys are `drafter`."""
     num_speculative_tokens: bounds.DraftLength = 3
     """Number of tokens that the drafter proposes before the target verifies them in one pass."""
     verification: Literal["coupled", "rejection"] = "coupled"

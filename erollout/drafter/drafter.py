@@ -7,7 +7,6 @@ It shares the target's embedding, norms, biases and KV cache, and has its own li
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -21,23 +20,12 @@ from erollout.engine.model.factory import build_decode_model
 from erollout.engine.model.linear import Linear
 from erollout.engine.model.native_model import NativeModel
 from erollout.engine.proposers.base import DraftRequest, Drafts, Proposer
+from erollout.engine.proposers.proposer_set import RequantizeStats
 
 logger = logging.getLogger(__name__)
 
 _AWQ_ROWS = 64
 """Number of inputs per layer on which AWQ's search measures its losses."""
-
-
-@dataclass(frozen=True, slots=True)
-class RequantizeStats:
-    """Cost of one update of the drafter."""
-
-    seconds: float
-    """Seconds of quantising and packing on this rank."""
-    peak_extra_bytes: int
-    """Peak memory besides the weights and the drafter's own buffers."""
-    buffer_bytes: int
-    """Size of the drafter's own persistent buffers."""
 
 
 class Drafter:

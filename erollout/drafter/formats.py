@@ -1,14 +1,16 @@
-"""The drafter's formats: quantisation of weights by ModelOpt, treatment of activations, and matmuls by device.
+"""The drafter's formats: bits and quantisation of weights by ModelOpt, treatment of activations, matmuls by device. Pure.
 
 A format is a row of FORMATS. Sizes that it does not divide and devices without a matmul for it are rejected here.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from erollout.errors import UserError
-from erollout.kernels.native import NativeFormat
-from erollout.kernels.weights import WeightFormat
+
+if TYPE_CHECKING:
+    from erollout.kernels.native import NativeFormat
+    from erollout.kernels.weights import WeightFormat
 
 Search = Literal["max", "clip", "awq"]
 """Search for scales: from the largest weight, by the least weighted error over clipped ranges, or after AWQ's scaling."""
@@ -16,6 +18,14 @@ Activations = Literal["bf16", "int8_group", "int8_token", "fp8_tensor", "fp8_tok
 """Activations of the matmul: unchanged, quantised per token (and group of weights), or per tensor."""
 NONE = "none"
 """Name of the format of the target's own 16-bit layer."""
+AUTO = "auto"
+"""Name for the choice of a format per layer, after the first rollout."""
+FIRST_FORMAT = "w4a16_clip"
+"""Format of `auto` before the first rollout."""
+HEAD_FORMAT = "w8a8"
+"""Format of a drafter's own LM head."""
+_SCALE_BYTES = 2
+"""Bytes of a group's scale, and of what goes with its zero point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +33,22 @@ class Format:
     """A format of the drafter's linear layers."""
 
     name: str
-    weight: WeightFormat
+    weight: "WeightFormat"
     quantizer: dict[str, Any]
     """Attributes of ModelOpt's weight quantizer; `block_sizes` is filled in with the group size."""
     search: Search = "max"
     activations: Activations = "bf16"
-    native: NativeFormat | None = None
+    native: "NativeFormat | None" = None
     """Format of the linear of kernels/native.py; None: only torch's operators on the CPU."""
     cuda: str | None = None
     """Linear of kernels/cuda.py; None: dequantised, which saves no time."""
     asymmetric: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight, without scales."""
+        number = self.quantizer["num_bits"]
+        return number if isinstance(number, int) else 1 + sum(number)  # sign, exponent and mantissa
 
     @property
     def grouped(self) -> bool:
@@ -43,6 +59,11 @@ class Format:
     def needs_statistics(self) -> bool:
         """Whether the quantised weights depend on activations."""
         return self.search != "max"
+
+    def weight_bytes(self, group_size: int) -> float:
+        """Bytes per weight, including its share of a group's scales; scales of whole rows do not count."""
+        scales = _SCALE_BYTES * (1 + self.asymmetric) if self.grouped else 0
+        return self.bits / 8 + scales / group_size
 
     def config(self, group_size: int) -> dict[str, Any]:
         """Configuration for `modelopt.torch.quantization.quantize`, without calibration. The matmuls quantise activations."""

@@ -8,35 +8,30 @@ from typing import Any
 
 import torch
 
-from erollout.configuration.speculation import DrafterConfig, SpeculationConfig
+from erollout.configuration.speculation import SpeculationConfig
 from erollout.drafter.activation_statistics import InputStatistics, collect
 from erollout.drafter.assignment import LM_HEAD, assign_formats
 from erollout.drafter.auto_format import Overrides, select_formats
-from erollout.drafter.drafter import Drafter, RequantizeStats, target_linears
+from erollout.drafter.description import describe_drafters
+from erollout.drafter.drafter import Drafter, target_linears
+from erollout.drafter.formats import AUTO, FIRST_FORMAT
 from erollout.engine.engine import Engine
+from erollout.engine.proposers.proposer_set import ProposerSet, RequantizeStats
 from erollout.engine.proposers.quantized_policy import ModelProposer
 from erollout.parallel.collectives import from_rank_zero
-from erollout.speculation.step import OFF, Arm
 from erollout.types import Rollout
 
 logger = logging.getLogger(__name__)
 
-AUTO = "auto"
-INT8_HEAD = "+head"
-"""Suffix of the name of a drafter with its own INT8 LM head."""
-FIRST_FORMAT = "w4a16_clip"
-"""Format of `auto` before the first rollout."""
 _CARRIED = -1
 """Generation of statistics measured again after a resume: different from any policy version."""
 
 
-class SelfSpeculation:
-    """The drafters of one decode rank. Methods are collective over the replica, `learn_from` over the world."""
+class SelfSpeculation(ProposerSet):
+    """The drafters of one decode rank."""
 
     def __init__(self, options: SpeculationConfig, engine: Engine) -> None:
         """Raises UserError for formats that the policy's shards, the device or the kernels do not support."""
-        self.options = options
-        self.engine = engine
         drafter = options.drafter
         self._overrides = [(override.pattern, override.format) for override in drafter.overrides]
         self._undecided = drafter.format == AUTO
@@ -48,29 +43,19 @@ class SelfSpeculation:
         """Formats chosen by `auto`, per layer."""
         self._is_resumed = False
         """Whether the statistics must be measured again once there are weights."""
-        formats = dict(zip(drafter_names(drafter), (drafter.format, *drafter.alternatives), strict=True))
+        self.options, self.engine = options, engine
+        formats = {described.name: described.format for described in describe_drafters(drafter)}
         self.drafters = {
             name: self._build(FIRST_FORMAT if format == AUTO else format, self._overrides, drafter.lm_head)
             for name, format in formats.items()
         }
         """Drafters by their names in Arm.format, the default one first."""
-        self.switch(True)
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """Names of the drafters, the default one first."""
-        return tuple(self.drafters)
+        super().__init__(options, engine, self.drafters)
 
     @property
     def drafter(self) -> Drafter:
         """The default drafter."""
         return self.drafters[self.formats[0]]
-
-    def switch(self, on: bool) -> None:
-        """Switch drafting of `engine.generate` with the default drafter on or off."""
-        options = self.options
-        arm = Arm(self.formats[0], options.num_speculative_tokens) if on else OFF
-        self.engine.speculate(self.drafters, arm, options.verification)
 
     def tensor_landed(self, name: str) -> None:
         """Requantise for one of the engine's local tensors, which now has the new policy."""
@@ -78,11 +63,6 @@ class SelfSpeculation:
             return  # done in `complete`, once all tensors are there for measuring the statistics
         for drafter in self.drafters.values():
             drafter.requantize_(name)
-
-    def all_landed(self) -> None:
-        """Requantise for all of the engine's local tensors, which now have the new policy."""
-        for name in self.engine.local_tensors():
-            self.tensor_landed(name)
 
     def complete(self, policy_version: int) -> RequantizeStats:
         """Complete the update to this version. Raises RuntimeError naming layers whose tensors have not arrived."""
@@ -96,6 +76,10 @@ class SelfSpeculation:
     def wants_rollouts(self) -> bool:
         """Whether the formats use what `learn_from` measures."""
         return self._undecided or any(drafter.needs_statistics for drafter in self.drafters.values())
+
+    def learns_at(self, step: int) -> bool:
+        """Every statistics_interval steps, and in the first rollout of a new or resumed run."""
+        return step % self.options.drafter.statistics_interval == 0 or not self.has_learned
 
     def learn_from(self, rollouts: Sequence[Rollout]) -> None:
         """Measure activations on a rollout's first tokens, if the formats use them, to weight the errors of the following
@@ -174,7 +158,7 @@ class SelfSpeculation:
         options = self.options.drafter
         self._undecided, self._chosen = False, chosen
         speculates = self.engine.arm.speculates
-        self.drafters[drafter_names(options)[0]] = self._build("none", [*chosen, *self._overrides], options.lm_head)
+        self.drafters[self.formats[0]] = self._build("none", [*chosen, *self._overrides], options.lm_head)
         self.switch(speculates)
 
     def _configured_layers(self) -> list[str]:
@@ -195,13 +179,6 @@ class SelfSpeculation:
             overrides=overrides,
             kernel=self.engine.rollout.kernels,
         )
-
-
-def drafter_names(options: DrafterConfig) -> tuple[str, ...]:
-    """Names of the configured drafters, the default one first: the format, and what else determines its costs."""
-    head = "" if options.lm_head == "target" else INT8_HEAD
-    others = f"+{len(options.overrides)} overrides" if options.overrides else ""
-    return tuple(f"{format}{head}{others}" for format in (options.format, *options.alternatives))
 
 
 def _total(parts: Iterable[RequantizeStats]) -> RequantizeStats:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from erollout.data.prompts import PromptDataset
-from erollout.drafter.drafter import RequantizeStats
+from erollout.engine.proposers.proposer_set import RequantizeStats
 from erollout.rollout.rollout_worker import EVALUATION_STREAM, RolloutResult, RolloutWorker
 from erollout.rollout.summary import BatchShare
 from erollout.speculation.statistics import merge

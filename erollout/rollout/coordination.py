@@ -9,9 +9,9 @@ from typing import Any
 from erollout.config import Config
 from erollout.coordinator.exchange import Exchange
 from erollout.coordinator.state_machine import StateMachine
-from erollout.drafter.self_speculation import SelfSpeculation
 from erollout.engine.engine import Engine
 from erollout.engine.orders import Control
+from erollout.engine.proposers.proposer_set import ProposerSet
 from erollout.parallel.collectives import all_sum
 from erollout.parallel.groups import ParallelContext
 from erollout.resilience.unattended import ignore, never
@@ -34,7 +34,7 @@ class Coordination:
         config: Config,
         context: ParallelContext,
         engine: Engine,
-        speculation: SelfSpeculation | None,
+        speculation: ProposerSet | None,
         asked: Callable[[], bool] = never,
         alive: Callable[[], None] = ignore,
     ) -> None:
@@ -47,7 +47,7 @@ class Coordination:
         self.was_interrupted = False
         """Whether the last rollout was interrupted on any replica, as agreed by all ranks."""
         self.formats = speculation.formats if speculation is not None else ()
-        self._drafters = speculation.drafters if speculation is not None else {}
+        self._drafters = speculation.proposers if speculation is not None else {}
         self._known_drafters = dict(self._drafters)
         self.costs = RunCosts(config.speculation, engine, self.formats)
         self.lengths: tuple[int, ...] = ()

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
-from erollout.drafter.drafter import RequantizeStats
-from erollout.drafter.self_speculation import SelfSpeculation
+from erollout.drafter.registry import proposer_kind
 from erollout.engine.engine import Engine
 from erollout.engine.model.decode_layout import decode_placement
 from erollout.engine.orders import Control
+from erollout.engine.proposers.proposer_set import ProposerSet, RequantizeStats
 from erollout.engine.sampling.random import request_seed
 from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import ParallelContext
@@ -99,7 +99,9 @@ class RolloutWorker:
         self.engine = Engine(
             architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
         )
-        self.speculation = SelfSpeculation(config.speculation, self.engine) if config.speculation.mode != "off" else None
+        self.speculation: ProposerSet | None = None
+        if config.speculation.mode != "off":
+            self.speculation = proposer_kind(config.speculation).build(config.speculation, self.engine)
         self.coordination = Coordination(config, context, self.engine, self.speculation, asked, alive)
         self.resharder = self._build_resharder(architecture)
         self._failures = FailureLog()
@@ -153,10 +155,8 @@ class RolloutWorker:
         if self.coordination.was_interrupted:
             self.engine.sleep()
             raise RolloutInterrupted(self._kept(before, requests, rollouts) if trains else None)
-        if self.speculation is not None and trains:
-            due = step % self.config.speculation.drafter.statistics_interval == 0
-            if due or not self.speculation.has_learned:  # also in the first rollout of a resumed run
-                self.speculation.learn_from(rollouts)
+        if self.speculation is not None and trains and self.speculation.learns_at(step):
+            self.speculation.learn_from(rollouts)
         self.engine.sleep()
         parts = self._gather(rollouts, summary)
         if any(part.scoring_was_cut for part in parts):
@@ -187,8 +187,8 @@ class RolloutWorker:
 
     def state_dict(self) -> dict[str, Any]:
         """State for later rollouts, as JSON."""
-        drafter = {"drafter": self.speculation.state_dict()} if self.speculation is not None else {}
-        return self.coordination.state_dict() | drafter
+        learnt = self.speculation.state_dict() if self.speculation is not None else {}
+        return self.coordination.state_dict() | ({"drafter": learnt} if learnt else {})
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Load a state; None: the checkpoint has none."""

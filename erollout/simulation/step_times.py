@@ -6,6 +6,7 @@ from erollout.calibration.devices import find_hardware, nominal_roofline
 from erollout.calibration.file import load_calibration
 from erollout.calibration.model_size import model_size
 from erollout.config import ModelConfig
+from erollout.drafter.registry import draft_weights
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
 from erollout.policy.families import policy_architecture, published_architecture
@@ -25,7 +26,7 @@ def read_passes(
     if hardware is None or model is None:
         raise UserError("give --calibration, or both --hardware and --model")
     format = drafter or DEFAULT_FORMAT
-    size = model_size(_architecture(model), [format], tensor_parallel)
+    size = model_size(_architecture(model), draft_weights([format]), tensor_parallel)
     return PassTimes(nominal_roofline(size, find_hardware(hardware), [format])), format
 
 

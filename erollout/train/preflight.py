@@ -1,6 +1,5 @@
 """Preflight: checks of a run, and its sizes, before a process group starts."""
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,9 +19,7 @@ from erollout.config import Config
 from erollout.data.datasets import build_datasets
 from erollout.data.prompts import PromptDataset, PromptLimits
 from erollout.data.tokenizer import load_tokenizer
-from erollout.drafter.assignment import LM_HEAD, assign_formats
-from erollout.drafter.formats import check_shape
-from erollout.drafter.self_speculation import AUTO, FIRST_FORMAT, drafter_names
+from erollout.drafter.registry import proposer_kind
 from erollout.engine.kv_cache import num_blocks, num_bytes
 from erollout.engine.model.decode_layout import decode_placement
 from erollout.errors import UserError
@@ -175,24 +172,9 @@ def _check_cache(config: Config, architecture: Architecture) -> None:
 
 
 def check_drafter(config: Config, placement: Placement) -> None:
-    """Check that the drafter's formats are known, that ModelOpt is installed, and that they fit a decode rank's shards."""
-    if config.speculation.mode == "off":
-        return
-    if importlib.util.find_spec("modelopt") is None:
-        raise UserError(
-            f"speculation.mode = {config.speculation.mode} needs NVIDIA ModelOpt, which makes the drafter; "
-            "install it: pip install 'erollout[modelopt]', or set speculation.mode = off"
-        )
-    options = config.speculation.drafter
-    shapes = {t.name.removesuffix(".weight"): t.shape for t in placement if len(t.shape) == 2}
-    embedding = shapes.pop("embed_tokens")
-    shapes.setdefault(LM_HEAD, embedding)
-    overrides = [(override.pattern, override.format) for override in options.overrides]
-    for name in (options.format, *options.alternatives):
-        default = FIRST_FORMAT if name == AUTO else name
-        for layer, format in assign_formats(shapes, default, overrides, options.lm_head).items():
-            if format is not None:
-                check_shape(layer, format, (shapes[layer][0], shapes[layer][1]), options.group_size)
+    """Check that the proposer's drafters can be made, of a decode rank's shards."""
+    if config.speculation.mode != "off":
+        proposer_kind(config.speculation).check(config.speculation, placement)
 
 
 def check_calibration(config: Config, architecture: Architecture) -> None:
@@ -206,7 +188,7 @@ def check_calibration(config: Config, architecture: Architecture) -> None:
             describe_shape(architecture),
             found.identity.hardware,
             config.rollout.tensor_model_parallel_size,
-            drafter_names(config.speculation.drafter),
+            tuple(proposer_kind(config.speculation).drafters(config.speculation)),
             config.rollout.dtype,
         ),
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from erollout.config import TrackingConfig
-from erollout.drafter.drafter import RequantizeStats
+from erollout.engine.proposers.proposer_set import RequantizeStats
 from erollout.rollout.rollout_worker import RefitStats, RolloutResult
 from erollout.security.redaction import redact
 from erollout.speculation.statistics import SpeculationStatistics

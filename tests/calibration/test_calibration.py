@@ -24,7 +24,7 @@ from erollout.calibration.file import (
     read_calibration,
 )
 from erollout.calibration.fit import Measured, _Passes, fit, measured_passes
-from erollout.calibration.model_size import describe_shape, model_size, parse_shape, weight_bytes
+from erollout.calibration.model_size import describe_shape, model_size, parse_shape
 from erollout.calibration.regret import (
     always,
     autoregressive,
@@ -37,6 +37,7 @@ from erollout.calibration.regret import (
 )
 from erollout.calibration.sweep_file import read_sweep, write_sweep
 from erollout.calibration.validate import Gates, Score, held_out, lengths_at, measured_cycles, validate
+from erollout.drafter.registry import draft_weights
 from erollout.errors import UserError
 from erollout.speculation.cost.cost_model import PassTimes
 from erollout.speculation.cost.measured_table import Point
@@ -54,19 +55,16 @@ def test_sizes_are_the_models_own() -> None:
     assert ARCHITECTURE.num_parameters() == 7_615_616_512
     assert SIZE.weight_bytes == SIZE.flops == 2 * (7_615_616_512 - biases - norms - embedding)
     assert SIZE.kv_bytes == 57344 and SIZE.attention_flops == 401408 and SIZE.reduces == 0
-    two = model_size(ARCHITECTURE, ("w4a16",), tensor_model_parallel_size=2)
+    two = model_size(ARCHITECTURE, draft_weights(("w4a16",)), tensor_model_parallel_size=2)
     assert two.weight_bytes == SIZE.weight_bytes / 2 and two.reduces == 56 and two.reduce_bytes == 7168
-    int8_head = model_size(ARCHITECTURE, ("w4a16",), lm_head="w8a8")
-    assert SIZE.draft_bytes["w4a16"] - int8_head.draft_bytes["w4a16"] == 152064 * 3584
-    assert [weight_bytes(f) for f in ("w4a16_clip", "w8a8", "fp8", "none")] == [0.5 + 2 / 128, 1.0, 1.0, 2]
-    with pytest.raises(UserError, match="'q5'"):
-        weight_bytes("q5")
+    int8_head = model_size(ARCHITECTURE, draft_weights(("w4a16+head",)))
+    assert SIZE.draft_bytes["w4a16"] - int8_head.draft_bytes["w4a16+head"] == 152064 * 3584
 
 
 def test_a_shape_is_read_as_it_is_described() -> None:
     text = describe_shape(ARCHITECTURE)
     assert describe_shape(parse_shape(text)) == text
-    assert model_size(parse_shape(text), ("w8a8",)) == model_size(ARCHITECTURE, ("w8a8",))
+    assert model_size(parse_shape(text), draft_weights(("w8a8",))) == model_size(ARCHITECTURE, draft_weights(("w8a8",)))
     with pytest.raises(UserError, match="layers=N"):
         parse_shape("layers=3 hidden=x")
 
@@ -127,7 +125,7 @@ def test_a_bad_sweep_is_refused_with_the_row(case: str, tmp_path: Path) -> None:
 
 
 def test_what_is_fitted_is_what_is_predicted_with() -> None:
-    size = model_size(ARCHITECTURE, ("w4a16",), tensor_model_parallel_size=2)
+    size = model_size(ARCHITECTURE, draft_weights(("w4a16",)), tensor_model_parallel_size=2)
     points = measured_passes(sweep(drafts=(3, 11)))
     cost = PassCost(1e12, 2e14, 1.2, 0.7, 1e-3, 2e-4, 3e-5, 4e-7, tile=64, sequence_tile=16, padded=True)
     links = Communication(1e-5, 1e11, 2e-5)
@@ -370,7 +368,7 @@ def test_a_good_calibration_has_little_regret(calibration: Calibration) -> None:
 def test_data_sheets_serve_where_nothing_is_measured() -> None:
     hardware = find_hardware("NVIDIA A100-SXM4-80GB")
     assert hardware.bandwidth == 2.039e12 and find_hardware("A100-SXM4-40GB").bandwidth == 1.555e12
-    two = model_size(ARCHITECTURE, ("w4a16",), tensor_model_parallel_size=2)
+    two = model_size(ARCHITECTURE, draft_weights(("w4a16",)), tensor_model_parallel_size=2)
     one, split = (PassTimes(nominal_roofline(size, hardware, ("w4a16",))) for size in (SIZE, two))
     assert one.target_seconds(1, 512) == pytest.approx(9.5e-3, rel=0.1)  # the published sweep has 9.59 ms
     assert one.target_seconds(1, 512) / 2 < split.target_seconds(1, 512) < one.target_seconds(1, 512)

@@ -17,6 +17,7 @@ from erollout.calibration.model_size import describe_shape, model_size
 from erollout.calibration.sweep import hardware_name
 from erollout.checkpoint.manifest import STATE
 from erollout.config import Config, build_config
+from erollout.drafter.registry import draft_weights
 from erollout.errors import UserError
 from erollout.policy.families import policy_architecture
 from erollout.rollout.coordination import Coordination
@@ -97,7 +98,7 @@ def test_shares_by_batch_size_add_up() -> None:
 def _calibration(config: Config, **other: Any) -> Calibration:
     """That fits a configuration, but for what is given."""
     architecture = policy_architecture(config.model)
-    size = model_size(architecture, ["w4a16", "w8a8"])
+    size = model_size(architecture, draft_weights(["w4a16", "w8a8"]))
     cost = PassCost(1e10, 1e11)
     identity = Identity(describe_shape(architecture), hardware_name(torch.device("cpu")), 1, ("w4a16", "w8a8"), "bfloat16")
     return Calibration(replace(identity, **other), Roofline(size, cost, cost, {"w4a16": cost, "w8a8": cost}))

@@ -22,6 +22,16 @@ Number = TypeVar("Number", float, "NDArray[np.float64]")
 
 
 @dataclass(frozen=True, slots=True)
+class DraftWeights:
+    """What one step of a drafter reads, in bytes per weight of the policy; None: as many as the target's."""
+
+    linear: float | None
+    """Bytes per weight of the linear layers, including scales."""
+    head: float | None
+    """Bytes per weight of the LM head."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSize:
     """Bytes and FLOP of a pass on one rank of a tensor-parallel replica."""
 

@@ -11,13 +11,14 @@ import platform
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from erollout.environment import max_cpu_isa
 from erollout.errors import UserError
+from erollout.kernels.native_interface import declare
 from erollout.kernels.weights import QuantizedWeight
 
 
@@ -279,9 +280,7 @@ def _library_path() -> Path:
 def _load() -> ctypes.CDLL:
     """Load the extension. Raises OSError or AttributeError for a file that is not this extension."""
     loaded = ctypes.CDLL(str(_library_path()))
-    for name, (result, *arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
+    declare(loaded)
     return loaded
 
 
@@ -293,18 +292,3 @@ def _fingerprint() -> str:
     for path in paths:
         contents.update(path.read_bytes())
     return contents.hexdigest() if paths else ""
-
-
-_POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "erollout_sources": (ctypes.c_char_p,),
-    "erollout_threads_create": (_POINTER, _INT32),
-    "erollout_threads_destroy": (None, _POINTER),
-    "erollout_linear_struct_bytes": (_INT64,),
-    "erollout_linear_packed_bytes": (_INT64, _POINTER),
-    "erollout_linear_pack_bf16": (None, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
-    "erollout_linear_pack_int4": (None, *[_POINTER] * 6),
-    "erollout_linear_pack_int8": (None, *[_POINTER] * 4),
-    "erollout_linear": (None, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER),
-}
-"""Result and arguments of the functions of the C interface."""

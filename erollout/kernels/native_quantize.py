@@ -1,7 +1,6 @@
 """Vectorised quantisation on the CPU, bit-equal to the ModelOpt path of erollout/drafter/quantizer.py and much faster."""
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ def quantize_int4(
     zero_points = torch.empty(scales.shape, dtype=torch.int8) if asymmetric else None
     candidates = torch.tensor(ratios, dtype=torch.float32)
     wide = importance.double().contiguous() if importance is not None else None
-    finite = _function("erollout_quantize_int4", _INT4)(
+    finite = library().erollout_quantize_int4(
         *_source(weight),
         group_size,
         _address(wide),
@@ -55,9 +54,7 @@ def quantize_int8(weight: Tensor, values: Tensor | None = None, num_threads: int
     rows, columns = weight.shape
     numbers = values if values is not None else torch.empty(rows, columns, dtype=torch.int8)
     scales = torch.empty(rows, 1)
-    finite = _function("erollout_quantize_int8", _INT8)(
-        *_source(weight), numbers.data_ptr(), scales.data_ptr(), threads(num_threads)
-    )
+    finite = library().erollout_quantize_int8(*_source(weight), numbers.data_ptr(), scales.data_ptr(), threads(num_threads))
     return QuantizedWeight("int8", numbers, scales, columns) if finite else None
 
 
@@ -68,15 +65,3 @@ def _source(weight: Tensor) -> tuple[int, bool, int, int]:
 
 def _address(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr() if tensor is not None else None
-
-
-def _function(name: str, arguments: tuple[type, ...]) -> Callable[..., int]:
-    function = getattr(library(), name)
-    function.restype, function.argtypes = ctypes.c_int32, arguments
-    return function
-
-
-_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
-_WEIGHT = (_POINTER, ctypes.c_int32, _INT64, _INT64)
-_INT4 = (*_WEIGHT, _INT64, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER)
-_INT8 = (*_WEIGHT, _POINTER, _POINTER, _POINTER)

@@ -3,14 +3,12 @@
 import ctypes
 import struct
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from erollout.kernels.native import library, threads
 
-_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 _IS_BF16 = {torch.bfloat16: 1, torch.float32: 0}
 
 
@@ -40,7 +38,7 @@ class NativeSampling:
         self._job = ctypes.create_string_buffer(_JOB.size)
         self._address = ctypes.addressof(self._job)
         self._threads = threads(num_threads)
-        self._sample = _function("erollout_sample", None, _POINTER, _POINTER)
+        self._sample = library().erollout_sample
 
     def __call__(
         self,
@@ -114,19 +112,13 @@ def block_noise(key: int, block: int, count: int) -> Tensor:
     """The approximation used for bounds: the largest noise per block (a multiple of 16), float32 [count]. For tests."""
     assert count % 16 == 0
     noise = torch.empty(count)
-    _function("erollout_block_noise", None, _INT64, _INT64, _INT64, _POINTER)(key, block, count, noise.data_ptr())
+    library().erollout_block_noise(key, block, count, noise.data_ptr())
     return noise
 
 
 def job_bytes() -> tuple[int, int]:
     """Sizes of a job as packed here and as compiled. For tests."""
-    return _JOB.size, _function("erollout_sampling_job_bytes", _INT64)()
-
-
-def _function(name: str, result: Any, *arguments: Any) -> Any:
-    function = getattr(library(), name)
-    function.restype, function.argtypes = result, arguments
-    return function
+    return _JOB.size, library().erollout_sampling_job_bytes()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -19,14 +19,7 @@ from erollout.engine.model.decode_model import DecodeModel
 from erollout.engine.model.factory import build_decode_model
 from erollout.engine.model.inputs import ForwardInputs
 from erollout.engine.model.linear import PackedLinear
-from erollout.engine.model.native_model import (
-    LayerStruct,
-    ModelStruct,
-    NativeAttention,
-    NativeModel,
-    PassStruct,
-    library,
-)
+from erollout.engine.model.native_model import LayerStruct, ModelStruct, NativeAttention, NativeModel, PassStruct
 from erollout.kernels import native
 from erollout.policy.architecture import Architecture
 from erollout.policy.families import read_architecture
@@ -46,9 +39,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_structs_are_those_of_the_extension() -> None:
-    assert ctypes.sizeof(ModelStruct) == library().erollout_model_size()
-    assert ctypes.sizeof(LayerStruct) == library().erollout_layer_size()
-    assert ctypes.sizeof(PassStruct) == library().erollout_pass_size()
+    assert ctypes.sizeof(ModelStruct) == native.library().erollout_model_size()
+    assert ctypes.sizeof(LayerStruct) == native.library().erollout_layer_size()
+    assert ctypes.sizeof(PassStruct) == native.library().erollout_pass_size()
     header = (Path(native.__file__).parent / "cpp" / "model.h").read_text()
     layer = header.partition("struct Layer {")[2].partition("}")[0]
     assert [name for name, _ in LayerStruct._fields_] == re.findall(r"\* (\w+);", layer)
@@ -57,12 +50,12 @@ def test_structs_are_those_of_the_extension() -> None:
 def test_exp2_is_within_its_bound() -> None:
     x = torch.cat([torch.linspace(-126, 128, 1 << 20)[:-1], torch.tensor([0.0])])
     y = torch.empty_like(x)
-    library().erollout_exp2(x.data_ptr(), y.data_ptr(), len(x))
+    native.library().erollout_exp2(x.data_ptr(), y.data_ptr(), len(x))
     assert (y.double() / x.double().exp2() - 1).abs().max() < 1.7e-7 and y[-1] == 1
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([-inf, -1e30, -151, 129, 1e30, inf, nan, 1] * 2)
     y = torch.empty_like(x)
-    library().erollout_exp2(x.data_ptr(), y.data_ptr(), len(x))
+    native.library().erollout_exp2(x.data_ptr(), y.data_ptr(), len(x))
     assert y[:6].tolist() == [0, 0, 0, inf, inf, inf] and y[6].isnan() and y[7] == 2
 
 

@@ -9,7 +9,6 @@ rounded, as they are multiplied with the values.
 import ctypes
 from array import array
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -24,20 +23,7 @@ from erollout.kernels import native
 from erollout.policy.architecture import Architecture
 from erollout.policy.families import FAMILIES
 
-_POINTER, _INT32, _INT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_SIGNATURES = (
-    ("erollout_model_size", _INT64),
-    ("erollout_layer_size", _INT64),
-    ("erollout_pass_size", _INT64),
-    ("erollout_workspace_size", _INT64, _POINTER, _INT64),
-    ("erollout_check_pass", _INT32, _POINTER, _POINTER, _INT32),
-    ("erollout_forward", None, _POINTER, _POINTER, _POINTER),
-    ("erollout_attention_block", None, _POINTER, _INT64, _POINTER, _POINTER),
-    ("erollout_feed_forward_block", None, _POINTER, _INT64, _POINTER, _POINTER),
-    ("erollout_head", None, _POINTER, _POINTER, _POINTER),
-    ("erollout_exp2", None, _POINTER, _POINTER, _INT64),
-    ("erollout_attention", None, _POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
-)
+_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 _CHECKED = ("token_ids", "positions", "slots", "logit_rows")
 """Names of the values returned by erollout_check_pass, from 1 on."""
 
@@ -116,7 +102,7 @@ class NativeAttention(Attention):
         work = PassStruct(cache=layer_cache.data_ptr())
         plan.write_to(work)
         shape, passed = ctypes.addressof(self.shape), ctypes.addressof(work)
-        library().erollout_attention(shape, passed, query.data_ptr(), output.shape[1], output.data_ptr(), self._threads)
+        native.library().erollout_attention(shape, passed, query.data_ptr(), output.shape[1], output.data_ptr(), self._threads)
         return output
 
 
@@ -168,7 +154,7 @@ class NativeModel(DecodeModel):
         inputs.plan.write_to(work)
         self._check(work)
         if self.group is None:
-            library().erollout_forward(self._address, ctypes.addressof(work), self._threads)
+            native.library().erollout_forward(self._address, ctypes.addressof(work), self._threads)
         else:
             hidden[:tokens] = self._embed(read["token_ids"])
             self._forward_by_layer(work, hidden[:tokens], partial[:tokens])
@@ -181,20 +167,20 @@ class NativeModel(DecodeModel):
         """The blocks of each layer with the sums over the ranks between them."""
         address = ctypes.addressof(work)
         for index in range(self.architecture.num_layers):
-            for block in (library().erollout_attention_block, library().erollout_feed_forward_block):
+            for block in (native.library().erollout_attention_block, native.library().erollout_feed_forward_block):
                 block(self._address, index, address, self._threads)
                 hidden += self._sum(partial)
-        library().erollout_head(self._address, address, self._threads)
+        native.library().erollout_head(self._address, address, self._threads)
 
     def _check(self, work: PassStruct) -> None:
         whole_vocabulary = self.group is None
-        if wrong := library().erollout_check_pass(self._address, ctypes.addressof(work), whole_vocabulary):
+        if wrong := native.library().erollout_check_pass(self._address, ctypes.addressof(work), whole_vocabulary):
             raise IndexError(f"{_CHECKED[wrong - 1]} beyond the model's bounds")
 
     def _working_memory(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden, partial, workspace) for `tokens` tokens, kept between passes until `release`."""
         size = tokens * self.architecture.hidden_size
-        workspace = library().erollout_workspace_size(self._address, tokens)
+        workspace = native.library().erollout_workspace_size(self._address, tokens)
         if self._buffers is None or self._buffers.shape[0] < 2 * size + workspace:
             self._buffers = torch.empty(2 * size + workspace, dtype=self.dtype)
         hidden, partial = self._buffers[: 2 * size].view(2, tokens, -1)
@@ -221,16 +207,6 @@ class NativeModel(DecodeModel):
             layers=ctypes.addressof(self._layer_structs),
             epsilon=architecture.norm_epsilon,
         )
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The extension with the signatures of model.cpp."""
-    loaded = native.library()
-    for name, result, *arguments in _SIGNATURES:
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    return loaded
 
 
 def _layer_struct(layer: DecodeLayer) -> LayerStruct:

@@ -17,6 +17,7 @@ LAYERS = (
         "environment",
         "resilience.atomic_write",
         "resilience.signals",
+        "resilience.unattended",
         "security",
         "tracking.terminal",
     ),

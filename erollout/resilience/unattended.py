@@ -1,10 +1,10 @@
-"""Stand-ins for callbacks where nobody asks, watches or listens."""
+"""The callbacks that do nothing, for callers without a stop, a watchdog or a console."""
 
 
 def never(*_: object) -> bool:
-    """The answer where nobody asks for anything: not to stop, for one."""
+    """No, as when no stop can be requested."""
     return False
 
 
 def ignore(*_: object) -> None:
-    """What is told to nobody: a sign of life without a watchdog, a finished step without a console."""
+    """Do nothing, as with a heartbeat that no watchdog reads, or progress that no console shows."""

@@ -9,6 +9,7 @@ import numpy as np
 from erollout.config import CoordinatorConfig
 from erollout.configuration.speculation import SpeculationConfig
 from erollout.coordinator.state_machine import StateMachine
+from erollout.resilience.unattended import ignore
 from erollout.simulation.cluster import Cluster, Traffic
 from erollout.simulation.draft_outcomes import SimulatedAcceptance
 from erollout.simulation.jumping import JumpingReplica
@@ -114,7 +115,7 @@ def simulate(setting: Setting, strategy: Strategy, seed: int) -> Iterator[Simula
 
 
 def compare(
-    setting: Setting, strategies: Sequence[Strategy], seeds: int, progress: Callable[[SimulatedRollout], None] = lambda _: None
+    setting: Setting, strategies: Sequence[Strategy], seeds: int, progress: Callable[[SimulatedRollout], None] = ignore
 ) -> list[SimulatedRollout]:
     """Simulate all strategies over the same lengths."""
     outcomes = []

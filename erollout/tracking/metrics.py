@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from erollout.resilience.unattended import ignore
+
 REWARD = "reward/mean"
 SCORING_ERRORS = "reward/scoring_errors"
 LOSS = "train/loss"
@@ -53,7 +55,7 @@ class PhaseTimer:
     `synchronize` waits for the device before a clock reading (`torch.cuda.synchronize` on a GPU).
     """
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, synchronize: Callable[[], None] = ignore, clock: Callable[[], float] = time.perf_counter) -> None:
         self._synchronize = synchronize
         self._clock = clock
         self._seconds: dict[str, float] = {}

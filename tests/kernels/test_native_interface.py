@@ -27,4 +27,4 @@ def _exported() -> dict[str, tuple[object, ...]]:
 
 
 def test_the_table_has_every_exported_function_with_its_types() -> None:
-    assert native_interface.SIGNATURES == _exported()
+    assert _exported() == native_interface.SIGNATURES

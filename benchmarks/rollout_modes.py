@@ -404,8 +404,8 @@ def policies_section(bench: Bench, options: argparse.Namespace) -> list[str]:
     lines: list[str] = []
     uneven = LongTailedSums((Tail(14, 1.0), Tail(5, 0.6)))  # static turns: the long ones are the first replica's
     loads = Load("even tails, 16 per replica", 16), Load("uneven tails, 16 per replica", 16, source=uneven)
-    for load, hand_out in zip(loads, ("dynamic", "static"), strict=True):
-        arms = {policy: bench.arm("adaptive", policy=policy, hand_out=hand_out) for policy in POLICIES}
+    for load, dispatch in zip(loads, ("dynamic", "static"), strict=True):
+        arms = {policy: bench.arm("adaptive", policy=policy, dispatch=dispatch) for policy in POLICIES}
         draws = bench.measure(arms, load, options.draws)
         rows = [
             [
@@ -420,7 +420,7 @@ def policies_section(bench: Bench, options: argparse.Namespace) -> list[str]:
             for policy, outcomes in draws.items()
         ]
         columns = ("policy", "rollout s", "over replica", "tokens/s", "share idle", "sequences moved", "exchange's share")
-        lines += [f"### {load.name}, hand_out {hand_out}", "", *_table(columns, rows)]
+        lines += [f"### {load.name}, dispatch {dispatch}", "", *_table(columns, rows)]
     return lines
 
 

@@ -110,8 +110,8 @@ class CoordinatorConfig:
     policy: Literal["replica", "cluster", "makespan"] = "makespan"
     """`replica`: each one chooses its own arm. `cluster`: one arm for all, the best for their sum. `makespan`: as `replica`,
     and sequences of the tail migrate to idle replicas if the slowest replica is predicted to finish earlier."""
-    hand_out: Literal["dynamic", "static"] = "dynamic"
-    """Dispatch of prompts: `dynamic`: to the replica predicted to be free first; `static`: round-robin at the start."""
+    dispatch: Literal["dynamic", "static"] = "dynamic"
+    """How prompts reach replicas. `dynamic`: to the replica predicted to be free first; `static`: round-robin at the start."""
     lock_step: bool = False
     """Whether replicas share collectives, so that all take the same decision at the same step, and wait. Needs `cluster`."""
     window_seconds: bounds.Seconds = 0.05

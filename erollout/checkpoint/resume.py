@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from erollout.checkpoint.manifest import STATE, complete_checkpoints
 from erollout.config import LOCATIONS, Config
+from erollout.configuration.renamed import present_name
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
 
@@ -30,7 +31,7 @@ OBEYED: Mapping[str, str] = {
     "speculation.toggle": "margin max_speculative_tokens acceptance_window probe_interval probe_steps bootstrap_seconds",
     "speculation.toggle.ladder": "rungs raise_above lower_below persistence",
     "speculation.drafter": "format group_size alternatives lm_head overrides statistics_tokens statistics_interval",
-    "coordinator": "policy hand_out lock_step window_seconds stall_seconds",
+    "coordinator": "policy dispatch lock_step window_seconds stall_seconds",
     "algorithm": "name clip_ratio_low clip_ratio_high normalize_advantages kl_coefficient kl_estimator kl_placement "
     "entropy_coefficient aggregation",
     "rewards": "function import_path stop_when_all_fail pool num_workers timeout_seconds error_value threshold",
@@ -97,7 +98,8 @@ def configuration(config: Config) -> dict[str, Any]:
 
 def changes(saved: Mapping[str, Any], config: Config) -> list[Change]:
     """Keys whose values differ from those saved with a checkpoint. Keys that only one of the two has are not compared."""
-    return [Change(key, saved[key], now) for key, now in configuration(config).items() if key in saved and saved[key] != now]
+    before = {present_name(key): value for key, value in saved.items()}
+    return [Change(key, before[key], now) for key, now in configuration(config).items() if key in before and before[key] != now]
 
 
 def drawn(document: Mapping[str, Any], config: Config, kind: RunKind) -> int:

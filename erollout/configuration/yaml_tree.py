@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from pydantic import ValidationError
 
+from erollout.configuration.renamed import present_name, use_present_names
 from erollout.errors import UserError
 
 _SHOWN = 80
@@ -46,6 +47,7 @@ class Written:
 def read_tree(path: str | Path, overrides: Sequence[str], schema: type) -> dict[str, Any]:
     """The sections of a YAML file with overrides on top. Raises UserError."""
     tree = _read(path)
+    use_present_names(tree)
     for override in joined(overrides):
         apply_override(tree, override, schema)
     return tree
@@ -145,7 +147,7 @@ def apply_override(tree: dict[str, Any], override: str, schema: type) -> None:
     key, separator, text = (part.strip() for part in override.partition("="))
     if not separator or not _KEY.fullmatch(key):
         raise UserError(f"override {shown(override)} must look like section.key=value")
-    *parents, last = key.split(".")
+    *parents, last = present_name(key).split(".")
     node, wanted = tree, schema
     for parent in parents:
         if _content(node.get(parent)) is None:

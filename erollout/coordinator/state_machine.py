@@ -73,7 +73,7 @@ class StateMachine:
 
     def start(self) -> ClusterDecision:
         """The decision before the first window: the initial prompts of every replica."""
-        static = self.options.hand_out == "static"
+        static = self.options.dispatch == "static"
         return ClusterDecision(0, self._arm, self._dispatch.everything() if static else self._dispatch.first())
 
     def advance(self, window: Sequence[Occupancy]) -> ClusterDecision:

@@ -51,7 +51,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--modes", default="off,always,toggle,ladder,adaptive", help="comma-separated speculation modes; also: oracle"
     )
     arms.add_argument("--policies", default="replica", help="coordination policies: replica, cluster, makespan")
-    arms.add_argument("--hand-outs", default="static", help="dispatch of prompts: static, dynamic")
+    arms.add_argument(
+        "--dispatch", "--hand-outs", dest="dispatches", default="static", help="dispatch of prompts: static, dynamic"
+    )
     arms.add_argument("--num-speculative-tokens", type=int, default=5, help="draft length of the modes always and toggle")
     arms.add_argument("--max-speculative-tokens", type=int, default=11, help="longest draft of the mode adaptive")
     arms.add_argument(
@@ -168,8 +170,8 @@ def build_strategies(options: argparse.Namespace) -> "list[Strategy]":
 
     modes = _names("--modes", options.modes, MODES)
     policies = _names("--policies", options.policies, ("replica", "cluster", "makespan"))
-    hand_outs = _names("--hand-outs", options.hand_outs, ("static", "dynamic"))
-    return [Strategy(m, p, h) for p in policies for h in hand_outs for m in modes]  # type: ignore[arg-type]
+    dispatches = _names("--dispatch", options.dispatches, ("static", "dynamic"))
+    return [Strategy(m, p, d) for p in policies for d in dispatches for m in modes]  # type: ignore[arg-type]
 
 
 def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:

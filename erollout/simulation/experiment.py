@@ -35,10 +35,10 @@ SHOWN_REPLICAS = 64
 class Strategy:
     mode: Mode
     policy: Literal["replica", "cluster", "makespan"] = "replica"
-    hand_out: Literal["dynamic", "static"] = "static"
+    dispatch: Literal["dynamic", "static"] = "static"
 
     def __str__(self) -> str:
-        return f"{self.mode}, {self.policy}, {self.hand_out}"
+        return f"{self.mode}, {self.policy}, {self.dispatch}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _rollout(
     seed: tuple[int, int],
     last: Sequence[int],
 ) -> SimulatedRollout:
-    options = CoordinatorConfig(strategy.policy, strategy.hand_out, window_seconds=setting.window_seconds)  # type: ignore[call-arg]
+    options = CoordinatorConfig(strategy.policy, strategy.dispatch, window_seconds=setting.window_seconds)  # type: ignore[call-arg]
     machine = StateMachine(
         options,
         setting.replicas,

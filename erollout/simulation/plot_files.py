@@ -18,7 +18,7 @@ BINS = 200
 def draw(out: Path, outcomes: Sequence[SimulatedRollout], summaries: Sequence[Summary]) -> None:
     """Draw `rollouts.png`, `utilisation.png` and `occupancy-<strategy>.png` of its first rollout. Raises UserError."""
     bars = [
-        Bar(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.hand_out}", s.seconds.mean, s.seconds.half) for s in summaries
+        Bar(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.dispatch}", s.seconds.mean, s.seconds.half) for s in summaries
     ]
     figures = {"rollouts": rollout_times(bars)}
     first: dict[Strategy, SimulatedRollout] = {}
@@ -30,7 +30,7 @@ def draw(out: Path, outcomes: Sequence[SimulatedRollout], summaries: Sequence[Su
             Lane(f"replica {index}", outcome.seconds, bins_of(spans, outcome.seconds))
             for index, spans in enumerate(outcome.spans)
         ]
-        figures[f"occupancy-{'-'.join((strategy.mode, strategy.policy, strategy.hand_out))}"] = occupancy(
+        figures[f"occupancy-{'-'.join((strategy.mode, strategy.policy, strategy.dispatch))}"] = occupancy(
             lanes, title=str(strategy)
         )
         at = [index * outcome.seconds / BINS for index in range(BINS)]

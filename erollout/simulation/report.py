@@ -76,7 +76,7 @@ def table(summaries: Sequence[Summary], title: str) -> Table:
     for s in summaries:
         saved = s.saved.show(".1f", 100) if s.saved else ""
         result.add_row(
-            *(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.hand_out}", s.seconds.show(), saved, s.step_seconds.show()),
+            *(s.strategy.mode, f"{s.strategy.policy}, {s.strategy.dispatch}", s.seconds.show(), saved, s.step_seconds.show()),
             *(f"{100 * s.busy.mean:.1f}", f"{s.batch.mean:.1f}", f"{100 * s.speculating.mean:.1f}"),
             *(s.regret.show(".2f", 100), f"{s.moved.mean:.0f}"),
         )
@@ -90,10 +90,10 @@ def write(out: Path, outcomes: Sequence[SimulatedRollout], summaries: Sequence[S
         out.mkdir(parents=True, exist_ok=True)
         with (out / "rollouts.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["mode", "policy", "hand_out", *names])
+            writer.writerow(["mode", "policy", "dispatch", *names])
             for o in outcomes:
                 s = o.strategy
-                writer.writerow([s.mode, s.policy, s.hand_out, *(getattr(o, name) for name in names)])
+                writer.writerow([s.mode, s.policy, s.dispatch, *(getattr(o, name) for name in names)])
         tree = {"setting": setting, "strategies": [asdict(summary) for summary in summaries]}
         (out / "summary.json").write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
     except OSError as error:
@@ -106,7 +106,7 @@ def _summary(
     by_strategy: dict[Strategy, list[SimulatedRollout]],
     rest_seconds: float,
 ) -> Summary:
-    off = by_strategy.get(Strategy("off", strategy.policy, strategy.hand_out))
+    off = by_strategy.get(Strategy("off", strategy.policy, strategy.dispatch))
     off = off or next((outcomes for other, outcomes in by_strategy.items() if other.mode == "off"), None)
     saved = Estimate.of([1 - o.seconds / base.seconds for o, base in zip(some, off, strict=True)]) if off else None
     return Summary(

@@ -16,6 +16,7 @@ from erollout.checkpoint.resume import (
     OBEYED,
     REFUSED,
     UNREAD,
+    Change,
     RunKind,
     changes,
     configuration,
@@ -49,6 +50,15 @@ def test_a_key_that_only_one_side_knows_is_not_compared(tmp_path: Path) -> None:
     saved = configuration(config) | {"optimizer.of_old": 1}
     del saved["optimizer.lr"]
     assert changes(saved, config) == []
+
+
+def test_a_renamed_key_of_a_checkpoint_is_compared(tmp_path: Path) -> None:
+    saved = configuration(tiny_config(tmp_path))
+    saved["coordinator.hand_out"] = saved.pop("coordinator.dispatch")
+    assert changes(saved, tiny_config(tmp_path)) == []
+    assert changes(saved, tiny_config(tmp_path, coordinator={"dispatch": "static"})) == [
+        Change("coordinator.dispatch", "dynamic", "static")
+    ]
 
 
 @pytest.mark.parametrize(

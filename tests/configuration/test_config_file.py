@@ -172,6 +172,15 @@ def test_a_file_is_utf8_whatever_the_locale_with_or_without_a_mark(tmp_path: Pat
         assert config.tracking.run_name == "Zürich → 東京"
 
 
+def test_a_key_may_have_its_former_name(tmp_path: Path) -> None:
+    text = BASE + "coordinator: {hand_out: static}\n"
+    assert _load(tmp_path, text=text).coordinator.dispatch == "static"
+    for key in ("coordinator.hand_out", "coordinator.dispatch"):
+        assert _load(tmp_path, f"{key}=dynamic", text=text).coordinator.dispatch == "dynamic"
+    both = _refusal(tmp_path, text=BASE + "coordinator: {hand_out: static, dispatch: dynamic}\n")
+    assert "unknown key coordinator.hand_out" in both
+
+
 def test_an_override_of_a_section_keeps_the_rest_of_it(tmp_path: Path) -> None:
     text = f"{BASE}train: {{steps: 3, seed: 7}}\n"
     config = _load(tmp_path, "train={steps: 5}", "speculation={toggle: {margin: 0.5}}", text=text)

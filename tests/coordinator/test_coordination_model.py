@@ -307,9 +307,9 @@ def explore(rules: Rules, limit: int = 200_000) -> tuple[int, int]:
 
 
 MAKESPAN, DYNAMIC, STATIC = (
-    CoordinatorConfig(policy="makespan", hand_out="static"),
+    CoordinatorConfig(policy="makespan", dispatch="static"),
     CoordinatorConfig(policy="replica"),
-    CoordinatorConfig(policy="replica", hand_out="static"),
+    CoordinatorConfig(policy="replica", dispatch="static"),
 )
 
 

@@ -109,7 +109,7 @@ def test_nothing_moves_that_ends_before_it_would_have_arrived() -> None:
     assert migration().moves([loaded(8, context=1900.0, age=1600), expensive]) == ()
 
 
-def test_moves_wait_for_the_end_of_the_hand_out() -> None:
+def test_moves_wait_for_the_end_of_the_dispatch() -> None:
     for policy, expected in (("makespan", (Move(0, 1, 4),)), ("replica", ())):
         machine = StateMachine(CoordinatorConfig(policy=policy), 2, 4, 8, 8, LENGTHS, 2048)  # type: ignore[arg-type]
         assert machine.start().dispatched == ((0, 2), (1, 3))

@@ -36,14 +36,14 @@ def test_vectors_hold_every_field() -> None:
     assert occupancy.outstanding == 9
 
 
-def test_static_hand_out_gives_everything_at_once() -> None:
-    static = machine(CoordinatorConfig(policy="replica", hand_out="static"), prompts=7)
+def test_static_dispatch_gives_everything_at_once() -> None:
+    static = machine(CoordinatorConfig(policy="replica", dispatch="static"), prompts=7)
     assert static.start() == ClusterDecision(0, None, ((0, 2, 4, 6), (1, 3, 5)))
     assert static.advance([busy(4, 4), busy(4, 2)]) == ClusterDecision(1)
     assert static.claim(0) is None
 
 
-def test_dynamic_hand_out_fills_the_slots_and_one_more() -> None:
+def test_dynamic_dispatch_fills_the_slots_and_one_more() -> None:
     assert machine(prompts=12).start().dispatched == ((0, 2, 4), (1, 3, 5))
     assert machine(prompts=4).start().dispatched == ((0, 2), (1, 3)), "few prompts are spread evenly"
     assert machine(prompts=3, replicas=4).start().dispatched == ((0,), (1,), (2,), ())
@@ -87,7 +87,7 @@ def test_the_end_is_when_nobody_has_anything_left() -> None:
 
 
 def test_lost_responses_are_noticed() -> None:
-    static = machine(CoordinatorConfig(hand_out="static"), prompts=2)
+    static = machine(CoordinatorConfig(dispatch="static"), prompts=2)
     static.start()
     with pytest.raises(AssertionError, match="1 responses were lost"):
         static.advance([busy(finished=2), busy(finished=1)])
@@ -99,13 +99,13 @@ def test_a_replica_that_is_asked_to_stop_stops_all_of_them() -> None:
     assert not dynamic.advance([busy(4, 2), busy(4, 2)]).is_last
     stopped = dynamic.advance([busy(4, 2), busy(0, 0, stop_requested=1)])
     assert stopped == ClusterDecision(2, interrupted=True) and stopped.is_last
-    complete = machine(CoordinatorConfig(hand_out="static"), prompts=2)
+    complete = machine(CoordinatorConfig(dispatch="static"), prompts=2)
     complete.start()
     assert complete.advance([busy(finished=2, stop_requested=1), busy(finished=2)]) == ClusterDecision(1, finished=True)
 
 
 def test_what_an_earlier_attempt_completed_is_not_missed() -> None:
-    static = StateMachine(CoordinatorConfig(hand_out="static"), 2, 2, 2, 4, (), 64, num_done=3)
+    static = StateMachine(CoordinatorConfig(dispatch="static"), 2, 2, 2, 4, (), 64, num_done=3)
     static.start()
     assert static.advance([busy(finished=1), busy()]).finished
 
@@ -176,7 +176,7 @@ def test_every_prompt_is_handed_out_once_and_loads_stay_even(
 
 
 def cluster(*, lock_step: bool = False) -> StateMachine:
-    static = machine(CoordinatorConfig(policy="cluster", hand_out="static", lock_step=lock_step), slots=64)
+    static = machine(CoordinatorConfig(policy="cluster", dispatch="static", lock_step=lock_step), slots=64)
     assert static.start().arm == 0
     return static
 

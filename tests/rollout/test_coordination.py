@@ -179,7 +179,7 @@ def _train_with_a_stop(tree: dict[str, Any]) -> None:
 @pytest.mark.distributed
 def test_replicas_that_lost_each_other_do_not_begin_another_rollout(tmp_path: Path) -> None:
     sections = {"parallel": {"timeout_seconds": 2}, "fault_tolerance": {"hang_seconds": 0}}
-    tree = _tree(tmp_path, 2, speculation={"mode": "off"}, coordinator={"hand_out": "static"}, **sections)
+    tree = _tree(tmp_path, 2, speculation={"mode": "off"}, coordinator={"dispatch": "static"}, **sections)
     with pytest.raises(RankFailure, match="replicas lost each other in the last rollout"):
         RankPool().run(2, _train_with_a_stop, tree, timeout=120)
     assert [row["step"] for row in history(tmp_path)] == [1]

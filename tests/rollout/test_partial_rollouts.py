@@ -171,7 +171,7 @@ def _everything(
     [
         ({"policy": "makespan", "window_seconds": 0.005, "stall_seconds": 25.0}, OFF_MODE, 20),
         ({"policy": "makespan", "window_seconds": 0.005, "stall_seconds": 25.0}, ADAPTIVE, -1),
-        ({"policy": "cluster", "lock_step": True, "hand_out": "static", "stall_seconds": 25.0}, ADAPTIVE, 20),
+        ({"policy": "cluster", "lock_step": True, "dispatch": "static", "stall_seconds": 25.0}, ADAPTIVE, 20),
     ],
     ids=["moves", "one-asked", "lock-step"],
 )

@@ -232,26 +232,26 @@ def test_one_replica_takes_everything_and_asks_nobody() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("speculation", [OFF_MODE, ADAPTIVE], ids=["off", "toggle"])
-def test_dynamic_hand_out_gives_every_prompt_once(rank_pool: RankPool, world_size: int, speculation: dict[str, Any]) -> None:
+def test_dynamic_dispatch_gives_every_prompt_once(rank_pool: RankPool, world_size: int, speculation: dict[str, Any]) -> None:
     check(rank_pool.run(world_size, replica, UNEVEN, {**QUICK, "policy": "replica"}, speculation), UNEVEN)
 
 
 @pytest.mark.distributed
-def test_dynamic_hand_out_takes_fewer_steps(rank_pool: RankPool) -> None:
+def test_dynamic_dispatch_takes_fewer_steps(rank_pool: RankPool) -> None:
     """In lock step: a replica that this machine lets stand still would leave its prompts to the other."""
     steps = {}
-    for hand_out in ("static", "dynamic"):
-        policy = {**QUICK, "policy": "cluster", "hand_out": hand_out, "lock_step": True}
+    for dispatch in ("static", "dynamic"):
+        policy = {**QUICK, "policy": "cluster", "dispatch": dispatch, "lock_step": True}
         results = rank_pool.run(2, replica, UNEVEN, policy, OFF_MODE)
         check(results, UNEVEN)
-        steps[hand_out] = [result["steps"] for result in results]
+        steps[dispatch] = [result["steps"] for result in results]
     assert max(steps["dynamic"]) < max(steps["static"])
 
 
 @pytest.mark.distributed
 def test_a_tail_moves_to_an_idle_replica(rank_pool: RankPool) -> None:
     lengths = [150, 4, 150, 4]
-    policy = {**QUICK, "policy": "makespan", "hand_out": "static"}
+    policy = {**QUICK, "policy": "makespan", "dispatch": "static"}
     results = rank_pool.run(2, replica, lengths, policy, OFF_MODE, [Event(0, "slow", 0.01)])
     check(results, lengths)
     assert results[0]["report"]["sequences_out"] == results[1]["report"]["sequences_in"] >= 2
@@ -298,7 +298,7 @@ def test_the_end_of_a_stall_is_told(rank_pool: RankPool) -> None:
 @pytest.mark.distributed
 def test_who_waits_for_a_stopped_replica_gives_no_sign_of_life(rank_pool: RankPool) -> None:
     """Its watchdog counts, although its engine asks for orders again and again."""
-    options = {**QUICK, "hand_out": "static", "policy": "replica", "stall_seconds": 0.2}
+    options = {**QUICK, "dispatch": "static", "policy": "replica", "stall_seconds": 0.2}
     results = rank_pool.run(4, replica, [4, 60] * 2, options, OFF_MODE, [Event(2, "stop", 5.0)], 2)
     assert results[0]["longest_silence"] > 3.0
 
@@ -306,7 +306,7 @@ def test_who_waits_for_a_stopped_replica_gives_no_sign_of_life(rank_pool: RankPo
 @pytest.mark.distributed
 def test_who_waits_for_replicas_that_go_on_gives_signs_of_life(rank_pool: RankPool) -> None:
     """In a replica that has finished, the leader shows life at each window, and the other rank at each of its messages."""
-    options = {**QUICK, "hand_out": "static", "policy": "replica"}
+    options = {**QUICK, "dispatch": "static", "policy": "replica"}
     results = rank_pool.run(4, replica, [4, 60] * 2, options, OFF_MODE, [Event(2, "slow", 0.05)], 2)
     assert all(result["steps"] < 10 for result in results[:2])
     assert all(result["signs"] > result["steps"] + 2 for result in results[:2])
@@ -315,7 +315,7 @@ def test_who_waits_for_replicas_that_go_on_gives_signs_of_life(rank_pool: RankPo
 @pytest.mark.distributed
 def test_others_end_without_a_killed_replica_and_lose_nothing_to_it(tmp_path: Path) -> None:
     lengths = [150, 150, 4] * 2
-    options = {**QUICK, "policy": "makespan", "hand_out": "static"}
+    options = {**QUICK, "policy": "makespan", "dispatch": "static"}
     events = [Event(0, "slow", 0.02), Event(1, "slow", 0.02), Event(2, "kill")]  # not so fast that nothing moves to rank 2
     pool = RankPool()
     with pytest.raises(RankFailure, match="rank 2 died"):
@@ -338,7 +338,7 @@ def failure(*args: Any) -> str:
 
 @pytest.mark.distributed
 def test_in_lock_step_a_stopped_replica_ends_the_rollout(rank_pool: RankPool) -> None:
-    options = {"policy": "cluster", "lock_step": True, "hand_out": "static", "stall_seconds": 0.2}
+    options = {"policy": "cluster", "lock_step": True, "dispatch": "static", "stall_seconds": 0.2}
     errors = rank_pool.run(2, failure, [20] * 4, options, OFF_MODE, [Event(1, "stop", 3.0)], 1, None, 0.5)
     assert errors[0] == "replicas in lock step lost each other: no answer from some replica within 0.5 s"
     assert errors[1].startswith("replicas in lock step lost each other")
@@ -346,7 +346,7 @@ def test_in_lock_step_a_stopped_replica_ends_the_rollout(rank_pool: RankPool) ->
 
 @pytest.mark.distributed
 def test_in_lock_step_a_slow_replica_is_waited_for(rank_pool: RankPool) -> None:
-    options = {"policy": "cluster", "lock_step": True, "hand_out": "static", "stall_seconds": 0.2}
+    options = {"policy": "cluster", "lock_step": True, "dispatch": "static", "stall_seconds": 0.2}
     results = rank_pool.run(2, replica, [20] * 4, options, OFF_MODE, [Event(1, "stop", 3.0)])
     check(results, [20] * 4)
     assert results[0]["report"]["stalls"] >= 1 and "replica 0 waits: window" in results[0]["messages"][0]
@@ -356,7 +356,7 @@ def test_in_lock_step_a_slow_replica_is_waited_for(rank_pool: RankPool) -> None:
 @pytest.mark.parametrize("interval", [1, 3])
 def test_in_lock_step_all_change_arms_at_the_same_step(rank_pool: RankPool, interval: int) -> None:
     lengths = [30, 10, 10, 10, 10, 10]
-    options = {"policy": "cluster", "lock_step": True, "hand_out": "static"}
+    options = {"policy": "cluster", "lock_step": True, "dispatch": "static"}
     results = rank_pool.run(3, replica, lengths, options, {**ADAPTIVE, "decision_interval": interval})
     check(results, lengths)
     arms = [[call[0] for call in result["calls"]] for result in results]

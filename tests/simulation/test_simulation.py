@@ -57,8 +57,8 @@ def setting(**changes: object) -> Setting:
     return replace(given, **changes)  # type: ignore[arg-type]
 
 
-def only(setting: Setting, mode: str, policy: str = "replica", hand_out: str = "static", seed: int = 0) -> SimulatedRollout:
-    (outcome,) = simulate(setting, Strategy(mode, policy, hand_out), seed)  # type: ignore[arg-type]
+def only(setting: Setting, mode: str, policy: str = "replica", dispatch: str = "static", seed: int = 0) -> SimulatedRollout:
+    (outcome,) = simulate(setting, Strategy(mode, policy, dispatch), seed)  # type: ignore[arg-type]
     return outcome
 
 
@@ -100,13 +100,13 @@ def workload_of(*lengths: tuple[int, ...], prompt: int = 5) -> Workload:
 
 
 @pytest.mark.parametrize("stepwise", [True, False], ids=KINDS)
-@pytest.mark.parametrize("hand_out", ["static", "dynamic"])
+@pytest.mark.parametrize("dispatch", ["static", "dynamic"])
 @pytest.mark.parametrize("policy", ["replica", "cluster", "makespan"])
 @pytest.mark.parametrize("mode", ["off", "always", "toggle", "ladder", "adaptive", "oracle"])
-def test_every_token_is_emitted_once(mode: str, policy: str, hand_out: str, stepwise: bool) -> None:
+def test_every_token_is_emitted_once(mode: str, policy: str, dispatch: str, stepwise: bool) -> None:
     lengths = Lognormal(30, 1.0, prompt_tokens=10)
     given = setting(stepwise=stepwise, num_prompts=10, limits=Limits(8, 64), lengths=lengths)
-    outcome = only(given, mode, policy, hand_out)
+    outcome = only(given, mode, policy, dispatch)
     workload = given.lengths.draw(10, 4, 400, np.random.default_rng([0, 0]))
     assert outcome.tokens == workload.tokens
     assert 0 < outcome.busy <= 1 and 0 <= outcome.speculating <= 1 and outcome.batch <= 8
@@ -115,7 +115,7 @@ def test_every_token_is_emitted_once(mode: str, policy: str, hand_out: str, step
     longest = int(workload.response_tokens.max())
     assert outcome.seconds >= (longest if mode == "off" else longest / 12) * 0.01
     assert (outcome.speculating > 0) == (mode != "off")
-    assert (outcome.windows > 0) == (policy != "replica" or hand_out == "dynamic")
+    assert (outcome.windows > 0) == (policy != "replica" or dispatch == "dynamic")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,16 +255,16 @@ def test_rebalancing_shortens_an_uneven_tail() -> None:
         assert together < 0.8 * alone
 
 
-@pytest.mark.parametrize("hand_out", ["static", "dynamic"])
-def test_rebalancing_never_costs_much(hand_out: str) -> None:
+@pytest.mark.parametrize("dispatch", ["static", "dynamic"])
+def test_rebalancing_never_costs_much(dispatch: str) -> None:
     times = passes(compute=4.0)
     given = setting(passes=times, truth=times, replicas=4, num_prompts=32, rollouts=2, warm_up=1, stepwise=False)
     moved = 0
     for seed in range(6):
-        alone, together = (only(given, "off", policy, hand_out, seed) for policy in ("replica", "makespan"))
+        alone, together = (only(given, "off", policy, dispatch, seed) for policy in ("replica", "makespan"))
         assert together.seconds <= 1.01 * alone.seconds
         moved += together.sequences_moved
-    assert moved > 0 or hand_out == "dynamic"  # which leaves little to move
+    assert moved > 0 or dispatch == "dynamic"  # which leaves little to move
 
 
 class Fixed:

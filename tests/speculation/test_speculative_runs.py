@@ -65,7 +65,7 @@ def test_auto_chooses_formats_from_the_first_rollout_on_every_replica(rank_pool:
 def test_who_decides_and_how_changes_no_number_of_a_run(mode: str, policy: str, rank_pool: RankPool, tmp_path: Path) -> None:
     speculation = SPECULATION | {"mode": mode, "toggle": {"bootstrap_seconds": 0.2}}
     coordinator = {"policy": policy, "window_seconds": 0.001}
-    rank_pool.run(2, train_here, _tree(tmp_path, "off", coordinator={"policy": "replica", "hand_out": "static"}))
+    rank_pool.run(2, train_here, _tree(tmp_path, "off", coordinator={"policy": "replica", "dispatch": "static"}))
     rank_pool.run(2, train_here, _tree(tmp_path, "on", speculation=speculation, coordinator=coordinator))
     off, on = history(tmp_path, "off"), history(tmp_path, "on")
     assert [[row[name] for name in SAME] for row in off] == [[row[name] for name in SAME] for row in on]

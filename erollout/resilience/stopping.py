@@ -48,7 +48,7 @@ class Stop:
         self.saves = saves
         self.file = file
         self.agreed: signal.Signals | None = None
-        self._asked = 0
+        self._urgency = 0
         self._terminated_at: float | None = None
 
     def begin(self) -> None:
@@ -56,14 +56,14 @@ class Stop:
         if current_rank() == 0:
             self.file.unlink(missing_ok=True)
 
-    def is_asked(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether a stop was requested in this process."""
-        return self._asked > 0
+        return self._urgency > 0
 
     def agree(self, step: int, device: "torch.device") -> bool:
         """Whether all ranks stop after `step` steps, because a stop was requested on any of them. Collective."""
-        urgency = all_max([self._asked], device)[0]
-        self.agreed = next((asked for asked, rank in _URGENCY.items() if rank == urgency), None)
+        urgency = all_max([self._urgency], device)[0]
+        self.agreed = next((requested for requested, rank in _URGENCY.items() if rank == urgency), None)
         if self.agreed is None:
             return False
         logger.info("%s: stopping after step %d", self.agreed.name, step)
@@ -76,7 +76,7 @@ class Stop:
         """The verdict. A run without checkpoints is not requeued, because it would start from scratch each time."""
         if self.agreed is None:
             return "done"
-        return "requeue" if self._asked < _URGENCY[signal.SIGINT] and self._requeues else "stopped"
+        return "requeue" if self._urgency < _URGENCY[signal.SIGINT] and self._requeues else "stopped"
 
     @property
     def _requeues(self) -> bool:
@@ -84,16 +84,16 @@ class Stop:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        asked, now = signal.Signals(number), time.monotonic()
-        if asked is signal.SIGTERM:
+        requested, now = signal.Signals(number), time.monotonic()
+        if requested is signal.SIGTERM:
             if self._terminated_at is not None and now - self._terminated_at > _REPEAT_SECONDS:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             self._terminated_at = self._terminated_at or now
-        is_first, self._asked = not self._asked, max(self._asked, _URGENCY[asked])
+        is_first, self._urgency = not self._urgency, max(self._urgency, _URGENCY[requested])
         if is_first and current_rank() == 0:
-            again = "; a second one aborts the run without saving" if asked is signal.SIGINT else ""
-            say(f"{asked.name}: stopping at once in a rollout, otherwise at the end of this step{again}")
+            again = "; a second one aborts the run without saving" if requested is signal.SIGINT else ""
+            say(f"{requested.name}: stopping at once in a rollout, otherwise at the end of this step{again}")
 
 
 def say(text: str) -> None:

@@ -63,7 +63,7 @@ class ReplicaControl:
         toggle: Toggle,
         exchange: Exchange | None,
         lock_step: bool = False,
-        asked: Callable[[], bool] = never,
+        stop_requested: Callable[[], bool] = never,
         alive: Callable[[], None] = ignore,
     ) -> None:
         """
@@ -72,7 +72,7 @@ class ReplicaControl:
             toggle: this replica's toggle.
             exchange: new exchange; None for the only replica, which takes all requests.
             lock_step: whether every call of `orders` waits for one window: all replicas call equally often.
-            asked: whether a stop was requested in this process, which interrupts the rollout on all replicas at the next
+            stop_requested: whether a stop was requested in this process, which interrupts the rollout on all replicas at the next
                 window.
             alive: called at each window as a sign of life, but not while waiting for a silent peer.
         """
@@ -81,7 +81,7 @@ class ReplicaControl:
         self.toggle = toggle
         self.exchange = exchange
         self.lock_step = lock_step
-        self.asked = asked
+        self.stop_requested = stop_requested
         self.alive = alive
         self.interrupted = False
         """Whether the remaining responses are aborted."""
@@ -172,13 +172,13 @@ class ReplicaControl:
 
     def _is_interrupted(self) -> bool:
         if self.exchange is None or self._broken:
-            return self._outstanding > 0 and self.asked()
+            return self._outstanding > 0 and self.stop_requested()
         return self.exchange.decision.interrupted
 
     def _follow(self, exchange: Exchange) -> None:
         """Take in what the stream brought; an idle replica waits for something."""
         now = time.monotonic()
-        if self._outstanding and now < self._next_look and not self.asked():
+        if self._outstanding and now < self._next_look and not self.stop_requested():
             return
         self._next_look = now + exchange.window_seconds / LOOKS_PER_WINDOW
         until, sleep = now + LONGEST_WAIT, SHORTEST_SLEEP
@@ -202,8 +202,8 @@ class ReplicaControl:
 
     def _look(self, exchange: Exchange, pause: float | None = None) -> None:
         """Poll the stream once, and act on the result. An idle replica does not save polls."""
-        if pause is None and (self.asked() or not self._outstanding):
-            pause = 0.0 if self.asked() else exchange.window_seconds
+        if pause is None and (self.stop_requested() or not self._outstanding):
+            pause = 0.0 if self.stop_requested() else exchange.window_seconds
         windows = exchange.windows
         news = exchange.poll(self._occupancy, pause)
         if exchange.windows > windows:
@@ -296,7 +296,7 @@ class ReplicaControl:
             accepted=counts.accepted,
             seconds=time.monotonic() - self._started,
             claimed=self.exchange.machine.claimed,
-            stop_requested=self.asked(),
+            stop_requested=self.stop_requested(),
         )
 
 

@@ -35,14 +35,14 @@ class Coordination:
         context: ParallelContext,
         engine: Engine,
         speculation: ProposerSet | None,
-        asked: Callable[[], bool] = never,
+        stop_requested: Callable[[], bool] = never,
         alive: Callable[[], None] = ignore,
     ) -> None:
         """Arguments as for RolloutWorker. Raises UserError for a calibration that is not for this run."""
         self.config = config
         self.context = context
         self.engine = engine
-        self.asked = asked
+        self.stop_requested = stop_requested
         self.alive = alive
         self.was_interrupted = False
         """Whether the last rollout was interrupted on any replica, as agreed by all ranks."""
@@ -82,7 +82,7 @@ class Coordination:
         toggle.begin_rollout(learns)
         if self.context.is_decode_leader:
             exchange, lock_step = self._exchange(requests, toggle), self.config.coordinator.lock_step
-            self._control = ReplicaControl(requests, max_num_seqs, toggle, exchange, lock_step, self.asked, self.alive)
+            self._control = ReplicaControl(requests, max_num_seqs, toggle, exchange, lock_step, self.stop_requested, self.alive)
         interval = self.config.speculation.decision_interval
         return AgreedControl(self._control, self.context.control_group, toggle.arms, requests, interval, self.alive)
 

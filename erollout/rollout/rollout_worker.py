@@ -82,19 +82,19 @@ class RolloutWorker:
         context: ParallelContext,
         tokenizer: PreTrainedTokenizerBase,
         rewards: RewardPool,
-        asked: Callable[[], bool] = never,
+        stop_requested: Callable[[], bool] = never,
         alive: Callable[[], None] = ignore,
     ) -> None:
         """
         Args:
-            asked: whether a stop was requested in this process, which interrupts a rollout.
+            stop_requested: whether a stop was requested in this process, which interrupts a rollout.
             alive: called at each step of the engine as a sign of life.
         """
         self.config = config
         self.context = context
         self.tokenizer = tokenizer
         self.rewards = rewards
-        self._asked = asked
+        self._stop_requested = stop_requested
         max_model_len = config.model.max_position_embeddings or architecture.max_position_embeddings
         self.engine = Engine(
             architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
@@ -102,7 +102,7 @@ class RolloutWorker:
         self.speculation: ProposerSet | None = None
         if config.speculation.mode != "off":
             self.speculation = proposer_kind(config.speculation).build(config.speculation, self.engine)
-        self.coordination = Coordination(config, context, self.engine, self.speculation, asked, alive)
+        self.coordination = Coordination(config, context, self.engine, self.speculation, stop_requested, alive)
         self.resharder = self._build_resharder(architecture)
         self._failures = FailureLog()
         self._states: tuple[str, ...] = ()
@@ -271,11 +271,11 @@ class RolloutWorker:
         """Gather all replicas' rollouts and rewards on every rank."""
         contribution: _Contribution | None = None
         if self.context.is_decode_leader:
-            rewards = self.rewards.collect(self._asked)
+            rewards = self.rewards.collect(self._stop_requested)
             failed = len(rewards) < len(rollouts) or any(reward.error is not None for reward in rewards.values())
             report = self._report(rollouts, rewards)
             speculation = self.engine.stats.speculation
-            contribution = _Contribution(rollouts, rewards, report, speculation, summary, failed and self._asked())
+            contribution = _Contribution(rollouts, rewards, report, speculation, summary, failed and self._stop_requested())
         return [part for part in all_gather(contribution) if part is not None]
 
     def _count_failures(self, parts: "list[_Contribution]", step: int) -> Counter[str]:

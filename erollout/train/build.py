@@ -40,8 +40,8 @@ def sampling_worker(world: World, rewards: RewardPool) -> RolloutWorker:
 def training_worker(run: RunningWorld, rewards: RewardPool) -> RolloutWorker:
     """A worker that gets its weights from the actor, and stops with the run."""
     resolved = run.resolved
-    asked, alive = run.stop.is_asked, run.watchdog.alive
-    return RolloutWorker(run.config, resolved.architecture, run.context, resolved.tokenizer, rewards, asked, alive)
+    stop_requested, alive = run.stop.is_requested, run.watchdog.alive
+    return RolloutWorker(run.config, resolved.architecture, run.context, resolved.tokenizer, rewards, stop_requested, alive)
 
 
 def restored(run: RunningWorld, actor: Actor) -> tuple[Checkpointer, RunState]:

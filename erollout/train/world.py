@@ -104,12 +104,12 @@ def _hold(held: ExitStack, world: World, kind: RunKind) -> None:
     check_newest(world.resolved.architecture, config, kind)  # the previous owner may have saved since the preflight
 
 
-def _what_is_saved(config: Config, asked: Signals) -> str:
+def _what_is_saved(config: Config, requested: Signals) -> str:
     """The last line of a run that was stopped on request."""
     found = complete_checkpoints(config.checkpoint_directory) if config.checkpoint.interval else []
     if not found:
         none = "no step was completed" if config.checkpoint.interval else "checkpoint.interval = 0"
         return f"stopped, nothing is saved ({none}); run the same command to start again"
     begun = " with the partial rollouts of the next step" if (found[-1] / KEPT).exists() else ""
-    requeued = " (a scheduler requeues it)" if asked is Signals.SIGUSR1 else ""
+    requeued = " (a scheduler requeues it)" if requested is Signals.SIGUSR1 else ""
     return f"stopped, saved in {found[-1]}{begun}; run the same command to resume{requeued}"

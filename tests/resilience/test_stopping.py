@@ -142,7 +142,7 @@ def test_a_request_counts_though_nobody_reads_what_is_said_of_it(tmp_path: Path)
         os.dup2(writer, 2)
         stop = Stop(saves=True, file=tmp_path / "verdict")
         stop.note(signal.SIGUSR1, None)
-        os._exit(0 if stop.is_asked() else 1)
+        os._exit(0 if stop.is_requested() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 

@@ -94,7 +94,7 @@ def test_one_replica_stops_at_the_step_at_which_it_is_asked() -> None:
     asked: list[int] = []
     toggle = Toggle(SpeculationConfig(), (), Costs())
     toggle.begin_rollout(True)
-    control = ReplicaControl(make_requests(lengths), SLOTS, toggle, None, asked=lambda: len(asked) >= 5)
+    control = ReplicaControl(make_requests(lengths), SLOTS, toggle, None, stop_requested=lambda: len(asked) >= 5)
     engine = _engine()
     done = engine.run(Recorder(control, [], asked))
     assert engine.stats.steps == 5 and control.interrupted and len(done) + len(engine.left) <= len(lengths) * GROUP_SIZE
@@ -105,7 +105,7 @@ def test_a_rollout_that_is_complete_is_not_interrupted() -> None:
     toggle = Toggle(SpeculationConfig(), (), Costs())
     toggle.begin_rollout(True)
     requests = keep(make_requests([4]), [_finished(0), _finished(1)]).resume(make_requests([4]))
-    control = ReplicaControl(requests, SLOTS, toggle, None, asked=lambda: True)
+    control = ReplicaControl(requests, SLOTS, toggle, None, stop_requested=lambda: True)
     assert _engine().run(control) == [] and not control.interrupted
 
 

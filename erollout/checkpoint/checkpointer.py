@@ -43,7 +43,7 @@ from erollout.errors import UserError, foreign_code
 from erollout.parallel.collectives import all_gather, from_rank_zero, on_rank_zero
 from erollout.policy.actor import Actor
 from erollout.policy.optimizer import restore_optimizer
-from erollout.rollout.partial import KeptRollouts
+from erollout.rollout.partial import PartialRollouts
 from erollout.security.unpickling import load_metadata
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ _INDEX = ".metadata"
 """torch.distributed's index of tensors and files."""
 _COMMON = "common.pt"
 """Megatron's file of unsharded state."""
-KEPT = "rollouts.npz"
-"""File of the first of RunState.kept, which may be large."""
+PARTIAL_ROLLOUTS = "rollouts.npz"
+"""File of the first of RunState.partial_rollouts, which may be large."""
 
 # optimizer state that any layout can load
 _OPTIMIZER_METADATA = {
@@ -78,7 +78,7 @@ class RunState:
     """Held-out evaluations so far."""
     rollout: dict[str, Any] | None = None
     """State learnt by the rollout worker: acceptance, costs, lengths. None: nothing yet."""
-    kept: tuple[KeptRollouts, ...] = ()
+    partial_rollouts: tuple[PartialRollouts, ...] = ()
     """Partial rollouts of the next step, one per rollout that it had begun when it was interrupted, in their order."""
     date: str | None = None
     """Date given to chat templates that use one, as 2026-11-30. None: the checkpoint does not state it."""
@@ -94,7 +94,7 @@ class _Pending:
     target: Path
     state: str
     """Content of the STATE file."""
-    kept: tuple[KeptRollouts, ...]
+    partial_rollouts: tuple[PartialRollouts, ...]
     began: float
 
     @property
@@ -129,7 +129,7 @@ class Checkpointer:
             sharded = self._sharded_state(self.actor.num_updates, is_loading=False)
             plan = dist_checkpointing.save(sharded, str(partial), validate_access_integrity=False, async_sharded_save=True)
             writing = Writing(plan, copies=self.asynchronous)
-        self._pending = _Pending(writing, target, self._document(state), state.kept, time.monotonic())
+        self._pending = _Pending(writing, target, self._document(state), state.partial_rollouts, time.monotonic())
         if not self.asynchronous:
             self.wait()
 
@@ -199,9 +199,11 @@ class Checkpointer:
         if changed := changes(document.get("configuration", {}), self.actor.config):
             logger.info("the configuration has changed since %s: %s", path, "; ".join(map(str, changed)))
         history = tuple(document["history"])
-        kept = self._read_kept(path)
+        partial_rollouts = self._read_partial_rollouts(path)
         cursor = drawn(document, self.actor.config, self.kind)
-        return RunState(document["step"], document["run_id"], history, document["rollout"], kept, document.get("date"), cursor)
+        return RunState(
+            document["step"], document["run_id"], history, document["rollout"], partial_rollouts, document.get("date"), cursor
+        )
 
     def _complete(self) -> list[Path]:
         self._on_rank_zero(lambda: finish_publishing(self.directory))
@@ -230,12 +232,14 @@ class Checkpointer:
         optimizer = self.actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_METADATA)
         return {"model": model, "optimizer": optimizer}
 
-    def _read_kept(self, path: Path) -> tuple[KeptRollouts, ...]:
-        files = list(takewhile(Path.exists, (path / kept_name(index) for index in count())))
+    def _read_partial_rollouts(self, path: Path) -> tuple[PartialRollouts, ...]:
+        files = list(takewhile(Path.exists, (path / partial_rollouts_file(index) for index in count())))
         try:
-            return tuple(KeptRollouts.from_bytes(file.read_bytes()) for file in files)
+            return tuple(PartialRollouts.from_bytes(file.read_bytes()) for file in files)
         except (OSError, ValueError) as error:
-            raise UserError(f"checkpoint {path} is damaged: can't read {KEPT} ({error}); remove the directory") from error
+            raise UserError(
+                f"checkpoint {path} is damaged: can't read {PARTIAL_ROLLOUTS} ({error}); remove the directory"
+            ) from error
 
     def _prepare(self, partial: Path) -> None:
         for left in self.directory.glob("step_*.partial"):  # left by a crash or a full disk
@@ -262,7 +266,7 @@ class Checkpointer:
             )
 
     def _document(self, state: RunState) -> str:
-        document = asdict(replace(state, kept=())) | {
+        document = asdict(replace(state, partial_rollouts=())) | {
             "kind": self.kind,
             "identity": identity(self.actor.architecture, self.actor.config),
             "configuration": configuration(self.actor.config),
@@ -273,8 +277,8 @@ class Checkpointer:
     def _publish(self, pending: _Pending, checksums: dict[str, str]) -> None:
         partial, target = pending.partial, pending.target
         (partial / STATE).write_text(pending.state)
-        for index, kept in enumerate(pending.kept):
-            (partial / kept_name(index)).write_bytes(kept.to_bytes())
+        for index, samples in enumerate(pending.partial_rollouts):
+            (partial / partial_rollouts_file(index)).write_bytes(samples.to_bytes())
         write_manifest(partial, checksums)
         publish(partial, target)  # possibly again: a rollout may be interrupted twice
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
@@ -294,9 +298,9 @@ class Checkpointer:
         on_rank_zero(run)
 
 
-def kept_name(index: int) -> str:
-    """Name of the file of RunState.kept[index]."""
-    return KEPT if index == 0 else f"{Path(KEPT).stem}_{index}{Path(KEPT).suffix}"
+def partial_rollouts_file(index: int) -> str:
+    """Name of the file of RunState.partial_rollouts[index]."""
+    return PARTIAL_ROLLOUTS if index == 0 else f"{Path(PARTIAL_ROLLOUTS).stem}_{index}{Path(PARTIAL_ROLLOUTS).suffix}"
 
 
 def _set_aside(damaged: list[tuple[Path, str]]) -> None:

@@ -72,7 +72,7 @@ class ReplicaControl:
             toggle: this replica's toggle.
             exchange: new exchange; None for the only replica, which takes all requests.
             lock_step: whether every call of `orders` waits for one window: all replicas call equally often.
-            stop_requested: whether a stop was requested in this process, which interrupts the rollout on all replicas at the next
+            stop_requested: whether a stop was requested in this process; all replicas then interrupt the rollout at the next
                 window.
             alive: called at each window as a sign of life, but not while waiting for a silent peer.
         """

@@ -20,7 +20,7 @@ _REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length")
 
 
 @dataclass(frozen=True, slots=True)
-class KeptRollouts:
+class PartialRollouts:
     """Complete and partial samples of one rollout. Random numbers are functions of position, so any replica of any layout can
     resume them."""
 
@@ -111,15 +111,15 @@ class KeptRollouts:
 class RolloutInterrupted(Exception):
     """Raised on all ranks if a stop was requested during a rollout."""
 
-    def __init__(self, kept: KeptRollouts | None = None) -> None:
-        """`kept`: partial rollouts for another attempt; None: in an evaluation, which starts over."""
+    def __init__(self, partial_rollouts: PartialRollouts | None = None) -> None:
+        """`partial_rollouts`: for another attempt; None: in an evaluation, which starts over."""
         super().__init__("the rollout was interrupted")
-        self.kept = kept
+        self.partial_rollouts = partial_rollouts
 
     @property
     def has_samples(self) -> bool:
         """Whether there are samples for another attempt."""
-        return self.kept is not None and bool(self.kept.samples)
+        return self.partial_rollouts is not None and bool(self.partial_rollouts.samples)
 
 
 def as_partial(rollout: Rollout) -> PartialRollout:
@@ -135,32 +135,32 @@ def as_partial(rollout: Rollout) -> PartialRollout:
     )
 
 
-def keep(requests: Sequence[RolloutRequest], samples: Iterable[PartialRollout]) -> KeptRollouts:
+def merge_samples(requests: Sequence[RolloutRequest], samples: Iterable[PartialRollout]) -> PartialRollouts:
     """Merge samples of several replicas and attempts: per sample the complete one, else the longest."""
-    kept: dict[tuple[int, int], PartialRollout] = {}
+    best: dict[tuple[int, int], PartialRollout] = {}
     for sample in samples:
         key = sample.prompt_index, sample.sample_index
-        if sample.response_ids and (key not in kept or _progress(sample) > _progress(kept[key])):
-            kept[key] = sample
-    return KeptRollouts(fingerprint(requests), tuple(kept[key] for key in sorted(kept)))
+        if sample.response_ids and (key not in best or _progress(sample) > _progress(best[key])):
+            best[key] = sample
+    return PartialRollouts(fingerprint(requests), tuple(best[key] for key in sorted(best)))
 
 
-def fitting(kept: KeptRollouts | None, requests: Sequence[RolloutRequest], step: int) -> KeptRollouts:
+def fitting(found: PartialRollouts | None, requests: Sequence[RolloutRequest], step: int) -> PartialRollouts:
     """The samples that the rollout after `step` steps can resume: all, or none if its requests differ."""
-    nothing = KeptRollouts("", ())
-    if kept is None:
+    nothing = PartialRollouts("", ())
+    if found is None:
         return nothing
-    if kept.fingerprint != fingerprint(requests):
+    if found.fingerprint != fingerprint(requests):
         logger.warning(
-            "what was kept of the interrupted rollout of step %d is dropped (%d tokens): the configuration now asks for other "
+            "the partial rollouts of step %d are dropped (%d tokens): the configuration now requests other "
             "samples (prompts, group size, seed or distribution)",
             step + 1,
-            kept.num_tokens,
+            found.num_tokens,
         )
         return nothing
     total = sum(request.group_size for request in requests)
-    logger.info("resuming the interrupted rollout of step %d: %s", step + 1, kept.summary(total))
-    return kept
+    logger.info("resuming the interrupted rollout of step %d: %s", step + 1, found.summary(total))
+    return found
 
 
 def fingerprint(requests: Sequence[RolloutRequest]) -> str:

@@ -30,7 +30,7 @@ from erollout.resilience.unattended import ignore, never
 from erollout.rewards.failures import AllScoringFailed, FailureLog
 from erollout.rewards.pool import RewardPool
 from erollout.rollout.coordination import Coordination
-from erollout.rollout.partial import KeptRollouts, RolloutInterrupted, as_partial, fitting, keep
+from erollout.rollout.partial import PartialRollouts, RolloutInterrupted, as_partial, fitting, merge_samples
 from erollout.rollout.summary import RolloutSummary
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.types import PartialRollout, Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
@@ -131,7 +131,7 @@ class RolloutWorker:
         step: int,
         speculates: bool = True,
         learns: bool | None = None,
-        kept: KeptRollouts | None = None,
+        partial_rollouts: PartialRollouts | None = None,
     ) -> RolloutResult:
         """Sample every prompt group_size times and score the samples.
 
@@ -140,21 +140,21 @@ class RolloutWorker:
             stream: TRAINING_STREAM or EVALUATION_STREAM.
             speculates: False: without drafts, whatever the mode.
             learns: whether later rollouts learn acceptance and costs from it; default: only in training.
-            kept: partial rollouts of an interrupted attempt.
+            partial_rollouts: those of an interrupted attempt.
 
         Raises RolloutInterrupted, after which the run must end: pending scoring is not waited for.
         """
         requests = self.requests(prompts, sampling, group_size, stream, step)
         by_index = {p.index: p for p in prompts}
         trains = stream == TRAINING_STREAM
-        before = fitting(kept, requests, step)
+        before = fitting(partial_rollouts, requests, step)
         self.engine.wake_up()
         control = self.coordination.begin(before.resume(requests), trains if learns is None else learns, speculates)
         rollouts = self._completed(before, by_index) + self._generate(control, by_index)
         summary = self.coordination.end(self._decisions_file(step) if trains else None)
         if self.coordination.was_interrupted:
             self.engine.sleep()
-            raise RolloutInterrupted(self._kept(before, requests, rollouts) if trains else None)
+            raise RolloutInterrupted(self._partial_rollouts(before, requests, rollouts) if trains else None)
         if self.speculation is not None and trains and self.speculation.learns_at(step):
             self.speculation.learn_from(rollouts)
         self.engine.sleep()
@@ -162,7 +162,7 @@ class RolloutWorker:
         if any(part.scoring_was_cut for part in parts):
             logger.info("stop requested during scoring: the next attempt scores the remaining responses")
             found = (as_partial(rollout) for part in parts for rollout in part.rollouts)
-            raise RolloutInterrupted(keep(requests, found) if trains else None)
+            raise RolloutInterrupted(merge_samples(requests, found) if trains else None)
         result = _merged(parts, by_index, before, self._count_failures(parts, step))
         _require_complete(result, len(prompts) * group_size)
         if trains:
@@ -223,21 +223,23 @@ class RolloutWorker:
             return self.engine.run(control)
         return self.engine.run(control, lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r)))
 
-    def _completed(self, kept: KeptRollouts, prompts: dict[int, Prompt]) -> list[Rollout]:
+    def _completed(self, before: PartialRollouts, prompts: dict[int, Prompt]) -> list[Rollout]:
         """This replica's share of the responses completed by an earlier attempt, which are scored here."""
         decode = self.context.decode
-        rollouts = kept.completed(prompts, self.engine.policy_version or 0)
+        rollouts = before.completed(prompts, self.engine.policy_version or 0)
         mine = rollouts[decode.replica(self.context.rank) :: decode.replicas]
         for rollout in mine if self.context.is_decode_leader else ():
             self.rewards.submit(prompts[rollout.prompt_index], rollout, self.text(rollout))
         return mine
 
-    def _kept(self, before: KeptRollouts, requests: Sequence[RolloutRequest], rollouts: list[Rollout]) -> KeptRollouts:
+    def _partial_rollouts(
+        self, before: PartialRollouts, requests: Sequence[RolloutRequest], rollouts: list[Rollout]
+    ) -> PartialRollouts:
         """The merged samples of all replicas and earlier attempts, on every rank."""
         mine: list[PartialRollout] = []
         if self.context.is_decode_leader:
             mine = [*self.engine.left, *map(as_partial, rollouts)]
-        return keep(requests, [*before.samples, *(sample for part in all_gather(mine) for sample in part)])
+        return merge_samples(requests, [*before.samples, *(sample for part in all_gather(mine) for sample in part)])
 
     def _say_why(self, summary: RolloutSummary) -> None:
         """Log why the first replica speculates or not, in its first rollout and at changes."""
@@ -329,7 +331,7 @@ class _Contribution:
 
 
 def _merged(
-    parts: list[_Contribution], prompts: dict[int, Prompt], kept: KeptRollouts, failures: Counter[str]
+    parts: list[_Contribution], prompts: dict[int, Prompt], before: PartialRollouts, failures: Counter[str]
 ) -> RolloutResult:
     scored: dict[tuple[int, int], ScoredRollout] = {}
     for part in parts:
@@ -343,8 +345,8 @@ def _merged(
         [part.report for part in parts],
         merge(part.speculation for part in parts),
         [part.summary for part in parts],
-        len(kept.samples),
-        kept.num_tokens,
+        len(before.samples),
+        before.num_tokens,
         failures,
     )
 

@@ -9,7 +9,7 @@ from erollout.algorithm import Algorithm
 from erollout.config import RolloutConfig
 from erollout.data.cursor import DataCursor
 from erollout.data.prompts import PromptDataset
-from erollout.rollout.partial import KeptRollouts, RolloutInterrupted, as_partial, keep
+from erollout.rollout.partial import PartialRollouts, RolloutInterrupted, as_partial, merge_samples
 from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.speculation.statistics import merge
 from erollout.types import Prompt, ScoredRollout
@@ -51,21 +51,23 @@ class GroupCollector:
     options: RolloutConfig
     cursor: DataCursor
     """Where the next step begins to draw."""
-    kept: tuple[KeptRollouts, ...] = ()
-    """Samples of the next step's rollouts, in their order, which an interrupted attempt has left."""
+    partial_rollouts: tuple[PartialRollouts, ...] = ()
+    """Samples of the next step's rollouts, in their order, left by an interrupted attempt."""
 
     def collect(self, step: int) -> StepRollouts:
         """The groups of the step after `step` others. Raises RolloutInterrupted; then the step is to be made again."""
         drawn, results = DataCursor(self.cursor.position), list[RolloutResult]()
         selected, others = list[Group](), list[Group]()
-        complete: tuple[KeptRollouts, ...] = ()
+        complete: tuple[PartialRollouts, ...] = ()
         for index in range(self.algorithm.max_rollouts):
             prompts = [self.data.prompt(i) for i in drawn.take(self.options.prompts_per_step - len(selected))]
             try:
-                results.append(self._rollout(prompts, step, self.kept[index] if index < len(self.kept) else None))
+                results.append(
+                    self._rollout(prompts, step, self.partial_rollouts[index] if index < len(self.partial_rollouts) else None)
+                )
             except RolloutInterrupted as interrupted:
-                if interrupted.kept is not None:
-                    self.kept = (*complete, interrupted.kept, *self.kept[index + 1 :])
+                if interrupted.partial_rollouts is not None:
+                    self.partial_rollouts = (*complete, interrupted.partial_rollouts, *self.partial_rollouts[index + 1 :])
                 raise
             for group in _groups(results[-1].scored):
                 (selected if self.algorithm.select(group) else others).append(group)
@@ -73,19 +75,19 @@ class GroupCollector:
                 break
             complete += (self._whole(prompts, step, results[-1]),)
         missing = self.options.prompts_per_step - len(selected)
-        self.cursor, self.kept = drawn, ()
+        self.cursor, self.partial_rollouts = drawn, ()
         samples = [sample for group in _in_order(selected + others[:missing]) for sample in group]
         return StepRollouts(samples, results, len(others[missing:]))
 
-    def _rollout(self, prompts: Sequence[Prompt], step: int, kept: KeptRollouts | None) -> RolloutResult:
+    def _rollout(self, prompts: Sequence[Prompt], step: int, partial: PartialRollouts | None) -> RolloutResult:
         sampling, size = self.worker.sampling_params(), self.options.group_size
-        return self.worker.rollout(prompts, sampling, size, TRAINING_STREAM, step, kept=kept)
+        return self.worker.rollout(prompts, sampling, size, TRAINING_STREAM, step, partial_rollouts=partial)
 
-    def _whole(self, prompts: Sequence[Prompt], step: int, result: RolloutResult) -> KeptRollouts:
+    def _whole(self, prompts: Sequence[Prompt], step: int, result: RolloutResult) -> PartialRollouts:
         """A rollout that is over, for an attempt at the step after one that is interrupted later."""
         sampling, size = self.worker.sampling_params(), self.options.group_size
         requests = self.worker.requests(prompts, sampling, size, TRAINING_STREAM, step)
-        return keep(requests, (as_partial(sample.rollout) for sample in result.scored))
+        return merge_samples(requests, (as_partial(sample.rollout) for sample in result.scored))
 
 
 def _groups(scored: Sequence[ScoredRollout]) -> list[Group]:

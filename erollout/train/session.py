@@ -40,7 +40,7 @@ def train(config: Config) -> None:
             services.tracker.log_config_artifacts(config, facts)
             worker.load_state_dict(state.rollout)
             cursor = DataCursor(state.cursor)
-            groups = GroupCollector(worker, algorithm, resolved.train_data, config.rollout, cursor, state.kept)
+            groups = GroupCollector(worker, algorithm, resolved.train_data, config.rollout, cursor, state.partial_rollouts)
             trainer = Trainer(config, actor, algorithm, groups, resolved.test_data)
             times = cadence(config, steps, evaluates=resolved.test_data is not None)
             loop = RunLoop(trainer, times, checkpointer, services, replace(state, run_id=run_id))

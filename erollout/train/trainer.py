@@ -67,7 +67,13 @@ class Trainer:
     def saved(self, state: RunState) -> RunState:
         """With what the rollouts have learnt, left and drawn."""
         groups, day = self.groups, self.groups.data.renderer.date.isoformat()
-        return replace(state, rollout=self.worker.state_dict(), kept=groups.kept, date=day, cursor=groups.cursor.position)
+        return replace(
+            state,
+            rollout=self.worker.state_dict(),
+            partial_rollouts=groups.partial_rollouts,
+            date=day,
+            cursor=groups.cursor.position,
+        )
 
     def _mini_batches(self, samples: list[ScoredRollout]) -> list[MiniBatch]:
         size, raw = self.config.train.global_batch_size or len(samples), self.config.rollout.truncates

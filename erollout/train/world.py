@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from signal import Signals
 
-from erollout.checkpoint.checkpointer import KEPT
+from erollout.checkpoint.checkpointer import PARTIAL_ROLLOUTS
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.checkpoint.resume import RunKind, check_newest
 from erollout.checkpoint.run_lock import RunLock
@@ -110,6 +110,6 @@ def _what_is_saved(config: Config, requested: Signals) -> str:
     if not found:
         none = "no step was completed" if config.checkpoint.interval else "checkpoint.interval = 0"
         return f"stopped, nothing is saved ({none}); run the same command to start again"
-    begun = " with the partial rollouts of the next step" if (found[-1] / KEPT).exists() else ""
+    begun = " with the partial rollouts of the next step" if (found[-1] / PARTIAL_ROLLOUTS).exists() else ""
     requeued = " (a scheduler requeues it)" if requested is Signals.SIGUSR1 else ""
     return f"stopped, saved in {found[-1]}{begun}; run the same command to resume{requeued}"

@@ -14,9 +14,9 @@ from ranks import RankFailure, RankPool
 from safetensors.torch import load_file
 from tiny_runs import history, tiny_tree, train_here
 
-from erollout.checkpoint.checkpointer import KEPT
+from erollout.checkpoint.checkpointer import PARTIAL_ROLLOUTS
 from erollout.checkpoint.manifest import complete_checkpoints
-from erollout.rollout.partial import KeptRollouts
+from erollout.rollout.partial import PartialRollouts
 from erollout.tracking.journal import journal_path, read_history
 
 STEPS = 3
@@ -114,11 +114,11 @@ def _tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _kept(folder: Path) -> tuple[str, KeptRollouts | None]:
+def _kept(folder: Path) -> tuple[str, PartialRollouts | None]:
     """The newest checkpoint's name, and what it keeps of a rollout."""
     newest = complete_checkpoints(folder / "run" / "checkpoints")[-1]
-    file = newest / KEPT
-    return newest.name, KeptRollouts.from_bytes(file.read_bytes()) if file.exists() else None
+    file = newest / PARTIAL_ROLLOUTS
+    return newest.name, PartialRollouts.from_bytes(file.read_bytes()) if file.exists() else None
 
 
 def _assert_same_run(folder: Path, unbroken: Path) -> None:

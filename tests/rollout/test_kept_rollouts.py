@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erollout.rollout.partial import KeptRollouts, fingerprint, keep
+from erollout.rollout.partial import PartialRollouts, fingerprint, merge_samples
 from erollout.types import PartialRollout, RolloutRequest, SamplingParams
 
 REQUESTS = [RolloutRequest(index, (1, 2, index), 3, SamplingParams(), 10 + index) for index in (4, 7)]
@@ -26,24 +26,24 @@ def samples(draw: st.DrawFn) -> PartialRollout:
 
 @given(st.lists(samples(), max_size=8))
 def test_a_file_keeps_every_bit(kept: list[PartialRollout]) -> None:
-    ours = KeptRollouts(fingerprint(REQUESTS), tuple(kept))
-    theirs = KeptRollouts.from_bytes(ours.to_bytes())
+    ours = PartialRollouts(fingerprint(REQUESTS), tuple(kept))
+    theirs = PartialRollouts.from_bytes(ours.to_bytes())
     assert repr(theirs) == repr(ours)  # which tells -0.0 from 0.0
 
 
 def test_a_file_without_masks_is_of_sampled_tokens_alone() -> None:
-    kept = KeptRollouts("f", (PartialRollout(4, 1, (5, 6), (-0.5, -1.0), (-0.5, -1.0), None, (1, 0)),))
+    kept = PartialRollouts("f", (PartialRollout(4, 1, (5, 6), (-0.5, -1.0), (-0.5, -1.0), None, (1, 0)),))
     with np.load(io.BytesIO(kept.to_bytes())) as arrays:
         before = {name: arrays[name] for name in arrays if name != "loss_mask"}
     file = io.BytesIO()
     np.savez(file, **before)
-    (sample,) = KeptRollouts.from_bytes(file.getvalue()).samples
+    (sample,) = PartialRollouts.from_bytes(file.getvalue()).samples
     assert sample.loss_mask == (1, 1) and sample.response_ids == (5, 6)
 
 
 @given(st.lists(samples(), max_size=12))
 def test_the_complete_or_longest_one_is_kept_of_each(found: list[PartialRollout]) -> None:
-    kept = keep(REQUESTS, found)
+    kept = merge_samples(REQUESTS, found)
     for sample in found:
         ours = [s for s in kept.samples if (s.prompt_index, s.sample_index) == (sample.prompt_index, sample.sample_index)]
         assert len(ours) == bool(ours) and (ours or not sample.response_ids)
@@ -57,7 +57,7 @@ def test_the_complete_or_longest_one_is_kept_of_each(found: list[PartialRollout]
 def test_requests_know_what_is_left_of_them() -> None:
     done = PartialRollout(4, 1, (5,), (-0.5,), (-0.5,), "stop")
     begun = PartialRollout(4, 2, (5, 6), (-0.5, -1.0), (-0.5, -1.0))
-    first, second = keep(REQUESTS, [begun, done]).resume(REQUESTS)
+    first, second = merge_samples(REQUESTS, [begun, done]).resume(REQUESTS)
     assert (first.finished, first.begun, first.num_open) == ({1}, (begun,), 2)
     assert second == REQUESTS[1] and second.num_open == 3
 
@@ -67,12 +67,12 @@ def test_requests_know_what_is_left_of_them() -> None:
 )
 def test_the_fingerprint_is_of_what_was_asked_for(change: dict[str, object]) -> None:
     part = PartialRollout(4, 2, (5,), (-0.5,), (-0.5,))
-    assert fingerprint(keep(REQUESTS, [part]).resume(REQUESTS)) == fingerprint(REQUESTS)
+    assert fingerprint(merge_samples(REQUESTS, [part]).resume(REQUESTS)) == fingerprint(REQUESTS)
     assert fingerprint([replace(REQUESTS[0], **change), REQUESTS[1]]) != fingerprint(REQUESTS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:40], lambda data: data[:200] + b"?" + data[201:]])
 def test_damage_is_a_value_error(damage: object) -> None:
-    data = KeptRollouts("f", (PartialRollout(4, 1, (5,), (-0.5,), (-0.5,), "stop"),)).to_bytes()
+    data = PartialRollouts("f", (PartialRollout(4, 1, (5,), (-0.5,), (-0.5,), "stop"),)).to_bytes()
     with pytest.raises(ValueError, match=r"partial rollouts|file"):
-        KeptRollouts.from_bytes(damage(data))  # type: ignore[operator]
+        PartialRollouts.from_bytes(damage(data))  # type: ignore[operator]

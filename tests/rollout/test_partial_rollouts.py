@@ -23,7 +23,7 @@ from erollout.coordinator.state_machine import StateMachine
 from erollout.engine.engine import Engine
 from erollout.engine.orders import Orders
 from erollout.rollout.control import AgreedControl, ReplicaControl
-from erollout.rollout.partial import KeptRollouts, as_partial, fitting, keep
+from erollout.rollout.partial import PartialRollouts, as_partial, fitting, merge_samples
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 from erollout.types import PartialRollout, Prompt, Rollout, RolloutRequest, SamplingParams
@@ -55,7 +55,7 @@ def _engine(**rollout: int) -> Engine:
     return make_speculative_engine("good", "coupled", 3, **rollout)
 
 
-def _completed(kept: KeptRollouts, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+def _completed(kept: PartialRollouts, requests: Sequence[RolloutRequest]) -> list[Rollout]:
     return kept.completed({r.prompt_index: Prompt(r.prompt_index, r.prompt_ids, "", "") for r in requests}, 1)
 
 
@@ -68,7 +68,7 @@ def _completed(kept: KeptRollouts, requests: Sequence[RolloutRequest]) -> list[R
 def test_an_interrupted_rollout_goes_on_to_the_same_samples(attempts: list[int], arm: Arm, limits: dict[str, int]) -> None:
     """Wherever it is interrupted, however often, with preempted, queued and half computed sequences."""
     engine = _engine(**limits)
-    kept = keep(REQUESTS, ())
+    kept = merge_samples(REQUESTS, ())
     tokens = 0
     for steps in [*attempts, 1000]:
         done = engine.run(Interrupting(arm, steps), requests=kept.resume(REQUESTS))
@@ -77,9 +77,9 @@ def test_an_interrupted_rollout_goes_on_to_the_same_samples(attempts: list[int],
         assert not {(r.prompt_index, r.sample_index) for r in done} & {
             (s.prompt_index, s.sample_index) for s in [*kept.finished, *engine.left]
         }
-        kept = keep(REQUESTS, [*kept.samples, *engine.left, *map(as_partial, done)])
+        kept = merge_samples(REQUESTS, [*kept.samples, *engine.left, *map(as_partial, done)])
         assert kept.num_tokens == tokens, "a token was lost or sampled twice"
-        kept = KeptRollouts.from_bytes(kept.to_bytes())
+        kept = PartialRollouts.from_bytes(kept.to_bytes())
     assert engine.left == [] and kept.begun == []
     assert by_sample(_completed(kept, REQUESTS)) == _whole()
 
@@ -104,7 +104,7 @@ def test_one_replica_stops_at_the_step_at_which_it_is_asked() -> None:
 def test_a_rollout_that_is_complete_is_not_interrupted() -> None:
     toggle = Toggle(SpeculationConfig(), (), Costs())
     toggle.begin_rollout(True)
-    requests = keep(make_requests([4]), [_finished(0), _finished(1)]).resume(make_requests([4]))
+    requests = merge_samples(make_requests([4]), [_finished(0), _finished(1)]).resume(make_requests([4]))
     control = ReplicaControl(requests, SLOTS, toggle, None, stop_requested=lambda: True)
     assert _engine().run(control) == [] and not control.interrupted
 
@@ -114,7 +114,7 @@ def _finished(sample: int) -> PartialRollout:
 
 
 def test_samples_of_other_requests_are_not_used() -> None:
-    kept = keep(make_requests([4]), [_finished(0)])
+    kept = merge_samples(make_requests([4]), [_finished(0)])
     assert fitting(kept, make_requests([4]), 7) is kept
     assert fitting(kept, make_requests([5]), 7).samples == () == fitting(None, make_requests([4]), 7).samples
 
@@ -124,7 +124,7 @@ def attempt(
     coordinator: dict[str, Any],
     speculation: dict[str, Any],
     asked: int,
-    kept: KeptRollouts,
+    kept: PartialRollouts,
     tensor: int = 1,
 ) -> tuple[list[Rollout], list[PartialRollout], bool]:
     """One rank's part of a rollout, whose replicas' leaders are asked to stop after so many steps (rank 0 alone at once,
@@ -179,11 +179,11 @@ def test_replicas_stop_together_and_another_number_of_them_goes_on(
     coordinator: dict[str, Any], speculation: dict[str, Any], asked: int, rank_pool: RankPool
 ) -> None:
     requests = make_requests(LENGTHS)
-    first = rank_pool.run(3, attempt, LENGTHS, coordinator, speculation, asked, keep(requests, ()))
-    kept = keep(requests, _everything(LENGTHS, first))
+    first = rank_pool.run(3, attempt, LENGTHS, coordinator, speculation, asked, merge_samples(requests, ()))
+    kept = merge_samples(requests, _everything(LENGTHS, first))
     assert len(kept.finished) < len(LENGTHS) * GROUP_SIZE and (kept.begun or asked < 0)
     second = rank_pool.run(2, attempt, LENGTHS, coordinator, speculation, 5, kept)
-    kept = keep(requests, [*kept.samples, *_everything(LENGTHS, second)])
+    kept = merge_samples(requests, [*kept.samples, *_everything(LENGTHS, second)])
     last = rank_pool.run(2, attempt, LENGTHS, coordinator, speculation, NEVER, kept)
     assert not any(left or interrupted for _, left, interrupted in last)
     rollouts = [rollout for part, _, _ in last for rollout in part]
@@ -196,9 +196,9 @@ def test_replicas_stop_together_and_another_number_of_them_goes_on(
 def test_ranks_of_a_replica_stop_at_the_same_step(interval: int, rank_pool: RankPool) -> None:
     requests = make_requests(LENGTHS)
     coordinator, speculation = {"window_seconds": 0.005, "stall_seconds": 25.0}, {**ADAPTIVE, "decision_interval": interval}
-    parts = rank_pool.run(4, attempt, LENGTHS, coordinator, speculation, 20, keep(requests, ()), 2)
+    parts = rank_pool.run(4, attempt, LENGTHS, coordinator, speculation, 20, merge_samples(requests, ()), 2)
     assert parts[0] == parts[1] and parts[2] == parts[3] and (parts[0][1] or parts[2][1])
-    kept = keep(requests, _everything(LENGTHS, parts))
+    kept = merge_samples(requests, _everything(LENGTHS, parts))
     last = rank_pool.run(4, attempt, LENGTHS, coordinator, speculation, NEVER, kept, 2)
     assert last[0][:2] == last[1][:2] and last[2][:2] == last[3][:2]
     samples = by_sample([rollout for part, _, _ in last for rollout in part] + _completed(kept, requests))

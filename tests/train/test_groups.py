@@ -10,7 +10,7 @@ import pytest
 from ranks import RankPool
 from tiny_runs import history, tiny_tree, train_here
 
-from erollout.checkpoint.checkpointer import kept_name
+from erollout.checkpoint.checkpointer import partial_rollouts_file
 from erollout.checkpoint.manifest import STATE, complete_checkpoints
 
 COMPARED = ("train/loss", "train/grad_norm", "reward/mean", "rollout/rollouts", "rollout/dropped_groups", "rollout/tokens")
@@ -71,9 +71,9 @@ def test_prompts_are_drawn_until_a_step_has_its_groups_also_when_it_is_interrupt
     assert [row["rollout/dropped_groups"] for row in wanted] == [3.0, 4.0]
     assert _newest(tmp_path / "unbroken") == (2, 15, [])
     rank_pool.run(1, choosy_train, broken, 9, 2)
-    assert _newest(tmp_path / "broken") == (0, 0, [kept_name(0), kept_name(1)])
+    assert _newest(tmp_path / "broken") == (0, 0, [partial_rollouts_file(0), partial_rollouts_file(1)])
     rank_pool.run(1, choosy_train, broken, 9, 5)  # the first step takes three, and this is the second of the next
-    assert _newest(tmp_path / "broken") == (1, 7, [kept_name(0), kept_name(1)])
+    assert _newest(tmp_path / "broken") == (1, 7, [partial_rollouts_file(0), partial_rollouts_file(1)])
     rank_pool.run(1, choosy_train, broken, 9)
     assert _newest(tmp_path / "broken") == (2, 15, [])
     ours = history(tmp_path / "broken")

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, islice, repeat
 
 from erollout.algorithm import Algorithm
 from erollout.config import RolloutConfig
@@ -58,22 +58,21 @@ class GroupCollector:
         """The groups of the step after `step` others. Raises RolloutInterrupted; then the step is to be made again."""
         drawn, results = DataCursor(self.cursor.position), list[RolloutResult]()
         selected, others = list[Group](), list[Group]()
-        complete: tuple[PartialRollouts, ...] = ()
-        for index in range(self.algorithm.max_rollouts):
-            prompts = [self.data.prompt(i) for i in drawn.take(self.options.prompts_per_step - len(selected))]
+        prompts: list[list[Prompt]] = []
+        for partial in islice(chain(self.partial_rollouts, repeat(None)), self.algorithm.max_rollouts):
+            prompts.append([self.data.prompt(i) for i in drawn.take(self.options.prompts_per_step - len(selected))])
             try:
-                results.append(
-                    self._rollout(prompts, step, self.partial_rollouts[index] if index < len(self.partial_rollouts) else None)
-                )
+                results.append(self._rollout(prompts[-1], step, partial))
             except RolloutInterrupted as interrupted:
                 if interrupted.partial_rollouts is not None:
-                    self.partial_rollouts = (*complete, interrupted.partial_rollouts, *self.partial_rollouts[index + 1 :])
+                    complete = (self._as_partial(prompts[index], step, result) for index, result in enumerate(results))
+                    later = self.partial_rollouts[len(prompts) :]
+                    self.partial_rollouts = (*complete, interrupted.partial_rollouts, *later)
                 raise
             for group in _groups(results[-1].scored):
                 (selected if self.algorithm.select(group) else others).append(group)
             if len(selected) == self.options.prompts_per_step:
                 break
-            complete += (self._whole(prompts, step, results[-1]),)
         missing = self.options.prompts_per_step - len(selected)
         self.cursor, self.partial_rollouts = drawn, ()
         samples = [sample for group in _in_order(selected + others[:missing]) for sample in group]
@@ -83,8 +82,8 @@ class GroupCollector:
         sampling, size = self.worker.sampling_params(), self.options.group_size
         return self.worker.rollout(prompts, sampling, size, TRAINING_STREAM, step, partial_rollouts=partial)
 
-    def _whole(self, prompts: Sequence[Prompt], step: int, result: RolloutResult) -> PartialRollouts:
-        """A rollout that is over, for an attempt at the step after one that is interrupted later."""
+    def _as_partial(self, prompts: Sequence[Prompt], step: int, result: RolloutResult) -> PartialRollouts:
+        """The samples of a complete rollout, for the next attempt at a step that is interrupted in a later rollout."""
         sampling, size = self.worker.sampling_params(), self.options.group_size
         requests = self.worker.requests(prompts, sampling, size, TRAINING_STREAM, step)
         return merge_samples(requests, (as_partial(sample.rollout) for sample in result.scored))

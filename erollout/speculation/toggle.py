@@ -207,7 +207,7 @@ class Toggle:
             "cost": self.cost.state_dict(),
             "ladder": None if self.ladder is None else self.ladder.state_dict(),
             "probes": self.probes.state_dict(),
-            "hold": self.backoff.state_dict(),
+            "backoff": self.backoff.state_dict(),
             "endings": [self._ended, self._emitted],
         }
 
@@ -228,7 +228,7 @@ class Toggle:
             if ladder is not None and state["ladder"] is not None:
                 ladder.load_state_dict(state["ladder"])
             probes.load_state_dict(state["probes"])
-            backoff.load_state_dict(state["hold"])
+            backoff.load_state_dict(state["backoff"] if "backoff" in state else state["hold"])  # its former name
             ended, emitted = map(float, state["endings"])
             if not 0 <= ended <= emitted < inf:
                 raise ValueError(f"{ended} endings in {emitted} tokens")
@@ -360,7 +360,7 @@ class Toggle:
             "saved_seconds": sum(trace.saved(self.cost.step_seconds).values()),
             "regret_seconds": trace.regret(in_hindsight, self._arms),
             "predicted_over_measured": trace.predicted_over_measured,
-            "sizes_held_back": float(len(self.backoff.left)),
+            "sizes_in_backoff": float(len(self.backoff.left)),
         }
         for format, known_acceptance in self.acceptance.items():
             metrics[f"expected_length/{format}"] = known_acceptance.whole.length(options.num_speculative_tokens)

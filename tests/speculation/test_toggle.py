@@ -292,7 +292,7 @@ def test_a_validation_rollout_leaves_no_trace() -> None:
     assert ladder.ladder is not None and ladder.ladder.rung == 5
 
 
-def test_speculation_that_lost_is_held_back_where_it_lost(caplog: pytest.LogCaptureFixture) -> None:
+def test_speculation_that_lost_backs_off_where_it_lost(caplog: pytest.LogCaptureFixture) -> None:
     """The cluster imposes drafts at every size: that loses at sixteen sequences, and gains at one."""
     machine = Machine(passes(), noise=0.02, outliers=0.0)
     toggle = toggle_of(machine, "toggle")
@@ -328,7 +328,7 @@ def test_probes_alone_hold_nothing_back(caplog: pytest.LogCaptureFixture) -> Non
     assert not toggle.backoff.left and not caplog.records
 
 
-def test_rollouts_that_gain_are_not_held_back() -> None:
+def test_rollouts_that_gain_start_no_backoff() -> None:
     machine = Machine(passes())
     toggle = toggle_of(machine, "adaptive")
     for rollout in range(4):
@@ -419,7 +419,7 @@ def test_a_state_of_other_drafters_is_taken_as_far_as_it_goes(caplog: pytest.Log
     assert other.decide(Load(1, 100.0)).speculates
 
 
-@pytest.mark.parametrize("key", ["acceptance", "ladder", "probes", "hold", "endings"])
+@pytest.mark.parametrize("key", ["acceptance", "ladder", "probes", "backoff", "endings"])
 def test_a_damaged_state_is_refused(key: str) -> None:
     toggle = Toggle(SpeculationConfig(mode="ladder"), FORMATS, Learner(passes()))
     for damage in (1, "x", {"w4": 3}, [None]):
@@ -446,12 +446,21 @@ def test_of_a_drafter_that_is_replaced_nothing_is_kept() -> None:
     assert [row[0] for row in state["drafters"]] == [FORMATS[1]] and {row[0] for row in state["cells"]} == {FORMATS[1]}
 
 
+def test_a_state_may_have_the_former_name_of_backoff() -> None:
+    machine = Machine(passes())
+    learnt, fresh = toggle_of(machine, "ladder"), toggle_of(machine, "ladder")
+    losses(machine, learnt, 2)
+    state = learnt.state_dict()
+    fresh.load_state_dict({"hold" if key == "backoff" else key: value for key, value in state.items()})
+    assert fresh.state_dict() == state and fresh.backoff.losses
+
+
 def test_a_damaged_state_changes_nothing() -> None:
     machine = Machine(passes())
     learnt, fresh = toggle_of(machine, "ladder"), toggle_of(machine, "ladder")
     losses(machine, learnt, 2)
     before = fresh.state_dict()
-    for key in ("probes", "hold", "endings", "cost"):
+    for key in ("probes", "backoff", "endings", "cost"):
         with pytest.raises(ValueError, match="no state of a toggle"):
             fresh.load_state_dict({**learnt.state_dict(), key: {}})
         assert fresh.state_dict() == before != learnt.state_dict()

@@ -10,6 +10,8 @@ BANDWIDTH_SHARE, COMPUTE_SHARE = 0.78, 0.75
 """Shares of the peaks that decoding reaches (EfficientRollout's sweeps on A100: 0.77-0.79 and 0.75)."""
 PER_SEQUENCE, PER_TOKEN, PER_PASS = 40e-6, 20e-6, 4e-4
 """Seconds of overhead per sequence, per token of a verify pass and per pass: from the same sweeps."""
+PER_LOOKUP = 1e-5
+"""Seconds per sequence of a drafter that runs no model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,10 @@ def nominal_roofline(size: ModelSize, hardware: Hardware, formats: Iterable[str]
     )
     verify = PassCost(cost.bandwidth, cost.compute, per_pass=PER_PASS, per_sequence=PER_SEQUENCE, per_token=PER_TOKEN)
     draft = PassCost(cost.bandwidth, cost.compute, per_pass=PER_PASS, per_sequence=2 * PER_SEQUENCE)
+    lookup = PassCost(cost.bandwidth, cost.compute, per_sequence=PER_LOOKUP)
     links = hardware.communication if size.reduces else Communication()
-    return Roofline(size, cost, verify, {format: draft for format in formats}, links)
+    drafts = {format: draft if size.draft_bytes[format] else lookup for format in formats}
+    return Roofline(size, cost, verify, drafts, links)
 
 
 def _plain(name: str) -> str:

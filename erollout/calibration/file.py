@@ -31,6 +31,8 @@ _REFERENCE_NUMBERS = {
 _OVERHEADS = ("per_pass", "per_sequence", "per_token", "per_context", "latency", "reduces", "reduce_bytes")
 _MAY_BE_ZERO = frozenset(("attention_flops", "padded", *_OVERHEADS, "C_attn", "c_comm", "c_T", "c_V", "c_D"))
 """Numbers that may be 0; all others that passes are computed from are above 0."""
+_DRAFT_BYTES = "size.draft_bytes."
+"""Where a drafter that runs no model has 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +219,11 @@ def _from_reference(tree: dict[str, Any], path: str) -> Calibration:
 def _require_numbers(tree: Mapping[str, Any], path: str, where: str = "") -> None:
     """Raise UserError, naming file and key, for values that are not usable numbers."""
     for key, value in tree.items():
+        may_be_zero = key in _MAY_BE_ZERO or where == _DRAFT_BYTES
         if isinstance(value, dict):
             _require_numbers(value, path, f"{where}{key}.")
-        elif not isinstance(value, int | float) or not 0 <= value < inf or (value == 0 and key not in _MAY_BE_ZERO):
-            least = "of at least 0" if key in _MAY_BE_ZERO else "above 0"
+        elif not isinstance(value, int | float) or not 0 <= value < inf or (value == 0 and not may_be_zero):
+            least = "of at least 0" if may_be_zero else "above 0"
             raise UserError(f"calibration {path}: {where}{key} = {value!r} must be a number {least}; make it again")
 
 

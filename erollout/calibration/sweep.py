@@ -332,17 +332,16 @@ class _Stopwatch:
             self.began = torch.cuda.Event(enable_timing=True)
             self.ended = torch.cuda.Event(enable_timing=True)
 
-    def watch(self, proposer: Proposer) -> Proposer:
-        return _Watched(proposer, self) if self.on_device else proposer
-
     def seconds(self, outcome: StepOutcome) -> float:
         """Drafting seconds of the step that just ended, whose tokens are on the host."""
         return self.began.elapsed_time(self.ended) / 1e3 if self.on_device else outcome.seconds_drafting
 
 
 class _Watched:
-    """A proposer between two device events. The previous step ended with its tokens on the host, so the first event passes at
-    once, and the time between the two is the whole time of drafting, host and device."""
+    """A proposer whose steps all have the drafts asked: what it lacks is made up, because a pass takes as long for any token.
+
+    On CUDA it works between two device events. The previous step ended with its tokens on the host, so the first event passes
+    at once, and the time between the two is the whole time of drafting, host and device."""
 
     def __init__(self, proposer: Proposer, stopwatch: _Stopwatch) -> None:
         self.proposer = proposer
@@ -352,10 +351,12 @@ class _Watched:
         self.proposer.require(policy_version)
 
     def propose(self, request: DraftRequest) -> Drafts:
-        self.stopwatch.began.record()
+        if self.stopwatch.on_device:
+            self.stopwatch.began.record()
         drafts = self.proposer.propose(request)
-        self.stopwatch.ended.record()
-        return drafts
+        if self.stopwatch.on_device:
+            self.stopwatch.ended.record()
+        return drafts if drafts.num_drafts is None else replace(drafts, num_drafts=None)
 
     def sleep(self) -> None:
         self.proposer.sleep()
@@ -387,7 +388,7 @@ def _measuring(engine: Engine) -> Iterator[_Stopwatch]:
     tokens = rollout.max_num_seqs * engine.max_model_len
     engine.rollout = replace(rollout, max_num_batched_tokens=tokens)  # type: ignore[type-var]  # as in Config.to_dict
     engine.runner = _NoiseForPrompts(engine.model)
-    engine.proposers = {name: stopwatch.watch(proposer) for name, proposer in proposers.items()}
+    engine.proposers = {name: _Watched(proposer, stopwatch) for name, proposer in proposers.items()}
     try:
         yield stopwatch
     finally:

@@ -222,18 +222,18 @@ class Engine:
         self._count(batch)
         load = _load(batch, generation.scheduler)
         self.cache.copy_blocks(batch.copies)
-        columns, drafts, drafting = [(0, 0)] * len(batch.scheduled), None, 0.0
-        if speculates := any(item.num_drafts for item in batch.scheduled):
-            request, columns = _drafts_wanted(batch)
+        step = SpeculationStatistics(asked=sum(item.num_drafts for item in batch.scheduled))
+        columns, drafts = [(0, 0)] * len(batch.scheduled), None
+        if step.asked:
             began = time.perf_counter()
-            drafts = self._proposer(arm).propose(request)
-            drafting = time.perf_counter() - began
-        step = SpeculationStatistics()
+            drafts, columns = self._draft(arm, batch, generation.scheduler)
+            step.seconds_drafting = time.perf_counter() - began
         before = self.stats.decode_tokens
         verifying = time.perf_counter()
         finished = self._advance(generation, batch, columns, drafts, step)
-        if speculates:
-            step.seconds_drafting, step.seconds_verifying = drafting, time.perf_counter() - verifying
+        if drafts is not None:
+            step.seconds_verifying = time.perf_counter() - verifying
+        if step.asked:
             self.stats.speculation.add(step)
         seconds = time.perf_counter() - started  # the caller's work on rollouts is not part of the step
         for sequence in finished:
@@ -241,15 +241,27 @@ class Engine:
             if on_finished is not None:
                 on_finished(rollout)
         return StepOutcome(
-            arm if speculates else OFF,
+            arm if drafts is not None else OFF,
             load,
             seconds,
-            drafting,
+            step.seconds_drafting,
             self.stats.decode_tokens - before,
             tuple(step.drafted_at),
             tuple(step.accepted_at),
             len(finished),
+            step.asked,
         )
+
+    def _draft(self, arm: Arm, batch: Batch, scheduler: Scheduler) -> tuple[Drafts | None, list[tuple[int, int]]]:
+        """Draft for a batch, which keeps as many drafts as the proposer had. Returns them (None: it had none at all) and, for
+        each scheduled sequence, its column with their number."""
+        request, columns = _drafts_wanted(batch)
+        drafts = self._proposer(arm).propose(request)
+        if drafts.num_drafts is None:
+            return drafts, columns
+        columns = [(column, min(asked, drafts.num_drafts[column])) for column, asked in columns]
+        scheduler.keep_drafts(batch, (number for _, number in columns))
+        return drafts if any(drafts.num_drafts) else None, columns
 
     def _advance(
         self,

@@ -123,6 +123,13 @@ class Scheduler:
         assert batch.scheduled or not self.has_unfinished, "nothing can run"
         return batch
 
+    def keep_drafts(self, batch: Batch, numbers: Iterable[int]) -> None:
+        """Reduce the drafts of a batch's sequences to these numbers, and free the blocks reserved for the others."""
+        for index, (item, number) in enumerate(zip(batch.scheduled, numbers, strict=True)):
+            if number < item.num_drafts:
+                batch.scheduled[index] = replace(item, num_drafts=number)
+                self.blocks.truncate(item.sequence.block_table, item.end + number)
+
     def computed(self, item: ScheduledSequence) -> list[Sequence]:
         """Record that a scheduled sequence's pass is done.
 

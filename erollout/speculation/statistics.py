@@ -10,6 +10,8 @@ class SpeculationStatistics:
     """Draft counts of one rollout. A draft is the run of tokens proposed for one sequence and verified in one pass."""
 
     num_drafts: int = 0
+    asked: int = 0
+    """Number of draft tokens asked of a proposer, which may have had fewer."""
     drafted: int = 0
     """Number of drafted tokens."""
     accepted: int = 0
@@ -29,6 +31,11 @@ class SpeculationStatistics:
     def acceptance_rate(self) -> float:
         """Share of the drafted tokens that were accepted; 0 without drafts."""
         return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def proposed_share(self) -> float:
+        """Share of the tokens asked of a proposer that it had; 1 if none was asked."""
+        return self.drafted / self.asked if self.asked else 1.0
 
     @property
     def acceptance_length(self) -> float:
@@ -58,6 +65,7 @@ class SpeculationStatistics:
     def add(self, part: "SpeculationStatistics") -> None:
         """Add the counts of another instance."""
         self.num_drafts += part.num_drafts
+        self.asked += part.asked
         self.drafted += part.drafted
         self.accepted += part.accepted
         self.emitted += part.emitted

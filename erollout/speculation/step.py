@@ -41,7 +41,7 @@ class StepOutcome:
     """The outcome of one step: a forward pass with its drafts."""
 
     arm: Arm
-    """The arm taken: OFF where no sequence could have a draft."""
+    """The arm taken: OFF where no sequence had a draft."""
     load: Load
     """The load computed, with `decoding` and `prefill_tokens` of the pass itself."""
     seconds: float
@@ -55,3 +55,5 @@ class StepOutcome:
     """Number of these that were accepted."""
     finished: int = 0
     """Number of responses completed."""
+    asked: int = 0
+    """Number of draft tokens asked of the arm's proposer, which may have had fewer, or none."""

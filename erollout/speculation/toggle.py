@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from math import inf, log2, nan
 from typing import Any
 
@@ -117,7 +118,7 @@ class Toggle:
 
     def observe(self, outcome: StepOutcome) -> None:
         """Learn from the outcome of the step after the last decision."""
-        self.trace.append(self._clock() - self._began - outcome.seconds, self._decision, outcome)
+        self.trace.append(self._clock() - self._began - outcome.seconds, self._carried_out(outcome), outcome)
         if not self._learns:
             return
         arm, load = outcome.arm, outcome.load
@@ -255,6 +256,13 @@ class Toggle:
                 return self._taken(self.probes.arm, Reason.PROBE)
         return self._taken(self._arms[self._current], reason)
 
+    def _carried_out(self, outcome: StepOutcome) -> StepDecision:
+        """The last decision as the trace shows it: without its prediction where the proposer had fewer drafts than asked."""
+        if sum(outcome.drafted_at) >= WHOLE * outcome.asked:
+            return self._decision
+        reason = self._decision.reason if outcome.drafted_at else Reason.EMPTY
+        return replace(self._decision, reason=reason, predicted=nan)
+
     def _choose(self, batch: int) -> Reason:
         """Change the present arm to the best one if that promises the margin."""
         if self.backoff.holds(batch):
@@ -357,6 +365,7 @@ class Toggle:
             "mean_num_speculative_tokens": sum(lengths) / max(1, len(lengths)),
             "switches": float(trace.count(Reason.BETTER)),
             "share_probing": trace.count(Reason.PROBE) / steps,
+            "share_without_drafts": trace.count(Reason.EMPTY) / steps,
             "saved_seconds": sum(trace.saved(self.cost.step_seconds).values()),
             "regret_seconds": trace.regret(in_hindsight, self._arms),
             "predicted_over_measured": trace.predicted_over_measured,

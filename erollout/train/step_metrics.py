@@ -73,6 +73,7 @@ def speculation_metrics(statistics: SpeculationStatistics, requantize: Requantiz
         "speculation/acceptance_length": statistics.acceptance_length,
         **{f"speculation/acceptance_at_{i}": rate for i, rate in enumerate(statistics.acceptance_by_position, start=1)},
         "speculation/drafts": float(statistics.num_drafts),
+        "speculation/proposed_share": statistics.proposed_share,
         "speculation/wasted_tokens": float(statistics.wasted),
         "speculation/seconds_drafting": statistics.seconds_drafting,
         "speculation/seconds_verifying": statistics.seconds_verifying,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from sweeps import ARCHITECTURE, BATCHES, DRAFTS, IDENTITY, MODEL, SIZE, command, machine, sweep
 
-from erollout.calibration.devices import find_hardware, nominal_roofline
+from erollout.calibration.devices import PER_LOOKUP, find_hardware, nominal_roofline
 from erollout.calibration.file import (
     REFERENCE_FORMAT,
     Calibration,
@@ -41,7 +41,7 @@ from erollout.drafter.registry import draft_weights
 from erollout.errors import UserError
 from erollout.speculation.cost.cost_model import PassTimes
 from erollout.speculation.cost.measured_table import Point
-from erollout.speculation.cost.roofline import Communication, PassCost, Roofline
+from erollout.speculation.cost.roofline import NO_MODEL, Communication, Parts, PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load
 
 
@@ -363,6 +363,28 @@ def test_a_good_calibration_has_little_regret(calibration: Calibration) -> None:
     lost = regrets(places, {"ours": ours, "off": autoregressive, "always": always(Arm("w4a16", 7)), "threshold": threshold})
     assert 0 <= lost["ours"].grid < 0.005 < min(lost["off"].grid, lost["always"].grid)
     assert 0 <= lost["ours"].rollout <= lost["threshold"].rollout + 0.001
+
+
+def test_a_drafter_without_a_model_costs_overheads_alone(tmp_path: Path) -> None:
+    """Its steps of some microseconds are predicted, fitted, saved and read; no other size may be 0."""
+    size = model_size(ARCHITECTURE, {"table": NO_MODEL}, tensor_model_parallel_size=2)
+    assert size.draft_bytes == {"table": 0.0}
+    guess = nominal_roofline(size, find_hardware("A100"), ("table",))
+    assert guess.parts("draft", "table", 8, 4096.0, 3) == Parts(0.0, 0.0, 8 * PER_LOOKUP, 0.0)
+    rows = [replace(row, tensor_model_parallel_size=2) for row in sweep()]
+    for index, row in enumerate(rows):
+        if row.mode == "drafter_decode":
+            ms = 1e-3 * (5 + row.batch) / row.gamma
+            rows[index] = replace(row, format="table", mean_ms=ms, median_ms=ms, std_ms=0.0, min_ms=ms, max_ms=ms)
+    fitted = fit(measured_passes(rows), size, replace(IDENTITY, tensor_model_parallel_size=2, formats=("table",)))
+    for batch in (1, 16, 64):
+        assert fitted.passes().draft_seconds("table", batch, 512.0, 3) == pytest.approx(1e-6 * (5 + batch) / 3, rel=0.6)
+    fitted.save(tmp_path / "table.json")
+    assert load_calibration(tmp_path / "table.json").roofline == fitted.roofline
+    tree = fitted.to_dict()
+    tree["size"]["weight_bytes"] = 0
+    with pytest.raises(UserError, match=r"size.weight_bytes = 0 must be a number above 0"):
+        read_calibration(tree, "a file")
 
 
 def test_data_sheets_serve_where_nothing_is_measured() -> None:

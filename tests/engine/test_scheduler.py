@@ -177,6 +177,18 @@ def test_drafts_take_what_the_passes_tokens_leave() -> None:
     assert num_drafts(step(scheduler, 4)) == [3, 0, 0]
 
 
+def test_blocks_of_drafts_that_nobody_proposed_are_free_for_others() -> None:
+    scheduler = make_scheduler(num_blocks=20)
+    sequences = add_groups(scheduler, [(4, 1, 30), (4, 1, 30)])
+    step(scheduler)
+    free = scheduler.blocks.num_free
+    batch = scheduler.schedule(9)
+    assert [item.num_drafts for item in batch.scheduled] == [9, 9] and scheduler.blocks.num_free == free - 6
+    scheduler.keep_drafts(batch, [0, 5])
+    assert [item.num_drafts for item in batch.scheduled] == [0, 5] and scheduler.blocks.num_free == free - 3
+    assert [len(sequence.block_table) for sequence in sequences] == [2, 3], "positions 0 to 4, and 0 to 9"
+
+
 def test_cancelling_gives_everything_back() -> None:
     scheduler = make_scheduler(num_blocks=30, max_num_seqs=3)
     add_groups(scheduler, [(9, 4, 8), (5, 2, 8)])

@@ -1,7 +1,7 @@
 """The engine with drafts: coupled samples are those without drafts, bit for bit, whatever happens on the way."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,10 +15,11 @@ from tiny_speculation import DRAFTER, NOISE, make_speculative_engine
 
 from erollout.engine.engine import Engine
 from erollout.engine.model.inputs import slots_of
-from erollout.engine.proposers.base import DraftRequest, Drafts
+from erollout.engine.orders import FixedControl
+from erollout.engine.proposers.base import DraftRequest, Drafts, Proposer
 from erollout.engine.proposers.quantized_policy import ModelProposer
 from erollout.engine.sampling.verifier import Verification
-from erollout.speculation.step import Arm
+from erollout.speculation.step import OFF, Arm, StepOutcome
 from erollout.types import Rollout, RolloutRequest, SamplingParams
 
 THREE = Arm(DRAFTER, 3)
@@ -59,6 +60,51 @@ def test_coupled_samples_are_bit_equal_in_any_company(dtype: str) -> None:
         check_pool(engine)
     engine = make_speculative_engine("good", "coupled", 3, dtype=dtype)
     assert by_sample(engine.generate(requests[::-1])) == expected
+
+
+class Sparing:
+    """A proposer that has fewer drafts than asked, and now and then none."""
+
+    def __init__(self, proposer: Proposer) -> None:
+        self.proposer = proposer
+
+    def require(self, policy_version: int) -> None:
+        self.proposer.require(policy_version)
+
+    def propose(self, request: DraftRequest) -> Drafts:
+        numbers = (s.num_tokens % (1 + asked) for s, asked in zip(request.sequences, request.num_drafts, strict=True))
+        return replace(self.proposer.propose(request), num_drafts=tuple(numbers))
+
+    def sleep(self) -> None:
+        self.proposer.sleep()
+
+
+@dataclass(frozen=True)
+class Listener(FixedControl):
+    outcomes: list[StepOutcome] = field(default_factory=list)
+
+    def observe(self, outcome: StepOutcome) -> None:
+        self.outcomes.append(outcome)
+
+
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+def test_a_proposer_may_have_fewer_drafts_than_asked(verification: Verification) -> None:
+    requests = make_requests(SAMPLED)
+    expected = by_sample(make_engine("llama").generate(requests))
+    for settings in ({}, COMPANY["preempted"], {"max_num_seqs": 1}):
+        engine = make_speculative_engine("good", verification, 3, **settings)
+        engine.proposers = {DRAFTER: Sparing(engine.proposers[DRAFTER])}
+        listener = Listener(THREE)
+        samples = by_sample(engine.run(listener, requests=requests))
+        assert verification == "rejection" or samples == expected
+        check_pool(engine)
+        speculation, outcomes = engine.stats.speculation, listener.outcomes
+        assert 0 < speculation.accepted < speculation.drafted < speculation.asked
+        assert speculation.asked == sum(outcome.asked for outcome in outcomes)
+        assert all((outcome.arm == THREE) == bool(outcome.drafted_at) for outcome in outcomes)
+        if settings.get("max_num_seqs") == 1:
+            empty = [outcome for outcome in outcomes if outcome.asked and not outcome.drafted_at]
+            assert empty and all(outcome.arm == OFF and outcome.emitted == 1 for outcome in empty), "autoregressive steps"
 
 
 @pytest.mark.parametrize("drafter", ["same", "good", "ngram"])

@@ -479,6 +479,23 @@ def test_steps_whose_drafts_were_cut_teach_no_cost() -> None:
     assert toggle.cost.step_seconds(N3, load) > before
 
 
+def test_a_step_for_which_nothing_was_proposed_is_autoregressive() -> None:
+    toggle = toggle_of(Machine(passes()), "toggle")
+    toggle.begin_rollout(True)
+    load, before = Load(1, 200.0), toggle.acceptance["w4"].state_dict()
+    for _ in range(8):
+        assert toggle.decide(load) == N3
+        toggle.observe(StepOutcome(OFF, load, toggle.cost.step_seconds(OFF, load), emitted=1, asked=3))
+    assert toggle.acceptance["w4"].state_dict() == before, "no draft was rejected"
+    toggle.decide(load)
+    toggle.observe(StepOutcome(N3, load, 1.0, emitted=2, drafted_at=(1,), accepted_at=(1,), asked=3))
+    toggle.end_rollout()
+    metrics = toggle.metrics()
+    assert metrics["share_without_drafts"] == 8 / 9 and metrics["share_speculating"] == 1 / 9
+    assert metrics["regret_seconds"] == 0 and metrics["predicted_over_measured"] == 1, "predictions were for three drafts"
+    assert toggle.trace.count(Reason.EMPTY) == 8
+
+
 def test_responses_that_end_often_make_long_drafts_worth_less() -> None:
     toggle = Toggle(SpeculationConfig(mode="toggle"), FORMATS[:1], Learner(passes()))
     toggle.begin_rollout(True)

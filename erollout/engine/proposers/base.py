@@ -1,6 +1,7 @@
 """Interface of proposers of draft tokens: a quantised policy, an n-gram table or extra heads can each be one file."""
 
 from collections.abc import Iterable
+from collections.abc import Sequence as List
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +32,20 @@ class Drafts:
     processed: tuple[ShardLogits, ...] | None
     """Processed logits from which the drafts were sampled, per draft position, of the (leading) sequences with such a draft.
     None if each draft was certain: the proposer has no distribution, or the verification needs none."""
+    num_drafts: tuple[int, ...] | None = None
+    """Number of drafts of each sequence, where the proposer had fewer than were asked; None: it had all of them."""
+
+    @classmethod
+    def certain(cls, found: List[List[int]], most: int, device: torch.device) -> "Drafts":
+        """Drafts that are known on the host.
+
+        Args:
+            found: the drafts of each sequence, as many as there are and at most those asked.
+            most: largest number of drafts asked.
+        """
+        columns = [[*ids, *[0] * (most - len(ids))] for ids in found]
+        token_ids = torch.tensor(columns, dtype=torch.int64, device=device).T.contiguous()
+        return cls(token_ids, None, tuple(map(len, found)))
 
     def runs(self, columns: Iterable[tuple[int, int]]) -> Tensor:
         """The drafts of several sequences in a row, int64 [drafts]; each sequence given by (column, number of drafts)."""
@@ -44,7 +59,8 @@ class Proposer(Protocol):
         """Raise RuntimeError, naming both versions, unless the proposer belongs to this version of the policy."""
 
     def propose(self, request: DraftRequest) -> Drafts:
-        """Draft tokens. Under tensor parallelism collective over the replica, with equal results on all of its ranks."""
+        """Draft tokens, or fewer than asked where there is nothing to propose. Under tensor parallelism collective over the
+        replica, with equal results on all of its ranks."""
 
     def sleep(self) -> None:
         """Free memory that only a rollout needs."""

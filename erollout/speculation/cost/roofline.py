@@ -31,6 +31,10 @@ class DraftWeights:
     """Bytes per weight of the LM head."""
 
 
+NO_MODEL = DraftWeights(0.0, 0.0)
+"""What a drafter reads that runs no model: its steps have overheads only."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSize:
     """Bytes and FLOP of a pass on one rank of a tensor-parallel replica."""
@@ -38,7 +42,7 @@ class ModelSize:
     weight_bytes: float
     """Bytes of the target's weights."""
     draft_bytes: Mapping[str, float]
-    """Weight bytes of each drafter by format name, including scales and what it shares with the target."""
+    """Weight bytes of each drafter by format name, including scales and what it shares with the target; 0: it runs no model."""
     flops: float
     """FLOP per token of all matmuls with weights."""
     attention_flops: float
@@ -132,22 +136,25 @@ def parts_of(
     """The roofline's formula, for one pass or an array of them.
 
     Args:
-        weight_bytes: bytes of the weights that the pass reads.
+        weight_bytes: bytes of the weights that the pass reads; 0: no model runs, so that only overheads count.
         width: num_speculative_tokens + 1 of the cycle.
         per_sequence: tokens of the pass per sequence: the width in a verify pass, else 1.
     """
     decoded = batch * per_sequence
     tokens = decoded + prefill_tokens
     rows = _tiled(batch, width) if cost.padded else batch
+    runs = weight_bytes > 0
     return Parts(
-        memory=(weight_bytes * cost.weight_factor + size.kv_bytes * cost.kv_factor * batch * context) / cost.bandwidth,
-        compute=_tiled(tokens, cost.tile) * (size.flops + size.attention_flops * context) / cost.compute,
+        memory=(weight_bytes * cost.weight_factor + size.kv_bytes * cost.kv_factor * batch * context) / cost.bandwidth * runs,
+        compute=_tiled(tokens, cost.tile) * (size.flops + size.attention_flops * context) / cost.compute * runs,
         overhead=cost.per_token * decoded  # prompt tokens need no acceptance
         + cost.per_pass
         + cost.per_sequence * _tiled(rows, cost.sequence_tile)
         + cost.per_context * context,
-        communication=size.reduces * (links.latency + tokens * size.reduce_bytes / links.bandwidth)
-        + links.per_sequence * batch,
+        communication=(
+            size.reduces * (links.latency + tokens * size.reduce_bytes / links.bandwidth) + links.per_sequence * batch
+        )
+        * runs,
     )
 
 

@@ -115,7 +115,7 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """Description of damage to a checkpoint's files; None: they match the manifest.
 
     Sizes of all files are compared, and checksums of every `parts`-th file from `part` on, so that ranks share the reading. A
-    file that can't be read is retried some seconds later, because network filesystems fail temporarily.
+    file that is there but can't be read is retried some seconds later, because network filesystems fail temporarily.
     """
     for pause in _READ_AGAIN_AFTER:
         with suppress(OSError):
@@ -136,6 +136,8 @@ def _find_damage(checkpoint: Path, part: int, parts: int) -> str | None:
                 return f"{name} {reason}"
     except UserError as error:
         return str(error)
+    except FileNotFoundError:
+        return f"{name} is missing"
     except OSError as error:
         error.filename = name
         raise

@@ -1,8 +1,8 @@
 """Real process groups for tests: warm worker processes, a fresh gloo world for every call.
 
-Importing torch and megatron-core takes seconds, on a busy machine a minute, so the workers live for the whole test session and
-a call's time begins when all have imported what it needs. A worker that dies or hangs fails the call that it served, with the
-stacks of all on stderr; the next call starts new workers.
+Importing torch and megatron-core takes seconds, on a busy machine a minute, so one process has imported them and workers are
+forked from it, which live for the whole test session. A call's time begins when all have imported what else it needs. A worker
+that dies or hangs fails the call that it served, with the stacks of all on stderr; the next call starts new workers.
 """
 
 import faulthandler
@@ -20,6 +20,9 @@ from typing import Any
 
 START_SECONDS = 200
 """For new workers and their imports."""
+IMPORTED = ("erollout.train.session", "erollout.command_line.sampling", "transformers.models.llama.modeling_llama", "pytest")
+HAS_GPU = Path("/dev/nvidiactl").exists()
+"""Then workers import everything anew: a process that was forked from one that has looked for GPUs can't use them."""
 
 
 class RankFailure(AssertionError):
@@ -81,6 +84,9 @@ class RankPool:
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="erollout-ranks-")
         self._calls = 0
+        self._context = mp.get_context("spawn" if HAS_GPU else "forkserver")
+        if not HAS_GPU:
+            self._context.set_forkserver_preload(list(IMPORTED))
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """Call `function(*args)` on every rank of a new gloo world; the results in rank order.
@@ -123,11 +129,10 @@ class RankPool:
         time.sleep(1)
 
     def _start(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
         while len(self._workers) < world_size:
-            ours, theirs = context.Pipe()
+            ours, theirs = self._context.Pipe()
             rank = len(self._workers)
-            process = context.Process(target=_serve, args=(theirs, rank), daemon=False)  # a daemon may not start children
+            process = self._context.Process(target=_serve, args=(theirs, rank), daemon=False)  # a daemon may not start children
             process.start()
             theirs.close()
             self._workers.append((process, ours))

@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-tp2 demo-tp2pp2 demo-rollout test test-unit test-cluster check lint clean
+.PHONY: install demo demo-tp2 demo-tp2pp2 demo-rollout test test-full test-unit test-cluster check lint clean
 
 install: $(INSTALLED)
 
@@ -32,11 +32,16 @@ demo-tp2pp2: install
 demo-rollout: install
 	$(BIN)/erollout demo-rollout --config configs/demo-rollout.yaml $(ARGS)
 
+# Every guarantee once, on small tables. A worker that is out of tests takes half of what the other one has left.
 test: install
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist worksteal
+
+# And the long tables, more kinds of interruption, a Ray and a Slurm cluster on this machine.
+test-full: install
+	$(BIN)/pytest -n 2 --dist worksteal -m "not cluster"
 
 test-unit: install
-	$(BIN)/pytest -n 2 -m "not (distributed or end_to_end or slurm or ray or cluster)"
+	$(BIN)/pytest -n 2 -m "not (distributed or end_to_end or slurm or ray or full or cluster)"
 
 # Launching and surviving, in full: real Slurm and Ray clusters on this machine, kills at random. About 20 minutes.
 test-cluster: install

@@ -217,7 +217,7 @@ def test_a_terminal_without_a_character_ends_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("after", [0.05, 0.8, 3.0, 6.0])
+@pytest.mark.parametrize("after", [0.8, *(pytest.param(after, marks=pytest.mark.full) for after in (0.05, 3.0, 6.0))])
 def test_ctrl_c_while_libraries_load_ends_the_command_without_a_traceback(after: float, config: str) -> None:
     """From our first lines on: what comes before is Python's own."""
     arguments = ["train", "--config", config, "parallel.world_size=1", "train.steps=100000", "rollout.dtype=float32"]

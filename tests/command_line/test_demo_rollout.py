@@ -99,6 +99,7 @@ def demo(tmp_path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.end_to_end
+@pytest.mark.full
 def test_demo_fine_tunes_once_then_compares(demo: tuple[str, str]) -> None:
     config, warm_start = demo
     outcomes = [execute("demo-rollout", "--config", config, "--warm-start", warm_start) for _ in range(2)]

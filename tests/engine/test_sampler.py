@@ -122,7 +122,11 @@ def test_raw_logits_are_neither_copied_nor_changed_without_need() -> None:
     assert torch.equal(raw.values, before)
 
 
-@pytest.mark.parametrize(("params", "draws"), [(PLAIN, 200_000), (SETTINGS[-1], 20_000)], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("params", "draws"),
+    [(PLAIN, 20_000), (SETTINGS[-1], 20_000), pytest.param(PLAIN, 200_000, marks=pytest.mark.full)],
+    ids=["plain", "everything", "many"],
+)
 def test_samples_follow_the_distribution(params: SamplingParams, draws: int) -> None:
     """Chi-square of draws at successive positions of one sequence against the exact probabilities."""
     batch, vocabulary = 250, 12

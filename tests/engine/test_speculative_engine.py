@@ -129,7 +129,7 @@ def test_greedy_tokens_are_those_without_drafts(name: str, verification: Verific
         assert 0 < engine.stats.speculation.accepted < engine.stats.speculation.drafted
 
 
-@pytest.mark.end_to_end  # many prompts
+@pytest.mark.full
 def test_greedy_tokens_are_those_without_drafts_over_a_thousand_prompts() -> None:
     lengths = [1 + i % 37 for i in range(1000)]
     requests = [RolloutRequest(i, ids, 1, replace(GREEDY, max_tokens=12), seed=0) for i, ids in enumerate(prompts(*lengths))]
@@ -199,7 +199,7 @@ def test_logprobs_are_transformers_log_softmax(verification: Verification) -> No
     assert 0 < engine.stats.speculation.accepted < engine.stats.speculation.drafted
 
 
-@pytest.mark.parametrize("drafter", ["good", "bad"])
+@pytest.mark.parametrize("drafter", ["good", pytest.param("bad", marks=pytest.mark.full)])
 def test_two_drafted_tokens_follow_the_models_distribution(drafter: str) -> None:
     """Chi-square of the two tokens after a sampled one, against transformers' probabilities of all 27 responses."""
     sampling = SamplingParams(temperature=1.5, top_k=3, max_tokens=4)

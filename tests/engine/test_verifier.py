@@ -134,7 +134,7 @@ def run_case(params: SamplingParams, verification: Verification, drafter: str, t
     assert rate == 1 if drafter == "same" else 0.6 < rate < 0.95 if drafter == "good" else rate < 0.5
 
 
-@pytest.mark.end_to_end  # a minute on a busy core
+@pytest.mark.full
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 def test_200_000_tokens_follow_the_targets_distribution(verification: Verification, drafter: str) -> None:

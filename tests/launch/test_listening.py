@@ -63,7 +63,7 @@ def listening(processes: list[psutil.Process]) -> set[tuple[str, int]]:
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.full)])
 def test_a_run_on_one_machine_can_be_reached_from_no_other(
     tmp_path: Path, neighbour: tuple[str, list[str]], ranks: int
 ) -> None:
@@ -88,6 +88,7 @@ def test_a_run_on_one_machine_can_be_reached_from_no_other(
 
 
 @pytest.mark.end_to_end
+@pytest.mark.full
 def test_nodes_are_reached_on_their_interface_alone(tmp_path: Path, neighbour: tuple[str, list[str]]) -> None:
     address, there = neighbour
     config = write_config(tmp_path, rollout={"dtype": "float32"}, train={"steps": 1000})

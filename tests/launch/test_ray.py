@@ -93,6 +93,7 @@ def test_rewards_are_those_of_the_process_pool(pool: RewardPool) -> None:
     assert counts.first_error is not None and counts.first_error.startswith(("RuntimeError: no idea", "ValueError: "))
 
 
+@pytest.mark.full
 def test_whatever_a_scorer_does_costs_only_its_own_sample_and_leaves_nothing_behind(nodes: Nodes, tmp_path: Path) -> None:
     from erollout.rewards.ray_pool import RayRewardPool
 
@@ -109,6 +110,7 @@ def test_whatever_a_scorer_does_costs_only_its_own_sample_and_leaves_nothing_beh
     assert not any(map(psutil.pid_exists, started))
 
 
+@pytest.mark.full
 def test_scoring_that_has_no_place_is_refused_in_one_line(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     from erollout.rewards import ray_pool
 
@@ -162,6 +164,7 @@ def launch(nodes: Nodes, config: Path, *options: str) -> list[str]:
     return ["launch", "ray", "--address", nodes.head.address, "--config", str(config), *placed]
 
 
+@pytest.mark.full
 def test_a_run_is_placed_on_both_nodes(nodes: Nodes, tmp_path: Path) -> None:
     done = execute(*launch(nodes, write_config(tmp_path), "train.steps=1"), timeout=600)
     logs = {path.name: path.read_text() for path in (tmp_path / "run/logs/latest").glob("*.out")}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from slurm_runs import STEPS, Cluster, Run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.full, pytest.mark.timeout(600)]
 
 ASKED = 4
 

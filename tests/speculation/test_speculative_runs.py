@@ -59,13 +59,27 @@ def test_auto_chooses_formats_from_the_first_rollout_on_every_replica(rank_pool:
     assert all(row["speculation/acceptance_rate"] > 0.5 for row in history(tmp_path))
 
 
+@pytest.fixture(scope="module")
+def undecided(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
+    """A run without drafts in which prompts are dispatched at its begin and nothing moves."""
+    folder = tmp_path_factory.mktemp("undecided")
+    rank_pool.run(2, train_here, _tree(folder, "run", coordinator={"policy": "replica", "dispatch": "static"}))
+    return [[row[name] for name in SAME] for row in history(folder)]
+
+
+DECISIONS = [(mode, policy) for mode in ("toggle", "adaptive", "ladder") for policy in ("replica", "cluster", "makespan")]
+QUICK = [("toggle", "replica"), ("ladder", "cluster"), ("adaptive", "makespan")]
+"""Each mode and each policy once."""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("mode", ["toggle", "adaptive", "ladder"])
-@pytest.mark.parametrize("policy", ["replica", "cluster", "makespan"])
-def test_who_decides_and_how_changes_no_number_of_a_run(mode: str, policy: str, rank_pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "policy"), [*QUICK, *(pytest.param(*both, marks=pytest.mark.full) for both in DECISIONS if both not in QUICK)]
+)
+def test_who_decides_and_how_changes_no_number_of_a_run(
+    mode: str, policy: str, rank_pool: RankPool, tmp_path: Path, undecided: list[list[float]]
+) -> None:
     speculation = SPECULATION | {"mode": mode, "toggle": {"bootstrap_seconds": 0.2}}
     coordinator = {"policy": policy, "window_seconds": 0.001}
-    rank_pool.run(2, train_here, _tree(tmp_path, "off", coordinator={"policy": "replica", "dispatch": "static"}))
-    rank_pool.run(2, train_here, _tree(tmp_path, "on", speculation=speculation, coordinator=coordinator))
-    off, on = history(tmp_path, "off"), history(tmp_path, "on")
-    assert [[row[name] for name in SAME] for row in off] == [[row[name] for name in SAME] for row in on]
+    rank_pool.run(2, train_here, _tree(tmp_path, "run", speculation=speculation, coordinator=coordinator))
+    assert [[row[name] for name in SAME] for row in history(tmp_path)] == undecided

@@ -25,7 +25,9 @@ class Launched:
         with open(output, "a") as file:
             whole = command(*arguments) if program is None else [sys.executable, "-c", program, *arguments]
             environment = ENVIRONMENT | {_MARK: self.mark}
-            self.process = subprocess.Popen(whole, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                whole, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def __enter__(self) -> "Launched":
         return self

@@ -1,21 +1,15 @@
 """Whole commands as a user starts them: the demo and what works on its results, and commands that are ended from outside."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
-from commands import ENVIRONMENT, Outcome, command, execute, invoke
+from commands import Outcome, execute, invoke
 from ranks import RankPool
-from tiny_runs import ARCHITECTURE, all_rows, history, steps_recorded, tiny_tree, train_here, write_config
+from tiny_runs import ARCHITECTURE, all_rows, history, tiny_tree, train_here, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from erollout.types import Rollout
@@ -176,6 +170,7 @@ def test_files_are_scored_by_their_own_scorer_and_reported_one_by_one(rank_pool:
 
 
 @pytest.mark.end_to_end
+@pytest.mark.full
 def test_error_of_all_ranks_is_one_line_and_a_busy_port_in_the_environment_is_none(rank_pool: RankPool, tmp_path: Path) -> None:
     """The local launcher takes a port of its own, whatever MASTER_PORT says; the checkpoint is what the ranks refuse."""
     sections = {"checkpoint": {"interval": 1}, "parallel": {"world_size": 2}}
@@ -188,45 +183,3 @@ def test_error_of_all_ranks_is_one_line_and_a_busy_port_in_the_environment_is_no
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         outcome = execute("train", "--config", config, "model.architecture.hidden_size=16", **address)
     assert "step_00000001 has another model" in outcome.error() and outcome.status == 2
-
-
-@pytest.mark.end_to_end
-@pytest.mark.parametrize(
-    ("end", "status"),
-    [
-        (lambda process: os.killpg(process.pid, signal.SIGINT), 130),
-        (lambda process: process.terminate(), 143),
-        (lambda process: process.kill(), -9),
-    ],
-    ids=["ctrl-c", "terminated", "killed"],
-)
-def test_no_process_outlives_the_command(end: Callable[[subprocess.Popen[str]], None], status: int, tmp_path: Path) -> None:
-    sections = {"parallel": {"world_size": 2}, "train": {"steps": 10**6, "output_dir": str(tmp_path / "run")}}
-    config = str(write_config(tmp_path, **sections))
-    with open(tmp_path / "stderr", "w") as stderr:
-        process = subprocess.Popen(
-            command("train", "--config", config),
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,
-        )
-        try:
-            _wait_for(lambda: steps_recorded(tmp_path) > 0, process)
-            family = psutil.Process(process.pid).children(recursive=True)
-            assert len(family) >= 2
-            end(process)
-            assert process.wait(60) == status
-            _, alive = psutil.wait_procs(family, timeout=60)
-        finally:
-            process.kill()
-    assert not alive
-    assert "Traceback" not in (tmp_path / "stderr").read_text()
-
-
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the command ended by itself"
-        assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.1)

@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,6 +43,10 @@ def _kill_a_rank(run: Launched, rng: random.Random) -> None:
             rank.kill()
 
 
+def _kill_the_last_rank(run: Launched, rng: random.Random) -> None:
+    run.ranks()[-1].kill()
+
+
 def _kill_the_launcher(run: Launched, rng: random.Random) -> None:
     run.process.kill()
 
@@ -61,8 +67,12 @@ def _ask_to_stop(run: Launched, rng: random.Random) -> None:
     run.process.send_signal(signal.SIGTERM)
 
 
+def _as_a_rank_begins(chaos: "Chaos", saved: int) -> bool:
+    return chaos.launched is not None and bool(chaos.launched.ranks())
+
+
 def _at_a_step(chaos: "Chaos", saved: int) -> bool:
-    return chaos.reached() > saved
+    return chaos.begun() > chaos.before and bool(chaos.attempts()[-1])
 
 
 def _past_a_checkpoint(chaos: "Chaos", saved: int) -> bool:
@@ -90,6 +100,10 @@ class Chaos:
         folder.mkdir()
         self.folder, self.run, self.rng, self.most_lost = folder, folder / "run", rng, most_lost
         self.config = write_config(folder, **sections)
+        self.launched: Launched | None = None
+        self.status = 0
+        self.before = 0.0
+        """When the attempt before had begun."""
 
     def attempt(self, moment: Moment | None = None, seconds: float = 0.0, *disturbances: Disturbance) -> bool:
         """One start of the run; whether it came to its end.
@@ -98,23 +112,26 @@ class Chaos:
             moment: that is waited for; None: the start.
             seconds: up to which time passes before each disturbance.
         """
-        saved = self.saved()
+        saved, self.before = self.saved(), self.begun()
         (self.run / "verdict").unlink(missing_ok=True)
+        (self.folder / "output").unlink(missing_ok=True)
         with Launched("train", "--config", str(self.config), output=self.folder / "output") as run:
+            self.launched = run
             if moment is not None:
-                run.wait_until(lambda: run.process.poll() is not None or moment(self, saved), pause=0.002)
+                pause = 0.002 if moment is _while_saving else 0.05
+                run.wait_until(lambda: run.process.poll() is not None or moment(self, saved), pause=pause)
             for disturbance in disturbances:
                 time.sleep(self.rng.uniform(0, seconds))
                 disturbance(run, self.rng)
             disturbed = time.monotonic()
-            status = run.process.wait(280)
+            self.status = run.process.wait(280)
             run.wait_until_gone(10)
         names = ", ".join(function.__name__.strip("_") for function in (moment, *disturbances) if function) or "left alone"
         print(
-            f"from step {saved}: {names}: status {status} after {time.monotonic() - disturbed:.1f} s, "
+            f"from step {saved}: {names}: status {self.status} after {time.monotonic() - disturbed:.1f} s, "
             f"verdict {self.verdict()}, did {self.reached()}, saved {self.saved()}"
         )
-        self._check(status, was_killed=not {_kill_a_rank, _kill_the_launcher}.isdisjoint(disturbances))
+        self._check(was_killed=not {_kill_a_rank, _kill_the_launcher}.isdisjoint(disturbances))
         return self.verdict() == "done"
 
     def attempts(self) -> list[list[int]]:
@@ -126,6 +143,10 @@ class Chaos:
             elif record["kind"] == "metrics" and "reward/mean" in record["values"] | record.get("repeated", {}):
                 found[-1].append(record["step"])
         return found
+
+    def begun(self) -> float:
+        """When the newest attempt began to train; 0: none has."""
+        return max((record["time"] for record in self.records() if record["kind"] == "start"), default=0.0)
 
     def records(self) -> list[dict[str, Any]]:
         path, found = journal_path(self.run), []
@@ -139,6 +160,10 @@ class Chaos:
         path = self.run / "verdict"
         return path.read_text().strip() if path.exists() else None
 
+    def said(self) -> str:
+        """What the last attempt printed."""
+        return (self.folder / "output").read_text()
+
     def saved(self) -> int:
         """Step of the newest checkpoint."""
         found = complete_checkpoints(self.run / "checkpoints")
@@ -148,15 +173,15 @@ class Chaos:
         """The last step that the newest attempt has done; that of the checkpoint if it has done none."""
         return max(self.saved(), *itertools.chain(*self.attempts()[-1:]), 0)
 
-    def _check(self, status: int, was_killed: bool) -> None:
+    def _check(self, was_killed: bool) -> None:
         """What a run leaves, however it ended: whole checkpoints, and few steps lost."""
         for checkpoint in complete_checkpoints(self.run / "checkpoints"):
             assert damage(checkpoint) is None
-        output = (self.folder / "output").read_text()
+        output = self.said()
         assert self.reached() - self.saved() <= self.most_lost, output
         if self.verdict() is not None:
             late = (-signal.SIGKILL, 128 + signal.SIGKILL) if was_killed else ()  # after the verdict, before the launcher's end
-            assert status in (0, 128 + signal.SIGTERM, *late) and self.reached() == self.saved(), output
+            assert self.status in (0, 128 + signal.SIGTERM, *late) and self.reached() == self.saved(), output
 
     def check_attempts(self) -> None:
         """Each goes on behind a checkpoint, and does each step once."""
@@ -212,14 +237,47 @@ def _unbroken(rank_pool: RankPool, folder: Path, steps: int, **sections: Any) ->
 
 
 @pytest.mark.end_to_end
-def test_a_run_that_is_killed_and_suspended_ends_as_one_that_was_left_alone(rank_pool: RankPool, tmp_path: Path) -> None:
-    unbroken = _unbroken(rank_pool, tmp_path / "unbroken", 6)
-    unhurried = {"function": "unhurried_scorer:a_second"}  # time to disturb it
-    chaos = Chaos(tmp_path / "chaos", random.Random(0), **_sections(tmp_path / "chaos", 6, rewards=unhurried))
-    assert not chaos.attempt(_past_a_checkpoint, 0.0, _kill_the_launcher)
-    assert chaos.attempt(_at_a_step, 0.5, _suspend_a_rank)
+@pytest.mark.timeout(900)  # five starts
+def test_a_run_that_is_disturbed_in_every_way_ends_as_one_that_was_left_alone(rank_pool: RankPool, tmp_path: Path) -> None:
+    """Each start of the same command ends by another cause; two nodes that meet take the last one."""
+    steps = 10
+    unbroken = _unbroken(rank_pool, tmp_path / "unbroken", steps)
+    unhurried = {"function": "unhurried_scorer:half_a_second"}  # time to disturb it
+    chaos = Chaos(tmp_path / "chaos", random.Random(0), **_sections(tmp_path / "chaos", steps, rewards=unhurried))
+
+    assert not chaos.attempt(_as_a_rank_begins, 0.0, _ask_to_requeue)
+    assert (chaos.status, chaos.verdict()) == (0, "requeue"), "the ranks don't listen yet: the launcher waits until they do"
+
+    assert not chaos.attempt(_past_a_checkpoint, 0.0, _kill_the_last_rank)
+    assert chaos.status == 128 + signal.SIGKILL
+    assert re.search(rf"error: rank 1 \(pid \d+, host {socket.gethostname()}\) was ended by SIGKILL; possibly", chaos.said())
+    (chaos.run / "checkpoints" / "step_00000099.partial").mkdir()  # left by a crash in the middle of saving
+
+    assert not chaos.attempt(_at_a_step, 0.0, _suspend_a_rank, _kill_the_launcher)
+    assert not chaos.attempt(_at_a_step, 0.0, _ask_to_stop)
+    assert (chaos.status, chaos.verdict()) == (128 + signal.SIGTERM, "stopped") and "Traceback" not in chaos.said()
+
+    outputs = _on_two_nodes(chaos)
+    assert chaos.verdict() == "done" and any("training tensor 1 x data 2" in output for output in outputs), outputs
     chaos.check_attempts()
-    _assert_same_end(chaos.folder, unbroken, 6)
+    _assert_same_end(chaos.folder, unbroken, steps)
+
+
+def _on_two_nodes(chaos: Chaos) -> list[str]:
+    """One start of the run by two agents that meet: what they print. Each rank's output is in a file too."""
+    logs = chaos.folder / "logs"
+    where = ["--nodes", "2", "--nproc-per-node", "1", "--head", "127.0.0.1", "--interface", "lo", "--log-dir", str(logs)]
+    arguments = ["launch", "torchrun", *where, "--config", str(chaos.config)]
+    files = [chaos.folder / f"node-{node}" for node in range(2)]
+    with Launched(*arguments, output=files[0]) as first, Launched(*arguments, output=files[1]) as second:
+        statuses = [agent.process.wait(280) for agent in (first, second)]
+    outputs = [file.read_text() for file in files]
+    assert statuses == [0, 0], outputs
+    assert {file.name for file in logs.iterdir()} == {f"rank_0000{rank}.{kind}" for rank in range(2) for kind in ("out", "err")}
+    assert any(line.startswith("rank 0: ") and " step=10/10 " in line for output in outputs for line in output.splitlines())
+    assert " step=10/10 " in (logs / "rank_00000.out").read_text()
+    assert "training tensor 1 x data 2" in (logs / "rank_00000.err").read_text()
+    return outputs
 
 
 @pytest.mark.cluster

@@ -1,9 +1,10 @@
-"""Runs that are asked to stop in the middle of a rollout: they end there, keep its tokens, and go on as if unbroken."""
+"""Runs that are interrupted at each moment of a step: they end there, keep what was sampled, and resume as if unbroken."""
 
 import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,59 @@ COMPARED = ("train/loss", "train/grad_norm", "reward/mean", "response_length/mea
 COUPLED = {"mode": "always", "verification": "coupled", "drafter": {"format": "w4a16", "group_size": 16}}
 
 
-def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int, dies: bool = False) -> None:
-    """A run in which every rank gets SIGUSR1 as soon as it has completed so many responses of a rollout.
+@dataclass(frozen=True)
+class Interruption:
+    """What ends one start of a run, and the step of the newest checkpoint that it leaves."""
 
-    It is slow from then on, so that few more are completed before all ranks have agreed on it.
-    `dies`: while the checkpoint takes the place of one of the same step.
+    moment: str
+    step: int
+    """The first is 0."""
+    saved: int | None
+    keeps: bool = False
+    """Whether the checkpoint holds a part of a rollout."""
+    verdict: str = "requeue"
+    status: int = 0
+
+
+INTERRUPTIONS = (
+    Interruption("evaluation", 0, None),
+    Interruption("rollout", 0, 0, keeps=True),
+    Interruption("rollout", 0, 0, keeps=True),  # the same one again
+    Interruption("update", 0, 1),
+    Interruption("scoring", 1, 1, keeps=True, verdict="stopped", status=143),
+    Interruption("evaluation", 2, 2),
+    Interruption("rollout", 2, 2, keeps=True),
+    Interruption("saving", 2, None),
+    Interruption("evaluation", 3, 3),
+)
+"""In the order in which one run meets them."""
+LAYOUTS: dict[str, dict[str, int]] = {"data": {}, "pipeline": {"pipeline_model_parallel_size": 2}}
+
+
+def interrupted_train(tree: dict[str, Any], moment: str, step: int, responses: int = 2) -> int | str | None:
+    """A run that is interrupted at a moment of a step, and the status that it exits with.
+
+    In a rollout or evaluation every rank gets SIGUSR1 once it has completed so many responses, in an update one rank alone; as
+    responses begin to be scored, SIGTERM reaches every process; as a checkpoint takes the place of one of the same step, the
+    process ends.
     """
+    patches = {"update": _asks_in_update, "scoring": _terminates_in_scoring}
+    with pytest.MonkeyPatch.context() as patch:
+        if moment in patches:
+            patches[moment](patch, step)
+        else:
+            _asks_in_rollout(patch, int(moment == "evaluation"), step, responses)
+        if moment == "saving":
+            _dies_in_the_last_rename(patch)
+        try:
+            train_here(tree)
+        except SystemExit as ended:
+            return ended.code
+    return 0
+
+
+def _asks_in_rollout(patch: pytest.MonkeyPatch, stream: int, step: int, responses: int) -> None:
+    """It is slow from then on, so that few more are completed before all ranks have agreed on it."""
     from erollout.rollout.rollout_worker import RolloutWorker
 
     rollout, text, generate = RolloutWorker.rollout, RolloutWorker.text, RolloutWorker._generate
@@ -57,37 +105,45 @@ def asked_train(tree: dict[str, Any], stream: int, step: int, responses: int, di
                 time.sleep(0.2)
         return text(self, response)
 
-    def last_rename(written: Path, target: Path) -> Path:
-        if dies and target.parent.name == "checkpoints" and written.suffix == ".partial":
-            os._exit(9)
-        return rename(written, target)
-
-    rename = Path.rename
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "rename", last_rename)
-        patch.setattr(RolloutWorker, "rollout", noted_rollout)
-        patch.setattr(RolloutWorker, "text", counted_text)
-        patch.setattr(RolloutWorker, "_generate", noted_generate)
-        train_here(tree)
+    patch.setattr(RolloutWorker, "rollout", noted_rollout)
+    patch.setattr(RolloutWorker, "text", counted_text)
+    patch.setattr(RolloutWorker, "_generate", noted_generate)
 
 
-def train_terminated_in_scoring(tree: dict[str, Any]) -> None:
-    """A run in which SIGTERM reaches every process as the second rollout's responses begin to be scored."""
+def _asks_in_update(patch: pytest.MonkeyPatch, step: int) -> None:
+    import torch.distributed as dist
+
+    from erollout.train.updates import Updates
+
+    make = Updates.make
+
+    def asked(self: Updates, batches: Any, now: int) -> Any:
+        if now == step and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return make(self, batches, now)
+
+    patch.setattr(Updates, "make", asked)
+
+
+def _terminates_in_scoring(patch: pytest.MonkeyPatch, step: int) -> None:
     from erollout.rewards.pool import RewardPool
+    from erollout.train.trainer import Trainer
 
-    collect, submit = RewardPool.collect, RewardPool.submit
-    calls, held = 0, []
+    collect, submit, train_step = RewardPool.collect, RewardPool.submit, Trainer.train_step
+    now, held = [-1], []
+
+    def noted_step(self: Trainer, number: int, phase: Any) -> Any:
+        now[0] = number
+        return train_step(self, number, phase)
 
     def later(self: RewardPool, *args: Any) -> None:
-        if calls == 1:
+        if now[0] == step:
             held.append(args)
         else:
             submit(self, *args)
 
     def disturbed(self: RewardPool, *args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
+        if now[0] == step:
             for response in held:
                 submit(self, *response)
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
@@ -95,10 +151,20 @@ def train_terminated_in_scoring(tree: dict[str, Any]) -> None:
                     process.terminate()
         return collect(self, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RewardPool, "submit", later)
-        patch.setattr(RewardPool, "collect", disturbed)
-        train_here(tree)
+    patch.setattr(Trainer, "train_step", noted_step)
+    patch.setattr(RewardPool, "submit", later)
+    patch.setattr(RewardPool, "collect", disturbed)
+
+
+def _dies_in_the_last_rename(patch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def dies(written: Path, target: Path) -> Path:
+        if target.parent.name == "checkpoints" and written.suffix == ".partial":
+            os._exit(9)
+        return rename(written, target)
+
+    patch.setattr(Path, "rename", dies)
 
 
 def _tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -114,11 +180,13 @@ def _tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _kept(folder: Path) -> tuple[str, PartialRollouts | None]:
-    """The newest checkpoint's name, and what it keeps of a rollout."""
-    newest = complete_checkpoints(folder / "run" / "checkpoints")[-1]
-    file = newest / PARTIAL_ROLLOUTS
-    return newest.name, PartialRollouts.from_bytes(file.read_bytes()) if file.exists() else None
+def _kept(folder: Path) -> tuple[int | None, PartialRollouts | None]:
+    """Step of the newest checkpoint, and what it keeps of a rollout."""
+    found = complete_checkpoints(folder / "run" / "checkpoints")
+    if not found:
+        return None, None
+    file = found[-1] / PARTIAL_ROLLOUTS
+    return int(found[-1].name.removeprefix("step_")), PartialRollouts.from_bytes(file.read_bytes()) if file.exists() else None
 
 
 def _assert_same_run(folder: Path, unbroken: Path) -> None:
@@ -134,111 +202,63 @@ def _assert_same_run(folder: Path, unbroken: Path) -> None:
     assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
 
 
-@pytest.fixture(scope="module")
-def unbroken(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    rank_pool.run(2, train_here, _tree(folder))
-    return folder
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize("speculation", [{"mode": "off"}, COUPLED], ids=["off", "coupled"])
-def test_a_run_interrupted_in_two_rollouts_ends_as_an_unbroken_one(
-    speculation: dict[str, Any], rank_pool: RankPool, unbroken: Path, tmp_path: Path
-) -> None:
-    tree = _tree(tmp_path, speculation=speculation)
-    rank_pool.run(2, asked_train, tree, 0, 0, 2)
-    name, first = _kept(tmp_path)
-    assert (tmp_path / "run" / "verdict").read_text() == "requeue\n"
-    assert name == "step_00000000" and first is not None and first.finished and first.begun
-    rank_pool.run(2, asked_train, tree, 0, 0, 2)
-    name, second = _kept(tmp_path)
-    assert name == "step_00000000" and second is not None and len(first.finished) < len(second.finished) < 16
-    assert second.num_tokens > first.num_tokens
-    rank_pool.run(2, asked_train, tree, 0, 1, 3)
-    name, third = _kept(tmp_path)
-    assert name == "step_00000001" and third is not None
-    rank_pool.run(2, train_here, tree)
-    assert _kept(tmp_path) == ("step_00000003", None)
-    _assert_same_run(tmp_path, unbroken)
-    resumed = [(row["rollout/resumed_samples"], row["rollout/kept_tokens"]) for row in history(tmp_path)]
-    assert resumed == [(len(second.samples), second.num_tokens), (len(third.samples), third.num_tokens), (0, 0)]
-
-
-@pytest.mark.distributed
-def test_an_interrupted_evaluation_is_made_by_the_next_attempt(rank_pool: RankPool, unbroken: Path, tmp_path: Path) -> None:
-    tree = _tree(tmp_path)
-    for step in (0, 2, 3):
-        rank_pool.run(2, asked_train, tree, 1, step, 2)
-        assert (tmp_path / "run" / "verdict").read_text() == "requeue\n"
-        if step:
-            assert _kept(tmp_path) == (f"step_{step:08d}", None)
+@pytest.mark.parametrize("layout", ["data", pytest.param("pipeline", marks=pytest.mark.full)])
+def test_a_run_interrupted_at_every_moment_ends_as_an_unbroken_one(layout: str, rank_pool: RankPool, tmp_path: Path) -> None:
+    """Every second start speculates."""
+    sections: dict[str, Any] = {"parallel": LAYOUTS[layout]}
+    rank_pool.run(2, train_here, _tree(tmp_path / "unbroken", **sections))
+    folder = tmp_path / "broken"
+    sections["checkpoint"] = {"interval": 100, "keep_last": 1, "export_path": str(folder / "exported")}
+    resumed: dict[int, PartialRollouts] = {}
+    for number, there in enumerate(INTERRUPTIONS):
+        scorer = {"function": "toy_scorer:by_a_child"} if there.moment == "scoring" else {}
+        speculation = COUPLED if number % 2 else {"mode": "off"}
+        tree = _tree(folder, speculation=speculation, rewards=scorer, **sections)
+        if there.moment == "saving":
+            with pytest.raises(RankFailure, match="rank 0 died"):
+                rank_pool.run(2, interrupted_train, tree, there.moment, there.step)
         else:
-            assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
-    rank_pool.run(2, train_here, tree)
-    assert (tmp_path / "run" / "verdict").read_text() == "done\n"
-    _assert_same_run(tmp_path, unbroken)
+            assert rank_pool.run(2, interrupted_train, tree, there.moment, there.step) == [there.status] * 2, there
+            assert (folder / "run" / "verdict").read_text() == f"{there.verdict}\n", there
+        step, kept = _kept(folder)
+        assert (step, kept is not None) == (there.saved, there.keeps), there
+        if kept is not None:
+            assert there.moment == "scoring" or (len(kept.finished) < 16 and kept.begun), there
+            if (before := resumed.get(there.step)) is not None:
+                assert kept.num_tokens > before.num_tokens and len(kept.finished) > len(before.finished), there
+            resumed[there.step] = kept
+    assert len(resumed[1].finished) == 16, "what was being scored is complete"
+    rank_pool.run(2, train_here, _tree(folder, **sections))
+    assert (folder / "run" / "verdict").read_text() == "done\n"
+    _assert_same_run(folder, tmp_path / "unbroken")
+    rows = [(row["rollout/resumed_samples"], row["rollout/kept_tokens"]) for row in history(folder)]
+    assert rows == [(len(resumed[step].samples), resumed[step].num_tokens) for step in range(STEPS)]
+    assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["step_00000003"]
+    assert _kept(folder) == (3, None)
 
 
 @pytest.mark.distributed
-def test_what_a_signal_did_to_scoring_is_scored_again(rank_pool: RankPool, unbroken: Path, tmp_path: Path) -> None:
-    tree = _tree(tmp_path, rewards={"function": "toy_scorer:by_a_child"}, evaluation={"interval": 0})
-    with pytest.raises(RankFailure, match="143"):
-        rank_pool.run(2, train_terminated_in_scoring, tree)
-    name, kept = _kept(tmp_path)
-    assert name == "step_00000001" and kept is not None and len(kept.finished) == 16
-    rank_pool.run(2, train_here, tree)
-    ours, theirs = history(tmp_path), history(unbroken)
-    for name in COMPARED:
-        assert [row[name] for row in ours] == [row[name] for row in theirs], name
-
-
-@pytest.mark.distributed
-def test_a_crash_while_a_checkpoint_is_replaced_loses_none(rank_pool: RankPool, unbroken: Path, tmp_path: Path) -> None:
-    """The same step is saved twice, as its rollout is interrupted twice, and nothing else is kept."""
-    tree = _tree(tmp_path, checkpoint={"interval": 100, "keep_last": 1, "export_path": str(tmp_path / "exported")})
-    rank_pool.run(2, asked_train, tree, 0, 1, 2)
-    name, kept = _kept(tmp_path)
-    assert name == "step_00000001" and kept is not None
-    with pytest.raises(RankFailure, match="rank 0 died"):
-        rank_pool.run(2, asked_train, tree, 0, 1, 2, True)
-    assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
-    rank_pool.run(2, train_here, tree)
-    _assert_same_run(tmp_path, unbroken)
-    assert history(tmp_path)[1]["rollout/resumed_samples"] == len(kept.samples)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000003"]
-
-
-@pytest.mark.distributed
-def test_the_first_rollout_goes_on_with_any_optimizer(rank_pool: RankPool, tmp_path: Path) -> None:
-    """It has no state yet that could be saved."""
-    sections = {"model": tiny_tree(tmp_path)["model"] | {"dtype": "bfloat16"}, "evaluation": {"interval": 0}}
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.full)])
+def test_a_distributed_optimizer_resumes_with_its_state_and_before_it_has_any(
+    dtype: str, rank_pool: RankPool, tmp_path: Path
+) -> None:
+    sections = {"model": tiny_tree(tmp_path)["model"] | {"dtype": dtype}, "evaluation": {"interval": 0}}
     trees = {}
     for name in ("broken", "whole"):
         folder = tmp_path / name
         trees[name] = _tree(folder, **sections)
         trees[name]["optimizer"]["use_distributed_optimizer"] = True
-    rank_pool.run(2, asked_train, trees["broken"], 0, 0, 3)
-    assert _kept(tmp_path / "broken")[0] == "step_00000000"
+    for moment, step in (("rollout", 0), ("update", 1)):
+        rank_pool.run(2, interrupted_train, trees["broken"], moment, step)
     for tree in trees.values():
         rank_pool.run(2, train_here, tree)
     _assert_same_run(tmp_path / "broken", tmp_path / "whole")
-
-
-@pytest.mark.distributed
-def test_another_number_of_replicas_goes_on(rank_pool: RankPool, unbroken: Path, tmp_path: Path) -> None:
-    """One response's log-probs differ by rounding in the update alone: another layout of training."""
-    rank_pool.run(2, asked_train, _tree(tmp_path), 0, 1, 3)
-    rank_pool.run(1, train_here, _tree(tmp_path))
-    ours, theirs = history(tmp_path)[1], history(unbroken)[1]
-    assert ours["rollout/kept_tokens"] > 0
-    for name in ("reward/mean", "response_length/mean"):
-        assert ours[name] == theirs[name], name
-    assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-3, abs=1e-4)
+    assert history(tmp_path / "broken")[0]["rollout/resumed_samples"] > 0
 
 
 @pytest.mark.distributed
 def test_without_checkpoints_nothing_is_saved(rank_pool: RankPool, tmp_path: Path) -> None:
-    rank_pool.run(2, asked_train, _tree(tmp_path, checkpoint={"interval": 0}), 0, 0, 2)
+    rank_pool.run(2, interrupted_train, _tree(tmp_path, checkpoint={"interval": 0}), "rollout", 0)
     assert (tmp_path / "run" / "verdict").read_text() == "stopped\n" and history(tmp_path) == []
     assert not (tmp_path / "run" / "checkpoints").exists()

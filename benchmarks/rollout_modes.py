@@ -13,6 +13,9 @@ ratios within the draws, with a bootstrap confidence interval of 95 % over the d
 measured in the same run: refit (with requantisation, except in `off`), log-probs and update of as many samples. CPU seconds, of
 the replica that computed most, stand beside: other processes on the machine distort them less.
 
+The mode `oracle` takes, at each step, the arm with the most tokens per second by a table measured just before: rollouts of the
+same load with every draft length fixed (`--table-draws`, `--longest`). Adaptive and toggle are compared with it.
+
 Sections:
   tail      long-tailed lengths: prompts with a lognormal number of terms, natural stops, by number of sequences and by group
   base      SmolLM2-135M-Instruct before it was taught, asked about the same sums: high entropy
@@ -35,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from decode import machine
+from table_oracle import Steps, TableOracle, steps_of, table_of
 
 from erollout.algorithm import build_algorithm
 from erollout.config import Config, load_config
@@ -61,7 +65,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "demo-rollout.yaml"
 BASE_POLICY = "~/.cache/erollout/smollm2-135m-instruct"
 BASE_SETTINGS = ("data.chat_template=true", "data.instruction=What is {prompt} Explain.", "rollout.max_tokens=256")
 REPLICAS = 2
-MODES = ("off", "always", "toggle", "adaptive", "ladder")
+MODES = ("off", "always", "toggle", "adaptive", "oracle", "ladder")
 POLICIES = ("replica", "cluster", "makespan")
 SETTINGS = (
     f"parallel.world_size={REPLICAS}",
@@ -167,12 +171,34 @@ class Bench:
         self.worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, self.rewards)
         self.worker.load_weights()
 
-    def arm(self, mode: str, **coordinator: object) -> Coordination:
+    def arm(self, mode: str, num_speculative_tokens: int | None = None, **coordinator: object) -> Coordination:
         """A run in this mode that has not begun yet."""
         config, worker = self.config, self.worker
-        speculation = replace(config.speculation, mode=mode)
+        n = num_speculative_tokens or config.speculation.num_speculative_tokens
+        speculation = replace(config.speculation, mode=mode, num_speculative_tokens=n)
         config = replace(config, speculation=speculation, coordinator=replace(config.coordinator, **coordinator))
         return Coordination(config, self.context, worker.engine, worker.speculation if mode != "off" else None)
+
+    def oracle(self, load: Load, options: argparse.Namespace) -> Coordination:
+        """An arm that knows what every arm yields on such a load. Its table is measured on draws of their own."""
+        data, steps = self.data(load), list[Steps]()
+        for n in range(options.longest + 1):
+            fixed = self.arm("always", n) if n else self.arm("off")
+            for draw in range(options.table_draws):
+                number = options.draws + 1 + draw
+                self._rollout(fixed, load, _prompts(data, load, number), number)
+                assert fixed.toggle is not None
+                steps.append(steps_of(fixed.toggle.trace))
+        table = table_of(part for parts in all_gather(steps) for part in parts)
+        oracle, tuning = self.arm("adaptive"), self.config.speculation.toggle
+        tuning = replace(tuning, margin=0.0, probe_interval=0, max_speculative_tokens=options.longest)
+        speculation = replace(self.config.speculation, mode="adaptive", toggle=tuning)
+        cost = oracle.costs.first_toggle(load.at_once, {}).cost
+        oracle.toggle = TableOracle(speculation, oracle.formats, cost, table)
+        return oracle
+
+    def arms(self, modes: Sequence[str], load: Load, options: argparse.Namespace) -> dict[str, Coordination]:
+        return {mode: self.oracle(load, options) if mode == "oracle" else self.arm(mode) for mode in modes}
 
     def data(self, load: Load) -> PromptDataset:
         return PromptDataset(load.source, PromptRenderer(self.config.data, self.resolved.tokenizer), self._limits)
@@ -352,6 +378,15 @@ def mode_rows(draws: Draws, phases: dict[str, float] | None) -> list[list[str]]:
     return rows
 
 
+def behind_oracle(draws: Draws) -> list[str]:
+    """Seconds of the deciding modes over the oracle's, by the wall clock and by CPU seconds."""
+    if "oracle" not in draws:
+        return []
+    modes = [mode for mode in ("toggle", "adaptive") if mode in draws]
+    by_cpu = {mode: _ratio(draws, mode, "oracle", lambda outcome: outcome.cpu_seconds) for mode in modes}
+    return [f"{mode} / oracle: {_ratio(draws, mode, 'oracle')}; by CPU seconds {by_cpu[mode]}." for mode in modes] + [""]
+
+
 TAILS = (
     (Load("16 per replica", 16), MODES),
     (Load("32 per replica", 32), MODES[:-1]),
@@ -365,24 +400,27 @@ def tail_section(bench: Bench, options: argparse.Namespace) -> list[str]:
     if phases is not None:
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
         lines += [f"Other phases of a step of the first load, seconds (refit contains requantise): {parts}.", ""]
-    for load, modes in TAILS:
+    for load, modes in TAILS[: options.loads]:
         modes = tuple(mode for mode in modes if mode in options.modes)
-        draws = bench.measure({mode: bench.arm(mode) for mode in modes}, load, options.draws)
+        draws = bench.measure(bench.arms(modes, load, options), load, options.draws)
         lines += [f"### {load.name}", "", describe(draws), ""]
         lines += _table(MODE_COLUMNS, mode_rows(draws, phases))
+        lines += behind_oracle(draws)
         phases = None  # theirs are another load's
     return lines
 
 
 def base_section(bench: Bench, options: argparse.Namespace) -> list[str]:
     load = Load("base policy, 16 per replica", 16)
-    draws = bench.measure({mode: bench.arm(mode) for mode in MODES[:-1]}, load, options.draws)
-    return [f"### {load.name}", "", describe(draws), "", *_table(MODE_COLUMNS, mode_rows(draws, None))]
+    modes = tuple(mode for mode in MODES[:-1] if mode in options.modes)
+    draws = bench.measure(bench.arms(modes, load, options), load, options.draws)
+    lines = [f"### {load.name}", "", describe(draws), "", *_table(MODE_COLUMNS, mode_rows(draws, None))]
+    return lines + behind_oracle(draws)
 
 
 def batches_section(bench: Bench, options: argparse.Namespace) -> list[str]:
     """Prompts of 20 terms, so that no response ends before it is cut; one per replica, so that little is spent on them."""
-    arms, rows = {mode: bench.arm(mode) for mode in MODES[:-1]}, []
+    arms, rows = {mode: bench.arm(mode) for mode in ("off", "always", "toggle", "adaptive")}, []
     source = LongTailedSums((Tail(20, 0.0),))
     for batch in sorted(options.batches, reverse=True):  # the largest first: costs are measured up to it
         tokens = options.batch_tokens if batch > 4 else 2 * options.batch_tokens
@@ -468,7 +506,12 @@ def _rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of section tail; off must be one")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="of sections tail and base; off must be one"
+    )
+    parser.add_argument("--loads", type=int, default=len(TAILS), help="of section tail: how many of its loads")
+    parser.add_argument("--longest", type=int, default=6, help="longest draft of the oracle's table")
+    parser.add_argument("--table-draws", type=int, default=1, help="rollouts of each draft length for the oracle's table")
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--base-policy", default=BASE_POLICY, help="directory of the policy of section base; empty: the same")
     parser.add_argument("--draws", type=int, default=3, help="of each load with natural stops")

@@ -150,7 +150,7 @@ class Learner:
         prefill = self.start.prefill_seconds(load.prefill_tokens) if load.prefill_tokens else 0.0
         return prefill + (self._bare(arm, load) * exp(self._factor(arm, load)) if load.decoding else 0.0)
 
-    def observe(self, arm: Arm, load: Load, seconds: float) -> None:
+    def observe(self, arm: Arm, load: Load, seconds: float, drafting: float = 0.0) -> None:
         if load.decoding and not load.prefill_tokens:
             surprise = log(seconds / self._bare(arm, load)) - self._factor(arm, load)
             for key in self._keys(arm, load):

@@ -244,7 +244,7 @@ class Engine:
             arm if drafts is not None else OFF,
             load,
             seconds,
-            step.seconds_drafting,
+            step.seconds_drafting if self.cache.device.type == "cpu" else 0.0,
             self.stats.decode_tokens - before,
             tuple(step.drafted_at),
             tuple(step.accepted_at),

@@ -47,6 +47,7 @@ class StepOutcome:
     seconds: float
     """Duration of the whole step, host work included, by the host's clock."""
     seconds_drafting: float = 0.0
+    """Seconds of them that drafting took; 0 where the host's clock does not tell, as on an accelerator."""
     emitted: int = 0
     """Number of tokens appended to responses."""
     drafted_at: tuple[int, ...] = ()

@@ -128,7 +128,7 @@ class Toggle:
         if probed is not None and (arm != probed or not whole or load.prefill_tokens or not load.decoding):
             self.probes.spoilt(outcome.seconds)
         if whole:
-            self._observe_cost(arm, load, outcome.seconds)
+            self._observe_cost(outcome)
         if arm.speculates:
             self.acceptance[arm.format].observe(outcome.drafted_at, outcome.accepted_at, outcome.load.context)
         keep = 1 - min(1.0, outcome.emitted / ENDING_WINDOW)
@@ -287,8 +287,10 @@ class Toggle:
                 return
 
     def _alternatives(self) -> list[int]:
-        """Arms worth a probe: on the other side of the toggle, with the next longer and shorter draft, and the best of each
-        drafter."""
+        """Arms worth a probe: the best of each other drafter, OFF, the next longer and shorter draft, and the best other one.
+
+        Other drafters come first: one probe corrects all their arms, while the first ones chosen may never change.
+        """
         values, current = self._values, self._current
         others = [index for index in range(1, len(values)) if index != current and values[index] < inf]
         best: dict[str, int] = {}
@@ -297,11 +299,13 @@ class Toggle:
         if not current:
             return list(best.values())
         arm = self._arms[current]
-        near = [Arm(arm.format, arm.num_speculative_tokens + step) for step in (1, -1)]
-        return list(dict.fromkeys([0, *(self._index[a] for a in near if self._index.get(a) in others), *best.values()]))
+        mine = best.pop(arm.format, 0)
+        near = (self._index.get(Arm(arm.format, arm.num_speculative_tokens + step), 0) for step in (1, -1))
+        return list(dict.fromkeys([*best.values(), 0, *(index for index in near if index in others), mine]))
 
-    def _observe_cost(self, arm: Arm, load: Load, seconds: float) -> None:
+    def _observe_cost(self, outcome: StepOutcome) -> None:
         """Learn the cost of a step that had all of its arm's drafts."""
+        arm, load, seconds = outcome.arm, outcome.load, outcome.seconds
         if load.decoding and not load.prefill_tokens:
             predicted = self.cost.step_seconds(arm, load)
             if arm == self.probes.arm:
@@ -309,7 +313,7 @@ class Toggle:
                 self._age = REFRESH  # so that the measurement counts at once
             else:
                 self.probes.seen(arm, load.decoding, predicted, seconds)
-        self.cost.observe(arm, load, seconds)
+        self.cost.observe(arm, load, seconds, outcome.seconds_drafting)
 
     def _evaluate(self, load: Load) -> None:
         """Predict for a load, or reuse the predictions of one that was about the same."""

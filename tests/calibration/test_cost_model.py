@@ -16,6 +16,8 @@ from erollout.speculation.cost.roofline import Communication, ModelSize, PassCos
 from erollout.speculation.step import OFF, Arm, Load
 
 DRAFT = Arm("w4", 3)
+SHARE = 0.4
+"""Share of drafting in a step's predicted seconds."""
 SIZE = ModelSize(weight_bytes=1000.0, draft_bytes={"w4": 300.0}, flops=10.0, attention_flops=0.1, kv_bytes=2.0)
 COST = PassCost(bandwidth=100.0, compute=50.0, per_sequence=0.5)
 
@@ -161,51 +163,51 @@ def fed(steps: int, ratio: float = 1.0, noise: float = 0.03, seed: int = 0) -> C
 
 def feed(corrections: Corrections, steps: int, ratio: float, noise: float, rng: random.Random) -> None:
     for step in range(steps):
-        corrections.observe(DRAFT if step % 2 else OFF, 16, ratio * exp(rng.gauss(0.0, noise)))
+        corrections.observe(DRAFT if step % 2 else OFF, 16, SHARE, ratio * exp(rng.gauss(0.0, noise)))
 
 
 def test_an_outlier_moves_little() -> None:
     corrections = fed(100)
-    before = corrections.factor(DRAFT, 16)
-    corrections.observe(DRAFT, 16, 30.0)
-    assert corrections.factor(DRAFT, 16) == pytest.approx(before, rel=0.05)
-    assert corrections.factor(OFF, 16) == pytest.approx(1.0, rel=0.05)
+    before = corrections.factor(DRAFT, 16, SHARE)
+    corrections.observe(DRAFT, 16, SHARE, 30.0)
+    assert corrections.factor(DRAFT, 16, SHARE) == pytest.approx(before, rel=0.05)
+    assert corrections.factor(OFF, 16, SHARE) == pytest.approx(1.0, rel=0.05)
 
 
 def test_scattered_outliers_do_not_accumulate() -> None:
     corrections, rng = Corrections(), random.Random(3)
     for step in range(600):
         slow = 8.0 if rng.random() < 0.1 else 1.0
-        corrections.observe(DRAFT if step % 2 else OFF, 16, slow * exp(rng.gauss(0.0, 0.03)))
-    assert corrections.factor(DRAFT, 16) == pytest.approx(1.0, abs=0.1)
+        corrections.observe(DRAFT if step % 2 else OFF, 16, SHARE, slow * exp(rng.gauss(0.0, 0.03)))
+    assert corrections.factor(DRAFT, 16, SHARE) == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize(("ratio", "steps"), [(2.0, 15), (0.5, 15), (1.25, 60)])
 def test_a_lasting_change_is_followed_by_all_arms_and_batches(ratio: float, steps: int) -> None:
     corrections = fed(200)
     for _ in range(steps):
-        corrections.observe(OFF, 16, ratio)
-    assert corrections.factor(OFF, 16) == pytest.approx(ratio, rel=0.06)
-    assert corrections.factor(DRAFT, 16) == pytest.approx(ratio, rel=0.12)
-    assert corrections.factor(Arm("w4", 5), 2) == pytest.approx(ratio, rel=0.15)
+        corrections.observe(OFF, 16, SHARE, ratio)
+    assert corrections.factor(OFF, 16, SHARE) == pytest.approx(ratio, rel=0.06)
+    assert corrections.factor(DRAFT, 16, SHARE) == pytest.approx(ratio, rel=0.12)
+    assert corrections.factor(Arm("w4", 5), 2, SHARE) == pytest.approx(ratio, rel=0.15)
 
 
 def test_what_one_arm_shows_at_first_stays_mostly_its_own_once_the_others_are_known() -> None:
     corrections = fed(200)
     for _ in range(40):
-        corrections.observe(Arm("w8", 3), 16, 1.5)
-        corrections.observe(OFF, 16, 1.0)
-    assert corrections.factor(Arm("w8", 3), 16) == pytest.approx(1.5, rel=0.05)
-    assert corrections.factor(OFF, 16) == pytest.approx(1.0, rel=0.05)
+        corrections.observe(Arm("w8", 3), 16, SHARE, 1.5)
+        corrections.observe(OFF, 16, SHARE, 1.0)
+    assert corrections.factor(Arm("w8", 3), 16, SHARE) == pytest.approx(1.5, rel=0.05)
+    assert corrections.factor(OFF, 16, SHARE) == pytest.approx(1.0, rel=0.05)
 
 
 def test_neighbouring_batches_share_what_was_learnt() -> None:
     corrections = Corrections()
     for _ in range(50):
-        corrections.observe(DRAFT, 16, 1.3)
-        corrections.observe(OFF, 16, 1.0)
-    near, far = corrections.factor(DRAFT, 14), corrections.factor(DRAFT, 2)
-    assert corrections.factor(DRAFT, 16) > near > far > 1.0
+        corrections.observe(DRAFT, 16, SHARE, 1.3)
+        corrections.observe(OFF, 16, SHARE, 1.0)
+    near, far = corrections.factor(DRAFT, 14, SHARE), corrections.factor(DRAFT, 2, SHARE)
+    assert corrections.factor(DRAFT, 16, SHARE) > near > far > 1.0
 
 
 def test_the_state_goes_through_json() -> None:
@@ -223,6 +225,30 @@ def test_the_state_goes_through_json() -> None:
             assert cost.step_seconds(arm, load) != cost_model().step_seconds(arm, load)
 
 
+def test_a_drafter_that_is_quicker_than_calibrated_shows_in_all_draft_lengths() -> None:
+    """Only n = 1 is taken; its drafting is timed, or n = 2 is probed now and then."""
+    for timed in (True, False):
+        cost, true = cost_model(), 0.5
+        for step in range(200):
+            arm = OFF if step % 4 == 0 else Arm("w4", 2 if step % 10 == 1 else 1)
+            load = Load(8, 100.0)
+            whole, share = cost._decode_seconds(arm, load)
+            drafting = true * share * whole
+            cost.observe(arm, load, (1 - share) * whole + drafting, drafting if timed else 0.0)
+        for n in (3, 6):
+            whole, share = cost._decode_seconds(Arm("w4", n), Load(8, 100.0))
+            right = (1 - share) * whole + true * share * whole
+            assert cost.step_seconds(Arm("w4", n), Load(8, 100.0)) == pytest.approx(right, rel=0.05 if timed else 0.2)
+
+
+def test_of_corrections_by_drafter_only_what_all_steps_share_is_taken() -> None:
+    """A checkpoint of the time before corrections were by kind of pass."""
+    old = {"common": [0.3, 0.01], "prefill": [0.1, 0.2], "noise": 0.001, "drafters": [["", 0.1, 0.01], ["w4", 0.5, 0.01]]}
+    corrections = Corrections()
+    corrections.load_state_dict(old | {"cells": [["w4", 3, 2, 0.4, 0.1]]})
+    assert corrections.factor(DRAFT, 4, SHARE) == corrections.factor(OFF, 4, 0.0) == pytest.approx(exp(0.3))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -230,8 +256,8 @@ def test_the_state_goes_through_json() -> None:
         {"prefill": [0.1, -1.0]},
         {"noise": float("inf")},
         {"noise": 0.0},
-        {"drafters": [["w4", 0.1, float("nan")]]},
-        {"cells": [["w4", 3, 2, float("inf"), 0.1]]},
+        {"kinds": [["draft w4", 0.1, float("nan")]]},
+        {"cells": [["verify 3", 2, float("inf"), 0.1]]},
     ],
     ids=str,
 )
@@ -257,9 +283,9 @@ def test_prompt_passes_teach_what_prompts_cost_and_nothing_else() -> None:
 def test_no_times_break_the_corrections(steps: list[tuple[Arm, int, float]]) -> None:
     corrections = Corrections()
     for arm, batch, ratio in steps:
-        corrections.observe(arm, batch, ratio)
+        corrections.observe(arm, batch, SHARE, ratio)
     state = json.loads(json.dumps(corrections.state_dict(), allow_nan=False))
-    variances = [state["common"][1], *(row[-1] for row in state["drafters"]), *(row[-1] for row in state["cells"])]
+    variances = [state["common"][1], *(row[-1] for row in state["kinds"]), *(row[-1] for row in state["cells"])]
     assert all(variance >= 0 for variance in variances)
-    factors = [corrections.factor(arm, batch) for arm in (OFF, DRAFT) for batch in (1, 17, 300)]
+    factors = [corrections.factor(arm, batch, SHARE) for arm in (OFF, DRAFT) for batch in (1, 17, 300)]
     assert all(isfinite(factor) and 0 < factor < inf for factor in factors)

@@ -45,7 +45,7 @@ class Costs:
         sequences = 0.2 * max(0, load.decoding - 2) if arm.speculates else 0.01 * load.decoding
         return 0.01 + sequences + 1e-4 * load.prefill_tokens
 
-    def observe(self, arm: Arm, load: Load, seconds: float) -> None:
+    def observe(self, arm: Arm, load: Load, seconds: float, drafting: float = 0.0) -> None:
         pass
 
     def state_dict(self) -> dict[str, object]:

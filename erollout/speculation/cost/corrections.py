@@ -1,9 +1,11 @@
 """Live corrections of a calibration: multiplicative factors, learnt robustly from the run's own steps. Pure.
 
-The logarithm of measured over predicted seconds is a sum of three parts: one that all steps share (a slower machine today), one
-per drafter (or none), and one per arm around a batch size. Each part is a Gaussian random walk, and a step's surprise is
-split between them in proportion to their uncertainty: a Kalman filter that neglects correlations. So the first steps move all
-parts, and a later change moves the common one, whose walk is the widest.
+For each kind of pass (the target's, the verify pass, each drafter's) the logarithm of measured over predicted seconds is a sum
+of three parts: one that all steps share (a slower machine today), one of that kind, and one of that kind around a batch size,
+for verify passes of each draft length. Each part is a Gaussian random walk, and the surprise of a step, or of its drafting
+where that is timed, is split between them in proportion to their uncertainty: a Kalman filter that neglects correlations. So
+the first steps move all parts, and a later change moves the common one, whose walk is the widest. A drafter that is twice as
+fast as calibrated shows in all draft lengths at once.
 
 A surprise is clipped at CLIP standard deviations, so an outlier moves little, however slow. Several clipped to the same side in
 a row are no outliers: all parts, the common one most, become uncertain enough to follow at once.
@@ -11,6 +13,7 @@ a row are no outliers: all parts, the common one most, become uncertain enough t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import exp, floor, inf, isfinite, log, log2
 from typing import Any
 
@@ -45,9 +48,9 @@ class _Part:
         self.variance *= 1 - gain * share
 
 
-_COMMON, _DRAFTER, _CELL = 0.2**2, 0.15**2, 0.1**2
+_COMMON, _KIND, _CELL = 0.2**2, 0.3**2, 0.1**2
 """Prior variances, which are upper limits as well."""
-_COMMON_WALK, _DRAFTER_WALK, _CELL_WALK = 4e-5, 1e-6, 1e-6
+_COMMON_WALK, _KIND_WALK, _CELL_WALK = 4e-5, 1e-6, 1e-6
 """Variance added per step to each part that the step touches."""
 _PREFILL = 1.0
 """Prior variance of prompt passes, which are not calibrated. They are corrected apart from decoding."""
@@ -58,25 +61,41 @@ class Corrections:
 
     def __init__(self) -> None:
         self._common = _Part(_COMMON)
-        self._drafters: dict[str, _Part] = {}
-        self._cells: dict[tuple[Arm, int], _Part] = {}
+        self._kinds: dict[str, _Part] = {}
+        self._cells: dict[tuple[str, int], _Part] = {}
+        """By kind (and draft length), and logarithm of a batch size."""
         self._prefill = _Part(_PREFILL)
         self._noise = 0.05**2
         self._run: list[float] = []
         """Consecutive clipped surprises, all of one sign."""
 
-    def factor(self, arm: Arm, batch: int) -> float:
-        """Correction factor for an arm's predicted seconds."""
-        value = self._common.value
-        drafter = self._drafters.get(arm.format)
-        if drafter is not None:
-            value += drafter.value
-        cells = self._cells
-        for node, share in _nodes(batch):
-            cell = cells.get((arm, node))
-            if cell is not None:
-                value += share * cell.value
-        return exp(value)
+    def factor(self, arm: Arm, batch: int, drafting: float) -> float:
+        """Correction factor for an arm's predicted seconds. `drafting`: share of its drafts in them; 0 for OFF."""
+        nodes, total = _nodes(batch), 0.0
+        for kind, cell, share in _passes(arm, drafting):
+            total += share * exp(self._value(kind, cell, nodes))
+        return total * exp(self._common.value)
+
+    def _value(self, kind: str, cell: str, nodes: Sequence[tuple[int, float]]) -> float:
+        """A kind of pass's own correction, without the common one."""
+        part, cells = self._kinds.get(kind), self._cells
+        value = 0.0 if part is None else part.value
+        for node, share in nodes:
+            known = cells.get((cell, node))
+            if known is not None:
+                value += share * known.value
+        return value
+
+    def _parts(self, kind: str, cell: str, nodes: Sequence[tuple[int, float]], share: float) -> list[tuple[_Part, float]]:
+        """The parts of a kind of pass, with their shares in a step of which the pass is a share."""
+        part = self._kinds.setdefault(kind, _Part(_KIND))
+        part.widen(_KIND_WALK, _KIND)
+        parts = [(part, share)]
+        for node, near in nodes:
+            known = self._cells.setdefault((cell, node), _Part(_CELL))
+            known.widen(_CELL_WALK, _CELL)
+            parts.append((known, near * share))
+        return parts
 
     def prefill_factor(self) -> float:
         """Correction factor for the predicted seconds of prompt tokens."""
@@ -85,21 +104,35 @@ class Corrections:
     def observe_prefill(self, ratio: float) -> None:
         """Learn from a pass that consists mostly of prompt tokens, as `observe`."""
         surprise = log(max(ratio, SMALLEST_FACTOR) / self.prefill_factor())
-        self._prefill.widen(_DRAFTER_WALK, _PREFILL)
+        self._prefill.widen(_KIND_WALK, _PREFILL)
         total = self._prefill.variance + self._noise
         limit = CLIP * total**0.5
         self._prefill.learn(1.0, max(-limit, min(limit, surprise)), total)
 
-    def observe(self, arm: Arm, batch: int, ratio: float) -> None:
-        """Learn from a step. `ratio`: its measured seconds over those predicted without corrections."""
-        surprise = log(max(ratio, SMALLEST_FACTOR) / self.factor(arm, batch))
-        drafter = self._drafters.setdefault(arm.format, _Part(_DRAFTER))
-        cells = [(self._cells.setdefault((arm, node), _Part(_CELL)), share) for node, share in _nodes(batch)]
-        self._common.widen(_COMMON_WALK, _COMMON)
-        drafter.widen(_DRAFTER_WALK, _DRAFTER)
-        for cell, _ in cells:
-            cell.widen(_CELL_WALK, _CELL)
-        parts = ((self._common, 1.0), (drafter, 1.0), *cells)
+    def observe(self, arm: Arm, batch: int, drafting: float, ratio: float, drafting_ratio: float | None = None) -> None:
+        """Learn from a step.
+
+        Args:
+            drafting: as in `factor`.
+            ratio: its measured seconds over those predicted without corrections.
+            drafting_ratio: the same of its drafting; None: not timed.
+        """
+        nodes, common = _nodes(batch), self._common
+        if drafting_ratio is not None:
+            kind, cell, _ = _passes(arm, drafting)[0]
+            surprise = log(max(drafting_ratio, SMALLEST_FACTOR)) - self._value(kind, cell, nodes) - common.value
+            own = self._parts(kind, cell, nodes, 1.0)
+            total = _variance(own) + common.variance + self._noise
+            limit = CLIP * total**0.5
+            for part, share in own:
+                part.learn(share, max(-limit, min(limit, surprise)), total)
+        factor = self.factor(arm, batch, drafting)
+        surprise = log(max(ratio, SMALLEST_FACTOR) / factor)
+        common.widen(_COMMON_WALK, _COMMON)
+        parts = [(common, 1.0)]
+        for kind, cell, share in _passes(arm, drafting):
+            corrected = share * exp(self._value(kind, cell, nodes) + common.value) / factor
+            parts += self._parts(kind, cell, nodes, corrected)
         surprise = self._clipped(surprise, parts)
         total = _variance(parts) + self._noise
         for part, share in parts:
@@ -135,31 +168,45 @@ class Corrections:
 
     def forget(self, format: str) -> None:
         """Drop what was learnt about one drafter."""
-        self._drafters.pop(format, None)
-        self._cells = {key: part for key, part in self._cells.items() if key[0].format != format}
+        kind = f"draft {format}"
+        self._kinds.pop(kind, None)
+        self._cells = {key: part for key, part in self._cells.items() if key[0] != kind}
 
     def state_dict(self) -> dict[str, object]:
         return {
             "common": [self._common.value, self._common.variance],
             "prefill": [self._prefill.value, self._prefill.variance],
             "noise": self._noise,
-            "drafters": [[name, part.value, part.variance] for name, part in self._drafters.items()],
-            "cells": [
-                [arm.format, arm.num_speculative_tokens, node, part.value, part.variance]
-                for (arm, node), part in self._cells.items()
-            ],
+            "kinds": [[kind, part.value, part.variance] for kind, part in self._kinds.items()],
+            "cells": [[kind, node, part.value, part.variance] for (kind, node), part in self._cells.items()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for an impossible state, and leaves all as it was."""
-        common, prefill = _part(*state["common"]), _part(*state["prefill"])
-        drafters = {str(name): _part(*part) for name, *part in state["drafters"]}
-        cells = {(Arm(str(format), int(n)), int(node)): _part(*part) for format, n, node, *part in state["cells"]}
-        noise = float(state["noise"])
+        """Of a state that corrected whole steps by drafter, take what all steps share.
+
+        Raises ValueError for an impossible state, and leaves all as it was.
+        """
+        common, prefill, noise = _part(*state["common"]), _part(*state["prefill"]), float(state["noise"])
+        by_kind = "drafters" not in state
+        kinds = {str(kind): _part(*part) for kind, *part in (state["kinds"] if by_kind else ())}
+        cells = {(str(kind), int(node)): _part(*part) for kind, node, *part in (state["cells"] if by_kind else ())}
         if not 0 < noise < inf:
             raise ValueError(f"a noise of {noise}")
-        self._common, self._prefill, self._drafters, self._cells = common, prefill, drafters, cells
+        self._common, self._prefill, self._kinds, self._cells = common, prefill, kinds, cells
         self._noise, self._run = noise, []
+
+
+def _passes(arm: Arm, drafting: float) -> tuple[tuple[str, str, float], ...]:
+    """The passes of a step: kind, kind and draft length as far as its cells differ, and share of the predicted seconds."""
+    if not arm.speculates:
+        return (("target", "target", 1.0),)
+    draft, verify = _names(arm)
+    return (draft, draft, drafting), ("verify", verify, 1 - drafting)
+
+
+@cache
+def _names(arm: Arm) -> tuple[str, str]:
+    return f"draft {arm.format}", f"verify {arm.num_speculative_tokens}"
 
 
 def _part(value: float, variance: float) -> _Part:

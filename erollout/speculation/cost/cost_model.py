@@ -24,8 +24,8 @@ class CostModel(Protocol):
         """Seconds of one target pass for OFF, else of n drafter steps and a verify pass over n + 1 tokens, with host work."""
         ...
 
-    def observe(self, arm: Arm, load: Load, seconds: float) -> None:
-        """Learn from a step. Robust to outliers: one slow step changes little."""
+    def observe(self, arm: Arm, load: Load, seconds: float, drafting: float = 0.0) -> None:
+        """Learn from a step. Robust to outliers: one slow step changes little. `drafting`: seconds of drafts; 0: not timed."""
         ...
 
     def forget(self, format: str) -> None:
@@ -97,24 +97,27 @@ class CalibratedCost:
     def __init__(self, passes: PassTimes) -> None:
         self.passes = passes
         self.corrections = Corrections()
-        self._seconds: dict[tuple[Arm, int, int], float] = {}
+        self._known: dict[tuple[Arm, int, int], tuple[float, float]] = {}
 
     def step_seconds(self, arm: Arm, load: Load) -> float:
         """See CostModel. `arm.format` is one of `passes.formats`."""
         prefill = self._prefill_seconds(arm, load) if load.prefill_tokens else 0.0
         if not load.decoding:
             return prefill
-        return self._decode_seconds(arm, load) * self.corrections.factor(arm, load.decoding) + prefill
+        seconds, drafting = self._decode_seconds(arm, load)
+        return seconds * self.corrections.factor(arm, load.decoding, drafting) + prefill
 
     def prefill_seconds(self, tokens: int) -> float:
         """Seconds of a pass over prompt tokens alone."""
         return self.step_seconds(OFF, Load(0, 0.0, tokens))
 
-    def observe(self, arm: Arm, load: Load, seconds: float) -> None:
+    def observe(self, arm: Arm, load: Load, seconds: float, drafting: float = 0.0) -> None:
         """See CostModel. A pass with prompt tokens corrects the cost of prompt tokens, not of decoding."""
         if not load.prefill_tokens:
             if load.decoding:
-                self.corrections.observe(arm, load.decoding, seconds / self._decode_seconds(arm, load))
+                predicted, share = self._decode_seconds(arm, load)
+                ratio = drafting / (share * predicted) if share and drafting else None
+                self.corrections.observe(arm, load.decoding, share, seconds / predicted, ratio)
             return
         whole = self.step_seconds(arm, load)
         prefill = self._prefill_seconds(arm, load)
@@ -131,15 +134,17 @@ class CalibratedCost:
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.corrections.load_state_dict(state)
 
-    def _decode_seconds(self, arm: Arm, load: Load) -> float:
-        """Seconds of decoding without corrections, at the centre of the context's bucket."""
+    def _decode_seconds(self, arm: Arm, load: Load) -> tuple[float, float]:
+        """Seconds of decoding without corrections, at the centre of the context's bucket, and the share of drafting in them."""
         bucket = int(CONTEXT_STEPS * log2(load.context)) if load.context > 1 else 0
         key = (arm, load.decoding, bucket)
-        seconds = self._seconds.get(key)
-        if seconds is None:
-            seconds = self.passes.step_seconds(arm, load.decoding, 2 ** ((bucket + 0.5) / CONTEXT_STEPS))
-            self._seconds[key] = seconds
-        return seconds
+        known = self._known.get(key)
+        if known is None:
+            batch, context, n = load.decoding, 2 ** ((bucket + 0.5) / CONTEXT_STEPS), arm.num_speculative_tokens
+            seconds = self.passes.step_seconds(arm, batch, context)
+            drafting = n * self.passes.draft_seconds(arm.format, batch, context, n) / seconds if n else 0.0
+            known = self._known[key] = seconds, drafting
+        return known
 
     def _prefill_seconds(self, arm: Arm, load: Load) -> float:
         """Corrected seconds that prompt tokens add to a pass: equal for all arms, because they are prefilled once."""

@@ -8,7 +8,7 @@ from tiny_decode import MAX_MODEL_LEN, make_engine
 
 from erollout.engine.engine import Engine
 from erollout.engine.model.decode_model import DecodeModel
-from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.factory import model_class
 from erollout.engine.proposers.base import DraftRequest, Drafts
 from erollout.engine.proposers.quantized_policy import ModelProposer
 from erollout.engine.sampling.verifier import Verification
@@ -23,8 +23,7 @@ NOISE = {"same": 0.0, "good": 0.02, "bad": 1.0}
 
 def perturbed_model(engine: Engine, noise: float, group: dist.ProcessGroup | None = None) -> DecodeModel:
     """A second model on the engine's cache."""
-    cache, target = engine.cache, engine.model
-    model = build_decode_model(engine.kernel, engine.architecture, group, cache, MAX_MODEL_LEN, target.dtype, cache.device)
+    model = model_class(engine.kernel)(engine.architecture, group, engine.kernel, engine.cache, MAX_MODEL_LEN)
     generator = torch.Generator().manual_seed(group.rank() if group is not None else 0)
     for name, tensor in model.tensors.items():
         tensor.copy_(engine.local_tensors()[name])

@@ -112,6 +112,4 @@ def _recording_model(target: DecodeModel, max_tokens: int, record) -> DecodeMode
         target.architecture, size, -(-max_tokens // _BLOCK_SIZE), _BLOCK_SIZE, target.dtype, target.embedding.device
     )
     cache.allocate()
-    return DecodeModel(
-        target.architecture, target.group, "torch", cache, max_tokens, target.dtype, cache.device, target.tensors, record
-    )
+    return DecodeModel(target.architecture, target.group, "torch", cache, max_tokens, target.tensors, record)

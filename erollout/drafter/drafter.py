@@ -16,7 +16,7 @@ from erollout.drafter.formats import check_shape
 from erollout.drafter.linears import QuantizedLinear, Shard, TargetLinear, make_linear, resolve_matmul
 from erollout.drafter.quantizer import build_quantizer
 from erollout.engine.model.decode_model import DecodeModel
-from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.factory import model_class
 from erollout.engine.model.linear import Linear
 from erollout.engine.model.native_model import NativeModel
 from erollout.engine.proposers.base import DraftRequest, Drafts, Proposer
@@ -158,16 +158,10 @@ def tensor_name(target: DecodeModel, layer: str) -> str:
 def _share(target: DecodeModel, max_model_len: int, linears: Mapping[str, Linear]) -> DecodeModel:
     """A decode model over the target's tensors and KV cache with these linear layers; native if both target and layers are."""
     native = isinstance(target, NativeModel) and all(hasattr(linear, "struct") for linear in linears.values())
-    return build_decode_model(
-        "native" if native else "torch",
-        target.architecture,
-        target.group,
-        target.cache,
-        max_model_len,
-        target.dtype,
-        target.embedding.device,
-        target.tensors,
-        lambda layer, weight, bias: linears[layer],
+    kernel = "native" if native else "torch"
+    return model_class(kernel)(
+        *(target.architecture, target.group, kernel, target.cache, max_model_len, target.tensors),
+        linears=lambda layer, weight, bias: linears[layer],
     )
 
 

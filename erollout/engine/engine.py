@@ -20,7 +20,7 @@ from erollout.config import RolloutConfig
 from erollout.data.response_text import ResponseText
 from erollout.engine.block_manager import BlockManager
 from erollout.engine.kv_cache import KVCache, num_blocks
-from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.factory import model_class
 from erollout.engine.model.linear import resolve_linear_kernel
 from erollout.engine.model.model_runner import ModelRunner
 from erollout.engine.orders import Arrival, Control, FixedControl, Orders
@@ -96,7 +96,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.cache = KVCache(architecture, size, num_blocks(rollout, architecture), rollout.block_size, dtype, device)
         self.kernel = resolve_linear_kernel(rollout.kernels, dtype, device)
-        self.model = build_decode_model(self.kernel, architecture, group, self.cache, max_model_len, dtype, device)
+        self.model = model_class(self.kernel)(architecture, group, self.kernel, self.cache, max_model_len)
         self.promise = promise_of(self.kernel, self.model)
         """What the bits of a token depend on."""
         self.runner = ModelRunner(self.model)

@@ -17,7 +17,7 @@ from erollout.drafter.formats import FORMATS, check_shape, find_format
 from erollout.drafter.linears import Shard, make_linear, quantize_activations, resolve_matmul
 from erollout.engine.kv_cache import KVCache
 from erollout.engine.model.decode_model import DecodeModel
-from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.factory import model_class
 from erollout.engine.model.linear import TorchLinear
 from erollout.engine.model.model_runner import ModelRunner
 from erollout.engine.proposers.base import DraftRequest, Drafts
@@ -46,7 +46,7 @@ def make_target(dtype: torch.dtype = torch.bfloat16, kernel: str = "torch") -> D
     architecture = read_architecture(MODEL, "tiny")
     cache = KVCache(architecture, 1, 16, 32, dtype, CPU)
     cache.allocate()
-    target = build_decode_model(kernel, architecture, None, cache, MAX_MODEL_LEN, dtype, CPU)
+    target = model_class(kernel)(architecture, None, kernel, cache, MAX_MODEL_LEN)
     randomize(target, 0)
     return target
 

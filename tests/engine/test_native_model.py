@@ -16,7 +16,7 @@ from tiny_decode import MODELS, make_engine, prompts, reference_logprobs, refere
 from erollout.engine.kv_cache import KVCache
 from erollout.engine.model.attention import QuerySpan, reference_attention
 from erollout.engine.model.decode_model import DecodeModel
-from erollout.engine.model.factory import build_decode_model
+from erollout.engine.model.factory import model_class
 from erollout.engine.model.inputs import ForwardInputs
 from erollout.engine.model.linear import PackedLinear
 from erollout.engine.model.native_model import LayerStruct, ModelStruct, NativeAttention, NativeModel, PassStruct
@@ -142,7 +142,7 @@ def build(kernel: str, name: str, tensors: dict[str, torch.Tensor] | None = None
     size = group.size() if group is not None else 1
     cache = KVCache(architecture, size, NUM_BLOCKS, BLOCK_SIZE, torch.bfloat16, CPU)
     cache.allocate()
-    model = build_decode_model(kernel, architecture, group, cache, 512, torch.bfloat16, CPU, tensors=tensors)
+    model = model_class(kernel)(architecture, group, kernel, cache, 512, tensors)
     if tensors is None:
         generator = torch.Generator().manual_seed(0)
         for key, tensor in model.tensors.items():
@@ -175,7 +175,7 @@ def logits_of_both(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     plain = build("torch", name)
     fast = build("native", name, plain.tensors)
     wide = DecodeModel(plain.architecture, plain.group, "torch", _wide_cache(plain.architecture, plain.group), 512,
-                       torch.float32, CPU, {key: tensor.float() for key, tensor in plain.tensors.items()})  # fmt: skip
+                       {key: tensor.float() for key, tensor in plain.tensors.items()})  # fmt: skip
     chunks = [(0, 0, 140), (0, 140, 149), (0, 149, 150), (0, 150, 154)]
     return tuple(torch.cat([run(model, chunk)[0] for chunk in chunks]) for model in (wide, plain, fast))  # type: ignore
 
@@ -212,7 +212,7 @@ def test_only_attention_differs_from_the_torch_model(name: str) -> None:
     which the norms sum up, which seldom moves a normalised value to the next bfloat16."""
     plain = build("torch", name)
     fast = build("native", name, plain.tensors)
-    plain_on_native = DecodeModel(plain.architecture, None, "native", plain.cache, 512, torch.bfloat16, CPU, plain.tensors)
+    plain_on_native = DecodeModel(plain.architecture, None, "native", plain.cache, 512, plain.tensors)
     plain_on_native.prepare()
     tokens = plain.architecture.vocab_size
     inputs = torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens) % NUM_BLOCKS * BLOCK_SIZE
@@ -299,9 +299,7 @@ def test_a_model_with_linear_layers_of_its_own_shares_the_rest() -> None:
         made[name] = PackedLinear(weight * 0.5 if name == "layers.1.o_proj" else weight, bias)
         return made[name]
 
-    drafter = build_decode_model(
-        "native", target.architecture, None, target.cache, 512, torch.bfloat16, CPU, target.tensors, halved
-    )
+    drafter = NativeModel(target.architecture, None, "native", target.cache, 512, target.tensors, halved)
     assert isinstance(drafter, NativeModel) and drafter.tensors is target.tensors and drafter.cache is target.cache
     drafter.prepare()
     names = [f"layers.{i}.{name}" for i in range(2) for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")]

@@ -52,8 +52,7 @@ class DecodeLayer:
 class DecodeModel:
     """All layers of one rank, from torch operators around linear layers of any kernel.
 
-    `tensors` are the destination of the reshard and keep their addresses; a model that is given another's `tensors` shares
-    them, and has linear layers of its own, from `linears`.
+    `tensors` are the destination of the reshard and keep their addresses.
     """
 
     def __init__(
@@ -63,11 +62,18 @@ class DecodeModel:
         kernel: str,
         cache: KVCache,
         max_model_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
         tensors: dict[str, Tensor] | None = None,
         linears: LinearFactory | None = None,
     ) -> None:
+        """Args:
+        group: the ranks of the replica; None: one rank.
+        kernel: of the linear layers, as `resolve_linear_kernel` named it.
+        cache: gives the model its dtype and device too.
+        tensors: another model's tensors, to share (a drafter shares its target's); default: new ones, zeroed.
+        linears: makes each linear layer from its local name ("layers.3.qkv_proj", "lm_head"), weight and bias; default: the
+            kernel's own over the tensors. A NativeModel needs layers with a `struct`, as PackedLinear has.
+        """
+        dtype, device = cache.dtype, cache.device
         size, rank = (group.size(), group.rank()) if group is not None else (1, 0)
         self.architecture = architecture
         self.group = group if size > 1 else None
@@ -87,6 +93,10 @@ class DecodeModel:
         self.lm_head = make("lm_head", self.tensors.get("lm_head.weight", self.embedding), None)
         self.vocab_start = rank * vocabulary_rows(architecture, size)
         self.cosine, self.sine = _rotation(architecture, max_model_len, dtype, device)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Set up what a subclass adds; called at the end of the construction."""
 
     def plan(self, spans: list[QuerySpan]) -> AttentionPlan:
         """The plan of a pass over these spans. `spans` is in token order, those of a single token first."""

@@ -11,16 +11,13 @@ from array import array
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from erollout.engine.kv_cache import KVCache
 from erollout.engine.model.attention import Attention, AttentionPlan, QuerySpan
 from erollout.engine.model.decode_model import DecodeLayer, DecodeModel
 from erollout.engine.model.inputs import ForwardInputs
-from erollout.engine.model.linear import LinearFactory
 from erollout.kernels import native
-from erollout.policy.architecture import Architecture
 from erollout.policy.families import FAMILIES
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
@@ -109,22 +106,10 @@ class NativeAttention(Attention):
 class NativeModel(DecodeModel):
     """All layers of one rank in native code: bfloat16 on a CPU for which `native.why_unavailable()` is None."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        group: dist.ProcessGroup | None,
-        kernel: str,
-        cache: KVCache,
-        max_model_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        tensors: dict[str, Tensor] | None = None,
-        linears: LinearFactory | None = None,
-    ) -> None:
-        assert dtype == torch.bfloat16 and device.type == "cpu", (dtype, device)
-        super().__init__(architecture, group, kernel, cache, max_model_len, dtype, device, tensors, linears)
+    def _finish(self) -> None:
+        assert self.dtype == torch.bfloat16 and self.cache.device.type == "cpu", (self.dtype, self.cache.device)
         self._threads = native.threads(torch.get_num_threads())
-        self._layer_structs = (LayerStruct * architecture.num_layers)(*(_layer_struct(layer) for layer in self.layers))
+        self._layer_structs = (LayerStruct * len(self.layers))(*(_layer_struct(layer) for layer in self.layers))
         self._struct = self._model_struct()
         self._address = ctypes.addressof(self._struct)
         self._buffers: Tensor | None = None

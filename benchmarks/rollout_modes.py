@@ -165,7 +165,7 @@ class Bench:
         self.context = context
         self.resolved = resolved
         self.decisions = decisions
-        self._limits = prompt_limits(config, resolved.architecture)
+        self._limits = prompt_limits(config.model, config.rollout, resolved.architecture)
         options = config.rewards
         self.rewards = RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
         self.worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, self.rewards)

@@ -16,7 +16,7 @@ from erollout.errors import UserError
 from erollout.launch.run_directory import RunDirectory, dump_config
 from erollout.launch.sites import Site
 from erollout.launch.snapshot import Snapshot
-from erollout.parallel.layout import DecodeLayout, TrainLayout
+from erollout.parallel.layout import layouts
 from erollout.resilience.atomic_write import write_atomically
 from erollout.schedulers.slurm_jobs import Refused
 
@@ -108,13 +108,6 @@ class Plan:
         return files | ({self.run.setup: self.site.setup} if self.site.setup else {})
 
 
-def layouts(config: Config, world_size: int) -> tuple[TrainLayout, DecodeLayout]:
-    """Training and decode layouts. Raises UserError if they don't divide the world size."""
-    parallel = config.parallel
-    train = TrainLayout(world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    return train, DecodeLayout(world_size, config.rollout.tensor_model_parallel_size)
-
-
 def seconds_of(text: str) -> int:
     """Seconds of a time limit in Slurm's formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises UserError."""
     match = _TIME.fullmatch(text)
@@ -167,7 +160,7 @@ def describe(plan: Plan) -> str:
 
 def _summary(plan: Plan) -> list[str]:
     config, snapshot = plan.config, plan.snapshot
-    train, decode = layouts(config, plan.nodes * plan.ranks)
+    train, decode = layouts(config.parallel, config.rollout, plan.nodes * plan.ranks)
     what = f"{plan.gpus} GPUs, a rank for each" if plan.gpus else f"{plan.ranks} ranks, no GPUs"
     checkpoint = plan.run.newest_checkpoint() if plan.run.config.is_file() else None
     interval = config.checkpoint.interval

@@ -15,9 +15,9 @@ from erollout.config import load_config, require_groups
 from erollout.configuration.arguments import add_run_arguments, overrides
 from erollout.environment import variable
 from erollout.errors import UserError
-from erollout.launch.plan import layouts
 from erollout.launch.ray_job import RayJob, rank_variables
 from erollout.launch.run_directory import RunDirectory
+from erollout.parallel.layout import layouts
 from erollout.schedulers.ray_cluster import join_cluster
 
 _OPTION = "erollout launch ray"
@@ -82,7 +82,7 @@ def _job(options: argparse.Namespace) -> RayJob:
             f"parallel.world_size = {wanted}, but --nodes {options.nodes} x --ranks-per-node {options.ranks_per_node} "
             f"= {ranks} ranks; unset it or start {wanted}"
         )
-    layouts(config, ranks)
+    layouts(config.parallel, config.rollout, ranks)
     return RayJob(
         name=f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
         nodes=options.nodes,

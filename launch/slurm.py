@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from erollout.checkpoint.resume import check_newest
-from erollout.config import Config, load_config, require_groups
+from erollout.config import ParallelConfig, RolloutConfig, load_config, require_groups
 from erollout.configuration.arguments import add_run_arguments, overrides
 from erollout.errors import UserError
-from erollout.launch.plan import Plan, batch_script, describe, layouts, seconds_of, written
+from erollout.launch.plan import Plan, batch_script, describe, seconds_of, written
 from erollout.launch.run_directory import VERDICT, RunDirectory, Submission, require_inputs, with_absolute_paths, with_scorer
 from erollout.launch.scorer_files import function_in_copy
 from erollout.launch.sites import Site, load_site
 from erollout.launch.snapshot import take_snapshot
+from erollout.parallel.layout import layouts
 from erollout.policy.families import policy_architecture
 from erollout.resilience.atomic_write import write_atomically
 from erollout.schedulers import slurm_jobs
@@ -79,7 +80,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     require_groups(config)
     run = RunDirectory(Path(config.train.output_dir))
     ranks = options.gpus_per_node or options.ranks_per_node
-    _check_ranks(config, options.nodes, ranks)
+    _check_ranks(config.parallel, config.rollout, options.nodes, ranks)
     run.require_writable()
     if site.container is None:  # its content is not visible from here
         require_inputs(config)
@@ -95,7 +96,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         ranks=ranks,
         gpus=options.gpus_per_node or 0,
         time=options.time,
-        grace=_grace(options, config),
+        grace=_grace(options, config.checkpoint.interval > 0),
         chain=options.chain or 1,
         max_requeues=options.max_requeues,
         preflight=not options.no_preflight,
@@ -115,19 +116,19 @@ def _check_numbers(options: argparse.Namespace) -> None:
         )
 
 
-def _check_ranks(config: Config, nodes: int, ranks: int) -> None:
-    wanted, started = config.parallel.world_size, nodes * ranks
+def _check_ranks(parallel: ParallelConfig, rollout: RolloutConfig, nodes: int, ranks: int) -> None:
+    wanted, started = parallel.world_size, nodes * ranks
     if wanted not in (None, started):
         raise UserError(
             f"parallel.world_size = {wanted}, but {nodes} nodes of {ranks} ranks are {started}; unset it or start {wanted}"
         )
-    layouts(config, started)
+    layouts(parallel, rollout, started)
 
 
-def _grace(options: argparse.Namespace, config: Config) -> int | None:
+def _grace(options: argparse.Namespace, saves: bool) -> int | None:
     """Seconds for saving before the time limit. Raises UserError if they don't fit, or if the run saves nothing."""
     seconds = seconds_of(options.time) if options.time else None
-    if not config.checkpoint.interval:
+    if not saves:
         for name in ("grace", "chain"):
             if getattr(options, name) is not None:
                 raise UserError(

@@ -268,7 +268,7 @@ class Checkpointer:
     def _document(self, state: RunState) -> str:
         document = asdict(replace(state, partial_rollouts=())) | {
             "kind": self.kind,
-            "identity": identity(self.actor.architecture, self.actor.config),
+            "identity": identity(self.actor.architecture, self.actor.config.model, self.actor.config.optimizer),
             "configuration": configuration(self.actor.config),
             "scheduler": self.actor.scheduler.state_dict(),
         }

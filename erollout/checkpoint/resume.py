@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from erollout.checkpoint.manifest import STATE, complete_checkpoints
-from erollout.config import LOCATIONS, Config
+from erollout.config import LOCATIONS, Config, ModelConfig, OptimizerConfig
 from erollout.configuration.renamed import present_name
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
@@ -110,13 +110,13 @@ def drawn(document: Mapping[str, Any], config: Config, kind: RunKind) -> int:
     return int(document["step"] * document.get("configuration", {}).get(key, configuration(config)[key]))
 
 
-def identity(architecture: Architecture, config: Config) -> dict[str, Any]:
+def identity(architecture: Architecture, model: ModelConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
     """Properties of model and optimizer that must be equal in the run that loads the checkpoint."""
     sizes = {key: value for key, value in asdict(architecture).items() if key != "layer"}  # which is its family's
     return {
         "architecture": json.loads(json.dumps(sizes)),
-        "dtype": config.model.dtype,
-        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
+        "dtype": model.dtype,
+        "use_distributed_optimizer": optimizer.use_distributed_optimizer,
     }
 
 
@@ -132,7 +132,7 @@ def require_resumable(
             f"checkpoint {path} is from a {document['kind']} run, this is a {kind} run; set train.output_dir to another place "
             "(a policy is handed on by checkpoint.export_path and model.path)"
         )
-    _require_model(path, document["identity"], identity(architecture, config))
+    _require_model(path, document["identity"], identity(architecture, config.model, config.optimizer))
     for change in changes(document.get("configuration", {}), config):
         if change.key == "model.architecture":  # covered by the model's identity
             continue

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from erollout.checkpoint.resume import RunKind
-from erollout.config import Config
+from erollout.config import Config, TrackingConfig
 from erollout.configuration.hub import fetch_line
+from erollout.configuration.speculation import SpeculationConfig
 from erollout.drafter.registry import proposer_kind
 from erollout.policy.families import published_architecture
 from erollout.security.redaction import redact
@@ -45,7 +46,7 @@ def _describe(config: Config, sizes: Sizes, rolls_out: bool) -> list[str]:
         "training": f"{train.world_size} ranks = tensor {train.tensor} x data {train.data} x pipeline {train.pipeline}",
         **(_rollouts(config, sizes) if rolls_out else _supervised(config, sizes)),
         "output": config.train.output_dir,
-        "tracking": _tracking(config),
+        "tracking": _tracking(config.tracking, config.train.output_dir),
         "checkpoints": f"{config.checkpoint_directory} every {interval} steps" if interval else "none",
         **(_replicas(sizes) if rolls_out else {}),
     }
@@ -93,7 +94,7 @@ def _rollouts(config: Config, sizes: Sizes) -> dict[str, str]:
         "parameters per rank": f"{sizes.trained_parameters:,} trained, {sizes.decoded_parameters:,} decoded",
         "memory per rank": f"{_gib(sizes.training_bytes)} training state, {_gib(sizes.decoding_bytes)} rollout "
         f"(weights + KV cache), activations of {config.train.max_tokens_per_micro_batch} tokens",
-        "speculation": _speculation(config),
+        "speculation": _speculation(config.speculation),
     }
 
 
@@ -115,16 +116,15 @@ def _replicas(sizes: Sizes) -> dict[str, str]:
     return shown | ({"": f"and {more} more replicas"} if more else {})
 
 
-def _tracking(config: Config) -> str:
-    if not config.tracking.enabled:
+def _tracking(options: TrackingConfig, output_dir: str) -> str:
+    if not options.enabled:
         return "off"
-    if has_own_store(config.tracking):
-        return f"SQLite in {config.train.output_dir}"
-    return f"{redact(store_uri(config.tracking, config.train.output_dir))} ({uri_source(config.tracking)})"
+    if has_own_store(options):
+        return f"SQLite in {output_dir}"
+    return f"{redact(store_uri(options, output_dir))} ({uri_source(options)})"
 
 
-def _speculation(config: Config) -> str:
-    options = config.speculation
+def _speculation(options: SpeculationConfig) -> str:
     if options.mode == "off":
         return "off"
     longest = options.toggle.max_speculative_tokens

@@ -11,7 +11,7 @@ from erollout.config import Config, ParallelConfig
 from erollout.environment import STORE, LauncherEnvironment, launcher_environment, stay_on_loopback, variable
 from erollout.errors import UserError
 from erollout.megatron_patches import apply_all
-from erollout.parallel.layout import DecodeLayout, TrainLayout
+from erollout.parallel.layout import DecodeLayout, TrainLayout, layouts
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,11 @@ class ParallelContext:
 
 def resolve_layouts(config: Config, world_size: int) -> tuple[TrainLayout, DecodeLayout]:
     """Both layouts on `world_size` ranks. Raises UserError if they don't divide it."""
-    parallel = config.parallel
-    train = TrainLayout(world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    train, decode = layouts(config.parallel, config.rollout, world_size)
     batch = config.train.global_batch_size or config.samples_per_step
     if batch < train.data:
         raise UserError(f"train.global_batch_size = {batch} is less than the {train.data} data-parallel ranks; raise it")
-    return train, DecodeLayout(world_size, config.rollout.tensor_model_parallel_size)
+    return train, decode
 
 
 def expected_world_size(parallel: ParallelConfig) -> int:

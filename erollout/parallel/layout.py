@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from erollout.config import ParallelConfig, RolloutConfig
 from erollout.errors import UserError
 
 
@@ -63,6 +64,12 @@ class DecodeLayout:
 
     def ranks(self, replica: int) -> tuple[int, ...]:
         return tuple(range(replica * self.tensor, (replica + 1) * self.tensor))
+
+
+def layouts(parallel: ParallelConfig, rollout: RolloutConfig, world_size: int) -> tuple[TrainLayout, DecodeLayout]:
+    """The configured layouts. Raises UserError if they don't divide the world size."""
+    train = TrainLayout(world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    return train, DecodeLayout(world_size, rollout.tensor_model_parallel_size)
 
 
 def even_slice(size: int, parts: int, index: int, what: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
-from erollout.config import Config
+from erollout.config import Config, TrackingConfig
 from erollout.environment import variable
 from erollout.errors import UserError
 from erollout.resilience.atomic_write import write_atomically
@@ -141,7 +141,9 @@ class JournalTracker:
         store = MlflowStore(uri, uri_source(config.tracking)) if config.tracking.enabled else None
         known = bool(run_id) and any(start["uri"] == redact(uri) for start in starts)
         identity = (
-            self._resolve_run(store, config, run_id, Path(output_dir), tags, known) if store else run_id or uuid.uuid4().hex
+            self._resolve_run(store, config.tracking, run_id, Path(output_dir), tags, known)
+            if store
+            else run_id or uuid.uuid4().hex
         )
         self._say_unheeded()
         self._append("start", run_id=identity, uri=redact(uri) if store else "", attempt=attempt, step=step)
@@ -243,7 +245,13 @@ class JournalTracker:
         return past
 
     def _resolve_run(
-        self, store: MlflowStore, config: Config, run_id: str | None, output_dir: Path, tags: dict[str, str], known: bool
+        self,
+        store: MlflowStore,
+        options: TrackingConfig,
+        run_id: str | None,
+        output_dir: Path,
+        tags: dict[str, str],
+        known: bool,
     ) -> str:
         """The run to record to. A store that this run has used before (`known`) may be unavailable; a new one must answer."""
         try:
@@ -259,17 +267,17 @@ class JournalTracker:
             tags = {**tags, "erollout.resumed_from": run_id}
             logger.warning("%s has no run %s: a new run there gets everything the journal holds", store.name, run_id)
             self._journal.mark_delivered(0)
-        return self._new_run(store, config, output_dir, tags)
+        return self._new_run(store, options, output_dir, tags)
 
-    def _new_run(self, store: MlflowStore, config: Config, output_dir: Path, tags: dict[str, str]) -> str:
+    def _new_run(self, store: MlflowStore, options: TrackingConfig, output_dir: Path, tags: dict[str, str]) -> str:
         """Create a run. If the process is killed before its id is in the journal, the next attempt finds it by its mark."""
         marks = [record["mark"] for record in self._journal.records() if record["kind"] == "new"]
-        if marks and (found := store.find_run(config.tracking.experiment, MARK, marks[-1])) is not None:
+        if marks and (found := store.find_run(options.experiment, MARK, marks[-1])) is not None:
             return found
         mark = uuid.uuid4().hex
         self._append("new", mark=mark)
         artifacts = output_dir.absolute() / "mlartifacts"
-        return store.create_run(config.tracking.experiment, config.tracking.run_name, artifacts, {**tags, MARK: mark})
+        return store.create_run(options.experiment, options.run_name, artifacts, {**tags, MARK: mark})
 
     def _record_setup(
         self, config: Config, resolved: Resolved, tags: dict[str, str], past: list[dict[str, Any]], attempt: int

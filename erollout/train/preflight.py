@@ -15,7 +15,8 @@ from erollout.calibration.model_size import describe_shape
 from erollout.checkpoint.manifest import complete_checkpoints
 from erollout.checkpoint.resume import RunKind, check_newest
 from erollout.checkpoint.run_lock import LOCK
-from erollout.config import Config
+from erollout.config import Config, ModelConfig, RewardsConfig, RolloutConfig
+from erollout.configuration.speculation import SpeculationConfig
 from erollout.data.datasets import build_datasets
 from erollout.data.prompts import PromptDataset, PromptLimits
 from erollout.data.tokenizer import load_tokenizer
@@ -79,7 +80,7 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
     sizes = work_out(config, architecture, rolls_out)
     tokenizer = load_tokenizer(config.tokenizer_path, architecture.vocab_size)
     if rolls_out:
-        _check_pool(config)
+        _check_pool(config.rewards)
     if config.model.path is not None:
         check_weights(config.model.path, architecture)
     _check_export(config)
@@ -87,11 +88,14 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
     if kind is not None:
         check_newest(architecture, config, kind)
     scorer = build_scorer(config.rewards, config.data)
-    with _probe(config, scorer, rolls_out and scores) as probe:
-        train_data, test_data = build_datasets(config.data, prompt_limits(config, architecture), tokenizer)
+    with _probe(scorer, config.rewards, rolls_out and scores) as probe:
+        train_data, test_data = build_datasets(
+            config.data, prompt_limits(config.model, config.rollout, architecture), tokenizer
+        )
         _check_first_items(train_data, test_data, rolls_out)
         if probe is not None:
-            _check_scorer(config, probe, train_data, test_data)
+            is_built_in = config.data.kind == "file" and config.rewards.function is None
+            _check_scorer(probe, train_data, test_data, reads_references=is_built_in)
     _check_store(config)
     return Resolved(
         **{field.name: getattr(sizes, field.name) for field in fields(sizes)},
@@ -106,24 +110,25 @@ def work_out(config: Config, architecture: Architecture, rolls_out: bool = True)
     """Layouts and sizes. Raises UserError if they don't fit the architecture or each other."""
     train, decode = resolve_layouts(config, expected_world_size(config.parallel))
     if rolls_out:
-        check_context(config, architecture)
-        _check_stop_ids(config, architecture)
-        _check_cache(config, architecture)
+        _check_context(prompt_limits(config.model, config.rollout, architecture), config.rollout)
+        _check_stop_ids(config.rollout, architecture)
+        _check_cache(config.rollout, architecture)
     with _named(f"parallel.tensor_model_parallel_size = {train.tensor}, pipeline_model_parallel_size = {train.pipeline}"):
         trained = max(_parameters(training_placement(architecture, train, rank)) for rank in _distinct_ranks(train))
     with _named(f"rollout.tensor_model_parallel_size = {decode.tensor}"):
         decoded_placement = decode_placement(architecture, decode.tensor, 0)
         decoded = _parameters(decoded_placement)
     if rolls_out:
-        check_drafter(config, decoded_placement)
-        check_calibration(config, architecture)
+        _check_drafter(config.speculation, decoded_placement)
+        _check_calibration(config.speculation, config.rollout, architecture)
     return Sizes(
         architecture=architecture,
         train=train,
         decode=decode,
         trained_parameters=trained,
         decoded_parameters=decoded,
-        training_bytes=trained * _training_bytes_per_parameter(config, train),
+        training_bytes=trained
+        * _training_bytes_per_parameter(config.model.dtype, config.optimizer.use_distributed_optimizer, train),
         decoding_bytes=decoded * _BYTES[config.rollout.dtype] + num_bytes(config.rollout, architecture),
     )
 
@@ -137,32 +142,32 @@ def _named(keys: str) -> Iterator[None]:
         raise UserError(f"{keys}: {error}") from error
 
 
-def prompt_limits(config: Config, architecture: Architecture) -> PromptLimits:
-    context = config.model.max_position_embeddings or architecture.max_position_embeddings
-    return PromptLimits(config.rollout.max_prompt_tokens, context)
+def prompt_limits(model: ModelConfig, rollout: RolloutConfig, architecture: Architecture) -> PromptLimits:
+    context = model.max_position_embeddings or architecture.max_position_embeddings
+    return PromptLimits(rollout.max_prompt_tokens, context)
 
 
-def check_context(config: Config, architecture: Architecture) -> None:
+def _check_context(limits: PromptLimits, rollout: RolloutConfig) -> None:
     """Check that prompt and response together fit the model's context."""
-    context = prompt_limits(config, architecture).context_tokens
-    wanted = config.rollout.max_prompt_tokens + config.rollout.max_tokens
-    if wanted > context:
+    wanted = rollout.max_prompt_tokens + rollout.max_tokens
+    if wanted > limits.context_tokens:
         raise UserError(
-            f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {context} tokens; lower one"
+            f"rollout.max_prompt_tokens + rollout.max_tokens = {wanted} exceed the context of {limits.context_tokens} tokens; "
+            "lower one"
         )
 
 
-def _check_stop_ids(config: Config, architecture: Architecture) -> None:
-    for token_id in config.rollout.stop_token_ids:
+def _check_stop_ids(rollout: RolloutConfig, architecture: Architecture) -> None:
+    for token_id in rollout.stop_token_ids:
         if token_id >= architecture.vocab_size:
             raise UserError(
                 f"rollout.stop_token_ids = {token_id} is none of the model's {architecture.vocab_size} tokens; remove it"
             )
 
 
-def _check_cache(config: Config, architecture: Architecture) -> None:
+def _check_cache(rollout: RolloutConfig, architecture: Architecture) -> None:
     """Check that the KV cache holds one response; prompts are checked by the engine."""
-    blocks, rollout = num_blocks(config.rollout, architecture), config.rollout
+    blocks = num_blocks(rollout, architecture)
     needed = -(-rollout.max_tokens // rollout.block_size)
     if needed > blocks:
         raise UserError(
@@ -171,25 +176,24 @@ def _check_cache(config: Config, architecture: Architecture) -> None:
         )
 
 
-def check_drafter(config: Config, placement: Placement) -> None:
+def _check_drafter(options: SpeculationConfig, placement: Placement) -> None:
     """Check that the proposer's drafters can be made, of a decode rank's shards."""
-    if config.speculation.mode != "off":
-        proposer_kind(config.speculation).check(config.speculation, placement)
+    if options.mode != "off":
+        proposer_kind(options).check(options, placement)
 
 
-def check_calibration(config: Config, architecture: Architecture) -> None:
+def _check_calibration(options: SpeculationConfig, rollout: RolloutConfig, architecture: Architecture) -> None:
     """Check that a configured calibration is readable and is for this model, layout and drafters; ranks check the hardware."""
-    path = config.speculation.calibration
-    if path is None or config.speculation.mode == "off":
+    if options.calibration is None or options.mode == "off":
         return
     calibration_of_run(
-        path,
+        options.calibration,
         lambda found: Identity(
             describe_shape(architecture),
             found.identity.hardware,
-            config.rollout.tensor_model_parallel_size,
-            tuple(proposer_kind(config.speculation).drafters(config.speculation)),
-            config.rollout.dtype,
+            rollout.tensor_model_parallel_size,
+            tuple(proposer_kind(options).drafters(options)),
+            rollout.dtype,
         ),
     )
 
@@ -205,21 +209,23 @@ def _check_first_items(train_data: PromptDataset, test_data: PromptDataset | Non
         train_data.supervised_example(0)
 
 
-def _probe(config: Config, scorer: Scorer, scores: bool) -> AbstractContextManager[ScorerProbe | None]:
+def _probe(scorer: Scorer, options: RewardsConfig, scores: bool) -> AbstractContextManager[ScorerProbe | None]:
     """Start the scorer's probe, which loads the scorer while the data is read."""
-    return ScorerProbe(scorer, config.rewards.timeout_seconds) if scores and current_rank() == 0 else nullcontext()
+    return ScorerProbe(scorer, options.timeout_seconds) if scores and current_rank() == 0 else nullcontext()
 
 
-def _check_scorer(config: Config, probe: ScorerProbe, train_data: PromptDataset, test_data: PromptDataset | None) -> None:
-    """Let a user's function score the first item; let the task's own read as many reference answers as time allows."""
+def _check_scorer(
+    probe: ScorerProbe, train_data: PromptDataset, test_data: PromptDataset | None, reads_references: bool
+) -> None:
+    """Let the scorer score the first item and, if `reads_references`, read as many reference answers as time allows."""
     probe.require_scores(train_data.prompt(0), train_data.solution(0))
-    if config.data.kind == "file" and config.rewards.function is None:
+    if reads_references:
         probe.require_readable(chain.from_iterable(data.unrendered() for data in (train_data, test_data) if data is not None))
 
 
-def _check_pool(config: Config) -> None:
+def _check_pool(options: RewardsConfig) -> None:
     """Check the Ray cluster before models are loaded; each rank that scores joins it later."""
-    if config.rewards.pool == "ray" and current_rank() == 0:
+    if options.pool == "ray" and current_rank() == 0:
         find_cluster("auto", "rewards.pool = ray")
 
 
@@ -271,11 +277,11 @@ def _parameters(placement: Placement) -> int:
     return sum(prod(tensor.shape) for tensor in placement)
 
 
-def _training_bytes_per_parameter(config: Config, train: TrainLayout) -> int:
+def _training_bytes_per_parameter(dtype: str, is_distributed: bool, train: TrainLayout) -> int:
     """Weights, float32 gradient, two Adam moments and, for bfloat16, a float32 main copy."""
-    weights = _BYTES[config.model.dtype]
-    optimizer = 8 + (4 if config.model.dtype == "bfloat16" else 0)
-    if config.optimizer.use_distributed_optimizer:
+    weights = _BYTES[dtype]
+    optimizer = 8 + (4 if dtype == "bfloat16" else 0)
+    if is_distributed:
         optimizer = -(-optimizer // train.data)
     return weights + 4 + optimizer
 

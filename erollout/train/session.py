@@ -49,20 +49,23 @@ def train(config: Config) -> None:
                 _export(run, actor)
                 _log_figures(run, services.tracker)
         if context.rank == 0 and run.stop.agreed is None:
-            rows = summary_rows(_history(config), loop.state.history, config.tracking, config.train.output_dir, run_id)
-            print_summary(rows, title=config.train.output_dir)
+            output_dir = config.train.output_dir
+            rows = summary_rows(_history(output_dir), loop.state.history, config.tracking, output_dir, run_id)
+            print_summary(rows, title=output_dir)
 
 
 def supervised(config: Config) -> None:
     """Supervised fine-tuning on the training data's written solutions."""
     with running(config, "supervised") as run:
-        resolved, steps = run.resolved, config.supervised.steps
+        resolved, steps, size = run.resolved, config.supervised.steps, config.supervised.batch_size
         actor = Actor(config, resolved.architecture, run.context, steps)
         checkpointer, state = restored(run, actor)
         run.fix_date(state.date)
         run.stop.begin()
         with tracked(run, state, steps) as (services, run_id):
-            trainer = SupervisedTrainer(config, actor, resolved.train_data, DataCursor(state.cursor))
+            limits, output_dir = config.fault_tolerance, config.train.output_dir
+            cursor = DataCursor(state.cursor)
+            trainer = SupervisedTrainer(actor, resolved.train_data, cursor, size, limits, output_dir)
             times = cadence(config, steps, evaluates=False)
             RunLoop(trainer, times, checkpointer, services, replace(state, run_id=run_id)).run()
             if run.stop.agreed is None:
@@ -81,10 +84,10 @@ def _export(run: RunningWorld, actor: Actor) -> None:
 def _log_figures(run: RunningWorld, tracker: Tracker) -> None:
     if run.context.rank:
         return
-    history = _history(run.config)
+    history = _history(run.config.train.output_dir)
     for name, draw in (("reward", reward_curve), ("response_lengths", response_lengths), ("phase_seconds", phase_seconds)):
         tracker.log_figure(name, draw(history))
 
 
-def _history(config: Config) -> list[dict[str, float]]:
-    return read_history(journal_path(config.train.output_dir))
+def _history(output_dir: str) -> list[dict[str, float]]:
+    return read_history(journal_path(output_dir))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from erollout.algorithm.minibatch import share
 from erollout.algorithm.supervised import Supervised
 from erollout.checkpoint.checkpointer import RunState
-from erollout.config import Config
+from erollout.config import FaultToleranceConfig
 from erollout.data.cursor import DataCursor
 from erollout.data.prompts import PromptDataset
 from erollout.policy.actor import Actor
@@ -18,20 +18,22 @@ from erollout.train.updates import Updates
 class SupervisedTrainer:
     """Steps of a supervised run, called by RunLoop. All methods are collective."""
 
-    config: Config
     actor: Actor
     data: PromptDataset
     cursor: DataCursor
+    batch_size: int
+    limits: FaultToleranceConfig
+    output_dir: str
 
     def __post_init__(self) -> None:
         self.loss = Supervised()
-        self.updates = Updates(self.actor, self.loss, self.config.fault_tolerance, self.config.train.output_dir)
+        self.updates = Updates(self.actor, self.loss, self.limits, self.output_dir)
 
     def train_step(self, step: int, phase: Phases) -> StepReport:
         """Make one optimizer step on the next batch_size examples."""
-        size, context = self.config.supervised.batch_size, self.actor.context
-        samples = [TrainSample(*self.data.supervised_example(i)) for i in self.cursor.take(size)]
-        batch = share(samples, range(size), context.train.data, context.data_parallel_rank, self.loss)
+        context = self.actor.context
+        samples = [TrainSample(*self.data.supervised_example(i)) for i in self.cursor.take(self.batch_size)]
+        batch = share(samples, range(self.batch_size), context.train.data, context.data_parallel_rank, self.loss)
         with phase("update"):
             metrics = self.updates.make([batch], step)
         return StepReport(metrics | phase.seconds())

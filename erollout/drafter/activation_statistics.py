@@ -23,8 +23,6 @@ class InputStatistics:
 
     mean_square: Tensor
     """float32 [in_features]: E[x_k^2]."""
-    mean_absolute: Tensor
-    """float32 [in_features]: E[|x_k|]."""
     samples: Tensor | None
     """[rows, in_features]: a sample of the inputs, for searches that need more than means."""
     generation: int
@@ -77,15 +75,12 @@ class _Recorder:
     def __init__(self, linear: TorchLinear | None, in_features: int, device: torch.device, sample_rows: int) -> None:
         self._linear = linear
         self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self._absolutes = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._rows = 0
         self._sample_rows = sample_rows
         self._samples: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        self._squares += wide.square().sum(0)
-        self._absolutes += wide.abs().sum(0)
+        self._squares += x.float().square().sum(0)
         self._rows += x.shape[0]
         kept = sum(sample.shape[0] for sample in self._samples)
         if kept < self._sample_rows:
@@ -100,9 +95,7 @@ class _Recorder:
 
     def statistics(self, generation: int) -> InputStatistics:
         samples = torch.cat(self._samples) if self._samples else None
-        return InputStatistics(
-            (self._squares / self._rows).float(), (self._absolutes / self._rows).float(), samples, generation
-        )
+        return InputStatistics((self._squares / self._rows).float(), samples, generation)
 
 
 def _recording_model(target: DecodeModel, max_tokens: int, record) -> DecodeModel:

@@ -57,11 +57,6 @@ class GenerationStats:
     """Number of sequences in each forward pass."""
     speculation: SpeculationStatistics = field(default_factory=SpeculationStatistics)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Sampled tokens per second of the whole call, prefill included."""
-        return self.decode_tokens / self.seconds if self.seconds else 0.0
-
 
 @dataclass(slots=True)
 class _Generation:

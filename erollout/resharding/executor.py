@@ -26,7 +26,6 @@ class ReshardStats:
     seconds: float
     bytes_local: int
     """Bytes written by copies within the rank, in the destination's dtype."""
-    bytes_sent: int
     bytes_received: int
     """Bytes received on the wire."""
     peak_extra_bytes: int
@@ -249,7 +248,6 @@ class Resharder:
         return ReshardStats(
             seconds=seconds,
             bytes_local=sum(copy.destination.numel for copy in self._plan.local) * itemsize,
-            bytes_sent=sum(bucket.numel for bucket in self._plan.sends) * self._plan.itemsize,
             bytes_received=sum(bucket.numel for bucket in self._plan.receives) * self._plan.itemsize,
             peak_extra_bytes=self._sending.nbytes + self._receiving.nbytes,
         )

@@ -387,7 +387,6 @@ def test_statistics_are_those_of_the_layers_inputs(family: str) -> None:
     for name, inputs in seen.items():
         x, actual = torch.cat(inputs), found[name if name == "lm_head" else f"layers.1.{name}"]
         torch.testing.assert_close(actual.mean_square, x.square().mean(0), rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(actual.mean_absolute, x.abs().mean(0), rtol=1e-3, atol=1e-5)
         assert actual.samples is not None and actual.generation == 3
         torch.testing.assert_close(actual.samples, x[:40], rtol=1e-3, atol=1e-3)
 

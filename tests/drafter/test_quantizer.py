@@ -45,7 +45,7 @@ def statistics(generation: int = 0) -> InputStatistics:
     generator = torch.Generator().manual_seed(1)
     spread = torch.randn(SHAPE[1], generator=generator).mul(1.5).exp()
     samples = torch.randn(48, SHAPE[1], generator=generator) * spread
-    return InputStatistics(samples.square().mean(0), samples.abs().mean(0), samples.bfloat16(), generation)
+    return InputStatistics(samples.square().mean(0), samples.bfloat16(), generation)
 
 
 def modelopt(name: str, weight: Tensor, group_size: int = GROUP) -> ModelOptQuantizer:
@@ -178,10 +178,10 @@ def test_awq_lowers_the_error_of_outputs_and_is_searched_once_per_collection() -
     )
     assert error.norm() < 0.9 * plain_error.norm()
     assert torch.equal(weight, before), "the shard itself was scaled"
-    other = InputStatistics(inputs.mean_square, inputs.mean_absolute, inputs.samples.flip(1), generation=0)
+    other = InputStatistics(inputs.mean_square, inputs.samples.flip(1), generation=0)
     kept = quantizer.quantize(LAYER, other)
     assert kept.pre_scale is not None and torch.equal(kept.pre_scale, scaled.pre_scale)
-    anew = quantizer.quantize(LAYER, InputStatistics(*(other.mean_square, other.mean_absolute, other.samples), generation=1))
+    anew = quantizer.quantize(LAYER, InputStatistics(other.mean_square, other.samples, generation=1))
     assert anew.pre_scale is not None and not torch.equal(anew.pre_scale, scaled.pre_scale)
 
 

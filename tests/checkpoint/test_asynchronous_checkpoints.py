@@ -45,7 +45,7 @@ def _shards(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize("distributed_optimizer", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_what_is_saved_is_of_its_step(distributed_optimizer: bool, rank_pool: RankPool, tmp_path: Path) -> None:
     optimizer = {"use_distributed_optimizer": distributed_optimizer}
     for name, asynchronous in (("plain", False), ("late", True)):

@@ -211,7 +211,12 @@ def test_is_refused_in_one_line(name: str, config: str, tmp_path: Path) -> None:
     assert _files(tmp_path) == before, "something was written or removed"
 
 
-@pytest.mark.parametrize("key", [key for key in NUMBERS if not key.startswith("data.tasks")])
+BOUNDED = [key for key in NUMBERS if not key.startswith("data.tasks")]
+
+
+@pytest.mark.parametrize(
+    "key", [pytest.param(key, marks=pytest.mark.full if number % 5 else ()) for number, key in enumerate(BOUNDED)]
+)
 def test_the_least_and_the_largest_number_are_honoured_or_refused_in_one_line(key: str, config: str) -> None:
     for bound in bounds_of(NUMBERS[key]):
         (value,) = (getattr(bound, name) for name in ("ge", "gt", "le", "lt") if hasattr(bound, name))
@@ -327,7 +332,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.end_to_end
+@pytest.mark.full
 def test_no_free_port(config: str) -> None:
     """In a network of its own, where the one port there is to give is taken."""
     isolated = ["unshare", "--net", "--map-root-user"]

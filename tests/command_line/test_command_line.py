@@ -253,7 +253,14 @@ run()
 """
 
 
-@pytest.mark.parametrize("function", ["run_command", "quiet_libraries", "parser", "parse_args", "load_config", "preflight"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "run_command",
+        "load_config",
+        *(pytest.param(f, marks=pytest.mark.full) for f in ("quiet_libraries", "parser", "parse_args", "preflight")),
+    ],
+)
 def test_ctrl_c_is_one_line_wherever_a_command_is(function: str, config: str) -> None:
     """Between the blocks that end the process at once, too: each function is interrupted as it is entered."""
     start = [sys.executable, "-c", INTERRUPTED_IN, "train", "--config", config, "parallel.world_size=1", function]

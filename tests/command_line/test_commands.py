@@ -20,21 +20,22 @@ def invoke_here(*arguments: str) -> Outcome:
     return invoke(*arguments)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    """The demo with a tiny model and a few steps: its folder and how it ended."""
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.full)], ids=["one rank", "two ranks"])
+def demo(request: pytest.FixtureRequest, rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """The demo with a tiny model and a few steps: its folder and how it ended. On one rank, its commands run on a warm one."""
+    ranks = request.param
     folder = tmp_path_factory.mktemp("demo")
     tree = tiny_tree(folder, data={"args": {"max_terms": 4}, "test_size": 8}, evaluation={"interval": 2, "num_prompts": 8})
     tree |= {
         "model": {"path": str(folder / "warm-start")},
-        "parallel": {"world_size": 2, "pipeline_model_parallel_size": 2},
+        "parallel": {"world_size": ranks, "pipeline_model_parallel_size": ranks},
         "train": {"steps": 3, "output_dir": str(folder / "run")},
         "tracking": {"experiment": "tiny"},
         "checkpoint": {"interval": 2, "export_path": str(folder / "trained")},
     }
     warm_start = {
         "model": {"architecture": ARCHITECTURE, "tokenizer": str(folder / "new-tokenizer")},
-        "parallel": {"world_size": 2},
+        "parallel": {"world_size": ranks},
         "data": {"kind": "chain_sum_cot"},
         "supervised": {"steps": 4, "batch_size": 8},
         "train": {"output_dir": str(folder / "sft")},
@@ -44,7 +45,21 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     for name, content in {"demo": tree, "sft": warm_start}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     warm, config = str(folder / "sft.yaml"), str(folder / "demo.yaml")
-    return folder, execute("demo", "--config", config, "--warm-start", warm, "train.steps=2")
+    arguments = ("demo", "--config", config, "--warm-start", warm, "train.steps=2")
+    if ranks == 2:
+        return folder, execute(*arguments)
+    errors = []
+
+    def run_here(command: str, config: str, *overrides: str) -> int:
+        ended: Outcome = rank_pool.run(1, invoke_here, command, "--config", config, *overrides)[0]
+        print(ended.stdout)
+        errors.append(ended.stderr)
+        return ended.status
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("erollout.command_line.demo._run", run_here)
+        outcome = invoke(*arguments)
+    return folder, Outcome(outcome.status, outcome.stdout, "".join([outcome.stderr, *errors]))
 
 
 @pytest.mark.end_to_end

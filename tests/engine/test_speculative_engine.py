@@ -366,7 +366,11 @@ def generate_on_this_rank(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY, PROCESSED], ids=["sampled", "greedy", "processed"])
+@pytest.mark.parametrize(
+    "sampling",
+    [SAMPLED, pytest.param(GREEDY, marks=pytest.mark.full), pytest.param(PROCESSED, marks=pytest.mark.full)],
+    ids=["sampled", "greedy", "processed"],
+)
 def test_coupled_samples_on_two_ranks(rank_pool: RankPool, sampling: SamplingParams) -> None:
     expected = by_sample(make_engine("llama").generate(make_requests(sampling)))
     numbers, settings = ([3], {"num_kv_blocks": 14, "max_num_batched_tokens": 40}) if sampling is SAMPLED else ([1, 3, 7], {})

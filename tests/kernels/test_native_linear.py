@@ -253,7 +253,7 @@ def test_a_forked_child_starts_its_own_threads() -> None:
     assert torch.equal(linear(x), y)
 
 
-@pytest.mark.end_to_end
+@pytest.mark.full
 @needs_native
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_kernels_under_sanitizers(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ UNBOUNDED: dict[str, Any] = {
 """A run whose gradient's norm is not finite; the loss is."""
 
 
-@pytest.mark.parametrize("is_distributed", [False, True])
+@pytest.mark.parametrize("is_distributed", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_checkpoint_from_before_the_first_update_that_counts(is_distributed: bool, rank_pool, tmp_path: Path) -> None:
     """The optimizer has no state yet, though steps were done."""
     tree = tiny_tree(

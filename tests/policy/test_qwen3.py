@@ -42,6 +42,7 @@ def test_training_is_the_same_under_every_layout(rank_pool: RankPool, tmp_path: 
 
 
 @pytest.mark.distributed
+@pytest.mark.full
 def test_a_resumed_run_ends_with_the_same_weights(rank_pool: RankPool, tmp_path: Path) -> None:
     expected = _train(rank_pool, tmp_path / "whole", "tp2")
     _train(rank_pool, tmp_path / "resumed", "tp2", steps=1, interval=1)

@@ -15,6 +15,8 @@ LAYOUTS = {
     "tp2pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, {}),
     "pp2-decode-tp2": (2, {"pipeline_model_parallel_size": 2}, {"tensor_model_parallel_size": 2}),
 }
+QUICK = ("tp2pp2", "pp2-decode-tp2")
+"""For `make test`: each kind of parallelism once."""
 EXACT = ("reward/mean", "response_length/mean", "response_length/max", "rollout/tokens")
 """These follow from the sampled tokens alone."""
 CLOSE = ("train/loss", "train/entropy", "train/grad_norm")
@@ -35,7 +37,7 @@ def _first_step(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in LAYOUTS])
 def test_first_step_equals_that_of_one_process(
     name: str, rank_pool: RankPool, tmp_path: Path, one_process: dict[str, float]
 ) -> None:

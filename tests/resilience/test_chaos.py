@@ -237,16 +237,13 @@ def _unbroken(rank_pool: RankPool, folder: Path, steps: int, **sections: Any) ->
 
 
 @pytest.mark.end_to_end
-@pytest.mark.timeout(900)  # five starts
+@pytest.mark.timeout(900)  # four starts
 def test_a_run_that_is_disturbed_in_every_way_ends_as_one_that_was_left_alone(rank_pool: RankPool, tmp_path: Path) -> None:
     """Each start of the same command ends by another cause; two nodes that meet take the last one."""
     steps = 10
     unbroken = _unbroken(rank_pool, tmp_path / "unbroken", steps)
     unhurried = {"function": "unhurried_scorer:half_a_second"}  # time to disturb it
     chaos = Chaos(tmp_path / "chaos", random.Random(0), **_sections(tmp_path / "chaos", steps, rewards=unhurried))
-
-    assert not chaos.attempt(_as_a_rank_begins, 0.0, _ask_to_requeue)
-    assert (chaos.status, chaos.verdict()) == (0, "requeue"), "the ranks don't listen yet: the launcher waits until they do"
 
     assert not chaos.attempt(_past_a_checkpoint, 0.0, _kill_the_last_rank)
     assert chaos.status == 128 + signal.SIGKILL
@@ -261,6 +258,13 @@ def test_a_run_that_is_disturbed_in_every_way_ends_as_one_that_was_left_alone(ra
     assert chaos.verdict() == "done" and any("training tensor 1 x data 2" in output for output in outputs), outputs
     chaos.check_attempts()
     _assert_same_end(chaos.folder, unbroken, steps)
+
+
+@pytest.mark.full
+def test_a_request_before_the_ranks_listen_waits_until_they_do(tmp_path: Path) -> None:
+    chaos = Chaos(tmp_path / "chaos", random.Random(0), **_sections(tmp_path / "chaos", 1000))
+    assert not chaos.attempt(_as_a_rank_begins, 0.0, _ask_to_requeue)
+    assert (chaos.status, chaos.verdict()) == (0, "requeue") and "Traceback" not in chaos.said()
 
 
 def _on_two_nodes(chaos: Chaos) -> list[str]:

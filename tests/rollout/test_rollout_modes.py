@@ -45,6 +45,7 @@ def _cells(lines: list[str], first: str) -> list[list[str]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.full
 def test_every_section_runs_and_reports_every_arm(rank_pool: RankPool, tmp_path: Path) -> None:
     arguments = ["--sections", "tail", "batches", "policies", "--batches", "2", "--batch-tokens", "6", *OVERRIDES]
     lines, _ = rank_pool.run(2, _report, _config(tmp_path), arguments, timeout=240)

@@ -32,7 +32,7 @@ def test_coupled_speculation_changes_no_number_of_a_run(rank_pool: RankPool, tmp
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("format", ["w4a16_clip", "w4a16_awq", "fp8"])
+@pytest.mark.parametrize("format", ["w4a16_awq", *(pytest.param(f, marks=pytest.mark.full) for f in ("w4a16_clip", "fp8"))])
 def test_statistics_and_formats_on_two_tensor_parallel_ranks(format: str, rank_pool: RankPool, tmp_path: Path) -> None:
     drafter = {"format": format, "group_size": 16, "statistics_interval": 1, "statistics_tokens": 64}
     parallel = {"world_size": 2, "tensor_model_parallel_size": 2}

@@ -329,6 +329,7 @@ def train_dying_in_the_second_save(tree: dict[str, Any]) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.full
 def test_killed_while_saving_and_resumed_as_the_same_tracked_run(tmp_path: Path, rank_pool: RankPool) -> None:
     """Killed as the second checkpoint is being written. The same command ends the run: one MLflow run, every step once."""
     import mlflow

@@ -186,7 +186,11 @@ print(ended, child.stdout.read().split(), signal.SIGKILL in passed)
 
 @pytest.mark.parametrize(
     ("pauses", "outcome"),
-    [(["1", "0.1"], "None ['2'] False"), (["1", "0.1", "1"], "-9 ['2'] True"), (["1", "1"], "-9 ['2'] True")],
+    [
+        pytest.param(["1", "0.1"], "None ['2'] False", marks=pytest.mark.full),
+        (["1", "0.1", "1"], "-9 ['2'] True"),
+        pytest.param(["1", "1"], "-9 ['2'] True", marks=pytest.mark.full),
+    ],
     ids=["at once", "at once and later", "later"],
 )
 def test_a_launcher_takes_a_second_interrupt_at_once_for_the_first(pauses: list[str], outcome: str) -> None:

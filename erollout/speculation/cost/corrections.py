@@ -182,7 +182,7 @@ class Corrections:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of a state that corrected whole steps by drafter, take what all steps share.
+        """Take what all steps share from a state that corrected whole steps by drafter.
 
         Raises ValueError for an impossible state, and leaves all as it was.
         """

@@ -117,6 +117,7 @@ PURE = (
     "engine.block_manager",
     "engine.orders",
     "engine.model.decode_layout",
+    "engine.proposers.ngram",
     "engine.scheduler",
     "engine.sequence",
     "environment",

@@ -40,6 +40,14 @@ class DrafterConfig:
 
 
 @section
+class NGramConfig:
+    max_ngram: bounds.DraftLength = 4
+    """Number of last tokens that are looked up first."""
+    min_ngram: bounds.DraftLength = 2
+    """Number of last tokens that are looked up last, where longer n-grams did not occur before."""
+
+
+@section
 class LadderConfig:
     """The paper's rule for the draft length: one rung up or down, by the acceptance rates of whole rollouts."""
 
@@ -73,8 +81,10 @@ class SpeculationConfig:
     """`always`: every step drafts num_speculative_tokens. `toggle`: a step drafts them if that is predicted to be faster.
     `adaptive`: drafter and number are chosen for each step as well. `ladder`: as `toggle`, with the paper's rule for the
     number between rollouts."""
-    proposer: Literal["quantized_policy"] = "quantized_policy"
-    """What proposes draft tokens. `quantized_policy`: the policy itself in fewer bits; its keys are `drafter`."""
+    proposer: Literal["quantized_policy", "ngram"] = "quantized_policy"
+    """What proposes draft tokens. `quantized_policy`: the policy itself in fewer bits, by ModelOpt; its keys are `drafter`.
+    `ngram`: what followed the last tokens earlier in the same prompt and response; its keys are `ngram`. The keys of the other
+    one are not used."""
     num_speculative_tokens: bounds.DraftLength = 3
     """Number of tokens that the drafter proposes before the target verifies them in one pass."""
     verification: Literal["coupled", "rejection"] = "coupled"
@@ -89,11 +99,28 @@ class SpeculationConfig:
     per replica are kept."""
     toggle: ToggleConfig = field(default_factory=ToggleConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    ngram: NGramConfig = field(default_factory=NGramConfig)
 
 
 def check_speculation(options: SpeculationConfig) -> None:
     """What no single key of the section can be checked for. Raises UserError."""
-    drafter, rungs = options.drafter, options.toggle.ladder.rungs
+    rungs = options.toggle.ladder.rungs
+    if options.ngram.min_ngram > options.ngram.max_ngram:
+        raise UserError(
+            f"speculation.ngram.min_ngram = {options.ngram.min_ngram} is above max_ngram = {options.ngram.max_ngram}; lower it"
+        )
+    if options.proposer == "quantized_policy":
+        _check_drafter(options.drafter, options.mode)
+    if not rungs or list(rungs) != sorted(set(rungs)):
+        raise UserError(f"speculation.toggle.ladder.rungs = {list(rungs)} must ascend, with at least one; sort them")
+    if options.toggle.ladder.lower_below > options.toggle.ladder.raise_above:
+        raise UserError(
+            f"speculation.toggle.ladder.lower_below = {options.toggle.ladder.lower_below} is above raise_above = "
+            f"{options.toggle.ladder.raise_above}; lower it"
+        )
+
+
+def _check_drafter(drafter: DrafterConfig, mode: str) -> None:
     if drafter.format == "auto" and drafter.statistics_tokens < 2:
         raise UserError(
             f"speculation.drafter.statistics_tokens = {drafter.statistics_tokens} leaves format = auto nothing to choose by; "
@@ -101,15 +128,8 @@ def check_speculation(options: SpeculationConfig) -> None:
         )
     if len({drafter.format, *drafter.alternatives}) <= len(drafter.alternatives):
         raise UserError(f"speculation.drafter.alternatives = {list(drafter.alternatives)} names a format twice; remove one")
-    if drafter.alternatives and options.mode != "adaptive":
+    if drafter.alternatives and mode != "adaptive":
         raise UserError(
-            f"speculation.drafter.alternatives = {list(drafter.alternatives)} but speculation.mode = {options.mode} drafts "
+            f"speculation.drafter.alternatives = {list(drafter.alternatives)} but speculation.mode = {mode} drafts "
             "with one format only; set the mode to adaptive or remove them"
-        )
-    if not rungs or list(rungs) != sorted(set(rungs)):
-        raise UserError(f"speculation.toggle.ladder.rungs = {list(rungs)} must ascend, with at least one; sort them")
-    if options.toggle.ladder.lower_below > options.toggle.ladder.raise_above:
-        raise UserError(
-            f"speculation.toggle.ladder.lower_below = {options.toggle.ladder.lower_below} is above raise_above = "
-            f"{options.toggle.ladder.raise_above}; lower it"
         )

@@ -8,6 +8,7 @@ from erollout.configuration.speculation import SpeculationConfig
 from erollout.drafter.assignment import LM_HEAD, assign_formats
 from erollout.drafter.description import DrafterDescription, describe_drafters
 from erollout.drafter.formats import AUTO, FIRST_FORMAT, FORMATS, check_shape
+from erollout.engine.proposers.ngram import NGram
 from erollout.errors import UserError
 from erollout.parallel.placement import Placement
 from erollout.speculation.cost.roofline import DraftWeights
@@ -90,7 +91,7 @@ class QuantizedPolicy:
         return SelfSpeculation(options, engine)
 
 
-PROPOSERS: Mapping[str, ProposerKind] = {kind.name: kind for kind in (QuantizedPolicy(),)}
+PROPOSERS: Mapping[str, ProposerKind] = {kind.name: kind for kind in (QuantizedPolicy(), NGram())}
 
 
 def proposer_kind(options: SpeculationConfig) -> ProposerKind:

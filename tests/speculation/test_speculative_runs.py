@@ -1,13 +1,17 @@
 """Training with speculation: the same samples, so the same run, and what a run says about its drafts."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import ENVIRONMENT
 from ranks import RankPool
-from tiny_runs import history, tiny_tree, train_here
+from tiny_runs import history, tiny_tree, train_here, write_config
 
 SPECULATION: dict[str, Any] = {"mode": "always", "num_speculative_tokens": 3, "drafter": {"format": "w4a16", "group_size": 16}}
+NGRAM = {"proposer": "ngram", "num_speculative_tokens": 3, "ngram": {"max_ngram": 3, "min_ngram": 1}}
 SAME = ("reward/mean", "train/loss", "train/grad_norm", "response_length/mean", "mismatch/mean_abs_difference")
 
 
@@ -83,3 +87,47 @@ def test_who_decides_and_how_changes_no_number_of_a_run(
     coordinator = {"policy": policy, "window_seconds": 0.001}
     rank_pool.run(2, train_here, _tree(tmp_path, "run", speculation=speculation, coordinator=coordinator))
     assert [[row[name] for name in SAME] for row in history(tmp_path)] == undecided
+
+
+@pytest.mark.distributed
+def test_ngram_drafts_change_no_number_of_a_run(rank_pool: RankPool, tmp_path: Path) -> None:
+    """On two tensor-parallel ranks at every step, and on two replicas where their toggles choose; at a temperature at which the
+    responses repeat themselves now and then."""
+    repeating, two = {"rollout": {"temperature": 0.12}}, {"tensor_model_parallel_size": 2}
+    two_ranks = {"parallel": {"world_size": 2} | two, "rollout": repeating["rollout"] | two}
+    adaptive = NGRAM | {"mode": "adaptive", "toggle": {"bootstrap_seconds": 0.2}}
+    for layout, sections, speculation in (("tp2", two_ranks, NGRAM | {"mode": "always"}), ("dp2", repeating, adaptive)):
+        rank_pool.run(2, train_here, _tree(tmp_path, f"{layout}-off", **sections))
+        rank_pool.run(2, train_here, _tree(tmp_path, layout, **sections, speculation=speculation))
+        off, on = history(tmp_path, f"{layout}-off"), history(tmp_path, layout)
+        assert [[row[name] for name in SAME] for row in off] == [[row[name] for name in SAME] for row in on]
+        assert all(row["speculation/requantize_seconds"] == 0 for row in on)
+    for row in history(tmp_path, "tp2"):
+        assert row["speculation/drafts"] > 0 and 0 < row["speculation/proposed_share"] < 1
+        assert 0.1 < row["speculation/acceptance_rate"] < 1 and row["toggle/expected_length/ngram"] > 1.2
+
+
+@pytest.mark.distributed
+def test_a_run_resumes_with_another_proposer(rank_pool: RankPool, tmp_path: Path) -> None:
+    quantized = SPECULATION | {"mode": "toggle", "toggle": {"bootstrap_seconds": 0.1}}
+    ngram = NGRAM | {"mode": "toggle", "toggle": {"bootstrap_seconds": 0.1}}
+    for steps, speculation in enumerate((quantized, ngram, quantized), start=1):
+        sections = {"speculation": speculation, "checkpoint": {"interval": 1}, "train": {"steps": steps}}
+        rank_pool.run(1, train_here, _tree(tmp_path, "run", **sections))
+    rank_pool.run(1, train_here, _tree(tmp_path, "off", train={"steps": 3}))
+    assert [[row[name] for name in SAME] for row in history(tmp_path)] == [
+        [row[name] for name in SAME] for row in history(tmp_path, "off")
+    ]
+
+
+def test_ngram_drafts_do_without_modelopt(tmp_path: Path) -> None:
+    """A run of the command from start to end, where importing ModelOpt fails."""
+    speculation = NGRAM | {"mode": "always"}
+    config = write_config(tmp_path, speculation=speculation, train={"steps": 1, "output_dir": str(tmp_path / "run")})
+    code = (
+        "import sys; sys.modules['modelopt'] = None\n"
+        f"from erollout.cli import main; assert main(['train', '--config', {str(config)!r}]) == 0\n"
+        "assert not [name for name in sys.modules if name.startswith('modelopt.')]"
+    )
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=280)
+    assert history(tmp_path)[0]["speculation/drafts"] > 0

@@ -1,7 +1,7 @@
 """Regret of the toggle with each of its mechanisms off in turn, under scenarios that go wrong in different ways.
 
     python benchmarks/ablation.py                                # everything: about 15 CPU minutes on one core
-    python benchmarks/ablation.py --scenarios stationary tenant --without margin probes
+    python benchmarks/ablation.py --scenarios stationary tenant --without probes backoff
     python benchmarks/ablation.py --calibration FILE --lengths rollouts.jsonl --scenarios stationary errors
 
 Rollouts are those of erollout/simulation: scheduler, toggle, probes, acceptance estimates and corrections of a real run under a
@@ -269,15 +269,9 @@ TOGGLE, PROBES, ACCEPTANCE, CORRECTIONS, BACKOFF = (
     f"erollout.speculation.{name}" for name in ("toggle", "probes", "acceptance", "cost.corrections", "backoff")
 )
 MECHANISMS: dict[str, dict[str, Any]] = {
-    "margin": {"margin": 0.0},
-    "reversal": {f"{TOGGLE}.REVERSAL": 1.0},
     "probes": {"probe_interval": 0},
     "probes: budget": {f"{PROBES}.FIRST_STEPS": inf},
     "probes: first at once": {f"{PROBES}.AT_ONCE": 50},
-    "probes: early": {f"{PROBES}.EARLY": 1},
-    "probes: hopeless rarer": {f"{PROBES}.HOPELESS": inf},
-    "probes: extended": {f"{PROBES}.EXTENSIONS": 0},
-    "probes: after surprises": {f"{PROBES}.LASTING": 1 << 30},
     "probes: two steps": {"probe_steps": 1},
     "backoff": {f"{BACKOFF}.LOSS": inf},
     "corrections": {f"{CORRECTIONS}.Corrections.observe": _ignored},

@@ -191,7 +191,7 @@ class Bench:
                 steps.append(steps_of(fixed.toggle.trace))
         table = table_of(part for parts in all_gather(steps) for part in parts)
         oracle, tuning = self.arm("adaptive"), self.config.speculation.toggle
-        tuning = replace(tuning, margin=0.0, probe_interval=0, max_speculative_tokens=options.longest)
+        tuning = replace(tuning, probe_interval=0, max_speculative_tokens=options.longest)
         speculation = replace(self.config.speculation, mode="adaptive", toggle=tuning)
         cost = oracle.costs.first_toggle(load.at_once, {}).cost
         oracle.toggle = TableOracle(speculation, oracle.formats, cost, table)

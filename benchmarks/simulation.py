@@ -174,7 +174,7 @@ def passes_14b() -> PassTimes:
 
 def reference_setting(passes: PassTimes, median: float, sigma: float, n: int) -> Setting:
     drafter = DrafterConfig(format=REFERENCE_FORMAT)  # type: ignore[call-arg]  # mypy does not see through section
-    toggle = ToggleConfig(max_speculative_tokens=15, margin=0.05, probe_interval=0)  # type: ignore[call-arg]
+    toggle = ToggleConfig(max_speculative_tokens=15, probe_interval=0)  # type: ignore[call-arg]
     return Setting(
         passes,
         passes,

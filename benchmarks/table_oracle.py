@@ -38,7 +38,7 @@ def table_of(parts: Iterable[Steps]) -> Table:
 
 
 class TableOracle(Toggle):
-    """A toggle whose predictions are the table's: no margin, no probes, nothing learnt."""
+    """A toggle whose predictions are the table's: no probes, nothing learnt."""
 
     def __init__(self, options: SpeculationConfig, formats: Sequence[str], cost: CostModel, table: Table) -> None:
         super().__init__(options, formats, cost)

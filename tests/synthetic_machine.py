@@ -121,7 +121,16 @@ class Machine:
         self.now += noisy
         self.step += 1
         self.arms.append(done)
-        return StepOutcome(done, load, noisy, 0.0, emitted, tuple(drafted_at), tuple(accepted_at), finished)
+        drafting = noisy * self._drafting_share(done, load)
+        return StepOutcome(done, load, noisy, drafting, emitted, tuple(drafted_at), tuple(accepted_at), finished)
+
+    def _drafting_share(self, arm: Arm, load: Load) -> float:
+        """Share of drafting in a step's seconds, which the host's clock tells on a CPU."""
+        if not load.decoding or not arm.speculates:
+            return 0.0
+        n, context = arm.num_speculative_tokens, max(1.0, load.context)
+        drafting = n * self.truth.draft_seconds(arm.format, load.decoding, context, n)
+        return drafting / self.truth.step_seconds(arm, load.decoding, context)
 
     def _seconds(self, arm: Arm, load: Load, choices: Sequence[Arm]) -> float:
         """True seconds of a step, and the account of what was lost."""

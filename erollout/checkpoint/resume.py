@@ -28,7 +28,7 @@ OBEYED: Mapping[str, str] = {
     "max_prompt_tokens max_tokens stop stop_token_ids ignore_eos block_size num_kv_blocks kv_cache_gib max_num_seqs "
     "max_num_batched_tokens kernels special_tokens",
     "speculation": "mode proposer num_speculative_tokens verification calibration decision_interval trace_interval",
-    "speculation.toggle": "margin max_speculative_tokens acceptance_window probe_interval probe_steps bootstrap_seconds",
+    "speculation.toggle": "max_speculative_tokens acceptance_window probe_interval probe_steps bootstrap_seconds",
     "speculation.toggle.ladder": "rungs raise_above lower_below persistence",
     "speculation.drafter": "format group_size alternatives lm_head overrides statistics_tokens statistics_interval",
     "speculation.ngram": "max_ngram min_ngram",
@@ -81,7 +81,7 @@ class Change:
 
 
 def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of a configuration with its value (`speculation.toggle.margin`); a list or mapping is one key."""
+    """Every dotted key of a configuration with its value (`speculation.toggle.probe_steps`); a list or mapping is one key."""
     for item in fields(section):
         value = getattr(section, item.name)
         if is_dataclass(value):

@@ -1,9 +1,12 @@
-"""Keys that have been renamed: configurations and checkpoints that have the former name still load. Pure."""
+"""Keys that have been renamed (configurations and checkpoints with the former name still load) or removed. Pure."""
 
 from typing import Any
 
 RENAMED = {"coordinator.hand_out": "coordinator.dispatch"}
 """Present name of each key, by its former one; in the same section."""
+
+REMOVED = {"speculation.toggle.margin": "the toggle takes the best arm without a margin"}
+"""Keys that are refused, with the reason."""
 
 
 def present_name(key: str) -> str:

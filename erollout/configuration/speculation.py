@@ -61,8 +61,6 @@ class LadderConfig:
 
 @section
 class ToggleConfig:
-    margin: bounds.Fraction = 0.02
-    """Least predicted saving of time per token, as a share, for a change of the arm."""
     max_speculative_tokens: bounds.DraftLength = 8
     """Longest draft that `adaptive` considers."""
     acceptance_window: bounds.Steps = 150

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from pydantic import ValidationError
 
-from erollout.configuration.renamed import present_name, use_present_names
+from erollout.configuration.renamed import REMOVED, present_name, use_present_names
 from erollout.errors import UserError
 
 _SHOWN = 80
@@ -109,6 +109,8 @@ def describe(error: ValidationError, schema: type) -> str:
     first = (unknown or problems)[0]
     key = ".".join(str(part) for part in first["loc"])
     if unknown:
+        if key in REMOVED:
+            return f"{key} is no longer a key: {REMOVED[key]}; remove it"
         near = _nearest(first["loc"], schema)
         return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; see erollout/config.py for the keys")
     value = "" if first["type"] == "missing" else f" = {shown(first['input'])}"

@@ -30,9 +30,6 @@ REFRESH = 8
 """Number of decisions for which predictions are cached while the load stays about the same."""
 CONTEXT_STEPS = 4
 """Number of context buckets per octave: loads in one bucket count as the same."""
-REVERSAL_STEPS = 16
-"""Number of steps after a change within which changing back must promise REVERSAL margins."""
-REVERSAL = 3.0
 WHOLE = 0.9
 """Least share of the arm's draft tokens that a step must have had for its time to count as the arm's."""
 ENDING_WINDOW = 2000.0
@@ -73,7 +70,7 @@ class Toggle:
         self._began = 0.0
         self._learns = True
         self._metrics: dict[str, float] = {}
-        self._current, self._previous, self._since_change = 0, -1, REVERSAL_STEPS
+        self._current = 0
         self._values: tuple[float, ...] = ()
         self._best = self._second = 0
         self._key: tuple[int, int, int] | None = None
@@ -264,19 +261,13 @@ class Toggle:
         return replace(self._decision, reason=reason, predicted=nan)
 
     def _choose(self, batch: int) -> Reason:
-        """Change the present arm to the best one if that promises the margin."""
+        """Take the best arm. A margin for changes would lose time: simulated, 0.2 to 1 points of a rollout at 2 %."""
         if self.backoff.holds(batch):
             self._current = 0
             return Reason.HELD
-        values, best, current = self._values, self._best, self._current
-        self._since_change += 1
-        margin = self.options.toggle.margin
-        if best == self._previous and self._since_change < REVERSAL_STEPS:
-            margin *= REVERSAL
-        if best == current or values[best] >= values[current] * (1 - margin):
-            return Reason.KEPT
-        self._previous, self._current, self._since_change = current, best, 0
-        return Reason.BETTER
+        reason = Reason.KEPT if self._best == self._current else Reason.BETTER
+        self._current = self._best
+        return reason
 
     def _start_probe(self, load: Load) -> None:
         """Start a probe of an arm other than the present one, if one is due."""
@@ -312,7 +303,7 @@ class Toggle:
                 self.probes.measured(predicted, seconds)
                 self._age = REFRESH  # so that the measurement counts at once
             else:
-                self.probes.seen(arm, load.decoding, predicted, seconds)
+                self.probes.seen(arm, load.decoding)
         self.cost.observe(arm, load, seconds, outcome.seconds_drafting)
 
     def _evaluate(self, load: Load) -> None:
@@ -382,7 +373,7 @@ class Toggle:
     def _start_over(self) -> None:
         """Reset the state that belongs to one rollout."""
         self.probes.cancel()
-        self._current, self._previous, self._since_change = 0, -1, REVERSAL_STEPS
+        self._current = 0
         self._key, self._age = None, 0
         self._load = Load(0, 0.0)
         self._decision = StepDecision(self._arms[0], Reason.FIXED)

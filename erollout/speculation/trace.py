@@ -33,9 +33,9 @@ class Reason(IntEnum):
     IDLE = 1
     """No sequence decodes."""
     KEPT = 2
-    """No other arm promises the margin."""
+    """It is the best one, as before."""
     BETTER = 3
-    """It promises more than the margin over the previous arm."""
+    """It has become the best one."""
     PROBE = 4
     """It is being probed."""
     IMPOSED = 5

@@ -183,8 +183,8 @@ def test_a_key_may_have_its_former_name(tmp_path: Path) -> None:
 
 def test_an_override_of_a_section_keeps_the_rest_of_it(tmp_path: Path) -> None:
     text = f"{BASE}train: {{steps: 3, seed: 7}}\n"
-    config = _load(tmp_path, "train={steps: 5}", "speculation={toggle: {margin: 0.5}}", text=text)
-    assert config.train.steps == 5 and config.train.seed == 7 and config.speculation.toggle.margin == 0.5
+    config = _load(tmp_path, "train={steps: 5}", "speculation={toggle: {probe_steps: 5}}", text=text)
+    assert config.train.steps == 5 and config.train.seed == 7 and config.speculation.toggle.probe_steps == 5
     assert _load(tmp_path, "train.steps=5", "train.steps=6", text=text).train.steps == 6, "the last one counts"
 
 
@@ -282,3 +282,8 @@ def _require_sense(key: str, value: str) -> None:
 
 def test_a_long_value_is_cut_in_a_message() -> None:
     assert len(shown("x" * 10_000)) < 120 and len(shown(10**5000)) < 120 and shown("x") == "'x'"
+
+
+def test_a_removed_key_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"speculation\.toggle\.margin is no longer a key: .*; remove it$"):
+        _load(tmp_path, text="speculation: {toggle: {margin: 0.02}}\n")

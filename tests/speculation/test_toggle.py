@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from math import log
 
 import pytest
@@ -16,9 +15,9 @@ from erollout.configuration.speculation import LadderConfig, SpeculationConfig, 
 from erollout.speculation.backoff import LONGEST, Backoff
 from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.ladder import Ladder
-from erollout.speculation.probes import AT_ONCE, EXTENSIONS, RAREST, SHARE, Probes
+from erollout.speculation.probes import AT_ONCE, SHARE, Probes
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
-from erollout.speculation.toggle import REFRESH, REVERSAL_STEPS, Toggle
+from erollout.speculation.toggle import REFRESH, Toggle
 from erollout.speculation.trace import Reason
 
 N3 = Arm("w4", 3)
@@ -77,7 +76,8 @@ def test_right_predictions_lose_next_to_nothing(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["toggle", "adaptive"])
 def test_predictions_wrong_by_two_are_put_right(mode: str, bias: tuple[float, float, float]) -> None:
     machine = Machine(passes())
-    shares = losses(machine, toggle_of(machine, mode, bias), 4)
+    toggle = Toggle(SpeculationConfig(mode=mode), FORMATS[:1], CalibratedCost(passes(*bias)), machine.clock)
+    shares = losses(machine, toggle, 4)
     assert shares[0] < 0.12
     assert sum(shares[2:]) / 2 < 0.025
 
@@ -206,9 +206,9 @@ def test_modes_choose_from_what_they_should() -> None:
         assert toggle.trace.count(Reason.FIXED) == len(toggle.trace) - 1  # but for the prompts
 
 
-def test_a_change_must_promise_the_margin_and_more_to_go_back_at_once() -> None:
+def test_the_best_arm_is_taken_however_close() -> None:
     learner = Learner(passes())
-    toggle = Toggle(SpeculationConfig(mode="toggle", toggle=ToggleConfig(margin=0.05)), FORMATS[:1], learner)
+    toggle = Toggle(SpeculationConfig(mode="toggle"), FORMATS[:1], learner)
     toggle.begin_rollout(True)
     load = Load(4, 100.0)
 
@@ -221,16 +221,9 @@ def test_a_change_must_promise_the_margin_and_more_to_go_back_at_once() -> None:
             arm = toggle.decide(load)
         return arm
 
-    assert [chosen(share) for share in (0.03, 0.07)] == [OFF, N3]
-    assert chosen(-0.08) == N3  # too soon for less than three margins
-    for _ in range(REVERSAL_STEPS // REFRESH):
-        assert chosen(-0.03) == N3
-    assert chosen(-0.08) == OFF
-    assert chosen(0.3) == N3  # for that it may turn round at once
-    for arm in (OFF, N3):
-        chosen(0.0)
-        toggle.decide(load, arm)  # imposed: the next choice starts from there
-        assert chosen(0.03 if arm == OFF else -0.03) == arm
+    assert [chosen(share) for share in (0.01, -0.01, 0.01)] == [N3, OFF, N3]
+    toggle.decide(load, OFF)  # imposed: the next choice is free again
+    assert chosen(0.01) == N3
 
 
 def test_formats_are_chosen_between() -> None:
@@ -280,7 +273,7 @@ def test_a_validation_rollout_leaves_no_trace() -> None:
     machine = Machine(passes())
     toggle = toggle_of(machine, "adaptive", (1.0, 1.5, 0.7))
     losses(machine, toggle, 2)
-    toggle.probes._plans.clear()  # every probe is due,
+    toggle.probes._due.clear()  # every probe is due,
     toggle.probes._budget, toggle.probes._quiet_until = 100.0, 0  # and can be paid
     before = json.dumps(toggle.state_dict())
     machine.rollout(toggle, long_tailed(16, 9), toggle.arms, learns=False)
@@ -373,7 +366,7 @@ LOADS = st.builds(Load, st.integers(1, 64), st.floats(0, 4000), st.sampled_from(
 
 @settings(max_examples=60)
 @given(st.lists(LOADS, min_size=1, max_size=60), st.sampled_from(["toggle", "adaptive", "ladder"]), st.integers(0, 5))
-def test_the_choice_is_within_the_margin_and_a_function_of_what_was_seen(loads: list[Load], mode: str, seed: int) -> None:
+def test_the_choice_is_the_best_and_a_function_of_what_was_seen(loads: list[Load], mode: str, seed: int) -> None:
     machines = [Machine(passes(), seed=seed) for _ in range(2)]
     toggles = [toggle_of(machine, mode) for machine in machines]
     for toggle in toggles:
@@ -383,8 +376,7 @@ def test_the_choice_is_within_the_margin_and_a_function_of_what_was_seen(loads: 
         for toggle, machine in zip(toggles, machines, strict=True):
             arms.append(arm := toggle.decide(load))
             if toggle._decision.reason in (Reason.KEPT, Reason.BETTER):
-                best = min(toggle._values)
-                assert toggle._values[toggle.arms.index(arm)] <= best / (1 - 3 * toggle.options.toggle.margin) * (1 + 1e-9)
+                assert toggle._values[toggle.arms.index(arm)] == min(toggle._values)
             running = [[1 + int(load.context), 10_000] for _ in range(load.decoding)]
             toggle.observe(machine._step(arm, running, load.prefill_tokens, 0, toggle.arms))
         assert arms[0] == arms[1]
@@ -566,7 +558,7 @@ def drive(probes: Probes, steps: int, seconds: float, worth: float, measured: fl
             taken.append(step)
             probes.measured(seconds, measured)
         else:
-            probes.seen(OFF, 4, 1.0, 1.0)
+            probes.seen(OFF, 4)
         probes.passed(1.0)
     return taken
 
@@ -582,29 +574,17 @@ def test_probes_stay_within_their_budget() -> None:
     assert len(taken) * 3.0 <= SHARE * 20_000 + 6
 
 
-def test_hopeless_probes_become_rare() -> None:
+def test_plans_of_earlier_versions_load() -> None:
+    """They had a fifth entry, the wait between two probes."""
+    probes = Probes(200, 2)
+    probes.load_state_dict({"budget": 1.0, "quiet": 3, "plans": [["w4", 3, 3, 20, 400]]})
+    assert not probes.may_start() and probes.state_dict()["plans"] == [["w4", 3, 3, 20]]
+
+
+def test_an_outlier_does_not_end_probing() -> None:
     probes = Probes(100, 2)
-    probes._budget = 1e6
-    waits = [later - earlier for earlier, later in pairwise(drive(probes, 10_000, 4.0, 1.0, 4.0)[::2])]
-    assert waits[:4] == pytest.approx([200, 400, 800, RAREST * 100], abs=3)
-    assert max(waits) == pytest.approx(RAREST * 100, abs=3)
-
-
-def test_a_surprising_probe_is_extended_and_repeated_soon() -> None:
-    taken = drive(Probes(200, 2), 300, 1.1, 1.0, 0.5)
-    assert taken[: 2 * (1 + EXTENSIONS)] == list(range(AT_ONCE, AT_ONCE + 2 * (1 + EXTENSIONS)))
-    assert taken[2 * (1 + EXTENSIONS)] - taken[2 * (1 + EXTENSIONS) - 1] <= 26
-
-
-def test_a_lasting_change_calls_for_probes_and_an_outlier_does_not() -> None:
-    for slow, expected in ((1, False), (4, True)):
-        probes = Probes(1000, 1)
-        drive(probes, 50, 1.1, 1.0, 1.1)
-        probes._budget = 0.0
-        for step in range(8):
-            probes.seen(OFF, 4, 1.0, 3.0 if step < slow else 1.0)
-            probes.passed(1.0)
-        assert probes.start(N3, 4, 1.1, 1.0, 1.0) is expected
+    drive(probes, 50, 1.1, 1.0, 50.0)
+    assert probes._budget is not None and probes._budget > 5.0
 
 
 def test_a_probe_whose_drafts_are_cut_ends_and_is_paid_for() -> None:

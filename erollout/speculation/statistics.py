@@ -39,7 +39,7 @@ class SpeculationStatistics:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean number of tokens per draft, including the recovered or bonus token; 1 without drafts."""
+        """Mean number of tokens per verify pass of a sequence, including the recovered or bonus token; 1 without drafts."""
         return 1 + self.accepted / self.num_drafts if self.num_drafts else 1.0
 
     @property

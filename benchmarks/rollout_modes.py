@@ -193,8 +193,7 @@ class Bench:
         oracle, tuning = self.arm("adaptive"), self.config.speculation.toggle
         tuning = replace(tuning, probe_interval=0, max_speculative_tokens=options.longest)
         speculation = replace(self.config.speculation, mode="adaptive", toggle=tuning)
-        cost = oracle.costs.first_toggle(load.at_once, {}).cost
-        oracle.toggle = TableOracle(speculation, oracle.formats, cost, table)
+        oracle.toggle = TableOracle(speculation, oracle.formats, fixed.toggle.cost, table)  # a cost for its metrics only
         return oracle
 
     def arms(self, modes: Sequence[str], load: Load, options: argparse.Namespace) -> dict[str, Coordination]:

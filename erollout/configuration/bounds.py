@@ -48,6 +48,9 @@ Blocks = Annotated[int, Field(ge=1, le=10**8), _Number]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1), _Number]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1), _Number]
 DraftLength = Annotated[int, Field(ge=1, le=64), _Number]
+NGramLength = Annotated[int, Field(ge=1, le=16), _Number]
+Window = Annotated[int, Field(ge=32, le=1_000_000), _Number]
+"""Number of last tokens that are searched; more than the longest n-gram."""
 Few = Annotated[int, Field(ge=1, le=10_000), _Number]
 Seconds = Annotated[float, Field(ge=1e-3, le=604_800), _Number]
 """Seconds, from a millisecond to a week."""

@@ -41,10 +41,13 @@ class DrafterConfig:
 
 @section
 class NGramConfig:
-    max_ngram: bounds.DraftLength = 4
-    """Number of last tokens that are looked up first."""
-    min_ngram: bounds.DraftLength = 2
-    """Number of last tokens that are looked up last, where longer n-grams did not occur before."""
+    max_ngram: bounds.NGramLength = 4
+    """Longest n-gram, in tokens, that is looked up: of those that occur earlier the longest counts."""
+    min_ngram: bounds.NGramLength = 2
+    """Shortest n-gram that is looked up: where the last tokens match nowhere at this length, nothing is proposed."""
+    window: bounds.Window = 4096
+    """Number of a sequence's last tokens that are searched. Memory (4 bytes per token, on the host) and time per step are
+    proportional to it."""
 
 
 @section

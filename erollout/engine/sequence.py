@@ -13,7 +13,7 @@ class SequenceState(Enum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """Sample `sample_index` of a request, from prompt to finish."""
 

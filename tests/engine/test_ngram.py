@@ -1,17 +1,23 @@
 """N-gram drafts: which tokens are proposed, and that they change no distribution."""
 
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_verifier import PLAIN, TARGET, VERIFICATIONS, VOCABULARY, check_chains
 
+from erollout.config import load_config
 from erollout.configuration.speculation import NGramConfig, SpeculationConfig, check_speculation
 from erollout.engine.proposers.base import DraftRequest, Drafts
-from erollout.engine.proposers.ngram import NGramIndex, NGramProposer
+from erollout.engine.proposers.ngram import NGramProposer, as_text, continuation
 from erollout.engine.sampling.sampler import Sampler, SamplingRow
 from erollout.engine.sampling.verifier import Candidate, Verification, Verifier
-from erollout.engine.sequence import Sequence, SequenceState
+from erollout.engine.sequence import Sequence
 from erollout.errors import UserError
 from erollout.types import SamplingParams
 
@@ -31,6 +37,10 @@ def looked_up(tokens: list[int], options: NGramConfig, length: int) -> list[int]
     return []
 
 
+def continued(tokens: list[int], options: NGramConfig, length: int) -> list[int]:
+    return [ord(character) for character in continuation(as_text(tokens), options, length)]
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
@@ -42,28 +52,41 @@ def looked_up(tokens: list[int], options: NGramConfig, length: int) -> list[int]
         ([1, 2, 5, 1, 2, 6, 1, 2], [5, 1, 2]),  # the first of two
         ([4, 4, 4, 4], [4]),  # no more than there is
         ([4, 9, 4], []),  # one token is too few
+        ([55_296, 200_000, 57_343, 9, 55_296, 200_000], [57_343, 9, 55_296]),  # code points that are no characters
     ],
 )
 def test_what_followed_the_longest_ngram_is_proposed(tokens: list[int], expected: list[int]) -> None:
-    index = NGramIndex(sizes(2, 3))
-    index.extend(tokens)
-    assert index.continuation(3) == expected == looked_up(tokens, sizes(2, 3), 3)
+    assert continued(tokens, sizes(2, 3), 3) == expected == looked_up(tokens, sizes(2, 3), 3)
 
 
 @settings(max_examples=300)
 @given(
-    chunks=st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=6),
+    chunks=st.lists(st.lists(st.integers(0, 3), max_size=24), max_size=6),
     smallest=st.integers(1, 3),
     more=st.integers(0, 3),
     length=st.integers(1, 8),
 )
-def test_an_index_that_grows_finds_what_a_search_finds(chunks: list[list[int]], smallest: int, more: int, length: int) -> None:
-    options, tokens = sizes(smallest, smallest + more), list[int]()
-    index = NGramIndex(options)
+def test_a_growing_text_is_searched_within_the_window(chunks: list[list[int]], smallest: int, more: int, length: int) -> None:
+    options = replace(sizes(smallest, smallest + more), window=32)
+    proposer, growing = NGramProposer(options, CPU), sequence(0, [1], [])
     for chunk in chunks:
-        index.extend(chunk)
-        tokens += chunk
-        assert index.continuation(length) == looked_up(tokens, options, length)
+        growing.response_ids += chunk
+        tokens = growing.tokens(0, growing.num_tokens)[-32:]
+        drafts = proposer.propose(DraftRequest([growing], [length]))
+        assert drafts.num_drafts is not None
+        assert drafts.token_ids.flatten().tolist()[: drafts.num_drafts[0]] == looked_up(tokens, options, length)
+
+
+def test_memory_is_bounded_by_the_window_and_ends_with_the_sequence() -> None:
+    proposer = NGramProposer(replace(sizes(2, 4), window=1000), CPU)
+    sequences = [sequence(i, list(range(50_000)), list(range(50_000))) for i in range(8)]
+    proposer.propose(DraftRequest(sequences, [3] * 8))
+    assert [(known, len(text)) for known, text in proposer._texts.values()] == [(100_000, 1000)] * 8
+    kept = [weakref.ref(each) for each in sequences]
+    del sequences[1:]
+    gc.collect()
+    assert [ref() for ref in kept] == [sequences[0], *[None] * 7], "finished sequences stay in memory"
+    assert list(proposer._texts) == sequences
 
 
 def sequence(order: int, prompt: list[int], response: list[int]) -> Sequence:
@@ -71,7 +94,7 @@ def sequence(order: int, prompt: list[int], response: list[int]) -> Sequence:
 
 
 def test_drafts_are_functions_of_the_tokens_alone() -> None:
-    """In any company and order, at once or token by token, and after sleep; finished sequences are forgotten."""
+    """In any company and order, at once or token by token, and after sleep."""
     options, texts = sizes(1, 3), [[1, 2, 3, 1, 2], [5, 6, 7], [8, 9, 8, 9, 8]]
     proposer = NGramProposer(options, CPU)
     sequences = [sequence(i, text[:1], []) for i, text in enumerate(texts)]
@@ -83,10 +106,7 @@ def test_drafts_are_functions_of_the_tokens_alone() -> None:
     again = NGramProposer(options, CPU).propose(DraftRequest(fresh, [3, 2, 1]))
     assert drafts.num_drafts == again.num_drafts == (3, 0, 1) and drafts.processed is None
     assert drafts.token_ids.tolist() == again.token_ids.tolist() == [[3, 0, 9], [1, 0, 0], [2, 0, 0]]
-    for each in sequences[1:]:
-        each.state = SequenceState.FINISHED
-    alone = proposer.propose(DraftRequest(sequences[:1], [3]))
-    assert alone.num_drafts == (3,) and list(proposer._indexes) == sequences[:1]
+    assert proposer.propose(DraftRequest(sequences[:1], [3])).num_drafts == (3,)
     proposer.sleep()
     assert proposer.propose(DraftRequest(sequences[:1], [3])).token_ids.tolist() == [[3], [1], [2]]
 
@@ -96,14 +116,11 @@ def test_tokens_follow_the_targets_distribution(verification: Verification) -> N
     """Certain drafts, of other numbers for each sequence: accepted as often as p says, else replaced from p without them."""
     count, length, most = 1500, 16, 3
     chains = [[0] for _ in range(count)]
-    indexes = [NGramIndex(sizes(1, 2)) for _ in chains]
     verifier, target = Verifier(Sampler(VOCABULARY), verification), TARGET.softmax(-1)
     drafted = accepted = 0
     numbers, expected = set(), 0.0
     while pending := [i for i, chain in enumerate(chains) if len(chain) <= length]:
-        for i in pending:
-            indexes[i].extend(chains[i][len(indexes[i]) :])
-        found = [indexes[i].continuation(most) for i in pending]
+        found = [continued(chains[i], sizes(1, 2), most) for i in pending]
         rows = [SamplingRow(PLAIN, i, len(chains[i])) for i in pending]
         candidates = [Candidate(row, len(ids), column) for column, (row, ids) in enumerate(zip(rows, found, strict=True))]
         logits = torch.cat([TARGET[[chains[i][-1], *ids]] for i, ids in zip(pending, found, strict=True)])
@@ -117,6 +134,12 @@ def test_tokens_follow_the_targets_distribution(verification: Verification) -> N
     assert numbers == {0, 1, 2, 3}
     assert abs(accepted - expected) < 5 * drafted**0.5 / 2, "a certain draft x is accepted with probability p(x)"
     check_chains(torch.tensor([chain[: length + 1] for chain in chains]), PLAIN)
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_ngram", 17), ("min_ngram", 0), ("window", 16), ("window", 2_000_000)])
+def test_lengths_beyond_use_are_refused(key: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"speculation.ngram.{key}"):
+        load_config(Path(__file__).parents[2] / "configs/demo.yaml", [f"speculation.ngram.{key}={value}"])
 
 
 def test_sizes_that_exclude_every_ngram_are_refused() -> None:

@@ -1,16 +1,18 @@
 """N-gram proposer, or prompt lookup: what followed the last tokens where they stood before in the same prompt and response.
 
-The longest n-gram of the text's end that occurs earlier counts, and of its occurrences the first, as in vLLM and transformers
-(https://github.com/apoorvumang/prompt-lookup-decoding). Where none occurs nothing is proposed, and the step is autoregressive.
+The longest n-gram at the text's end that occurs earlier within a window counts, and its first occurrence there, as in vLLM and
+transformers (https://github.com/apoorvumang/prompt-lookup-decoding). Where none occurs nothing is proposed.
 Drafts are functions of tokens alone: equal on all ranks of a replica, and the same after a preemption, a migration or a resume.
 Pure: torch comes with the work.
 """
 
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from erollout.configuration.speculation import NGramConfig, SpeculationConfig
-from erollout.engine.sequence import Sequence, SequenceState
+from erollout.engine.sequence import Sequence
 from erollout.parallel.placement import Placement
 from erollout.speculation.cost.roofline import NO_MODEL, DraftWeights
 
@@ -22,42 +24,33 @@ if TYPE_CHECKING:
     from erollout.engine.proposers.proposer_set import ProposerSet
 
 
-class NGramIndex:
-    """A growing text with the first position behind every n-gram. Constant time per token."""
+def as_text(tokens: list[int]) -> str:
+    """One character per token: vocabularies are smaller than Unicode, with its 1,114,112 code points."""
+    return array("I", tokens).tobytes().decode("utf-32-le", "surrogatepass")
 
-    def __init__(self, options: NGramConfig) -> None:
-        self._sizes = range(options.max_ngram, options.min_ngram - 1, -1)
-        self._tokens: list[int] = []
-        self._behind: dict[tuple[int, ...], int] = {}
-        """Position of the token behind the first occurrence of each n-gram; the end of the text has no such token yet."""
 
-    def __len__(self) -> int:
-        return len(self._tokens)
+def continuation(text: str, options: NGramConfig, length: int) -> str:
+    """Up to `length` tokens that followed an earlier occurrence of the text's last n-gram; none if it is new.
 
-    def extend(self, tokens: Iterable[int]) -> None:
-        known, behind = self._tokens, self._behind
-        for token in tokens:
-            position = len(known)
-            for size in self._sizes:
-                if size <= position:
-                    behind.setdefault(tuple(known[position - size :]), position)
-            known.append(token)
-
-    def continuation(self, length: int) -> list[int]:
-        """Up to `length` tokens that followed the text's last n-gram; none if it is new."""
-        for size in self._sizes:
-            if size < len(self._tokens) and (position := self._behind.get(tuple(self._tokens[-size:]))) is not None:
-                return self._tokens[position : position + length]
-        return []
+    One pass over the text: an n-gram that is a token longer first occurs at most one token before the shorter one does.
+    """
+    start = behind = 0
+    for size in range(options.min_ngram, options.max_ngram + 1):
+        start = text.find(text[-size:], max(0, start - 1), len(text) - 1) if size < len(text) else -1
+        if start < 0:
+            break
+        behind = start + size
+    return text[behind : behind + length] if behind else ""
 
 
 class NGramProposer:
-    """A Proposer that keeps an index of every sequence in progress."""
+    """A Proposer that keeps the last tokens of every sequence in progress, up to the window, as text of four bytes each."""
 
     def __init__(self, options: NGramConfig, device: "torch.device") -> None:
         self.options = options
         self.device = device
-        self._indexes: dict[Sequence, NGramIndex] = {}
+        self._texts: WeakKeyDictionary[Sequence, tuple[int, str]] = WeakKeyDictionary()
+        """Number of tokens known of each sequence, and the last ones of them."""
 
     def require(self, policy_version: int) -> None:
         """Its drafts belong to every version of the policy."""
@@ -66,21 +59,19 @@ class NGramProposer:
         from erollout.engine.proposers.base import Drafts
 
         wanted = zip(request.sequences, request.num_drafts, strict=True)
-        found = [self._index(sequence).continuation(num_drafts) for sequence, num_drafts in wanted]
-        if len(self._indexes) > 2 * len(found):
-            self._indexes = {s: index for s, index in self._indexes.items() if s.state is not SequenceState.FINISHED}
-        return Drafts.certain(found, request.num_drafts[0], self.device)
+        found = [continuation(self._text(sequence), self.options, num_drafts) for sequence, num_drafts in wanted]
+        return Drafts.certain([list(map(ord, text)) for text in found], request.num_drafts[0], self.device)
 
     def sleep(self) -> None:
-        self._indexes.clear()
+        self._texts.clear()
 
-    def _index(self, sequence: Sequence) -> NGramIndex:
-        """The index of all known tokens of a sequence."""
-        index = self._indexes.get(sequence)
-        if index is None:
-            index = self._indexes[sequence] = NGramIndex(self.options)
-        index.extend(sequence.tokens(len(index), sequence.num_tokens))
-        return index
+    def _text(self, sequence: Sequence) -> str:
+        """The last tokens of a sequence."""
+        window, end = self.options.window, sequence.num_tokens
+        known, text = self._texts.get(sequence, (0, ""))
+        text = (text + as_text(sequence.tokens(max(known, end - window), end)))[-window:]
+        self._texts[sequence] = end, text
+        return text
 
 
 class NGram:

@@ -2,12 +2,12 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import exp, log
+from dataclasses import dataclass, field, replace
+from math import comb, exp, log
 from typing import Any
 
 from erollout.speculation.cost.cost_model import PassTimes
-from erollout.speculation.cost.roofline import ModelSize, PassCost, Roofline
+from erollout.speculation.cost.roofline import ModelSize, PassCost, Roofline, parts_of
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 
@@ -41,6 +41,8 @@ class Machine:
     truth: PassTimes
     acceptance: Callable[[int], float] = lambda step: 0.93
     """Conditional acceptance of a draft token, by step."""
+    coverage: float = 1.0
+    """Share of the sequences for which the proposer has a draft, at random in every step."""
     slow: Callable[[int, Arm], float] = lambda step, arm: 1.0
     """Factor on the seconds of a step."""
     noise: float = 0.05
@@ -65,13 +67,30 @@ class Machine:
         return self.now
 
     def length(self, n: int) -> float:
-        return sum(self.acceptance(self.step) ** i for i in range(n + 1))
+        return 1 + self.coverage * sum(self.acceptance(self.step) ** i for i in range(1, n + 1))
 
     def step_seconds(self, arm: Arm, load: Load) -> float:
+        """The mean over the numbers of sequences with a draft."""
         key = (arm, load.decoding, int(load.context) // 16)
         if key not in self.known:
-            self.known[key] = self.truth.step_seconds(arm, load.decoding, 16 * key[2] + 8)
+            batch = load.decoding
+            chances = {k: comb(batch, k) * self.coverage**k * (1 - self.coverage) ** (batch - k) for k in range(batch + 1)}
+            at = replace(load, context=16 * key[2] + 8)
+            self.known[key] = sum(chance * self._pass_seconds(arm, at, k) for k, chance in chances.items() if chance)
         return self.known[key] * self.slow(self.step, arm)
+
+    def _pass_seconds(self, arm: Arm, load: Load, drafts: int) -> float:
+        """Seconds of a step in which so many sequences have a draft."""
+        batch, context, n = load.decoding, max(1.0, load.context), arm.num_speculative_tokens
+        if not n or drafts == batch:
+            return self.truth.step_seconds(arm, batch, context)
+        search = n * self.truth.draft_seconds(arm.format, batch, context, n)
+        if not drafts:
+            return search + self.truth.target_seconds(batch, context)
+        known = self.truth.roofline
+        size, links = known.size, known.communication
+        tokens = (batch + drafts * n) / batch
+        return search + parts_of(size, known.verify, links, size.weight_bytes, batch, context, n + 1, tokens).seconds
 
     def rollout(
         self, toggle: Toggle, lengths: Sequence[int], choices: Sequence[Arm], slots: int = 64, learns: bool = True
@@ -96,11 +115,15 @@ class Machine:
 
     def _step(self, arm: Arm, running: list[list[int]], prefill: int, waiting: int, choices: Sequence[Arm]) -> StepOutcome:
         load = self._load(running, prefill, waiting)
-        emitted = finished = 0
+        emitted = finished = requested = 0
+        drafts = load.decoding
         drafted_at, accepted_at = [0] * arm.num_speculative_tokens, [0] * arm.num_speculative_tokens
         a = self.acceptance(self.step)
         for s in running:
             n = min(arm.num_speculative_tokens, s[1] - s[0] - 1) if s[0] else 0
+            requested += n
+            if s[0] and self.coverage < 1 and self.rng.random() >= self.coverage:
+                n, drafts = 0, drafts - 1
             accepted = 0
             while accepted < n and self.rng.random() < a:
                 accepted += 1
@@ -113,24 +136,28 @@ class Machine:
         while drafted_at and not drafted_at[-1]:
             drafted_at.pop()
             accepted_at.pop()
-        done = arm if drafted_at else OFF
+        done = arm if requested else OFF
         seconds = self._seconds(done, load, choices)
+        if self.coverage < 1 and load.decoding:
+            bare = replace(load, prefill_tokens=0)
+            seconds += self._pass_seconds(done, bare, drafts) * self.slow(self.step, done) - self.step_seconds(done, bare)
         noisy = seconds * exp(self.rng.gauss(0.0, self.noise)) if self.noise else seconds
         if self.rng.random() < self.outliers:
             noisy *= 1 + 9 * self.rng.random()
         self.now += noisy
         self.step += 1
         self.arms.append(done)
-        drafting = noisy * self._drafting_share(done, load)
-        return StepOutcome(done, load, noisy, drafting, emitted, tuple(drafted_at), tuple(accepted_at), finished)
+        drafting = noisy * self._drafting_share(done, load, drafts)
+        counts = tuple(drafted_at), tuple(accepted_at), finished, requested
+        return StepOutcome(done, load, noisy, drafting, emitted, *counts)
 
-    def _drafting_share(self, arm: Arm, load: Load) -> float:
+    def _drafting_share(self, arm: Arm, load: Load, drafts: int) -> float:
         """Share of drafting in a step's seconds, which the host's clock tells on a CPU."""
         if not load.decoding or not arm.speculates:
             return 0.0
         n, context = arm.num_speculative_tokens, max(1.0, load.context)
         drafting = n * self.truth.draft_seconds(arm.format, load.decoding, context, n)
-        return drafting / self.truth.step_seconds(arm, load.decoding, context)
+        return drafting / self._pass_seconds(arm, load, drafts)
 
     def _seconds(self, arm: Arm, load: Load, choices: Sequence[Arm]) -> float:
         """True seconds of a step, and the account of what was lost."""
@@ -155,11 +182,11 @@ class Learner:
         self.parts: dict[str, list[float]] = {}
         """Logarithm of the factor, and steps that it was learnt from."""
 
-    def step_seconds(self, arm: Arm, load: Load) -> float:
+    def step_seconds(self, arm: Arm, load: Load, proposed: float = 1.0) -> float:
         prefill = self.start.prefill_seconds(load.prefill_tokens) if load.prefill_tokens else 0.0
         return prefill + (self._bare(arm, load) * exp(self._factor(arm, load)) if load.decoding else 0.0)
 
-    def observe(self, arm: Arm, load: Load, seconds: float, drafting: float = 0.0) -> None:
+    def observe(self, arm: Arm, load: Load, seconds: float, drafting: float = 0.0, proposed: float = 1.0) -> None:
         if load.decoding and not load.prefill_tokens:
             surprise = log(seconds / self._bare(arm, load)) - self._factor(arm, load)
             for key in self._keys(arm, load):

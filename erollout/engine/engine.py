@@ -217,18 +217,20 @@ class Engine:
         self._count(batch)
         load = _load(batch, generation.scheduler)
         self.cache.copy_blocks(batch.copies)
-        step = SpeculationStatistics(asked=sum(item.num_drafts for item in batch.scheduled))
-        columns, drafts = [(0, 0)] * len(batch.scheduled), None
-        if step.asked:
+        step = SpeculationStatistics(requested=sum(item.num_drafts for item in batch.scheduled))
+        columns, drafts, timed = [(0, 0)] * len(batch.scheduled), None, False
+        if step.requested:
             began = time.perf_counter()
-            drafts, columns = self._draft(arm, batch, generation.scheduler)
+            found, columns = self._draft(arm, batch, generation.scheduler)
             step.seconds_drafting = time.perf_counter() - began
+            drafts = found if any(number for _, number in columns) else None
+            timed = found.on_host or self.cache.device.type == "cpu"
         before = self.stats.decode_tokens
         verifying = time.perf_counter()
         finished = self._advance(generation, batch, columns, drafts, step)
         if drafts is not None:
             step.seconds_verifying = time.perf_counter() - verifying
-        if step.asked:
+        if step.requested:
             self.stats.speculation.add(step)
         seconds = time.perf_counter() - started  # the caller's work on rollouts is not part of the step
         for sequence in finished:
@@ -236,27 +238,27 @@ class Engine:
             if on_finished is not None:
                 on_finished(rollout)
         return StepOutcome(
-            arm if drafts is not None else OFF,
+            arm if step.requested else OFF,
             load,
             seconds,
-            step.seconds_drafting if self.cache.device.type == "cpu" else 0.0,
+            step.seconds_drafting if timed else 0.0,
             self.stats.decode_tokens - before,
             tuple(step.drafted_at),
             tuple(step.accepted_at),
             len(finished),
-            step.asked,
+            step.requested,
         )
 
-    def _draft(self, arm: Arm, batch: Batch, scheduler: Scheduler) -> tuple[Drafts | None, list[tuple[int, int]]]:
-        """Draft for a batch, which keeps as many drafts as the proposer had. Returns them (None: it had none at all) and, for
-        each scheduled sequence, its column with their number."""
+    def _draft(self, arm: Arm, batch: Batch, scheduler: Scheduler) -> tuple[Drafts, list[tuple[int, int]]]:
+        """Draft for a batch, which keeps as many drafts as the proposer had. Returns them and, for each scheduled sequence, its
+        column with their number."""
         request, columns = _drafts_wanted(batch)
         drafts = self._proposer(arm).propose(request)
         if drafts.num_drafts is None:
             return drafts, columns
-        columns = [(column, min(asked, drafts.num_drafts[column])) for column, asked in columns]
+        columns = [(column, min(requested, drafts.num_drafts[column])) for column, requested in columns]
         scheduler.keep_drafts(batch, (number for _, number in columns))
-        return drafts if any(drafts.num_drafts) else None, columns
+        return drafts, columns
 
     def _advance(
         self,

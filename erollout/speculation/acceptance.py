@@ -6,7 +6,7 @@ in depth. When the latest drafts contradict the counts, most of the counts are d
 """
 
 from collections.abc import Sequence
-from math import exp, isfinite
+from math import exp, inf, isfinite
 from typing import Any
 
 PRIOR = 0.8
@@ -97,12 +97,14 @@ class Acceptance:
         rates = [min(1.0, (accepted + WHOLE_DRAFTS * rate) / (tried + WHOLE_DRAFTS)) for accepted, tried, rate in known]
         return rates + whole[len(rates) :]
 
-    def lengths(self, num_speculative_tokens: int, survival: float = 1.0) -> list[float]:
-        """Expected tokens per verify pass with drafts of 0, 1, 2, ... tokens, including the recovered or bonus token.
+    def lengths(self, num_speculative_tokens: int, survival: float = 1.0, proposed: float = 1.0) -> list[float]:
+        """Expected tokens per step and sequence with drafts of 0, 1, 2, ... tokens, including the recovered or bonus token.
 
-        `survival`: probability that a token does not end its response; tokens accepted after one that does are lost.
+        Args:
+            survival: probability that a token does not end its response; tokens accepted after one that does are lost.
+            proposed: probability that the sequence has a draft.
         """
-        lengths, chance = [1.0], 1.0
+        lengths, chance = [1.0], proposed
         for rate in self.rates(num_speculative_tokens):
             chance *= rate * survival
             lengths.append(lengths[-1] + chance)
@@ -129,6 +131,39 @@ class Acceptance:
         self.accepted = [count * factor for count in self.accepted]
 
 
+class ProposedShare:
+    """Online estimate of the share of the requested draft tokens that a proposer has; exactly 1 while it has all of them."""
+
+    def __init__(self, window: float) -> None:
+        """`window`: as in Acceptance."""
+        self.window = window
+        self.requested = self.proposed = PRIOR_DRAFTS
+
+    @property
+    def value(self) -> float:
+        return self.proposed / self.requested
+
+    def begin_rollout(self) -> None:
+        keep = min(1.0, CARRIED * self.window / self.requested)
+        self.requested, self.proposed = keep * self.requested, keep * self.proposed
+
+    def observe(self, drafts: int, share: float) -> None:
+        """Count the drafts requested in one step, of which the proposer had a share."""
+        keep = exp(-drafts / self.window)
+        self.requested = keep * self.requested + drafts
+        self.proposed = keep * self.proposed + drafts * share
+
+    def state_dict(self) -> dict[str, object]:
+        return {"requested": self.requested, "proposed": self.proposed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for impossible counts."""
+        requested, proposed = float(state["requested"]), float(state["proposed"])
+        if not (0 <= proposed <= requested < inf and requested):
+            raise ValueError(f"{proposed} proposed of {requested} requested drafts")
+        self.requested, self.proposed = requested, proposed
+
+
 class AcceptanceByContext:
     """Acceptance of one drafter, overall and per octave of context: it differs between short and long responses."""
 
@@ -137,23 +172,30 @@ class AcceptanceByContext:
         self.whole = Acceptance(window)
         self.parts: dict[int, Acceptance] = {}
         """Estimates by the bit length of the mean context."""
+        self.proposed = ProposedShare(window)
 
     def begin_rollout(self) -> None:
         for known in (self.whole, *self.parts.values()):
             known.begin_rollout()
+        self.proposed.begin_rollout()
 
     def observe(self, drafted_at: Sequence[int], accepted_at: Sequence[int], context: float) -> None:
         """Count the drafts of one step; arguments as in StepOutcome."""
-        self.whole.observe(drafted_at, accepted_at)
-        self.parts.setdefault(int(context).bit_length(), self._part()).observe(drafted_at, accepted_at)
+        if drafted_at:
+            self.whole.observe(drafted_at, accepted_at)
+            self.parts.setdefault(int(context).bit_length(), self._part()).observe(drafted_at, accepted_at)
 
     def at(self, context: float) -> Acceptance:
         """The estimate at a context, which falls back on all contexts where it has few drafts."""
         return self.parts.get(int(context).bit_length(), self.whole)
 
+    def lengths(self, context: float, num_speculative_tokens: int, survival: float) -> list[float]:
+        """As Acceptance.lengths, at a context, where the proposer has drafts as often as it had lately."""
+        return self.at(context).lengths(num_speculative_tokens, survival, self.proposed.value)
+
     def state_dict(self) -> dict[str, object]:
         parts = {str(octave): part.state_dict() for octave, part in self.parts.items()}
-        return {"whole": self.whole.state_dict(), "parts": parts}
+        return {"whole": self.whole.state_dict(), "parts": parts, "proposed": self.proposed.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for impossible counts."""
@@ -161,6 +203,8 @@ class AcceptanceByContext:
         self.parts = {int(octave): self._part() for octave in state["parts"]}
         for octave, part in state["parts"].items():
             self.parts[int(octave)].load_state_dict(part)
+        if "proposed" in state:  # older ones are of drafters that have all drafts
+            self.proposed.load_state_dict(state["proposed"])
 
     def _part(self) -> Acceptance:
         return Acceptance(self.window, self.whole)

@@ -10,8 +10,8 @@ class SpeculationStatistics:
     """Draft counts of one rollout. A draft is the run of tokens proposed for one sequence and verified in one pass."""
 
     num_drafts: int = 0
-    asked: int = 0
-    """Number of draft tokens asked of a proposer, which may have had fewer."""
+    requested: int = 0
+    """Number of draft tokens requested of a proposer, which may have had fewer."""
     drafted: int = 0
     """Number of drafted tokens."""
     accepted: int = 0
@@ -34,8 +34,8 @@ class SpeculationStatistics:
 
     @property
     def proposed_share(self) -> float:
-        """Share of the tokens asked of a proposer that it had; 1 if none was asked."""
-        return self.drafted / self.asked if self.asked else 1.0
+        """Share of the requested tokens that the proposer had; 1 if none was requested."""
+        return self.drafted / self.requested if self.requested else 1.0
 
     @property
     def acceptance_length(self) -> float:
@@ -65,7 +65,7 @@ class SpeculationStatistics:
     def add(self, part: "SpeculationStatistics") -> None:
         """Add the counts of another instance."""
         self.num_drafts += part.num_drafts
-        self.asked += part.asked
+        self.requested += part.requested
         self.drafted += part.drafted
         self.accepted += part.accepted
         self.emitted += part.emitted

@@ -41,7 +41,7 @@ class StepOutcome:
     """The outcome of one step: a forward pass with its drafts."""
 
     arm: Arm
-    """The arm taken: OFF where no sequence had a draft."""
+    """The arm taken, with or without drafts from its proposer; OFF if no draft was requested."""
     load: Load
     """The load computed, with `decoding` and `prefill_tokens` of the pass itself."""
     seconds: float
@@ -56,5 +56,15 @@ class StepOutcome:
     """Number of these that were accepted."""
     finished: int = 0
     """Number of responses completed."""
-    asked: int = 0
-    """Number of draft tokens asked of the arm's proposer, which may have had fewer, or none."""
+    requested: int = 0
+    """Number of draft tokens requested of the arm's proposer, which may have had fewer, or none; 0: as many as drafted."""
+
+    @property
+    def drafted(self) -> int:
+        """Number of drafted tokens."""
+        return sum(self.drafted_at)
+
+    @property
+    def proposed_share(self) -> float:
+        """Share of the requested draft tokens that the proposer had; 1 if none was requested."""
+        return self.drafted / self.requested if self.requested else 1.0

@@ -31,7 +31,7 @@ REFRESH = 8
 CONTEXT_STEPS = 4
 """Number of context buckets per octave: loads in one bucket count as the same."""
 WHOLE = 0.9
-"""Least share of the arm's draft tokens that a step must have had for its time to count as the arm's."""
+"""Least share of the arm's draft tokens that must have been requested in a step for its time to count as the arm's."""
 ENDING_WINDOW = 2000.0
 """Number of tokens after which an old one weighs e times less in the rate of tokens that end their response."""
 FIRST_TOKENS = 100.0
@@ -120,14 +120,18 @@ class Toggle:
             return
         arm, load = outcome.arm, outcome.load
         self.probes.passed(outcome.seconds)
-        whole = not arm.speculates or sum(outcome.drafted_at) >= WHOLE * arm.num_speculative_tokens * load.decoding
+        requested = max(outcome.requested, outcome.drafted)
+        whole = requested >= WHOLE * arm.num_speculative_tokens * load.decoding
         probed = self.probes.arm
         if probed is not None and (arm != probed or not whole or load.prefill_tokens or not load.decoding):
             self.probes.spoilt(outcome.seconds)
         if whole:
             self._observe_cost(outcome)
         if arm.speculates:
-            self.acceptance[arm.format].observe(outcome.drafted_at, outcome.accepted_at, outcome.load.context)
+            known = self.acceptance[arm.format]
+            known.observe(outcome.drafted_at, outcome.accepted_at, load.context)
+            if whole:
+                known.proposed.observe(load.decoding, outcome.proposed_share)
         keep = 1 - min(1.0, outcome.emitted / ENDING_WINDOW)
         self._emitted = self._emitted * keep + outcome.emitted
         self._ended = self._ended * keep + outcome.finished
@@ -190,7 +194,7 @@ class Toggle:
         drafting = [index for index, arm in enumerate(self._arms) if arm.speculates]
         arm = chosen if chosen.speculates else self._arms[min(drafting, key=values.__getitem__)]
         bare = Load(load.decoding, load.context)
-        cost = self.cost.step_seconds(arm, bare) / self.cost.step_seconds(OFF, bare)
+        cost = self._step_seconds(arm, bare) / self.cost.step_seconds(OFF, bare)
         length = self._lengths(load.context)[arm.format][arm.num_speculative_tokens]
         state, sequences = "on" if chosen.speculates else "off", f"{load.decoding} sequence{'s' * (load.decoding > 1)}"
         return (
@@ -254,11 +258,10 @@ class Toggle:
         return self._taken(self._arms[self._current], reason)
 
     def _carried_out(self, outcome: StepOutcome) -> StepDecision:
-        """The last decision as the trace shows it: without its prediction where the proposer had fewer drafts than asked."""
-        if sum(outcome.drafted_at) >= WHOLE * outcome.asked:
+        """The last decision as the trace shows it."""
+        if outcome.drafted_at or not outcome.requested or self._decision.reason is Reason.PROBE:
             return self._decision
-        reason = self._decision.reason if outcome.drafted_at else Reason.EMPTY
-        return replace(self._decision, reason=reason, predicted=nan)
+        return replace(self._decision, reason=Reason.EMPTY)
 
     def _choose(self, batch: int) -> Reason:
         """Take the best arm. A margin for changes would lose time: simulated, 0.2 to 1 points of a rollout at 2 %."""
@@ -273,7 +276,7 @@ class Toggle:
         """Start a probe of an arm other than the present one, if one is due."""
         values, chosen = self._values, self._values[self._current]
         for target in self._alternatives():
-            seconds = self.cost.step_seconds(self._arms[target], load)
+            seconds = self._step_seconds(self._arms[target], load)
             if self.probes.start(self._arms[target], load.decoding, seconds, seconds * chosen / values[target], chosen):
                 return
 
@@ -295,16 +298,16 @@ class Toggle:
         return list(dict.fromkeys([*best.values(), 0, *(index for index in near if index in others), mine]))
 
     def _observe_cost(self, outcome: StepOutcome) -> None:
-        """Learn the cost of a step that had all of its arm's drafts."""
+        """Learn the cost of a step for which all of its arm's drafts were requested."""
         arm, load, seconds = outcome.arm, outcome.load, outcome.seconds
         if load.decoding and not load.prefill_tokens:
-            predicted = self.cost.step_seconds(arm, load)
+            predicted = self._step_seconds(arm, load)
             if arm == self.probes.arm:
                 self.probes.measured(predicted, seconds)
                 self._age = REFRESH  # so that the measurement counts at once
             else:
                 self.probes.seen(arm, load.decoding)
-        self.cost.observe(arm, load, seconds, outcome.seconds_drafting)
+        self.cost.observe(arm, load, seconds, outcome.seconds_drafting, outcome.proposed_share)
 
     def _evaluate(self, load: Load) -> None:
         """Predict for a load, or reuse the predictions of one that was about the same."""
@@ -326,7 +329,7 @@ class Toggle:
 
     def _predictions(self, load: Load) -> tuple[float, ...]:
         """Predictions as in `seconds_per_token`, for all arms."""
-        step_seconds, lengths = self.cost.step_seconds, self._lengths(load.context)
+        step_seconds, lengths = self._step_seconds, self._lengths(load.context)
         common = self._prefill_seconds(load)
         return tuple((step_seconds(arm, load) - common) / lengths[arm.format][arm.num_speculative_tokens] for arm in self._arms)
 
@@ -334,7 +337,11 @@ class Toggle:
         """Expected tokens per step and sequence, by format and num_speculative_tokens."""
         survival = 1 - self._ended / (self._emitted + FIRST_TOKENS)
         longest = max(arm.num_speculative_tokens for arm in self._arms)
-        return {"": [1.0]} | {format: known.at(context).lengths(longest, survival) for format, known in self.acceptance.items()}
+        return {"": [1.0]} | {format: known.lengths(context, longest, survival) for format, known in self.acceptance.items()}
+
+    def _step_seconds(self, arm: Arm, load: Load) -> float:
+        """Predicted seconds of a step for which the arm's proposer has drafts as often as it had lately."""
+        return self.cost.step_seconds(arm, load, self.acceptance[arm.format].proposed.value if arm.speculates else 1.0)
 
     def _prefill_seconds(self, load: Load) -> float:
         """Seconds that prompt tokens add to an autoregressive pass."""
@@ -367,7 +374,8 @@ class Toggle:
             "sizes_in_backoff": float(len(self.backoff.left)),
         }
         for format, known_acceptance in self.acceptance.items():
-            metrics[f"expected_length/{format}"] = known_acceptance.whole.length(options.num_speculative_tokens)
+            known_lengths = known_acceptance.whole.lengths(options.num_speculative_tokens, 1.0, known_acceptance.proposed.value)
+            metrics[f"expected_length/{format}"] = known_lengths[-1]
         return metrics
 
     def _start_over(self) -> None:

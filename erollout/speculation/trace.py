@@ -43,7 +43,7 @@ class Reason(IntEnum):
     HELD = 6
     """Backoff: speculation lost time in earlier rollouts."""
     EMPTY = 7
-    """None was taken: the ordered arm's proposer had nothing to propose."""
+    """The arm's proposer had nothing to propose: the pass was autoregressive."""
 
 
 @dataclass(slots=True)
@@ -230,9 +230,7 @@ class DecisionTrace:
         """
         lost = 0.0
         known = {arm: index for index, arm in enumerate(arms)}
-        for step, reason in enumerate(self.columns["reason"]):
-            if reason == Reason.EMPTY:
-                continue  # there was no other arm to take
+        for step in range(len(self)):
             if (tokens := self.tokens(step)) and (index := known.get(self.arm(step))) is not None:
                 values = seconds_per_token(self.load(step))
                 lost += tokens * (values[index] - min(values))

@@ -104,7 +104,7 @@ def test_drafts_are_functions_of_the_tokens_alone() -> None:
         drafts = proposer.propose(DraftRequest(sequences, [3, 2, 1]))
     fresh = [sequence(i, text[:2], text[2:]) for i, text in enumerate(texts)]
     again = NGramProposer(options, CPU).propose(DraftRequest(fresh, [3, 2, 1]))
-    assert drafts.num_drafts == again.num_drafts == (3, 0, 1) and drafts.processed is None
+    assert drafts.num_drafts == again.num_drafts == (3, 0, 1) and drafts.processed is None and drafts.on_host
     assert drafts.token_ids.tolist() == again.token_ids.tolist() == [[3, 0, 9], [1, 0, 0], [2, 0, 0]]
     assert proposer.propose(DraftRequest(sequences[:1], [3])).num_drafts == (3,)
     proposer.sleep()

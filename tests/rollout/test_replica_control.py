@@ -41,11 +41,11 @@ DRAFT = Arm(DRAFTER, 2)
 class Costs:
     """A cost model in which each sequence costs as much as a step with one, and drafting pays for up to two."""
 
-    def step_seconds(self, arm: Arm, load: Load) -> float:
+    def step_seconds(self, arm: Arm, load: Load, proposed: float = 1.0) -> float:
         sequences = 0.2 * max(0, load.decoding - 2) if arm.speculates else 0.01 * load.decoding
         return 0.01 + sequences + 1e-4 * load.prefill_tokens
 
-    def observe(self, arm: Arm, load: Load, seconds: float, drafting: float = 0.0) -> None:
+    def observe(self, arm: Arm, load: Load, seconds: float, drafting: float = 0.0, proposed: float = 1.0) -> None:
         pass
 
     def state_dict(self) -> dict[str, object]:

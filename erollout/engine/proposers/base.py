@@ -33,19 +33,21 @@ class Drafts:
     """Processed logits from which the drafts were sampled, per draft position, of the (leading) sequences with such a draft.
     None if each draft was certain: the proposer has no distribution, or the verification needs none."""
     num_drafts: tuple[int, ...] | None = None
-    """Number of drafts of each sequence, where the proposer had fewer than were asked; None: it had all of them."""
+    """Number of drafts of each sequence, where the proposer had fewer than were requested; None: it had all of them."""
+    on_host: bool = False
+    """Whether the host made them, so that its clock tells how long that took, on an accelerator too."""
 
     @classmethod
     def certain(cls, found: List[List[int]], most: int, device: torch.device) -> "Drafts":
         """Drafts that are known on the host.
 
         Args:
-            found: the drafts of each sequence, as many as there are and at most those asked.
-            most: largest number of drafts asked.
+            found: the drafts of each sequence, as many as there are and at most those requested.
+            most: largest number of drafts requested.
         """
         columns = [[*ids, *[0] * (most - len(ids))] for ids in found]
         token_ids = torch.tensor(columns, dtype=torch.int64, device=device).T.contiguous()
-        return cls(token_ids, None, tuple(map(len, found)))
+        return cls(token_ids, None, tuple(map(len, found)), on_host=True)
 
     def runs(self, columns: Iterable[tuple[int, int]]) -> Tensor:
         """The drafts of several sequences in a row, int64 [drafts]; each sequence given by (column, number of drafts)."""
@@ -59,7 +61,7 @@ class Proposer(Protocol):
         """Raise RuntimeError, naming both versions, unless the proposer belongs to this version of the policy."""
 
     def propose(self, request: DraftRequest) -> Drafts:
-        """Draft tokens, or fewer than asked where there is nothing to propose. Under tensor parallelism collective over the
+        """Draft tokens, or fewer than requested where there is nothing to propose. Under tensor parallelism collective over the
         replica, with equal results on all of its ranks."""
 
     def sleep(self) -> None:

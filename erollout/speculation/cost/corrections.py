@@ -119,13 +119,7 @@ class Corrections:
         """
         nodes, common = _nodes(batch), self._common
         if drafting_ratio is not None:
-            kind, cell, _ = _passes(arm, drafting)[0]
-            surprise = log(max(drafting_ratio, SMALLEST_FACTOR)) - self._value(kind, cell, nodes) - common.value
-            own = self._parts(kind, cell, nodes, 1.0)
-            total = _variance(own) + common.variance + self._noise
-            limit = CLIP * total**0.5
-            for part, share in own:
-                part.learn(share, max(-limit, min(limit, surprise)), total)
+            self.observe_drafting(arm, batch, drafting_ratio)
         factor = self.factor(arm, batch, drafting)
         surprise = log(max(ratio, SMALLEST_FACTOR) / factor)
         common.widen(_COMMON_WALK, _COMMON)
@@ -137,6 +131,16 @@ class Corrections:
         total = _variance(parts) + self._noise
         for part, share in parts:
             part.learn(share, surprise, total)
+
+    def observe_drafting(self, arm: Arm, batch: int, ratio: float) -> None:
+        """Learn from the drafting of a step alone, as `observe`."""
+        nodes, (kind, cell, _) = _nodes(batch), _passes(arm, 1.0)[0]
+        surprise = log(max(ratio, SMALLEST_FACTOR)) - self._value(kind, cell, nodes) - self._common.value
+        own = self._parts(kind, cell, nodes, 1.0)
+        total = _variance(own) + self._common.variance + self._noise
+        limit = CLIP * total**0.5
+        for part, share in own:
+            part.learn(share, max(-limit, min(limit, surprise)), total)
 
     def _clipped(self, surprise: float, parts: Sequence[tuple[_Part, float]]) -> float:
         """The clipped surprise. Updates the noise level, and widens the parts after a lasting change."""

@@ -43,7 +43,7 @@ class Point:
 class MeasuredTable:
     """Log ratios of one kind of pass; without points, 0 everywhere."""
 
-    def __init__(self, points: Iterable[Point], rows: Callable[[int, int], int]) -> None:
+    def __init__(self, points: Iterable[Point], rows: Callable[[int, float], float]) -> None:
         """`rows`: number of matmul rows of a pass, from batch and num_speculative_tokens; see Roofline.rows."""
         self.points = tuple(points)
         self._rows = rows
@@ -63,7 +63,7 @@ class MeasuredTable:
             own.setdefault(_length(p), []).append((_context(p.context), log2(p.batch), bounded))
         self._own = [(length, _plane(entries)) for length, entries in sorted(own.items())]
 
-    def log_ratio(self, batch: int, context: float, num_speculative_tokens: int) -> float:
+    def log_ratio(self, batch: int, context: float, num_speculative_tokens: float) -> float:
         """The interpolated log ratio; 0 for batch 0, which is no pass."""
         rows, x = log2(self._rows(batch, num_speculative_tokens)), log2(batch)
         y, z = log2(num_speculative_tokens + 1), _context(context)

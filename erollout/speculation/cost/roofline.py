@@ -170,23 +170,25 @@ class Roofline:
     communication: Communication = field(default_factory=Communication)
 
     def parts(
-        self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int = 0, prefill_tokens: int = 0
+        self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: float = 0, prefill_tokens: int = 0
     ) -> Parts[float]:
-        """Parts of one pass over `batch` sequences and prefill_tokens. Only "draft" uses `format`; "target" does not use n."""
+        """Parts of one pass over `batch` sequences and prefill_tokens. Only "draft" uses `format`; "target" does not use n.
+
+        n may be a mean over the sequences of a verify pass."""
         size, width = self.size, num_speculative_tokens + 1
         cost = self.target if kind == "target" else self.verify if kind == "verify" else self.draft[format]
         weights = size.draft_bytes[format] if kind == "draft" else size.weight_bytes
         per_sequence = width if kind == "verify" else 1
         return parts_of(size, cost, self.communication, weights, batch, context, width, per_sequence, prefill_tokens)
 
-    def rows(self, kind: Pass, format: str, batch: int, num_speculative_tokens: int) -> int:
+    def rows(self, kind: Pass, format: str, batch: int, num_speculative_tokens: float) -> float:
         """Number of matmul rows of one pass: its tokens, after padding where the drafter's batch is padded."""
         if kind == "draft":
             return int(_tiled(batch, num_speculative_tokens + 1)) if self.draft[format].padded else batch
         return batch * (num_speculative_tokens + 1 if kind == "verify" else 1)
 
     def seconds(
-        self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: int = 0, prefill_tokens: int = 0
+        self, kind: Pass, format: str, batch: int, context: float, num_speculative_tokens: float = 0, prefill_tokens: int = 0
     ) -> float:
         return self.parts(kind, format, batch, context, num_speculative_tokens, prefill_tokens).seconds
 

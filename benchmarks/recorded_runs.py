@@ -168,7 +168,7 @@ class Run:
 
     def write(self, folder: Path) -> None:
         """Its configuration, with places from the folder on, and its scorer."""
-        tree = yaml.safe_load((ROOT / "configs" / f"{self.base}.yaml").read_text())
+        tree = _configuration(f"{self.base}.yaml")
         places = {"train": {"output_dir": self.output}, "checkpoint": {"export_path": self.exported}}
         for changes in (*self.changes, places):
             tree = _merged(tree, changes)
@@ -410,6 +410,13 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _configuration(name: str) -> dict[str, Any]:
+    """A file of configs/ with what it extends."""
+    tree = yaml.safe_load((ROOT / "configs" / name).read_text())
+    base = tree.pop("extends", None)
+    return _merged(_configuration(base), tree) if base else tree
 
 
 def _merged(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

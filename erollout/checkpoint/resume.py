@@ -40,9 +40,9 @@ OBEYED: Mapping[str, str] = {
     "train_size test_seed test_size args date",
     "evaluation": "interval num_prompts samples_per_prompt temperature",
     "optimizer": "lr min_lr lr_decay_style lr_warmup_steps weight_decay adam_beta1 adam_beta2 adam_eps clip_grad",
-    "train": "steps global_batch_size max_tokens_per_micro_batch recompute_granularity output_dir",
+    "train": "steps global_batch_size max_tokens_per_micro_batch recompute_granularity output_dir save_rollouts",
     "supervised": "steps batch_size",
-    "tracking": "enabled uri run_name num_sample_rollouts system_metrics",
+    "tracking": "enabled uri run_name num_sample_rollouts train_samples_interval system_metrics",
     "checkpoint": "directory interval keep_last asynchronous resume export_path",
     "fault_tolerance": "heartbeat_seconds hang_seconds max_nonfinite_steps checksum_interval",
 }
@@ -175,8 +175,9 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError("it lacks an identity or configuration")
         if missing := {"dtype", "use_distributed_optimizer"} - document["identity"].keys():
             raise ValueError(f"no identity.{min(missing)}")
-        if not isinstance(cursor := document.get("cursor", 0), int) or cursor < 0:
-            raise ValueError(f"cursor = {cursor}")
+        for name in ("cursor", "samples", "tokens"):
+            if not isinstance(count := document.get(name, 0), int) or count < 0:
+                raise ValueError(f"{name} = {count}")
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"checkpoint {path} is damaged: can't read {STATE} ({error}); remove the directory to use the one before"

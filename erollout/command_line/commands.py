@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from erollout import __version__
 from erollout.calibration.commands import add_commands
+from erollout.command_line.show_config import add_command as add_config
 from erollout.config import Config, load_config, require_groups
 from erollout.configuration.arguments import Commands, Parser, add_overrides, add_run_arguments, overrides
 from erollout.doctor.commands import add_command as add_doctor
@@ -79,6 +80,7 @@ def parser() -> Parser:
     add_command(commands)
     add_launch_commands(commands)
     add_doctor(commands)
+    add_config(commands)
     plot = commands.add_parser("plot", help="plot the training curves of a run")
     plot.add_argument("--run", required=True, dest="directory", metavar="DIR", help="train.output_dir of the run")
     plot.add_argument("--out", required=True, metavar="FILE", help="PNG file to write")

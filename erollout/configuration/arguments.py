@@ -54,7 +54,7 @@ class _Formatter(argparse.HelpFormatter):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of all commands on a run: configuration, run directory and overrides."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with the sections of erollout/config.py")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file; `erollout config keys` explains its keys")
     parser.add_argument("--run-dir", metavar="DIR", help="output directory of the run; short for train.output_dir=DIR")
     add_overrides(parser)
 

@@ -19,6 +19,7 @@ class FormatOverrideConfig:
     pattern: str
     """Glob over linear layers of the decode model: `layers.0.*`, `*.down_proj`."""
     format: str
+    """A name in erollout/drafter/formats.py, or `none` for the target's own layer."""
 
 
 @section
@@ -55,9 +56,11 @@ class LadderConfig:
     """The paper's rule for the draft length: one rung up or down, by the acceptance rates of whole rollouts."""
 
     rungs: tuple[bounds.DraftLength, ...] = (5, 7, 9, 11)
+    """Draft lengths, ascending; a run starts with the first."""
     raise_above: bounds.Fraction = 0.94
     """Acceptance rate of a rollout above which it calls for the next longer draft."""
     lower_below: bounds.Fraction = 0.85
+    """Acceptance rate of a rollout below which it calls for the next shorter draft."""
     persistence: bounds.Few = 2
     """Number of rollouts in a row that must call for it."""
 
@@ -71,6 +74,7 @@ class ToggleConfig:
     probe_interval: bounds.Interval = 200
     """Steps between two probes of an arm that is not chosen; 0: no probes."""
     probe_steps: bounds.Few = 2
+    """Steps of a probe."""
     bootstrap_seconds: bounds.Seconds = 5.0
     """Time for measuring this device before the first rollout, without a calibration file."""
     ladder: LadderConfig = field(default_factory=LadderConfig)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from pydantic import ValidationError
 
-from erollout.configuration.renamed import REMOVED, present_name, use_present_names
+from erollout.configuration.renamed import REMOVED, RENAMED, present_name, use_present_names
 from erollout.errors import UserError
 
 _SHOWN = 80
@@ -44,22 +44,13 @@ class Written:
     """Reason why YAML can't parse it; text that begins with a bracket may be meant as text."""
 
 
-def read_tree(path: str | Path, overrides: Sequence[str], schema: type) -> dict[str, Any]:
-    """The sections of a YAML file with overrides on top. Raises UserError."""
-    tree = _read(path)
-    use_present_names(tree)
-    for override in joined(overrides):
-        apply_override(tree, override, schema)
-    return tree
-
-
 def fit(value: Any, wanted: Any, key: str = "") -> Any:
     """Plain values of a tree in the types of the schema: text as written, a single value as a list of one.
 
     Values that do not fit are passed on, to be rejected by the schema. Raises UserError for invalid YAML.
     """
     wanted = _bare(wanted)
-    content = _content(value)
+    content = bare_value(value)
     if content is None:
         return None
     if is_dataclass(wanted) and isinstance(content, Mapping):
@@ -78,13 +69,14 @@ def fit(value: Any, wanted: Any, key: str = "") -> Any:
 
 def plain(value: Any) -> Any:
     """The value in YAML."""
-    content = _content(value)
+    content = bare_value(value)
     if isinstance(content, Mapping):
         return {name: plain(part) for name, part in content.items()}
     return [plain(part) for part in content] if isinstance(content, list) else content
 
 
-def _content(value: Any) -> Any:
+def bare_value(value: Any) -> Any:
+    """The value in YAML of an unquoted value; other values are themselves."""
     return value.value if isinstance(value, Written) else value
 
 
@@ -102,20 +94,22 @@ def joined(words: Sequence[str]) -> list[str]:
     return found
 
 
-def describe(error: ValidationError, schema: type) -> str:
-    """The first problem, as one line with the key, the value and the fix."""
+def describe(error: ValidationError, schema: type) -> tuple[str, str]:
+    """The key of the first problem, and one line with the key, the value and the fix."""
     problems = error.errors()
     unknown = [p for p in problems if p["type"] == "unexpected_keyword_argument"]  # a misspelt key may also cause a missing one
     first = (unknown or problems)[0]
     key = ".".join(str(part) for part in first["loc"])
     if unknown:
+        if key in RENAMED:
+            return key, f"{key} is the former name of {RENAMED[key]}, which is given too; remove it"
         if key in REMOVED:
-            return f"{key} is no longer a key: {REMOVED[key]}; remove it"
+            return key, f"{key} is no longer a key: {REMOVED[key].reason}; remove it"
         near = _nearest(first["loc"], schema)
-        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; see erollout/config.py for the keys")
+        return key, f"unknown key {key}" + (f"; did you mean {near}?" if near else "; `erollout config keys` lists them")
     value = "" if first["type"] == "missing" else f" = {shown(first['input'])}"
     fix = "; write it in quotes" if first["type"] == "string_type" and first["input"] is not None else ""
-    return f"{key}{value}: {first['msg'].removeprefix('Value error, ')}{fix}"
+    return key, f"{key}{value}: {first['msg'].removeprefix('Value error, ')}{fix}"
 
 
 def shown(value: object) -> str:
@@ -127,7 +121,8 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}... ({len(text)} characters)"
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises UserError."""
     try:
         tree = _parse(Path(path).read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
@@ -138,7 +133,7 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config {path} is not valid YAML: {_one_line(error)}") from error
     except RecursionError:
         raise UserError(f"config {path} is nested too deeply, or contains itself") from None
-    content = _content(tree)
+    content = bare_value(tree)
     if not isinstance(content, dict | None):
         raise UserError(f"config {path} must be a mapping of sections, not {type(content).__name__}")
     return content or {}
@@ -152,20 +147,25 @@ def apply_override(tree: dict[str, Any], override: str, schema: type) -> None:
     *parents, last = present_name(key).split(".")
     node, wanted = tree, schema
     for parent in parents:
-        if _content(node.get(parent)) is None:
-            node[parent] = {}
-        node, wanted = node[parent], _part(wanted, parent)
+        part = bare_value(node.get(parent))
+        if part is None or isinstance(part, dict):
+            node[parent] = part or {}  # an earlier override may have given the section as a whole
+        node, wanted = node[parent], part_type(wanted, parent)
         if not isinstance(node, dict):
             raise UserError(f"override {shown(override)}: {parent} is a value, not a section")
-    _set(node, last, _value(text), _part(wanted, last))
+    value = _value(text)
+    if not parents:
+        use_present_names({last: value})  # a section as a whole
+    set_key(node, last, value, part_type(wanted, last))
 
 
-def _set(node: dict[str, Any], key: str, value: Any, wanted: Any) -> None:
+def set_key(node: dict[str, Any], key: str, value: Any, wanted: Any) -> None:
     """Set a key. Keys that a new section does not name keep their values, as in a file."""
-    given, there = _content(value), node.get(key)
+    given, there = bare_value(value), bare_value(node.get(key))
     if is_dataclass(wanted) and isinstance(given, dict) and isinstance(there, dict):
+        node[key] = there
         for name, part in given.items():
-            _set(there, name, part, _part(wanted, name))
+            set_key(there, name, part, part_type(wanted, name))
     else:
         node[key] = value
 
@@ -195,7 +195,7 @@ def _bare(wanted: Any) -> Any:
     return wanted
 
 
-def _part(wanted: Any, name: str) -> Any:
+def part_type(wanted: Any, name: str) -> Any:
     """Type of a key in a section; any type if the schema does not say."""
     return _bare(get_type_hints(wanted, include_extras=True).get(name, Any)) if is_dataclass(wanted) else Any
 

@@ -18,7 +18,7 @@ from typing import Any
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from erollout.config import TaskConfig
+from erollout.configuration.keys import TaskConfig
 from erollout.data.items import TaskItem
 from erollout.errors import UserError
 

@@ -83,7 +83,7 @@ def test_an_unknown_key_names_the_nearest(sections: dict, unknown: str, nearest:
 
 
 def test_an_unknown_key_with_no_neighbour_says_where_the_keys_are() -> None:
-    assert "unknown key train.xxyyzz; see erollout/config.py" in _error(_build, train={"xxyyzz": 1})
+    assert "unknown key train.xxyyzz; `erollout config keys`" in _error(_build, train={"xxyyzz": 1})
 
 
 @pytest.mark.parametrize(

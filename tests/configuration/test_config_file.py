@@ -177,8 +177,12 @@ def test_a_key_may_have_its_former_name(tmp_path: Path) -> None:
     assert _load(tmp_path, text=text).coordinator.dispatch == "static"
     for key in ("coordinator.hand_out", "coordinator.dispatch"):
         assert _load(tmp_path, f"{key}=dynamic", text=text).coordinator.dispatch == "dynamic"
+        assert _load(tmp_path, f"coordinator={{{key.partition('.')[2]}: dynamic}}", text=text).coordinator.dispatch == "dynamic"
     both = _refusal(tmp_path, text=BASE + "coordinator: {hand_out: static, dispatch: dynamic}\n")
-    assert "unknown key coordinator.hand_out" in both
+    assert "coordinator.hand_out is the former name of coordinator.dispatch" in both
+    in_turns = ("coordinator={hand_out: static, window_seconds: 0.5}", "coordinator.dispatch=dynamic")
+    assert _load(tmp_path, *in_turns).coordinator.dispatch == "dynamic"
+    assert _load(tmp_path, *in_turns).coordinator.window_seconds == 0.5
 
 
 def test_an_override_of_a_section_keeps_the_rest_of_it(tmp_path: Path) -> None:
@@ -286,4 +290,6 @@ def test_a_long_value_is_cut_in_a_message() -> None:
 
 def test_a_removed_key_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"speculation\.toggle\.margin is no longer a key: .*; remove it$"):
-        _load(tmp_path, text="speculation: {toggle: {margin: 0.02}}\n")
+        _load(tmp_path, text=BASE + "speculation: {toggle: {margin: 0.05}}\n")
+    for text, overrides in (("speculation: {toggle: {margin: 0.02}}\n", ()), ("", ("speculation.toggle.margin=0.02",))):
+        assert _load(tmp_path, *overrides, text=BASE + text).speculation.toggle.probe_interval == 200  # as in every saved one

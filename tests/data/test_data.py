@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from erollout.config import DataConfig, TaskConfig, build_config
+from erollout.config import DataConfig, build_config
+from erollout.configuration.keys import TaskConfig
 from erollout.data import PromptDataset, PromptLimits, build_datasets
 from erollout.data.tasks import BLOCK_SIZE
 from erollout.data.tokenizer import CHARACTERS, load_tokenizer, save_character_tokenizer
@@ -311,7 +312,7 @@ def test_tasks_that_cannot_be_had_are_refused(task: TaskConfig, message: str, by
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
 def test_tasks_that_depend_on_string_hashes_need_them_fixed(hash_seed: str) -> None:
     code = (
-        "from erollout.config import TaskConfig; from erollout.data.tasks import ReasoningGymSource;"
+        "from erollout.configuration.keys import TaskConfig; from erollout.data.tasks import ReasoningGymSource;"
         "print(ReasoningGymSource((TaskConfig('word_ladder'),), 0, 1_000_000).item(30_000).origin)"
     )
     run = subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True)

@@ -12,7 +12,8 @@ import psutil
 import pytest
 from math_forms import RIGHT, WRONG
 
-from erollout.config import DataConfig, RewardsConfig, TaskConfig, build_config
+from erollout.config import DataConfig, RewardsConfig, build_config
+from erollout.configuration.keys import TaskConfig
 from erollout.data.tasks import ReasoningGymSource
 from erollout.errors import UserError
 from erollout.rewards import RewardPool, Scorer, ScoringCounts, build_scorer

@@ -140,3 +140,18 @@ class ScoredRollout:
     reward: float
     task: str
     advantage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetDescription:
+    """One split of a run's data, as tracking shows it."""
+
+    name: str
+    source: str
+    """Paths of its files, or what generates it."""
+    rows: int
+    """Items of one epoch."""
+    columns: dict[str, str]
+    """Kind of value by column of the first row: string, long, double, boolean, array or object."""
+    digest: str
+    """32 hexadecimal digits: of the files' bytes, or of all that determines generated items."""

@@ -66,8 +66,11 @@ def add_logprobs(batches: Sequence[MiniBatch], actor: Actor, uses_reference: boo
 
 def add_advantages(
     batches: Sequence[MiniBatch], scored: Sequence[ScoredRollout], algorithm: Algorithm, context: ParallelContext
-) -> None:
-    """Give the samples their advantages in their groups, which lie on several ranks. Collective."""
+) -> dict[str, float]:
+    """Give the samples their advantages in their groups, which lie on several ranks. Collective.
+
+    Returns metrics of all samples' advantages.
+    """
     shaped = [0.0] * len(scored)
     if context.is_replica_leader:  # each sample's log-probs are known to one model replica only
         for batch in batches:
@@ -78,6 +81,13 @@ def add_advantages(
     for batch in batches:
         for index, sample in zip(batch.indices, batch.samples, strict=True):
             sample.advantage = advantages[index]
+    mean = sum(advantages) / len(advantages)
+    return {
+        "advantage/mean": mean,
+        "advantage/std": (sum((advantage - mean) ** 2 for advantage in advantages) / len(advantages)) ** 0.5,
+        "advantage/min": min(advantages),
+        "advantage/max": max(advantages),
+    }
 
 
 def reported_samples(batches: Sequence[MiniBatch], context: ParallelContext) -> list[TrainSample]:

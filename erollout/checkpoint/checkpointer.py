@@ -84,6 +84,10 @@ class RunState:
     """Date given to chat templates that use one, as 2026-11-30. None: the checkpoint does not state it."""
     cursor: int = 0
     """Prompts, or supervised examples, that the steps have drawn."""
+    samples: int = 0
+    """Responses trained on so far. A checkpoint of an earlier version does not state it, and the count starts there."""
+    tokens: int = 0
+    """Response tokens trained on so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +204,16 @@ class Checkpointer:
             logger.info("the configuration has changed since %s: %s", path, "; ".join(map(str, changed)))
         history = tuple(document["history"])
         partial_rollouts = self._read_partial_rollouts(path)
-        cursor = drawn(document, self.actor.config, self.kind)
         return RunState(
-            document["step"], document["run_id"], history, document["rollout"], partial_rollouts, document.get("date"), cursor
+            document["step"],
+            document["run_id"],
+            history,
+            document["rollout"],
+            partial_rollouts,
+            document.get("date"),
+            drawn(document, self.actor.config, self.kind),
+            document.get("samples", 0),
+            document.get("tokens", 0),
         )
 
     def _complete(self) -> list[Path]:

@@ -121,6 +121,10 @@ class PromptDataset:
     def renderer(self) -> PromptRenderer:
         return self._renderer
 
+    def item(self, index: int) -> TaskItem:
+        """The item before rendering."""
+        return self._source.item(index)
+
     def prompt(self, index: int) -> Prompt:
         """Raises UserError for a prompt that is too long."""
         item = self._source.item(index)

@@ -35,6 +35,11 @@ class ParallelContext:
     """Whether the default group was created here."""
 
     @property
+    def device_name(self) -> str:
+        """Name of this rank's GPU, else the kind of device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
     def data_parallel_rank(self) -> int:
         return self.train.coordinates(self.rank)[1]
 

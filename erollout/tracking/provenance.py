@@ -1,13 +1,18 @@
 """Provenance of a run: source revision, version, host and attempts."""
 
+import getpass
 import json
+import shlex
 import socket
 import subprocess
+import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 import erollout
 from erollout.environment import job_name
+from erollout.security.redaction import redact
 
 NOTE = "source.json"
 """File in a copied package with its commit: an object of `commit` and `dirty`."""
@@ -32,11 +37,18 @@ def attempt_tags(attempt: int, checkpoint: str | None) -> dict[str, str]:
 
 def source_tags() -> dict[str, str]:
     """MLflow tags of the program: version, host, and the commit of its checkout, if it is in one or a copy of one."""
-    tags = {"erollout.version": erollout.__version__, "erollout.host": socket.gethostname()}
+    tags = {
+        "erollout.version": erollout.__version__,
+        "erollout.host": socket.gethostname(),
+        "mlflow.source.name": "erollout " + redact(shlex.join(sys.argv[1:])),
+        "mlflow.source.type": "JOB" if job_name() else "LOCAL",
+    }
+    with suppress(KeyError, OSError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
     commit, dirty = checkout(Path(erollout.__file__).parent)
     if commit:
         tags["mlflow.source.git.commit"] = commit
-        tags["erollout.git_dirty"] = str(dirty).lower()
+        tags["erollout.git_dirty"] = tags["mlflow.source.git.dirty"] = str(dirty).lower()
     return tags
 
 

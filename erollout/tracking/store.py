@@ -41,6 +41,8 @@ OF_STORAGE = re.compile(r"\((\w+\.)+(DatabaseError|OperationalError|InternalErro
 FORBIDDEN_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-. :/]")
 _MAKING_SECONDS = 3600
 """More than the time needed to create a SQLite file."""
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""What makes MLflow open an experiment in its view of training runs."""
 LONGEST_VALUE = 5000
 """Longest parameter or tag in characters; MLflow's limits are 6000 and 8000."""
 
@@ -103,7 +105,9 @@ class MlflowStore:
                 )
             location = None if self.uri.startswith(("http", "databricks")) else artifacts.as_uri()
             identifier = (
-                found.experiment_id if found else self._client().create_experiment(experiment, artifact_location=location)
+                found.experiment_id
+                if found
+                else self._client().create_experiment(experiment, artifact_location=location, tags=EXPERIMENT_TAGS)
             )
             return self._client().create_run(identifier, tags=tags, run_name=run_name).info.run_id
         except MlflowException as error:
@@ -188,6 +192,8 @@ class MlflowStore:
             digest=record["digest"][:36],  # MLflow's limit
             source_type="local" if os.path.exists(record["source"]) else "generated",
             source=json.dumps({"uri": record["source"]}),
+            schema=json.dumps({"mlflow_colspec": _columns(record.get("columns", {}))}),
+            profile=json.dumps({"num_rows": record["rows"]}) if "rows" in record else None,
         )
         self._client().log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])])])
 
@@ -269,6 +275,12 @@ def _remove_half_made(path: Path) -> None:
             is_here = host == socket.gethostname() and pid.isdigit()
             if not psutil.pid_exists(int(pid)) if is_here else time.time() - left.stat().st_mtime > _MAKING_SECONDS:
                 left.unlink()
+
+
+def _columns(columns: dict[str, str]) -> list[dict[str, object]]:
+    """Columns as MLflow's schema; nested values count as text, which is how a table shows them."""
+    plain = ("string", "long", "double", "boolean")
+    return [{"name": name, "type": kind if kind in plain else "string", "required": True} for name, kind in columns.items()]
 
 
 def _name(name: str) -> str:

@@ -12,6 +12,7 @@ import json
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -30,6 +31,7 @@ from erollout.tracking.provenance import attempt_tags
 from erollout.tracking.samples import SAMPLES_FILE, Row, encode_samples, read_samples
 from erollout.tracking.store import MlflowStore
 from erollout.tracking.system import SystemMonitor
+from erollout.types import DatasetDescription
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ class Tracker(Protocol):
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log metrics of a step. In MLflow, a name that already has this or a later step keeps its earlier value."""
 
-    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log rows of the samples table: prompt, response, reward, finish_reason, ..."""
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]], split: str = "evaluation") -> None:
+        """Log rows of the samples table: prompt, response, reward, finish_reason, ...; none: the table stays as it is."""
 
     def log_config_artifacts(self, config: Config, resolved: Resolved) -> None:
         """Log the complete configuration (loadable again) and what was resolved from it, as YAML files."""
@@ -70,8 +72,8 @@ class Tracker(Protocol):
     def log_figure(self, name: str, figure: Any) -> None:
         """Log a matplotlib figure as figures/<name>.png."""
 
-    def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
-        """Log a dataset that the run reads. `source`: path, or its generator. `digest`: at most 36 characters."""
+    def log_dataset(self, dataset: DatasetDescription, split: str) -> None:
+        """Log a dataset that the run reads, once."""
 
     def log_saved(self, step: int) -> None:
         """Log a saved checkpoint. Without any, an attempt after a crash starts from scratch, as the same run."""
@@ -96,7 +98,7 @@ class NullTracker:
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         pass
 
-    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]], split: str = "evaluation") -> None:
         pass
 
     def log_config_artifacts(self, config: Config, resolved: Resolved) -> None:
@@ -105,7 +107,7 @@ class NullTracker:
     def log_figure(self, name: str, figure: Any) -> None:
         pass
 
-    def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
+    def log_dataset(self, dataset: DatasetDescription, split: str) -> None:
         pass
 
     def log_saved(self, step: int) -> None:
@@ -169,10 +171,13 @@ class JournalTracker:
                 repeated[name] = float(value)
         self._append("metrics", step=step, values=fresh, **({"repeated": repeated} if repeated else {}))
 
-    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log rows; a repeated step replaces its rows."""
-        earlier = [row for row in read_samples(self._directory / SAMPLES_FILE) if row["step"] != step]
-        self._write_samples([*earlier, *({"step": step, **row} for row in rows)])
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]], split: str = "evaluation") -> None:
+        """Log rows; a repeated step replaces its rows of this split."""
+        if not rows:
+            return
+        known = read_samples(self._directory / SAMPLES_FILE)
+        others = [row for row in known if (row["step"], row.get("split") or "evaluation") != (step, split)]
+        self._write_samples([*others, *({"step": step, "split": split, **row} for row in rows)])
 
     def log_config_artifacts(self, config: Config, resolved: Resolved) -> None:
         tree = json.loads(json.dumps(config.to_dict()))  # tuples become lists: plain YAML
@@ -191,8 +196,8 @@ class JournalTracker:
         else:
             self._append("artifact", file=str(file), folder="figures")
 
-    def log_dataset(self, name: str, source: str, digest: str, context: str = "training") -> None:
-        self._append("dataset", name=name, source=source, digest=digest, context=context)
+    def log_dataset(self, dataset: DatasetDescription, split: str) -> None:
+        self._append("dataset", context=split, **asdict(dataset))
 
     def log_saved(self, step: int) -> None:
         self._append("saved", step=step)
@@ -277,7 +282,8 @@ class JournalTracker:
         mark = uuid.uuid4().hex
         self._append("new", mark=mark)
         artifacts = output_dir.absolute() / "mlartifacts"
-        return store.create_run(options.experiment, options.run_name, artifacts, {**tags, MARK: mark})
+        name = options.run_name or output_dir.resolve().name
+        return store.create_run(options.experiment, name, artifacts, {**tags, MARK: mark})
 
     def _record_setup(
         self, config: Config, resolved: Resolved, tags: dict[str, str], past: list[dict[str, Any]], attempt: int

@@ -1,13 +1,12 @@
 """Builders of the parts of a run, on every rank."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from erollout.checkpoint.checkpointer import Checkpointer, RunState
 from erollout.config import Config, RewardsConfig
+from erollout.data.description import describe_datasets
 from erollout.parallel.collectives import on_rank_zero
 from erollout.parallel.groups import current_rank
 from erollout.policy.actor import Actor
@@ -65,9 +64,9 @@ def tracked(run: RunningWorld, state: RunState, total_steps: int) -> Iterator[tu
     # an error of rank 0 is raised on every rank
     run_id = on_rank_zero(lambda: tracker.start(config, facts, state.run_id, config.train.output_dir, state.step))
     tracker.log_config_artifacts(config, facts)
-    data = json.dumps(config.to_dict()["data"], sort_keys=True)
-    source = ", ".join(config.data.train_files) or f"{config.data.kind}, seeds from {config.data.train_seed}"
-    tracker.log_dataset(config.data.kind, source, hashlib.sha256(data.encode()).hexdigest()[:32])
+    if run.context.rank == 0:
+        for split, description in describe_datasets(config.data, run.resolved.train_data, run.resolved.test_data).items():
+            tracker.log_dataset(description, split)
     stops = partial(stop.agree, device=run.context.device)
     status: RunStatus = "FAILED"
     try:

@@ -12,6 +12,7 @@ from erollout.data.prompts import PromptDataset
 from erollout.rollout.partial import PartialRollouts, RolloutInterrupted, as_partial, merge_samples
 from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.speculation.statistics import merge
+from erollout.train.loop import Trained
 from erollout.types import Prompt, ScoredRollout
 
 Group = list[ScoredRollout]
@@ -27,6 +28,11 @@ class StepRollouts:
     """One per rollout, of all that was sampled."""
     dropped: int
     """Groups that were not selected and are not trained on."""
+
+    @property
+    def trained(self) -> Trained:
+        """What the step trains on."""
+        return Trained(len(self.samples), sum(sample.rollout.num_sampled for sample in self.samples))
 
     @property
     def result(self) -> RolloutResult:
@@ -53,6 +59,11 @@ class GroupCollector:
     """Where the next step begins to draw."""
     partial_rollouts: tuple[PartialRollouts, ...] = ()
     """Samples of the next step's rollouts, in their order, left by an interrupted attempt."""
+
+    @property
+    def epochs(self) -> float:
+        """Prompts drawn by the steps so far, in passes over the data."""
+        return self.cursor.position / len(self.data)
 
     def collect(self, step: int) -> StepRollouts:
         """The groups of the step after `step` others. Raises RolloutInterrupted; then the step is to be made again."""

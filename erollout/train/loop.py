@@ -63,6 +63,15 @@ class Phases:
 
 
 @dataclass(frozen=True, slots=True)
+class Trained:
+    """What was trained on."""
+
+    samples: int = 0
+    tokens: int = 0
+    """Response tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """What to track of a step or an evaluation."""
 
@@ -71,6 +80,9 @@ class StepReport:
     """Makes plots by name, called when they are due."""
     samples: Sequence[Mapping[str, object]] = ()
     """Rows of the samples table."""
+    trained: Trained = Trained()
+    epochs: float = 0.0
+    """Passes over the training data so far."""
 
 
 class Training(Protocol):
@@ -146,7 +158,7 @@ class RunLoop:
         self.state = replace(self.state, history=(*self.state.history, {"step": float(self.step), **report.metrics}))
         self._changed = True
         self.services.tracker.log_metrics(self.step, report.metrics)
-        self.services.tracker.log_samples(self.step, report.samples)
+        self.services.tracker.log_samples(self.step, report.samples, "evaluation")
         self.services.report(self.step, report.metrics)
 
     def save(self) -> None:
@@ -158,10 +170,13 @@ class RunLoop:
 
     def _train_step(self) -> None:
         report = self.training.train_step(self.step, Phases(self.step, self.services.enter))
-        self.state = replace(self.state, step=self.step + 1)
+        samples, tokens = self.state.samples + report.trained.samples, self.state.tokens + report.trained.tokens
+        self.state = replace(self.state, step=self.step + 1, samples=samples, tokens=tokens)
         self._changed = True
-        metrics = report.metrics | memory_metrics(self.context.device.type)
+        progress = {"progress/samples": float(samples), "progress/tokens": float(tokens), "progress/epoch": report.epochs}
+        metrics = report.metrics | progress | memory_metrics(self.context.device.type)
         self.services.tracker.log_metrics(self.step, metrics)
+        self.services.tracker.log_samples(self.step, report.samples, "training")
         self.services.report(self.step, metrics)
         if self.context.rank == 0 and (self._due(self.cadence.evaluation) or self.step == self.cadence.steps):
             for name, figure in report.figures().items():

@@ -10,7 +10,7 @@ from erollout.data.cursor import DataCursor
 from erollout.data.prompts import PromptDataset
 from erollout.policy.actor import Actor
 from erollout.policy.batch import TrainSample
-from erollout.train.loop import Phases, StepReport
+from erollout.train.loop import Phases, StepReport, Trained
 from erollout.train.updates import Updates
 
 
@@ -36,7 +36,8 @@ class SupervisedTrainer:
         batch = share(samples, range(self.batch_size), context.train.data, context.data_parallel_rank, self.loss)
         with phase("update"):
             metrics = self.updates.make([batch], step)
-        return StepReport(metrics | phase.seconds())
+        trained = Trained(self.batch_size, sum(len(sample.response_ids) for sample in samples))
+        return StepReport(metrics | phase.seconds(), trained=trained, epochs=self.cursor.position / len(self.data))
 
     def evaluate(self, step: int) -> StepReport:
         raise NotImplementedError("a supervised run has no rollouts, and so no evaluation")

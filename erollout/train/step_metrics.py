@@ -3,21 +3,25 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 
+from erollout.calibration.devices import Hardware
 from erollout.config import TrackingConfig
 from erollout.engine.proposers.proposer_set import RequantizeStats
+from erollout.policy.architecture import Architecture
 from erollout.rollout.rollout_worker import RefitStats, RolloutResult
 from erollout.security.redaction import redact
 from erollout.speculation.statistics import SpeculationStatistics
 from erollout.tracking.address import store_uri
 from erollout.tracking.metrics import SCORING_ERRORS, summarize_lengths
+from erollout.types import ScoredRollout
 
 _FEW = 10
 """Number of steps over which the first and the last reward are averaged."""
 
 
-def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) -> dict[str, float]:
-    """Rewards, lengths and throughput of a step whose rollout phase took `seconds`."""
+def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats, ranks: int) -> dict[str, float]:
+    """Rewards, lengths and throughput of a step whose rollout phase took `seconds` on this many ranks."""
     requantize_seconds = refit.requantize.seconds if refit.requantize is not None else 0.0
     reshard = replace(refit.reshard, seconds=refit.reshard.seconds - requantize_seconds)
     scored = result.scored
@@ -25,13 +29,19 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
     lengths = [len(s.rollout.response_ids) for s in scored]
     mean = sum(rewards) / len(rewards)
     tokens = sum(s.rollout.num_sampled for s in scored)
+    throughput = (tokens - result.kept_tokens) / max(seconds, 1e-9)
+    prompts = [len(s.rollout.prompt_ids) for s in scored]
     metrics = {
         "reward/mean": mean,
+        "reward/min": min(rewards),
+        "reward/max": max(rewards),
+        "reward/uniform_groups": uniform_groups(scored),
         "reward/std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
         SCORING_ERRORS: sum(report["scoring_errors"] for report in result.reports),
         "rollout/truncated_fraction": sum(s.rollout.finish_reason == "length" for s in scored) / len(scored),
         "rollout/tokens": float(tokens),
-        "rollout/tokens_per_second": (tokens - result.kept_tokens) / max(seconds, 1e-9),
+        "rollout/tokens_per_second": throughput,
+        "rollout/tokens_per_second_per_device": throughput / ranks,
         "rollout/resumed_samples": float(result.resumed_samples),
         "rollout/kept_tokens": float(result.kept_tokens),
         "rollout/preemptions": sum(report["preemptions"] for report in result.reports),
@@ -46,12 +56,39 @@ def rollout_metrics(result: RolloutResult, seconds: float, refit: RefitStats) ->
     if refit.requantize is not None:
         metrics |= speculation_metrics(result.speculation, refit.requantize)
     metrics |= {f"response_length/{name}": value for name, value in summarize_lengths(lengths).items()}
+    metrics |= {"prompt_length/mean": sum(prompts) / len(prompts), "prompt_length/max": float(max(prompts))}
     tasks = sorted({s.task for s in scored})
     if len(tasks) > 1:
         for task in tasks:
             mine = [s.reward for s in scored if s.task == task]
             metrics[f"reward/{task}"] = sum(mine) / len(mine)
     return metrics
+
+
+def uniform_groups(scored: Sequence[ScoredRollout]) -> float:
+    """Share of groups whose responses all have the same reward, so that their advantages are 0."""
+    rewards: dict[int, set[float]] = {}
+    for sample in scored:
+        rewards.setdefault(sample.rollout.prompt_index, set()).add(sample.reward)
+    return sum(len(different) == 1 for different in rewards.values()) / len(rewards)
+
+
+def update_metrics(
+    architecture: Architecture, samples: Sequence[ScoredRollout], seconds: float, ranks: int, hardware: Hardware
+) -> dict[str, float]:
+    """Throughput per rank of an update phase of `seconds` on these samples, and the utilisation of hardware of known peak.
+
+    FLOPs: 6 per matmul parameter and token, and 6 x layers x query size x length per token for causal attention (PaLM,
+    arXiv 2204.02311, appendix B, with half of the score matrix).
+    """
+    lengths = [len(sample.rollout.prompt_ids) + len(sample.rollout.response_ids) for sample in samples]
+    tokens = sum(lengths)
+    lookup = 0 if architecture.tie_word_embeddings else architecture.vocab_size * architecture.hidden_size
+    flops = 6.0 * (architecture.num_parameters() - lookup) * tokens
+    flops += 6.0 * architecture.num_layers * architecture.query_size * sum(length**2 for length in lengths)
+    per_rank, peak = max(seconds, 1e-9) * ranks, hardware.compute
+    metrics = {"train/tokens_per_second_per_device": tokens / per_rank, "train/teraflops_per_device": flops / per_rank / 1e12}
+    return metrics | ({"train/flops_utilization": flops / per_rank / peak} if isfinite(peak) else {})
 
 
 def coordination_metrics(replicas: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from functools import partial
 from erollout.algorithm import Algorithm
 from erollout.algorithm.minibatch import MiniBatch, add_advantages, add_logprobs, reported_samples, split
 from erollout.algorithm.mismatch import mismatch_metrics
+from erollout.calibration.devices import find_hardware
 from erollout.checkpoint.checkpointer import RunState
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
@@ -18,7 +19,8 @@ from erollout.rollout.partial import RolloutInterrupted
 from erollout.train.evaluation import evaluation_metrics
 from erollout.train.groups import GroupCollector
 from erollout.train.loop import Phases, StepReport
-from erollout.train.step_metrics import rollout_metrics
+from erollout.train.sample_log import SampleLog
+from erollout.train.step_metrics import rollout_metrics, update_metrics
 from erollout.train.updates import Updates
 from erollout.types import ScoredRollout
 
@@ -31,6 +33,8 @@ class Trainer:
     ) -> None:
         self.config, self.actor, self.algorithm, self.groups, self.held_out = config, actor, algorithm, groups, held_out
         self.context, self.worker = actor.context, groups.worker
+        self.hardware = find_hardware(self.context.device_name)
+        self.samples = SampleLog(config.tracking, config.train, groups.data, held_out, self.worker.text)
         self.updates = Updates(actor, algorithm, config.fault_tolerance, config.train.output_dir)
 
     def train_step(self, step: int, phase: Phases) -> StepReport:
@@ -46,11 +50,16 @@ class Trainer:
             add_logprobs(batches, self.actor, self.algorithm.uses_reference)
         with phase("update"):
             metrics = mismatch_metrics(reported_samples(batches, self.context), self.context.device)
-            add_advantages(batches, rollouts.samples, self.algorithm, self.context)
+            metrics |= add_advantages(batches, rollouts.samples, self.algorithm, self.context)
             metrics |= self.updates.make(batches, step)
         seconds = phase.seconds()
-        metrics |= rollout_metrics(rollouts.result, seconds["seconds/rollout"], refit) | rollouts.metrics | seconds
-        return StepReport(metrics, partial(rollout_figures, rollouts.results[-1], self.worker.coordination.last))
+        metrics |= rollout_metrics(rollouts.result, seconds["seconds/rollout"], refit, self.context.world_size)
+        metrics |= rollouts.metrics | seconds
+        shape, ranks = self.actor.architecture, self.context.world_size
+        metrics |= update_metrics(shape, rollouts.samples, seconds["seconds/update"], ranks, self.hardware)
+        figures = partial(rollout_figures, rollouts.results[-1], self.worker.coordination.last)
+        shown = self.samples.of_step(step, rollouts.samples)
+        return StepReport(metrics, figures, shown, rollouts.trained, self.groups.epochs)
 
     def evaluate(self, step: int) -> StepReport:
         """Evaluate the policy after `step` steps on held-out prompts."""
@@ -60,9 +69,8 @@ class Trainer:
         with self._awake_at_failure():
             result = self.worker.evaluate(self.held_out, step)
         self.actor.wake_up()
-        shown = result.scored[: self.config.tracking.num_sample_rollouts]
         metrics = evaluation_metrics(result.scored, sum(result.failures.values()))
-        return StepReport(metrics, samples=[self.worker.sample_row(scored) for scored in shown])
+        return StepReport(metrics, samples=self.samples.of_evaluation(result.scored))
 
     def saved(self, state: RunState) -> RunState:
         """With what the rollouts have learnt, left and drawn."""

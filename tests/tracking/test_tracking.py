@@ -1,5 +1,6 @@
 """Tracking against real MLflow stores: a SQLite file, and a server process that is killed and started again."""
 
+import getpass
 import io
 import json
 import logging
@@ -40,6 +41,7 @@ from erollout.tracking.metrics import PhaseTimer, memory_metrics, percentiles, s
 from erollout.tracking.provenance import checkout
 from erollout.tracking.store import MlflowStore
 from erollout.tracking.tracker import NullTracker, Tracker, create_tracker
+from erollout.types import DatasetDescription
 
 LAYOUT: dict[str, str | int | float] = {"layout": "PP2", "rollout_replicas": 2}
 
@@ -190,7 +192,9 @@ def test_sqlite_run_holds_params_metrics_tags_samples_files_and_lineage(
     tracker.log_samples(1, [{"prompt": "1+1=", "response": "2", "reward": 1.0, "finish_reason": "stop"}])
     tracker.log_samples(2, [{"prompt": "1+2=", "response": "four", "reward": 0.0, "finish_reason": "length"}])
     tracker.log_figure("reward", Figure())
-    tracker.log_dataset("chain_sum", "x" * 5000, "seed-20000000")  # longer than any path
+    columns = {"question": "string", "answer": "long", "terms": "array"}
+    dataset = DatasetDescription("chain_sum", "x" * 5000, 1000, columns, "seed-20000000")  # longer than any path
+    tracker.log_dataset(dataset, "training")
     tracker.finish("FINISHED")
 
     store = client(f"sqlite:///{output_dir}/mlflow.db")
@@ -202,12 +206,19 @@ def test_sqlite_run_holds_params_metrics_tags_samples_files_and_lineage(
     assert run.data.tags["erollout.attempt"] == "1" and run.data.tags["erollout.version"]
     (lineage,) = run.inputs.dataset_inputs
     assert (lineage.dataset.name, lineage.dataset.digest) == ("chain_sum", "seed-20000000")
+    assert json.loads(lineage.dataset.profile) == {"num_rows": 1000}
+    assert [column["type"] for column in json.loads(lineage.dataset.schema)["mlflow_colspec"]] == ["string", "long", "string"]
+    assert {tag.key: tag.value for tag in lineage.tags} == {"mlflow.data.context": "training"}
+    assert run.data.tags["mlflow.source.name"].startswith("erollout") and run.data.tags["mlflow.source.type"] == "LOCAL"
+    assert run.data.tags["mlflow.user"] == getpass.getuser()
+    assert store.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which the next line sets
     mlflow.set_tracking_uri(f"sqlite:///{output_dir}/mlflow.db")  # load_table looks only there
     table = store.load_table(run.info.experiment_id, "samples.json", run_ids=[run_id])
     assert table.to_dict("records")[1] == {
         "step": 2,
+        "split": "evaluation",
         "prompt": "1+2=",
         "response": "four",
         "reward": 0.0,
@@ -223,10 +234,13 @@ def test_samples_of_a_step_that_is_run_again_are_replaced(tmp_path: Path) -> Non
     tracker, _ = begin(tmp_path, enabled=False)
     tracker.log_samples(0, [{"response": "a"}])
     tracker.log_samples(5, [{"response": "b"}, {"response": "c"}])
+    tracker.log_samples(5, [{"response": "e"}], "training")
     tracker.log_samples(5, [{"response": "d", "reward": 1.0}])
+    tracker.log_samples(5, [], "training")
     tracker.finish("FINISHED")
     table = json.loads((tmp_path / "tracking" / "samples.json").read_text())
-    assert table == {"columns": ["step", "response", "reward"], "data": [[0, "a", None], [5, "d", 1.0]]}
+    assert table["columns"] == ["step", "split", "response", "reward"]
+    assert table["data"] == [[0, "evaluation", "a", None], [5, "training", "e", None], [5, "evaluation", "d", 1.0]]
 
 
 def test_resumed_run_goes_on_and_repeats_no_step(output_dir: Path) -> None:
@@ -266,7 +280,7 @@ def test_what_was_recorded_after_the_checkpoint_is_forgotten_and_made_again(outp
     assert run_id is not None
     assert steps_of(uri, run_id) == [1, 2, 3, 4, 5, 6]
     table = json.loads(Path(client(uri).download_artifacts(run_id, "samples.json", str(output_dir))).read_text())
-    assert [row[1][-1] for row in table["data"]] == ["0", "0", "1", "1", "2"]
+    assert [row[-1][-1] for row in table["data"]] == ["0", "0", "1", "1", "2"]
 
 
 def test_every_attempt_leaves_its_facts(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

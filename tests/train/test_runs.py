@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from metric_names import undocumented
 from ranks import RankPool
 from tiny_runs import all_rows, history, rollout_here, sft_here, tiny_tree, train_here
 
@@ -38,6 +39,9 @@ def test_variant_trains(name: str, rank_pool: RankPool, tmp_path: Path) -> None:
         assert row["train/grad_norm"] > 0 and row["train/update_skipped"] == 0
         assert row["mismatch/mean_abs_difference"] < 0.02, "the engine and the actor disagree about the same policy"
         assert row["rollout/tokens"] == pytest.approx(16 * row["response_length/mean"])
+        assert undocumented(row.keys() - {"step"}) == []
+    assert [row["progress/samples"] for row in rows] == [16, 32]
+    assert rows[1]["progress/tokens"] == rows[0]["rollout/tokens"] + rows[1]["rollout/tokens"]
 
 
 @pytest.mark.distributed

@@ -1,3 +1,47 @@
-"""RL post-training of language models on Megatron-core, with rollouts made fast without changing what is sampled."""
+"""RL post-training of language models on Megatron-core, with rollouts made fast without changing what is sampled.
+
+`Engine` generates with a model; `load_config`, `train`, `supervised`, `evaluate` and `compare` are the commands as functions.
+They are loaded when first used: importing the package imports nothing else.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from erollout.api.commands import compare, evaluate, supervised, train
+    from erollout.api.generation import GenerationEngine as Engine
+    from erollout.config import Config, load_config
+    from erollout.errors import UserError
+    from erollout.types import SamplingParams
 
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "Engine",
+    "SamplingParams",
+    "UserError",
+    "compare",
+    "evaluate",
+    "load_config",
+    "supervised",
+    "train",
+]
+
+_HOMES = {
+    "Config": "config:Config",
+    "Engine": "api.generation:GenerationEngine",
+    "SamplingParams": "types:SamplingParams",
+    "UserError": "errors:UserError",
+    "compare": "api.commands:compare",
+    "evaluate": "api.commands:evaluate",
+    "load_config": "config:load_config",
+    "supervised": "api.commands:supervised",
+    "train": "api.commands:train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), attribute)

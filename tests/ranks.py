@@ -20,7 +20,7 @@ from typing import Any
 
 START_SECONDS = 200
 """For new workers and their imports."""
-IMPORTED = ("erollout.train.session", "erollout.command_line.sampling", "transformers.models.llama.modeling_llama", "pytest")
+IMPORTED = ("erollout.train.session", "erollout.api.sampling", "transformers.models.llama.modeling_llama", "pytest")
 HAS_GPU = Path("/dev/nvidiactl").exists()
 """Then workers import everything anew: a process that was forked from one that has looked for GPUs can't use them."""
 

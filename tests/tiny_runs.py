@@ -88,6 +88,6 @@ def sft_here(tree: dict[str, Any]) -> None:
 
 
 def rollout_here(tree: dict[str, Any], out: str) -> None:
-    from erollout.command_line import sampling
+    from erollout.api import sampling
 
     sampling.rollout(build_config(tree), out)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from erollout import __version__
 from erollout.calibration.commands import add_commands
+from erollout.command_line.generate import add_command as add_generate
 from erollout.command_line.show_config import add_command as add_config
 from erollout.config import Config, load_config, require_groups
 from erollout.configuration.arguments import Commands, Parser, add_overrides, add_run_arguments, overrides
@@ -76,6 +77,7 @@ def parser() -> Parser:
     demo_rollout.add_argument(
         "--warm-start", metavar="FILE", default="configs/demo-rollout-sft.yaml", help="config of the fine-tuning"
     )
+    add_generate(commands)
     add_commands(commands, _sweep)
     add_command(commands)
     add_launch_commands(commands)
@@ -119,7 +121,7 @@ def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
-    return _on_ranks(options, arguments, _sampling, lambda sampling, config: sampling.compare(config))
+    return _on_ranks(options, arguments, _sampling, lambda sampling, config: sampling.compare_modes(config))
 
 
 def _sweep(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -213,7 +215,7 @@ def _training() -> ModuleType:
 
 
 def _sampling() -> ModuleType:
-    from erollout.command_line import sampling
+    from erollout.api import sampling
 
     return sampling
 

@@ -13,26 +13,22 @@ from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
-from erollout.drafter.registry import proposer_kind
-from erollout.engine.engine import Engine
 from erollout.engine.model.decode_layout import decode_placement
-from erollout.engine.orders import Control
-from erollout.engine.proposers.proposer_set import ProposerSet, RequantizeStats
+from erollout.engine.proposers.proposer_set import RequantizeStats
 from erollout.engine.sampling.random import request_seed
 from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.architecture import Architecture
-from erollout.policy.initialization import first_weights
 from erollout.resharding.executor import Resharder, ReshardStats, wire_dtype
 from erollout.resharding.planner import plan_for_rank
 from erollout.resharding.transport import ProcessGroupTransport
 from erollout.resilience.unattended import ignore, never
 from erollout.rewards.failures import AllScoringFailed, FailureLog
 from erollout.rewards.pool import RewardPool
-from erollout.rollout.coordination import Coordination
+from erollout.rollout.decode_replica import DecodeReplica, sampling_params
 from erollout.rollout.partial import PartialRollouts, RolloutInterrupted, as_partial, fitting, merge_samples
 from erollout.rollout.summary import RolloutSummary
-from erollout.speculation.statistics import SpeculationStatistics, merge
+from erollout.speculation.statistics import SpeculationStatistics, looks_broken, merge
 from erollout.types import PartialRollout, Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
 
 logger = logging.getLogger(__name__)
@@ -95,32 +91,23 @@ class RolloutWorker:
         self.tokenizer = tokenizer
         self.rewards = rewards
         self._stop_requested = stop_requested
-        max_model_len = config.model.max_position_embeddings or architecture.max_position_embeddings
-        self.engine = Engine(
-            architecture, config.rollout, context.decode_group, context.device, tokenizer, max_model_len=max_model_len
-        )
-        self.speculation: ProposerSet | None = None
-        if config.speculation.mode != "off":
-            self.speculation = proposer_kind(config.speculation).build(config.speculation, self.engine)
-        self.coordination = Coordination(config, context, self.engine, self.speculation, stop_requested, alive)
+        self.replica = DecodeReplica(config, architecture, context, tokenizer, stop_requested, alive)
+        self.engine, self.speculation = self.replica.engine, self.replica.speculation
+        self.coordination = self.replica.coordination
         self.resharder = self._build_resharder(architecture)
         self._failures = FailureLog()
         self._states: tuple[str, ...] = ()
         """Speculation state (on or off) by batch size when reasons were last logged."""
+        self._said_broken = False
 
     def refit(self, policy: dict[str, Tensor], policy_version: int) -> RefitStats:
         """Reshard the policy's weights from the training layout, and requantise the drafter as they arrive."""
         stats = self.resharder.run(policy, self.engine.local_tensors())
-        return RefitStats(stats, self._updated(policy_version))
+        return RefitStats(stats, self.replica.weights_updated(policy_version))
 
     def load_weights(self) -> RequantizeStats | None:
         """Load the configured model's weights, for sampling without training. Returns None without a drafter."""
-        architecture, decode = self.engine.architecture, self.context.decode
-        placement = decode_placement(architecture, decode.tensor, decode.tensor_rank(self.context.rank))
-        first_weights(self.engine.local_tensors(), architecture, self.config.model, placement, self.config.train.seed)
-        if self.speculation is not None:
-            self.speculation.all_landed()
-        return self._updated(0)
+        return self.replica.load_weights(self.config.model, self.config.train.seed)
 
     def rollout(
         self,
@@ -149,9 +136,11 @@ class RolloutWorker:
         trains = stream == TRAINING_STREAM
         before = fitting(partial_rollouts, requests, step)
         self.engine.wake_up()
-        control = self.coordination.begin(before.resume(requests), trains if learns is None else learns, speculates)
-        rollouts = self._completed(before, by_index) + self._generate(control, by_index)
-        summary = self.coordination.end(self._decisions_file(step) if trains else None)
+        done = self._completed(before, by_index)
+        learns, trace = trains if learns is None else learns, self._decisions_file(step) if trains else None
+        submit = self._scoring(by_index)
+        rollouts, summary = self.replica.sample(before.resume(requests), learns, speculates, submit, trace)
+        rollouts = done + rollouts
         if self.coordination.was_interrupted:
             self.engine.sleep()
             raise RolloutInterrupted(self._partial_rollouts(before, requests, rollouts) if trains else None)
@@ -167,6 +156,7 @@ class RolloutWorker:
         _require_complete(result, len(prompts) * group_size)
         if trains:
             self._say_why(summary)
+            self._say_broken(result.speculation, step)
         if trains:
             self.coordination.lengths = tuple(sorted(len(s.rollout.response_ids) for s in result.scored))
         return result
@@ -200,36 +190,21 @@ class RolloutWorker:
 
     def sampling_params(self, temperature: float | None = None) -> SamplingParams:
         """Parameters of the configured distribution; evaluation may have its own temperature."""
-        rollout = self.config.rollout
-        return SamplingParams(
-            temperature=rollout.temperature if temperature is None else temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            min_p=rollout.min_p,
-            repetition_penalty=rollout.repetition_penalty,
-            max_tokens=rollout.max_tokens,
-            stop_token_ids=self._stop_token_ids(),
-            stop=rollout.stop,
-            ignore_eos=rollout.ignore_eos,
-        )
+        ends = (*self.engine.architecture.eos_token_ids, self.tokenizer.eos_token_id)
+        return sampling_params(self.config.rollout, ends, temperature)
 
-    def _updated(self, policy_version: int) -> RequantizeStats | None:
-        """Declare that engine and drafter now hold this version."""
-        self.engine.weights_updated(policy_version)
-        return self.speculation.complete(policy_version) if self.speculation is not None else None
-
-    def _generate(self, control: Control, prompts: dict[int, Prompt]) -> list[Rollout]:
-        if not self.context.is_decode_leader:
-            return self.engine.run(control)
-        return self.engine.run(control, lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r)))
+    def _scoring(self, prompts: dict[int, Prompt]) -> Callable[[Rollout], None]:
+        """Submits a response to the scorers."""
+        return lambda r: self.rewards.submit(prompts[r.prompt_index], r, self.text(r))
 
     def _completed(self, before: PartialRollouts, prompts: dict[int, Prompt]) -> list[Rollout]:
         """This replica's share of the responses completed by an earlier attempt, which are scored here."""
         decode = self.context.decode
         rollouts = before.completed(prompts, self.engine.policy_version or 0)
         mine = rollouts[decode.replica(self.context.rank) :: decode.replicas]
+        submit = self._scoring(prompts)
         for rollout in mine if self.context.is_decode_leader else ():
-            self.rewards.submit(prompts[rollout.prompt_index], rollout, self.text(rollout))
+            submit(rollout)
         return mine
 
     def _partial_rollouts(
@@ -248,6 +223,20 @@ class RolloutWorker:
             self._states = states
             logger.info("speculation in training rollouts: %s", "; ".join(summary.why))
 
+    def _say_broken(self, speculation: SpeculationStatistics, step: int) -> None:
+        """Warn once of a drafter that the target hardly ever agrees with: samples are right, time is lost."""
+        own = self.config.speculation.proposer == "quantized_policy"
+        if own and not self._said_broken and looks_broken(speculation) and self.context.rank == 0:
+            self._said_broken = True
+            logger.warning(
+                "step %d: only %.1f%% of %d draft tokens were accepted: the drafter (speculation.drafter.format = %s) does not "
+                "follow the policy; samples are right, but set another format or speculation.mode = off, and report it",
+                step + 1,
+                100 * speculation.acceptance_rate,
+                speculation.drafted,
+                self.config.speculation.drafter.format,
+            )
+
     def _decisions_file(self, step: int) -> Path | None:
         interval = self.config.speculation.trace_interval
         if not interval or step % interval or self.config.speculation.mode == "off":
@@ -258,16 +247,6 @@ class RolloutWorker:
     def text(self, rollout: Rollout) -> str:
         """The response as the scorer sees it."""
         return self.engine.response_text(rollout.response_ids)
-
-    def sample_row(self, scored: ScoredRollout) -> dict[str, object]:
-        """A row of the samples table."""
-        rollout = scored.rollout
-        return {
-            "prompt": self.tokenizer.decode(list(rollout.prompt_ids)),
-            "response": self.text(rollout),
-            "reward": scored.reward,
-            "finish_reason": rollout.finish_reason,
-        }
 
     def _gather(self, rollouts: list[Rollout], summary: RolloutSummary) -> "list[_Contribution]":
         """Gather all replicas' rollouts and rewards on every rank."""
@@ -304,11 +283,6 @@ class RolloutWorker:
             "decode_steps": float(stats.steps),
             "scoring_errors": float(sum(r.error is not None for r in rewards.values())),
         }
-
-    def _stop_token_ids(self) -> tuple[int, ...]:
-        eos = self.tokenizer.eos_token_id
-        ends = (*self.engine.architecture.eos_token_ids, *(() if eos is None else (eos,)), *self.config.rollout.stop_token_ids)
-        return tuple(dict.fromkeys(ends))
 
     def _build_resharder(self, architecture: Architecture) -> Resharder:
         context, sent = self.context, wire_dtype(DTYPES[self.config.model.dtype], DTYPES[self.config.rollout.dtype])

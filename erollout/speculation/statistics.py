@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+ENOUGH_TO_JUDGE, BROKEN_BELOW = 500, 0.05
+"""Drafted tokens, and acceptance rate, from and below which a rollout's drafter counts as broken."""
+
 
 @dataclass(slots=True)
 class SpeculationStatistics:
@@ -85,3 +88,11 @@ def merge(parts: Iterable[SpeculationStatistics]) -> SpeculationStatistics:
 
 def _added(left: list[int], right: list[int]) -> list[int]:
     return [a + b for a, b in zip_longest(left, right, fillvalue=0)]
+
+
+def looks_broken(statistics: SpeculationStatistics) -> bool:
+    """Whether a drafter made of the policy's own weights agrees with it so rarely that its numbers must be wrong.
+
+    Coarse formats of a trained policy reach 0.6 and more; a drafter whose scales or layout are wrong is at chance.
+    """
+    return statistics.drafted >= ENOUGH_TO_JUDGE and statistics.acceptance_rate < BROKEN_BELOW

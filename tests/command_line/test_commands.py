@@ -112,7 +112,7 @@ def test_plot_and_rollout_work_on_what_the_demo_made(demo: tuple[Path, Outcome],
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 16
     for row in rows:
-        assert row.keys() == {"reward", "task", "text", *(field.name for field in fields(Rollout))}
+        assert row.keys() == {"reward", "task", "text", "prompt", "reference", *(field.name for field in fields(Rollout))}
         assert len(row["rollout_logprobs"]) == len(row["response_ids"]) and max(row["rollout_logprobs"]) <= 0
         assert row["task"] == "chain_sum_cot" and 0 <= row["reward"] <= 1
     assert not (tmp_path / "none").exists(), "a rollout alone records nothing"

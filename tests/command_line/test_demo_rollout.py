@@ -51,11 +51,11 @@ def test_comparison_takes_medians_and_counts_what_differs() -> None:
 
 def compare_here(tree: dict[str, Any]) -> str:
     """For RankPool.run: a comparison on the ranks of the world that is there; what it prints."""
-    from erollout.command_line import sampling
+    from erollout.api import sampling
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        sampling.compare(build_config(tree))
+        sampling.compare_modes(build_config(tree))
     return printed.getvalue()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from erollout.speculation.statistics import SpeculationStatistics, merge
+from erollout.speculation.statistics import SpeculationStatistics, looks_broken, merge
 
 
 def recorded(*drafts: tuple[int, int, int]) -> SpeculationStatistics:
@@ -42,3 +42,10 @@ def test_replicas_merge_as_if_they_were_one() -> None:
 def test_impossible_counts_are_refused(counts: tuple[int, int, int]) -> None:
     with pytest.raises(AssertionError):
         recorded(counts)
+
+
+def test_a_drafter_at_chance_looks_broken_and_a_coarse_one_does_not() -> None:
+    def looks(drafted: int, accepted: int) -> bool:
+        return looks_broken(SpeculationStatistics(drafted=drafted, accepted=accepted))
+
+    assert looks(1000, 10) and not looks(1000, 600) and not looks(100, 0)

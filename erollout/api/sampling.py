@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from erollout.calibration.measure import sweep_grid, sweep_into
@@ -12,39 +12,69 @@ from erollout.config import Config
 from erollout.data.prompts import PromptDataset
 from erollout.drafter.registry import proposer_kind
 from erollout.errors import UserError
+from erollout.parallel.groups import current_rank
 from erollout.plots.rollout_figures import rollout_figures
 from erollout.plots.training_curves import save
-from erollout.rollout.compare import WHERE, compare_held_out, drafter_as_in_training
+from erollout.rollout.compare import WHERE, Comparison, compare_held_out, drafter_as_in_training
 from erollout.rollout.rollout_worker import RolloutWorker
+from erollout.rollout.sample_rows import sample_rows
 from erollout.tracking.console import print_summary, print_table
 from erollout.train.build import reward_pool, sampling_worker
 from erollout.train.evaluation import evaluation_metrics
 from erollout.train.world import World, joined
 
 
-def rollout(config: Config, out: str) -> None:
-    """Sample the held-out prompts, score them, and write one JSON line per response."""
-    with _sampling(config, "rollout") as (world, worker, data):
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out responses, equal on all ranks."""
+
+    rows: list[dict[str, object]]
+    """A row per response: reward, task, prompt, reference, text, token ids, log-probs, ..."""
+    metrics: dict[str, float]
+    """As tracked in training: `evaluation/pass_at_1`, ...; and responses, tokens, seconds, tokens/s."""
+
+
+def evaluate(config: Config) -> Evaluation:
+    """Sample the held-out prompts and score them. Collective. Raises UserError."""
+    with _sampling(config, "rollout") as (_, worker, data):
         if worker.speculation is not None and worker.speculation.wants_rollouts:
             logging.getLogger(__name__).info(
                 "speculation.drafter.format = %s: this command makes one rollout only, so there is none to learn from",
                 config.speculation.drafter.format,
             )
         result = worker.evaluate(data, step=0)
-        if world.context.rank == 0:
-            rows = [
-                {"reward": s.reward, "task": s.task, "text": worker.text(s.rollout), **asdict(s.rollout)} for s in result.scored
-            ]
-            _write_lines(Path(out), rows)
-            seconds = max(report["seconds"] for report in result.reports)
-            tokens = sum(report["tokens"] for report in result.reports)
-            facts = evaluation_metrics(result.scored, sum(result.failures.values()))
-            facts |= {"responses": len(rows), "tokens": int(tokens), "seconds": seconds, "tokens/s": tokens / seconds}
-            print_summary([*facts.items(), ("written to", out)])
+        shown = sample_rows(result.scored, data, worker.text)
+        rows = [
+            {
+                "reward": s.reward,
+                "task": s.task,
+                "prompt": row["prompt"],
+                "reference": row["reference"],
+                "text": row["response"],
+            }
+            | asdict(s.rollout)
+            for s, row in zip(result.scored, shown, strict=True)
+        ]
+        seconds = max(report["seconds"] for report in result.reports)
+        tokens = sum(report["tokens"] for report in result.reports)
+        metrics = evaluation_metrics(result.scored, sum(result.failures.values()))
+        metrics |= {"responses": len(rows), "tokens": int(tokens), "seconds": seconds, "tokens/s": tokens / seconds}
+        return Evaluation(rows, metrics)
 
 
-def compare(config: Config) -> None:
-    """Sample the held-out prompts with speculation off and on, in turns, and print what it saves."""
+def rollout(config: Config, out: str) -> None:
+    """Sample the held-out prompts, score them, and write one JSON line per response."""
+    found = evaluate(config)
+    if current_rank() == 0:
+        _write_lines(Path(out), found.rows)
+        print_summary([*found.metrics.items(), ("written to", out)])
+
+
+def compare_modes(config: Config) -> dict[str, Comparison]:
+    """Sample the held-out prompts with speculation off and on, in turns. Prints what it saves, and writes plots.
+
+    Returns: comparisons by case: one sequence at a time, and as configured. Collective. Raises UserError.
+    """
     if config.speculation.mode == "off":
         raise UserError("speculation.mode = off: there is nothing to compare with; set it to always")
     with _sampling(config, "compare") as (world, worker, data):
@@ -62,9 +92,10 @@ def compare(config: Config) -> None:
                 "drafts": f"{', '.join(proposer_kind(options).drafters(options))}, {options.verification}",
                 "requantise seconds": requantize.seconds,
                 "why": "\n".join(last.summaries[0].why),
-                "pictures": str(figures),
+                "plots": str(figures),
             }
             print_summary([*facts.items(), *evaluation_metrics(first.scored).items()], title="drafter and policy")
+        return comparisons
 
 
 def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes: float) -> None:

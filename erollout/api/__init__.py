@@ -1,0 +1,1 @@
+"""What programs use: an engine to generate with, and the commands as functions."""

@@ -1,0 +1,102 @@
+"""One rank's part of a decode replica: engine, proposers of drafts, and its coordination with the other replicas."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from erollout.config import Config, ModelConfig, RolloutConfig
+from erollout.drafter.registry import proposer_kind
+from erollout.engine.engine import Engine
+from erollout.engine.model.decode_layout import decode_placement
+from erollout.engine.proposers.proposer_set import ProposerSet, RequantizeStats
+from erollout.parallel.groups import ParallelContext
+from erollout.policy.architecture import Architecture
+from erollout.policy.initialization import first_weights
+from erollout.resilience.unattended import ignore, never
+from erollout.rollout.coordination import Coordination
+from erollout.rollout.summary import RolloutSummary
+from erollout.types import Rollout, RolloutRequest, SamplingParams
+
+
+class DecodeReplica:
+    """Samples requests of the whole cluster. All methods are collective over the world."""
+
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        context: ParallelContext,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_requested: Callable[[], bool] = never,
+        alive: Callable[[], None] = ignore,
+    ) -> None:
+        """
+        Args:
+            stop_requested: whether a stop was requested in this process, which interrupts a rollout.
+            alive: called at each step of the engine as a sign of life.
+        """
+        self.context = context
+        length = config.model.max_position_embeddings or architecture.max_position_embeddings
+        self.engine = Engine(architecture, config.rollout, context.decode_group, context.device, tokenizer, length)
+        self.speculation: ProposerSet | None = None
+        if config.speculation.mode != "off":
+            self.speculation = proposer_kind(config.speculation).build(config.speculation, self.engine)
+        self.coordination = Coordination(config, context, self.engine, self.speculation, stop_requested, alive)
+
+    def load_weights(self, model: ModelConfig, seed: int) -> RequantizeStats | None:
+        """Load a model's weights, or random ones, for sampling without training. Returns None without a drafter."""
+        architecture, decode = self.engine.architecture, self.context.decode
+        placement = decode_placement(architecture, decode.tensor, decode.tensor_rank(self.context.rank))
+        first_weights(self.engine.local_tensors(), architecture, model, placement, seed)
+        if self.speculation is not None:
+            self.speculation.all_landed()
+        return self.weights_updated(0)
+
+    def weights_updated(self, policy_version: int) -> RequantizeStats | None:
+        """Declare that engine and proposers hold this version."""
+        self.engine.weights_updated(policy_version)
+        return self.speculation.complete(policy_version) if self.speculation is not None else None
+
+    def sample(
+        self,
+        requests: Sequence[RolloutRequest],
+        learns: bool,
+        speculates: bool = True,
+        on_finished: Callable[[Rollout], None] | None = None,
+        decisions: Path | None = None,
+    ) -> tuple[list[Rollout], RolloutSummary]:
+        """Sample requests, which are the same on every rank; the coordinator dispatches them. The engine is awake.
+
+        Args:
+            learns: whether later calls learn acceptance and costs from this one.
+            speculates: False: without drafts, whatever the mode.
+            on_finished: called on the replica's leader with each response as soon as it is complete.
+            decisions: file for the decision trace; None: not written.
+
+        Returns: this replica's responses, and its summary. `coordination.was_interrupted` tells whether some are missing.
+        """
+        control = self.coordination.begin(requests, learns, speculates)
+        rollouts = self.engine.run(control, on_finished if self.context.is_decode_leader else None)
+        return rollouts, self.coordination.end(decisions)
+
+
+def sampling_params(rollout: RolloutConfig, ends: Sequence[int | None], temperature: float | None = None) -> SamplingParams:
+    """Parameters of the configured distribution.
+
+    Args:
+        ends: end-of-sequence ids of model and tokenizer.
+        temperature: instead of the configured one, as in evaluation.
+    """
+    known = (*(end for end in ends if end is not None), *rollout.stop_token_ids)
+    return SamplingParams(
+        temperature=rollout.temperature if temperature is None else temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
+        max_tokens=rollout.max_tokens,
+        stop_token_ids=tuple(dict.fromkeys(known)),
+        stop=rollout.stop,
+        ignore_eos=rollout.ignore_eos,
+    )

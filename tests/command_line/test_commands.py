@@ -1,5 +1,7 @@
 """Whole commands as a user starts them: the demo and what works on its results, and commands that are ended from outside."""
 
+import contextlib
+import io
 import json
 import socket
 from dataclasses import fields
@@ -12,6 +14,7 @@ from ranks import RankPool
 from tiny_runs import ARCHITECTURE, all_rows, history, tiny_tree, train_here, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from erollout.command_line.demo import demo_commands
 from erollout.types import Rollout
 
 
@@ -45,21 +48,16 @@ def demo(request: pytest.FixtureRequest, rank_pool: RankPool, tmp_path_factory: 
     for name, content in {"demo": tree, "sft": warm_start}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     warm, config = str(folder / "sft.yaml"), str(folder / "demo.yaml")
-    arguments = ("demo", "--config", config, "--warm-start", warm, "train.steps=2")
+    overrides = ["train.steps=2"]
     if ranks == 2:
-        return folder, execute(*arguments)
-    errors = []
-
-    def run_here(command: str, config: str, *overrides: str) -> int:
-        ended: Outcome = rank_pool.run(1, invoke_here, command, "--config", config, *overrides)[0]
-        print(ended.stdout)
-        errors.append(ended.stderr)
-        return ended.status
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("erollout.command_line.demo._run", run_here)
-        outcome = invoke(*arguments)
-    return folder, Outcome(outcome.status, outcome.stdout, "".join([outcome.stderr, *errors]))
+        return folder, execute("demo", "--config", config, "--warm-start", warm, *overrides)
+    printed = io.StringIO()
+    outcomes = []
+    with contextlib.redirect_stdout(printed):
+        for arguments in demo_commands(config, warm, overrides):
+            outcomes += rank_pool.run(1, invoke_here, *arguments)
+    output, errors = (each.stdout for each in outcomes), (each.stderr for each in outcomes)
+    return folder, Outcome(max(each.status for each in outcomes), printed.getvalue() + "".join(output), "".join(errors))
 
 
 @pytest.mark.end_to_end
@@ -116,6 +114,19 @@ def test_plot_and_rollout_work_on_what_the_demo_made(demo: tuple[Path, Outcome],
         assert len(row["rollout_logprobs"]) == len(row["response_ids"]) and max(row["rollout_logprobs"]) <= 0
         assert row["task"] == "chain_sum_cot" and 0 <= row["reward"] <= 1
     assert not (tmp_path / "none").exists(), "a rollout alone records nothing"
+
+
+@pytest.mark.end_to_end
+def test_a_command_of_the_demo_that_fails_ends_it_with_its_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is a process of its own, which says why."""
+    config = write_config(tmp_path, model={"architecture": None, "path": str(tmp_path / "warm-start")})
+    warm = tmp_path / "sft.yaml"
+    wrong = {"world_size": 2, "tensor_model_parallel_size": 3}
+    tree = tiny_tree(tmp_path, parallel=wrong, checkpoint={"export_path": str(tmp_path / "warm-start")})
+    warm.write_text(yaml.safe_dump(tree))
+    outcome = invoke("demo", "--config", str(config), "--warm-start", str(warm))
+    assert outcome.status == 2 and "error: parallel.tensor_model_parallel_size" in capfd.readouterr().err
+    assert "Warm-up" in outcome.stdout and "Reinforcement learning" not in outcome.stdout
 
 
 def test_dry_run_prints_layouts_sizes_and_places_and_writes_nothing(tmp_path: Path) -> None:

@@ -243,15 +243,16 @@ def test_a_run_that_is_disturbed_in_every_way_ends_as_one_that_was_left_alone(ra
     steps = 10
     unbroken = _unbroken(rank_pool, tmp_path / "unbroken", steps)
     unhurried = {"function": "unhurried_scorer:half_a_second"}  # time to disturb it
-    chaos = Chaos(tmp_path / "chaos", random.Random(0), **_sections(tmp_path / "chaos", steps, rewards=unhurried))
+    chaos = Chaos(tmp_path / "chaos", random.Random(0), **_sections(tmp_path / "chaos", 1000, rewards=unhurried))
 
-    assert not chaos.attempt(_past_a_checkpoint, 0.0, _kill_the_last_rank)
+    assert not chaos.attempt(_past_a_checkpoint, 0.0, _suspend_a_rank, _kill_the_last_rank)
     assert chaos.status == 128 + signal.SIGKILL
     assert re.search(rf"error: rank 1 \(pid \d+, host {socket.gethostname()}\) was ended by SIGKILL; possibly", chaos.said())
     (chaos.run / "checkpoints" / "step_00000099.partial").mkdir()  # left by a crash in the middle of saving
 
-    assert not chaos.attempt(_at_a_step, 0.0, _suspend_a_rank, _kill_the_launcher)
-    outputs = _on_two_nodes(chaos)
+    assert not chaos.attempt(_at_a_step, 0.0, _kill_the_launcher), "its ranks, which nothing else has disturbed, end with it"
+    assert chaos.status == -signal.SIGKILL and 0 < chaos.reached() < steps
+    outputs = _on_two_nodes(chaos, f"train.steps={steps}", "rewards.function=toy_scorer:share_of_digits")
     assert chaos.verdict() == "done" and any("training tensor 1 x data 2" in output for output in outputs), outputs
     chaos.check_attempts()
     _assert_same_end(chaos.folder, unbroken, steps)
@@ -267,11 +268,11 @@ def test_the_launcher_passes_requests_on_and_waits_even_for_ranks_that_do_not_li
     assert (chaos.status, chaos.verdict()) == (128 + signal.SIGTERM, "stopped") and "Traceback" not in chaos.said()
 
 
-def _on_two_nodes(chaos: Chaos) -> list[str]:
+def _on_two_nodes(chaos: Chaos, *overrides: str) -> list[str]:
     """One start of the run by two agents that meet: what they print. Each rank's output is in a file too."""
     logs = chaos.folder / "logs"
     where = ["--nodes", "2", "--nproc-per-node", "1", "--head", "127.0.0.1", "--interface", "lo", "--log-dir", str(logs)]
-    arguments = ["launch", "torchrun", *where, "--config", str(chaos.config)]
+    arguments = ["launch", "torchrun", *where, "--config", str(chaos.config), "--", *overrides]
     files = [chaos.folder / f"node-{node}" for node in range(2)]
     with Launched(*arguments, output=files[0]) as first, Launched(*arguments, output=files[1]) as second:
         statuses = [agent.process.wait(280) for agent in (first, second)]

@@ -1,5 +1,6 @@
 """Runs that are interrupted at each moment of a step: they end there, keep what was sampled, and resume as if unbroken."""
 
+import json
 import os
 import signal
 import time
@@ -16,13 +17,14 @@ from safetensors.torch import load_file
 from tiny_runs import history, tiny_tree, train_here
 
 from erollout.checkpoint.checkpointer import PARTIAL_ROLLOUTS
-from erollout.checkpoint.manifest import complete_checkpoints
+from erollout.checkpoint.manifest import STATE, complete_checkpoints
 from erollout.rollout.partial import PartialRollouts
 from erollout.tracking.journal import journal_path, read_history
 
 STEPS = 3
 COMPARED = ("train/loss", "train/grad_norm", "reward/mean", "response_length/mean")
-COUPLED = {"mode": "always", "verification": "coupled", "drafter": {"format": "w4a16", "group_size": 16}}
+DRAFTER = {"format": "w4a16_clip", "group_size": 16, "statistics_tokens": 64}
+COUPLED = {"mode": "always", "verification": "coupled", "drafter": DRAFTER}
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,22 @@ class Interruption:
     saved: int | None
     keeps: bool = False
     """Whether the checkpoint holds a part of a rollout."""
+    speculates: bool = False
+    """Each start may follow one that did and one that did not."""
     verdict: str = "requeue"
     status: int = 0
 
 
 INTERRUPTIONS = (
     Interruption("evaluation", 0, None),
-    Interruption("rollout", 0, 0, keeps=True),
+    Interruption("rollout", 0, 0, keeps=True, speculates=True),
     Interruption("rollout", 0, 0, keeps=True),  # the same one again
-    Interruption("update", 0, 1),
-    Interruption("scoring", 1, 1, keeps=True, verdict="stopped", status=143),
-    Interruption("evaluation", 2, 2),
+    Interruption("update", 0, 1, speculates=True),
+    Interruption("scoring", 1, 1, keeps=True, speculates=True, verdict="stopped", status=143),
+    Interruption("evaluation", 2, 2, speculates=True),
     Interruption("rollout", 2, 2, keeps=True),
     Interruption("saving", 2, None),
-    Interruption("evaluation", 3, 3),
+    Interruption("evaluation", 3, 3, speculates=True),
 )
 """In the order in which one run meets them."""
 LAYOUTS: dict[str, dict[str, int]] = {"data": {}, "pipeline": {"pipeline_model_parallel_size": 2}}
@@ -189,6 +193,11 @@ def _kept(folder: Path) -> tuple[int | None, PartialRollouts | None]:
     return int(found[-1].name.removeprefix("step_")), PartialRollouts.from_bytes(file.read_bytes()) if file.exists() else None
 
 
+def _of_the_drafter(folder: Path) -> Any:
+    """What the newest checkpoint has of the drafter."""
+    return json.loads((complete_checkpoints(folder / "run" / "checkpoints")[-1] / STATE).read_text())["rollout"]["drafter"]
+
+
 def _assert_same_run(folder: Path, unbroken: Path) -> None:
     ours, theirs = history(folder), history(unbroken)
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
@@ -203,17 +212,19 @@ def _assert_same_run(folder: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)  # eleven runs
 @pytest.mark.parametrize("layout", ["data", pytest.param("pipeline", marks=pytest.mark.full)])
 def test_a_run_interrupted_at_every_moment_ends_as_an_unbroken_one(layout: str, rank_pool: RankPool, tmp_path: Path) -> None:
-    """Every second start speculates."""
+    """Some of the starts speculate."""
     sections: dict[str, Any] = {"parallel": LAYOUTS[layout]}
     rank_pool.run(2, train_here, _tree(tmp_path / "unbroken", **sections))
     folder = tmp_path / "broken"
     sections["checkpoint"] = {"interval": 100, "keep_last": 1, "export_path": str(folder / "exported")}
     resumed: dict[int, PartialRollouts] = {}
-    for number, there in enumerate(INTERRUPTIONS):
+    learnt: dict[tuple[str, int], Any] = {}
+    for there in INTERRUPTIONS:
         scorer = {"function": "toy_scorer:by_a_child"} if there.moment == "scoring" else {}
-        speculation = COUPLED if number % 2 else {"mode": "off"}
+        speculation = COUPLED if there.speculates else {"mode": "off"}
         tree = _tree(folder, speculation=speculation, rewards=scorer, **sections)
         if there.moment == "saving":
             with pytest.raises(RankFailure, match="rank 0 died"):
@@ -228,7 +239,11 @@ def test_a_run_interrupted_at_every_moment_ends_as_an_unbroken_one(layout: str, 
             if (before := resumed.get(there.step)) is not None:
                 assert kept.num_tokens > before.num_tokens and len(kept.finished) > len(before.finished), there
             resumed[there.step] = kept
+        if there.speculates:
+            learnt[there.moment, there.step] = _of_the_drafter(folder)
     assert len(resumed[1].finished) == 16, "what was being scored is complete"
+    first = learnt["update", 0]
+    assert first["tokens"] and learnt["scoring", 1] == learnt["evaluation", 2] == first, "its resumes learn nothing anew"
     rank_pool.run(2, train_here, _tree(folder, **sections))
     assert (folder / "run" / "verdict").read_text() == "done\n"
     _assert_same_run(folder, tmp_path / "unbroken")

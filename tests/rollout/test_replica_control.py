@@ -153,8 +153,9 @@ def replica(
     tensor: int = 1,
     folder: str | None = None,
     patience: float = PATIENCE,
+    drafter: str = "good",
 ) -> dict[str, Any]:
-    """One rank's part of a rollout; what came of it, also as a file where a folder is named."""
+    """One rank's part of a rollout; what came of it, also as a file where a folder is named. See make_speculative_engine."""
     rank, world = dist.get_rank(), dist.get_world_size()
     tensor_groups = [dist.new_group(list(range(first, first + tensor))) for first in range(0, world, tensor)]
     leaders = dist.new_group(list(range(0, world, tensor)))
@@ -179,7 +180,7 @@ def replica(
         AgreedControl(leader, group, toggle.arms, requests, speculation_options.decision_interval, sign),
         [event for event in events if event.rank == rank],
     )
-    engine = make_speculative_engine("good", "coupled", 2, group, max_num_seqs=SLOTS)
+    engine = make_speculative_engine(drafter, "coupled", 2, group, max_num_seqs=SLOTS)
     dist.barrier()
     with logged("erollout.rollout.control") as messages:
         rollouts = engine.run(control)
@@ -210,6 +211,17 @@ def check(results: list[dict[str, Any]], lengths: Sequence[int], duplicates: boo
         assert sum(len(result["samples"]) for result in results) == len(samples)
     decisions = [result["decisions"] for result in results if result["decisions"]]
     assert all(d == decisions[0] for d in decisions)
+
+
+def tokens(results: list[dict[str, Any]]) -> dict[tuple[int, int], Any]:
+    """Token ids by sample: with drafts, log-probabilities differ in their last bits."""
+    return {place: sample[0] for result in results for place, sample in result["samples"].items()}
+
+
+def calls_after_an_arrival(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """A replica's orders from those on in which the first sequences came to it."""
+    first = next((number for number, call in enumerate(result["calls"]) if call[2]), len(result["calls"]))
+    return result["calls"][first:]  # type: ignore[no-any-return]
 
 
 UNEVEN = [40, 4] * 8
@@ -249,11 +261,17 @@ def test_dynamic_dispatch_takes_fewer_steps(rank_pool: RankPool) -> None:
 
 
 @pytest.mark.distributed
-def test_a_tail_moves_to_an_idle_replica(rank_pool: RankPool) -> None:
+@pytest.mark.parametrize(("speculation", "drafter"), [(OFF_MODE, "good"), (ADAPTIVE, "ngram")], ids=["off", "ngram"])
+def test_a_tail_moves_to_an_idle_replica(speculation: dict[str, Any], drafter: str, rank_pool: RankPool) -> None:
     lengths = [150, 4, 150, 4]
     policy = {**QUICK, "policy": "makespan", "dispatch": "static"}
-    results = rank_pool.run(2, replica, lengths, policy, OFF_MODE, [Event(0, "slow", 0.01)])
-    check(results, lengths)
+    arguments = (policy, speculation, [Event(0, "slow", 0.01)], 1, None, PATIENCE, drafter)
+    results = rank_pool.run(2, replica, lengths, *arguments)
+    if speculation is OFF_MODE:
+        check(results, lengths)
+    else:
+        assert tokens(results) == {place: sample[0] for place, sample in expected(lengths).items()}
+        assert any(str(DRAFT) in [call[0] for call in calls_after_an_arrival(result)] for result in results)
     assert results[0]["report"]["sequences_out"] == results[1]["report"]["sequences_in"] >= 2
     assert results[1]["report"]["sequences_out"] == results[0]["report"]["sequences_in"]
     assert any(index in (100, 102) for index, _ in results[1]["samples"])
@@ -367,15 +385,15 @@ def test_in_lock_step_all_change_arms_at_the_same_step(rank_pool: RankPool, inte
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("interval", [1, 3])
-def test_ranks_of_a_replica_agree_at_every_step(rank_pool: RankPool, interval: int) -> None:
+@pytest.mark.parametrize(("interval", "drafter"), [(1, "good"), (3, "good"), (1, "ngram")])
+def test_ranks_of_a_replica_agree_at_every_step(rank_pool: RankPool, interval: int, drafter: str) -> None:
     lengths = [60, 4, 4, 4, 12, 8, 40, 4]
-    results = rank_pool.run(4, replica, lengths, QUICK, {**ADAPTIVE, "decision_interval": interval}, (), 2)
+    speculation = {**ADAPTIVE, "decision_interval": interval}
+    results = rank_pool.run(4, replica, lengths, QUICK, speculation, (), 2, None, PATIENCE, drafter)
     for leader, member in ((0, 1), (2, 3)):
         assert results[leader]["calls"] == results[member]["calls"]
         assert results[leader]["samples"] == results[member]["samples"]
-    samples = {place: sample[0] for result in results for place, sample in result["samples"].items()}
-    assert samples == {place: sample[0] for place, sample in expected(lengths).items()}
+    assert tokens(results) == {place: sample[0] for place, sample in expected(lengths).items()}
     assert results[0]["decisions"] == results[2]["decisions"]
     assert {str(OFF), str(DRAFT)} <= {call[0] for result in results for call in result["calls"]}
 

@@ -249,11 +249,17 @@ def test_of_many_at_once_one_gets_it(left: bool, tmp_path: Path) -> None:
         "-c",
         f"import erollout.checkpoint.run_lock as r; r._ENDING_SECONDS = 1\n{HOLDS}",
         str(tmp_path),
-        "8",
+        "200",
     ]
     all_ = [
         subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) for _ in range(4)
     ]
+    deadline = time.monotonic() + 100
+    while sum(process.poll() is not None for process in all_) < len(all_) - 1:
+        assert time.monotonic() < deadline, "several have it, or wait for it"
+        time.sleep(0.05)
+    for process in all_:
+        process.terminate()  # the one that has it
     outputs = [process.communicate(timeout=100) for process in all_]
     assert sorted(out for out, _ in outputs) == ["", "", "", "has it\n"]
     assert sum("is in use by" in error for _, error in outputs) == 3

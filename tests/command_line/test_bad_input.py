@@ -212,10 +212,33 @@ def test_is_refused_in_one_line(name: str, config: str, tmp_path: Path) -> None:
 
 
 BOUNDED = [key for key in NUMBERS if not key.startswith("data.tasks")]
+OF_MANY_CHECKS = (
+    "parallel.world_size",
+    "parallel.timeout_seconds",
+    "rollout.prompts_per_step",
+    "rollout.max_tokens",
+    "rollout.kv_cache_gib",
+    "rollout.stop_token_ids",
+    "speculation.toggle.bootstrap_seconds",
+    "speculation.toggle.ladder.rungs",
+    "speculation.drafter.group_size",
+    "rewards.timeout_seconds",
+    "data.train_size",
+    "train.steps",
+    "train.global_batch_size",
+    "train.max_tokens_per_micro_batch",
+    "fault_tolerance.hang_seconds",
+)
+"""Keys whose values meet further checks: sizes that follow from several keys, time limits of torch and of the system, lists."""
+
+
+def test_keys_of_many_checks_are_keys_with_bounds() -> None:
+    assert set(OF_MANY_CHECKS) <= set(BOUNDED)
 
 
 @pytest.mark.parametrize(
-    "key", [pytest.param(key, marks=pytest.mark.full if number % 5 else ()) for number, key in enumerate(BOUNDED)]
+    "key",
+    [*OF_MANY_CHECKS, *(pytest.param(key, marks=pytest.mark.full) for key in BOUNDED if key not in OF_MANY_CHECKS)],
 )
 def test_the_least_and_the_largest_number_are_honoured_or_refused_in_one_line(key: str, config: str) -> None:
     for bound in bounds_of(NUMBERS[key]):

@@ -103,6 +103,15 @@ def test_overrides_may_stand_behind_options() -> None:
     assert options.overrides == ["train.steps=1", "train.seed=2", "a.b", "=", "3"] and options.dry_run
 
 
+@pytest.mark.parametrize("kind", ["torchrun", "slurm", "ray"])
+def test_a_launcher_takes_overrides_behind_two_dashes(kind: str, config: str) -> None:
+    size = {"torchrun": ["--nproc-per-node", "2"]}.get(kind, ["--nodes", "1", "--ranks-per-node", "2"])
+    overrides = ["train.steps=7", "train.output_dir=/runs/behind"]
+    outcome = invoke("launch", kind, *size, "--config", config, "--dry-run", "--", *overrides)
+    assert outcome.status == 0, outcome.stderr
+    assert "/runs/behind" in outcome.stdout
+
+
 LAUNCHERS = [
     ["train"],
     ["sft"],

@@ -157,7 +157,9 @@ def build_speculation(engine: Engine, name: str, options: argparse.Namespace) ->
     }
     choices = [f"speculation.drafter.{key}={value}" for key, value in drafter.items()]
     choices += [f"speculation.verification={options.verification}", f"rollout.kernels={options.kernels}"]
-    return SelfSpeculation(load_config(CONFIG, choices).speculation, engine)
+    speculation = SelfSpeculation(load_config(CONFIG, choices).speculation, engine)
+    speculation.switch(True)
+    return speculation
 
 
 def requantize(speculation: SelfSpeculation) -> RequantizeStats:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from erollout.calibration.model_size import describe_shape
+from erollout.drafter.registry import runs_no_model
 from erollout.errors import UserError
 from erollout.policy.families import published_architecture
 from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
@@ -32,7 +33,7 @@ _OVERHEADS = ("per_pass", "per_sequence", "per_token", "per_context", "latency",
 _MAY_BE_ZERO = frozenset(("attention_flops", "padded", *_OVERHEADS, "C_attn", "c_comm", "c_T", "c_V", "c_D"))
 """Numbers that may be 0; all others that passes are computed from are above 0."""
 _DRAFT_BYTES = "size.draft_bytes."
-"""Where a drafter that runs no model has 0."""
+"""Where drafters have 0 that run no model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +220,7 @@ def _from_reference(tree: dict[str, Any], path: str) -> Calibration:
 def _require_numbers(tree: Mapping[str, Any], path: str, where: str = "") -> None:
     """Raise UserError, naming file and key, for values that are not usable numbers."""
     for key, value in tree.items():
-        may_be_zero = key in _MAY_BE_ZERO or where == _DRAFT_BYTES
+        may_be_zero = key in _MAY_BE_ZERO or (where == _DRAFT_BYTES and runs_no_model(key))
         if isinstance(value, dict):
             _require_numbers(value, path, f"{where}{key}.")
         elif not isinstance(value, int | float) or not 0 <= value < inf or (value == 0 and not may_be_zero):

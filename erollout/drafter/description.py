@@ -7,6 +7,8 @@ from erollout.configuration.speculation import DrafterConfig
 from erollout.drafter.formats import AUTO, FIRST_FORMAT, FORMATS, HEAD_FORMAT, NONE
 from erollout.speculation.cost.roofline import DraftWeights
 
+_FORMER = {"int4": "w4a16", "int8": "w8a8"}
+"""Names in sweeps and calibrations of earlier versions, with the formats of as many bytes."""
 _NAME = re.compile(r"(?P<format>[^+]+)(?P<head>\+head)?(\+(?P<overrides>\d+) overrides)?")
 
 
@@ -29,11 +31,12 @@ class DrafterDescription:
 
     @classmethod
     def named(cls, name: str) -> "DrafterDescription | None":
-        """The inverse of `name`; None for a name that is not a quantised policy's."""
+        """The inverse of `name`, also for former names; None for a name that is not a quantised policy's."""
         parts = _NAME.fullmatch(name)
-        if parts is None or parts["format"] not in (*FORMATS, NONE, AUTO):
+        format = None if parts is None else _FORMER.get(parts["format"], parts["format"])
+        if parts is None or format not in (*FORMATS, NONE, AUTO):
             return None
-        return cls(parts["format"], parts["head"] is not None, int(parts["overrides"] or 0))
+        return cls(format, parts["head"] is not None, int(parts["overrides"] or 0))
 
     def weights(self, group_size: int) -> DraftWeights:
         """What one step of it reads. `auto` counts with its first format; overrides don't count."""

@@ -2,16 +2,17 @@
 
 import importlib.util
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Protocol
 
-from erollout.configuration.speculation import SpeculationConfig
+from erollout.configuration.speculation import DrafterConfig, SpeculationConfig
 from erollout.drafter.assignment import LM_HEAD, assign_formats
 from erollout.drafter.description import DrafterDescription, describe_drafters
 from erollout.drafter.formats import AUTO, FIRST_FORMAT, FORMATS, check_shape
 from erollout.engine.proposers.ngram import NGram
 from erollout.errors import UserError
 from erollout.parallel.placement import Placement
-from erollout.speculation.cost.roofline import DraftWeights
+from erollout.speculation.cost.roofline import NO_MODEL, DraftWeights
 
 if TYPE_CHECKING:
     from erollout.engine.engine import Engine
@@ -19,12 +20,21 @@ if TYPE_CHECKING:
 
 
 class ProposerKind(Protocol):
-    """A way to propose draft tokens. Its tuning keys are a section of `speculation`; what it needs at a refit is said by the
-    ProposerSet that it builds."""
+    """A way to propose draft tokens. What it needs at a refit is said by the ProposerSet that it builds."""
 
     @property
     def name(self) -> str:
         """Value of speculation.proposer."""
+        ...
+
+    @property
+    def section(self) -> str:
+        """Section of `speculation` with its tuning keys."""
+        ...
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Names of its drafters, for messages."""
         ...
 
     def drafters(self, options: SpeculationConfig) -> Mapping[str, DraftWeights]:
@@ -47,7 +57,8 @@ class ProposerKind(Protocol):
         ...
 
     def build(self, options: SpeculationConfig, engine: "Engine") -> "ProposerSet":
-        """Build the proposers of one decode rank. Raises UserError for what device or kernels do not support."""
+        """Build the proposers of one decode rank, which do not draft before they are switched on. Raises UserError for what
+        device or kernels do not support."""
         ...
 
 
@@ -55,6 +66,8 @@ class QuantizedPolicy:
     """The policy itself in fewer bits, made by ModelOpt. Keys: speculation.drafter."""
 
     name = "quantized_policy"
+    section = "drafter"
+    known = tuple(FORMATS)
 
     def drafters(self, options: SpeculationConfig) -> Mapping[str, DraftWeights]:
         group_size = options.drafter.group_size
@@ -72,7 +85,8 @@ class QuantizedPolicy:
         if importlib.util.find_spec("modelopt") is None:
             raise UserError(
                 f"speculation.mode = {options.mode} needs NVIDIA ModelOpt, which makes the drafter; "
-                "install it: pip install 'erollout[modelopt]', or set speculation.mode = off"
+                "install it: pip install 'erollout[modelopt]', set speculation.proposer = ngram, which needs none, or set "
+                "speculation.mode = off"
             )
         drafter = options.drafter
         shapes = {t.name.removesuffix(".weight"): t.shape for t in placement if len(t.shape) == 2}
@@ -99,13 +113,28 @@ def proposer_kind(options: SpeculationConfig) -> ProposerKind:
     return PROPOSERS[options.proposer]
 
 
-def draft_weights(drafters: Iterable[str], group_size: int = 128) -> dict[str, DraftWeights]:
+def runs_no_model(drafter: str) -> bool:
+    """Whether the drafter with this name is of a kind that runs no model."""
+    return any(kind.find(drafter, DrafterConfig.group_size) == NO_MODEL for kind in PROPOSERS.values())
+
+
+def unused_keys(options: SpeculationConfig) -> tuple[str, ...]:
+    """Keys that differ from their defaults but are of another kind than the configured one."""
+    default = SpeculationConfig()
+    found: list[str] = []
+    for section in (kind.section for kind in PROPOSERS.values() if kind.name != options.proposer):
+        mine, theirs = getattr(options, section), getattr(default, section)
+        found += [f"speculation.{section}.{f.name}" for f in fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
+    return tuple(found)
+
+
+def draft_weights(drafters: Iterable[str], group_size: int = DrafterConfig.group_size) -> dict[str, DraftWeights]:
     """What a step of each drafter reads, by its name in a sweep, a calibration or an option. Raises UserError."""
     found: dict[str, DraftWeights] = {}
     for name in drafters:
         weights = [known for kind in PROPOSERS.values() if (known := kind.find(name, group_size)) is not None]
         if not weights:
-            others = [kind for kind in PROPOSERS if kind != QuantizedPolicy.name]
-            raise UserError(f"drafter {name!r} is unknown; known are {', '.join([*FORMATS, *others])}")
+            names = [name for kind in PROPOSERS.values() for name in kind.known]
+            raise UserError(f"drafter {name!r} is unknown; known are {', '.join(names)}")
         found[name] = weights[0]
     return found

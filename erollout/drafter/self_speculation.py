@@ -33,6 +33,7 @@ class SelfSpeculation(ProposerSet):
     def __init__(self, options: SpeculationConfig, engine: Engine) -> None:
         """Raises UserError for formats that the policy's shards, the device or the kernels do not support."""
         drafter = options.drafter
+        super().__init__(options, engine, {})
         self._overrides = [(override.pattern, override.format) for override in drafter.overrides]
         self._undecided = drafter.format == AUTO
         self.has_learned = False
@@ -43,14 +44,13 @@ class SelfSpeculation(ProposerSet):
         """Formats chosen by `auto`, per layer."""
         self._is_resumed = False
         """Whether the statistics must be measured again once there are weights."""
-        self.options, self.engine = options, engine
         formats = {described.name: described.format for described in describe_drafters(drafter)}
-        self.drafters = {
+        self.drafters: dict[str, Drafter] = {
             name: self._build(FIRST_FORMAT if format == AUTO else format, self._overrides, drafter.lm_head)
             for name, format in formats.items()
         }
         """Drafters by their names in Arm.format, the default one first."""
-        super().__init__(options, engine, self.drafters)
+        self.proposers = self.drafters
 
     @property
     def drafter(self) -> Drafter:

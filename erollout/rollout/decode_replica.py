@@ -1,12 +1,13 @@
 """One rank's part of a decode replica: engine, proposers of drafts, and its coordination with the other replicas."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config, ModelConfig, RolloutConfig
-from erollout.drafter.registry import proposer_kind
+from erollout.drafter.registry import proposer_kind, unused_keys
 from erollout.engine.engine import Engine
 from erollout.engine.model.decode_layout import decode_placement
 from erollout.engine.proposers.proposer_set import ProposerSet, RequantizeStats
@@ -17,6 +18,8 @@ from erollout.resilience.unattended import ignore, never
 from erollout.rollout.coordination import Coordination
 from erollout.rollout.summary import RolloutSummary
 from erollout.types import Rollout, RolloutRequest, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class DecodeReplica:
@@ -42,6 +45,9 @@ class DecodeReplica:
         self.speculation: ProposerSet | None = None
         if config.speculation.mode != "off":
             self.speculation = proposer_kind(config.speculation).build(config.speculation, self.engine)
+            self.speculation.switch(True)
+            if unused := unused_keys(config.speculation):
+                logger.info("speculation.proposer = %s does not use %s", config.speculation.proposer, ", ".join(unused))
         self.coordination = Coordination(config, context, self.engine, self.speculation, stop_requested, alive)
 
     def load_weights(self, model: ModelConfig, seed: int) -> RequantizeStats | None:

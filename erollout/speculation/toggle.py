@@ -28,8 +28,8 @@ _LOSS_TO_WARN_OF = 0.1
 
 REFRESH = 8
 """Number of decisions for which predictions are cached while the load stays about the same."""
-CONTEXT_STEPS = 4
-"""Number of context buckets per octave: loads in one bucket count as the same."""
+SAME_CONTEXT = 4
+"""Number of parts of an octave of contexts: loads in one part share the predictions of a decision."""
 WHOLE = 0.9
 """Least share of the arm's draft tokens that must have been requested in a step for its time to count as the arm's."""
 ENDING_WINDOW = 2000.0
@@ -396,7 +396,7 @@ _BECAUSE = {
 
 def _about(load: Load) -> tuple[int, int, int]:
     """Key of a load: loads with equal keys share their predictions."""
-    return load.decoding, int(CONTEXT_STEPS * log2(load.context)) if load.context > 1 else 0, load.prefill_tokens
+    return load.decoding, int(SAME_CONTEXT * log2(load.context)) if load.context > 1 else 0, load.prefill_tokens
 
 
 def _arms(options: SpeculationConfig, formats: Sequence[str]) -> tuple[Arm, ...]:

@@ -367,24 +367,25 @@ def test_a_good_calibration_has_little_regret(calibration: Calibration) -> None:
 
 def test_a_drafter_without_a_model_costs_overheads_alone(tmp_path: Path) -> None:
     """Its steps of some microseconds are predicted, fitted, saved and read; no other size may be 0."""
-    size = model_size(ARCHITECTURE, {"table": NO_MODEL}, tensor_model_parallel_size=2)
-    assert size.draft_bytes == {"table": 0.0}
-    guess = nominal_roofline(size, find_hardware("A100"), ("table",))
-    assert guess.parts("draft", "table", 8, 4096.0, 3) == Parts(0.0, 0.0, 8 * PER_LOOKUP, 0.0)
+    size = model_size(ARCHITECTURE, {"ngram": NO_MODEL}, tensor_model_parallel_size=2)
+    assert size.draft_bytes == {"ngram": 0.0}
+    guess = nominal_roofline(size, find_hardware("A100"), ("ngram",))
+    assert guess.parts("draft", "ngram", 8, 4096.0, 3) == Parts(0.0, 0.0, 8 * PER_LOOKUP, 0.0)
     rows = [replace(row, tensor_model_parallel_size=2) for row in sweep()]
     for index, row in enumerate(rows):
         if row.mode == "drafter_decode":
             ms = 1e-3 * (5 + row.batch) / row.gamma
-            rows[index] = replace(row, format="table", mean_ms=ms, median_ms=ms, std_ms=0.0, min_ms=ms, max_ms=ms)
-    fitted = fit(measured_passes(rows), size, replace(IDENTITY, tensor_model_parallel_size=2, formats=("table",)))
+            rows[index] = replace(row, format="ngram", mean_ms=ms, median_ms=ms, std_ms=0.0, min_ms=ms, max_ms=ms)
+    fitted = fit(measured_passes(rows), size, replace(IDENTITY, tensor_model_parallel_size=2, formats=("ngram",)))
     for batch in (1, 16, 64):
-        assert fitted.passes().draft_seconds("table", batch, 512.0, 3) == pytest.approx(1e-6 * (5 + batch) / 3, rel=0.6)
+        assert fitted.passes().draft_seconds("ngram", batch, 512.0, 3) == pytest.approx(1e-6 * (5 + batch) / 3, rel=0.6)
     fitted.save(tmp_path / "table.json")
     assert load_calibration(tmp_path / "table.json").roofline == fitted.roofline
-    tree = fitted.to_dict()
-    tree["size"]["weight_bytes"] = 0
-    with pytest.raises(UserError, match=r"size.weight_bytes = 0 must be a number above 0"):
-        read_calibration(tree, "a file")
+    for key, value in {"weight_bytes": 0, "draft_bytes": {"w4a16": 0}}.items():
+        tree = fitted.to_dict()
+        tree["size"][key] = value
+        with pytest.raises(UserError, match=rf"size\.{key}.* = 0 must be a number above 0"):
+            read_calibration(tree, "a file")
 
 
 def test_data_sheets_serve_where_nothing_is_measured() -> None:

@@ -1,14 +1,15 @@
 """The registry of proposers: names of drafters, what they read, and what each kind states."""
 
+import sys
 from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
 
-from erollout.configuration.speculation import DrafterConfig, FormatOverrideConfig, SpeculationConfig
+from erollout.configuration.speculation import DrafterConfig, FormatOverrideConfig, NGramConfig, SpeculationConfig
 from erollout.drafter.description import DrafterDescription, describe_drafters
 from erollout.drafter.formats import FORMATS
-from erollout.drafter.registry import PROPOSERS, draft_weights, proposer_kind
+from erollout.drafter.registry import PROPOSERS, draft_weights, proposer_kind, unused_keys
 from erollout.errors import UserError
 from erollout.speculation.cost.roofline import DraftWeights
 
@@ -36,13 +37,32 @@ def test_a_drafter_is_known_by_its_name_in_files(name: str) -> None:
     assert draft_weights([name]) == {name: DraftWeights(*IN_FILES[name])}
 
 
+@pytest.mark.parametrize(("former", "name"), [("int4", "w4a16"), ("int8", "w8a8"), ("int4+head", "w4a16+head")])
+def test_drafters_of_earlier_sweeps_are_known(former: str, name: str) -> None:
+    assert draft_weights([former]) == {former: draft_weights([name])[name]}
+
+
+def test_keys_of_another_proposer_are_named() -> None:
+    drafter, ngram = DrafterConfig(format="w8a8"), NGramConfig(window=100)  # type: ignore[call-arg]
+    options = replace(SpeculationConfig(), drafter=drafter, ngram=ngram)  # type: ignore[type-var]
+    assert unused_keys(options) == ("speculation.ngram.window",)
+    assert unused_keys(replace(options, proposer="ngram")) == ("speculation.drafter.format",)  # type: ignore[type-var]
+    assert not unused_keys(SpeculationConfig())
+
+
+def test_without_modelopt_the_proposer_that_needs_none_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    with pytest.raises(UserError, match=r"needs NVIDIA ModelOpt.* set speculation.proposer = ngram"):
+        PROPOSERS["quantized_policy"].check(SpeculationConfig(), ())  # type: ignore[arg-type]
+
+
 def test_a_format_holds_its_bits() -> None:
     assert {name: format.bits for name, format in FORMATS.items()} == {
         name: 4 if name in ("w4a16", "w4a16_asym", "w4a16_clip", "w4a16_awq", "w4a8", "w4a8_clip") else 8 for name in FORMATS
     }
 
 
-@pytest.mark.parametrize("name", ["q5", "", "+head", "w4", "w4a16+tail", "w4a16+x overrides", "w4a16+head+head", "int4"])
+@pytest.mark.parametrize("name", ["q5", "", "+head", "w4", "w4a16+tail", "w4a16+x overrides", "w4a16+head+head", "int2"])
 def test_an_unknown_drafter_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"drafter '.*' is unknown; known are w4a16, "):
         draft_weights([name])

@@ -24,7 +24,9 @@ TOKENS = 100
 def _speculation(format: str, folder: str, **drafter: Any) -> tuple[SelfSpeculation, Engine]:
     options = {"mode": "always", "drafter": {"format": format, "group_size": 16, "statistics_tokens": TOKENS, **drafter}}
     engine = make_engine("llama", dtype="bfloat16")
-    return SelfSpeculation(tiny_config(Path(folder), speculation=options).speculation, engine), engine
+    speculation = SelfSpeculation(tiny_config(Path(folder), speculation=options).speculation, engine)
+    speculation.switch(True)
+    return speculation, engine
 
 
 def _refit(speculation: SelfSpeculation) -> dict[str, torch.Tensor]:

@@ -78,6 +78,8 @@ class NGram:
     """The kind of proposers in this file, for the registry. Keys: speculation.ngram."""
 
     name = "ngram"
+    section = "ngram"
+    known = (name,)
 
     def drafters(self, options: SpeculationConfig) -> Mapping[str, DraftWeights]:
         return {self.name: NO_MODEL}

@@ -24,19 +24,19 @@ class RequantizeStats:
 
 
 class ProposerSet:
-    """The proposers of one decode rank by their names in Arm.format. These need nothing at a refit and learn from no rollout:
-    those that do override the methods that are empty here.
+    """The proposers of one decode rank, by their names in Arm.format.
 
+    Proposers without weights need no more than this. Where there are weights, a subclass overrides what a refit calls
+    (`tensor_landed`, `all_landed`, `complete`); where they depend on rollouts, also `learns_at`, `learn_from` and the state.
     Methods are collective over the replica, `learn_from` over the world.
     """
 
     def __init__(self, options: SpeculationConfig, engine: Engine, proposers: Mapping[str, Proposer]) -> None:
-        """Makes the engine draft with the first of them."""
+        """The engine does not draft before `switch`."""
         self.options = options
         self.engine = engine
         self.proposers = proposers
         """Proposers by name, the default one first; the same on all ranks."""
-        self.switch(True)
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -87,7 +87,9 @@ class Corrections:
         return value
 
     def _parts(self, kind: str, cell: str, nodes: Sequence[tuple[int, float]], share: float) -> list[tuple[_Part, float]]:
-        """The parts of a kind of pass, with their shares in a step of which the pass is a share."""
+        """The parts of a pass's correction, each with its weight in the logarithm of the step's seconds.
+
+        `share`: share of the pass in the step's seconds."""
         part = self._kinds.setdefault(kind, _Part(_KIND))
         part.widen(_KIND_WALK, _KIND)
         parts = [(part, share)]
@@ -186,7 +188,7 @@ class Corrections:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what all steps share from a state that corrected whole steps by drafter.
+        """Load a state. Only the common parts are taken of older ones, whose corrections are by drafter, not by kind of pass.
 
         Raises ValueError for an impossible state, and leaves all as it was.
         """
@@ -201,7 +203,9 @@ class Corrections:
 
 
 def _passes(arm: Arm, drafting: float) -> tuple[tuple[str, str, float], ...]:
-    """The passes of a step: kind, kind and draft length as far as its cells differ, and share of the predicted seconds."""
+    """The passes of a step, each as (kind, key of its cells, share of the step's predicted seconds).
+
+    Cells of verify passes are kept by draft length, so their key holds it; those of drafters and the target are not."""
     if not arm.speculates:
         return (("target", "target", 1.0),)
     draft, verify = _names(arm)

@@ -82,9 +82,10 @@ def interrupted_train(tree: dict[str, Any], moment: str, step: int, responses: i
 
 def _asks_in_rollout(patch: pytest.MonkeyPatch, stream: int, step: int, responses: int) -> None:
     """It is slow from then on, so that few more are completed before all ranks have agreed on it."""
+    from erollout.rollout.decode_replica import DecodeReplica
     from erollout.rollout.rollout_worker import RolloutWorker
 
-    rollout, text, generate = RolloutWorker.rollout, RolloutWorker.text, RolloutWorker._generate
+    rollout, text, sample = RolloutWorker.rollout, RolloutWorker.text, DecodeReplica.sample
     here: list[tuple[int, int]] = [(-1, -1)]
     samples_now, complete = False, 0
 
@@ -94,10 +95,10 @@ def _asks_in_rollout(patch: pytest.MonkeyPatch, stream: int, step: int, response
         here[0] = stream, step
         return rollout(self, prompts, sampling, size, stream, step, *args, **kwargs)
 
-    def noted_generate(self: Any, *args: Any) -> Any:
+    def noted_sample(self: Any, *args: Any) -> Any:
         nonlocal samples_now
         samples_now = here[0] == (stream, step)  # before, what an earlier attempt has completed is scored
-        return generate(self, *args)
+        return sample(self, *args)
 
     def counted_text(self: Any, response: Any) -> str:
         nonlocal complete
@@ -111,7 +112,7 @@ def _asks_in_rollout(patch: pytest.MonkeyPatch, stream: int, step: int, response
 
     patch.setattr(RolloutWorker, "rollout", noted_rollout)
     patch.setattr(RolloutWorker, "text", counted_text)
-    patch.setattr(RolloutWorker, "_generate", noted_generate)
+    patch.setattr(DecodeReplica, "sample", noted_sample)
 
 
 def _asks_in_update(patch: pytest.MonkeyPatch, step: int) -> None:

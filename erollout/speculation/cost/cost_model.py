@@ -110,8 +110,8 @@ class CalibratedCost:
     def step_seconds(self, arm: Arm, load: Load, proposed: float = 1.0) -> float:
         """See CostModel. `arm.format` is one of `passes.formats`.
 
-        A sequence counts as having a draft, of all n tokens, independently of the others. In truth some have only a part of
-        theirs, and matches come in runs; so with few sequences the verify pass is taken for slightly too frequent.
+        Each sequence is taken to have a whole draft or none, independently of the others. Where matches come together, as among
+        siblings, a verify pass is rarer and longer than predicted; the corrections of verify passes take up the mean error.
         """
         prefill = self._prefill_seconds(arm, load) if load.prefill_tokens else 0.0
         batch = load.decoding

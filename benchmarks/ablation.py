@@ -118,6 +118,8 @@ SCENARIOS: dict[str, Scenario] = {
     "draft 2x": Scenario(bias={("draft", "w4"): 2.0}),
     "target 0.5x": Scenario(bias={("target", ""): 0.5}),
     "target 2x": Scenario(bias={("target", ""): 2.0}),
+    "verify 0.5x": Scenario(bias={("verify", ""): 0.5}),
+    "verify 2x": Scenario(bias={("verify", ""): 2.0}),
     "formats": Scenario(bias={("draft", "w4"): 1.6, ("draft", "w8"): 0.6}, formats=FORMATS),
     "noise": Scenario(noise=0.25, outliers=0.03),
     "untimed": Scenario(errors=0.15, bias={("draft", "w4"): 1.5}, times_drafting=False),
@@ -328,7 +330,9 @@ def report(options: argparse.Namespace, name: str, true: PassTimes) -> None:
     scenarios = [SCENARIOS[title] for title in options.scenarios]
     if options.calibration:
         scenarios = [replace(scenario, formats=tuple(true.formats)[:1]) for scenario in scenarios]
-    seeds = range(options.seeds)
+    if options.untimed:
+        scenarios = [replace(scenario, times_drafting=False) for scenario in scenarios]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     base = [[measure(options, true, scenario, None, seed) for seed in seeds] for scenario in scenarios]
     rows = [
         ["", *options.scenarios],
@@ -341,7 +345,10 @@ def report(options: argparse.Namespace, name: str, true: PassTimes) -> None:
     for mechanism in options.without:
         cells = []
         for scenario, results in zip(scenarios, base, strict=True):
-            more = [measure(options, true, scenario, mechanism, seed).regret - results[seed].regret for seed in seeds]
+            more = [
+                measure(options, true, scenario, mechanism, seed).regret - known.regret
+                for seed, known in zip(seeds, results, strict=True)
+            ]
             cells.append(spread(more))
         print(f"| {mechanism} | {' | '.join(cells)} |", flush=True)
     print(flush=True)
@@ -355,7 +362,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--without", nargs="*", choices=MECHANISMS, default=list(MECHANISMS))
     parser.add_argument("--mode", choices=("toggle", "adaptive"), default="adaptive")
+    parser.add_argument("--untimed", action="store_true", help="no scenario times the drafting, as on an accelerator")
     parser.add_argument("--seeds", type=int, default=9)
+    parser.add_argument("--first-seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 
@@ -363,7 +372,7 @@ def main() -> None:
     options, began = parse(), time.process_time()
     logging.disable(logging.WARNING)  # losses of simulated rollouts
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}, {platform.machine()}"
-    print(f"{versions}; mode {options.mode}, {options.seeds} seeds of {ROLLOUTS} rollouts.")
+    print(f"{versions}; mode {options.mode}, {options.seeds} seeds from {options.first_seed} of {ROLLOUTS} rollouts.")
     print("Regret in % of the seconds: median (quartiles). Below `all on`: points more without the mechanism.\n", flush=True)
     if options.calibration:
         report(options, options.calibration, load_calibration(options.calibration).passes())

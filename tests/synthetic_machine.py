@@ -48,6 +48,8 @@ class Machine:
     noise: float = 0.05
     outliers: float = 0.01
     """Share of steps that take up to ten times as long."""
+    times_drafting: bool = True
+    """Whether the host's clock tells how long drafting takes."""
     seed: int = 0
     step: int = 0
     now: float = 0.0
@@ -147,7 +149,7 @@ class Machine:
         self.now += noisy
         self.step += 1
         self.arms.append(done)
-        drafting = noisy * self._drafting_share(done, load, drafts)
+        drafting = noisy * self._drafting_share(done, load, drafts) if self.times_drafting else 0.0
         counts = tuple(drafted_at), tuple(accepted_at), finished, requested
         return StepOutcome(done, load, noisy, drafting, emitted, *counts)
 

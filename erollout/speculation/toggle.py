@@ -264,7 +264,7 @@ class Toggle:
         return replace(self._decision, reason=Reason.EMPTY)
 
     def _choose(self, batch: int) -> Reason:
-        """Take the best arm. A margin for changes would lose time: simulated, 0.2 to 1 points of a rollout at 2 %."""
+        """Take the best arm. A margin for changes gains nothing in simulated rollouts (docs/benchmarks/ablation.md)."""
         if self.backoff.holds(batch):
             self._current = 0
             return Reason.HELD

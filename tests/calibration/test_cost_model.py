@@ -241,12 +241,59 @@ def test_a_drafter_that_is_quicker_than_calibrated_shows_in_all_draft_lengths() 
             assert cost.step_seconds(Arm("w4", n), Load(8, 100.0)) == pytest.approx(right, rel=0.05 if timed else 0.2)
 
 
-def test_of_corrections_by_drafter_only_what_all_steps_share_is_taken() -> None:
+@pytest.mark.parametrize(("draft", "verify", "within"), [(0.5, 1.0, 0.2), (2.0, 1.0, 0.1), (1.0, 0.5, 0.08)])
+def test_a_few_steps_of_another_length_tell_a_wrong_drafter_from_a_wrong_verify_pass(
+    draft: float, verify: float, within: float
+) -> None:
+    """Drafting isn't timed, one step in ten has three drafts instead of one, and eight are predicted."""
+    corrections, rng, shares = Corrections(), random.Random(1), {0: 0.0, 1: 0.25, 3: 0.5, 8: 0.75}
+
+    def true(n: int) -> float:
+        return shares[n] * draft + (1 - shares[n]) * verify if n else 1.0
+
+    for step in range(300):
+        n = {0: 0, 5: 3}.get(step % 10, 1)
+        corrections.observe(Arm("w4", n) if n else OFF, 16, shares[n], true(n) * exp(rng.gauss(0.0, 0.03)))
+    assert corrections.factor(Arm("w4", 8), 16, shares[8]) == pytest.approx(true(8), rel=within)
+
+
+def test_timed_drafting_counts_once() -> None:
+    """A drafter that is wrong by two says nothing about the verify pass, whose own seconds are right."""
+    corrections, arm = Corrections(), Arm("w8", 3)
+    for _ in range(6):
+        corrections.observe(arm, 16, SHARE, 1 + SHARE, 2.0)
+    assert corrections.factor(arm, 16, 1.0) == pytest.approx(2.0, rel=0.03)
+    assert corrections.factor(arm, 16, 0.0) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_forgotten_drafter_leaves_the_others_as_they_were() -> None:
+    corrections = fed(30, 1.3)
+    corrections.observe(Arm("w8", 3), 16, SHARE, 1.6)
+    before = {arm: corrections.factor(arm, 16, share) for arm, share in ((OFF, 0.0), (Arm("w8", 3), SHARE))}
+    corrections.forget("w4")
+    assert {arm: corrections.factor(arm, 16, SHARE if arm.speculates else 0.0) for arm in before} == before
+    state = corrections.state_dict()
+    corrections.load_state_dict(json.loads(json.dumps(state)))
+    assert corrections.state_dict() == state and "draft w4" not in str(state)
+
+
+def test_a_state_without_covariances_is_taken() -> None:
+    """A checkpoint of the time when covariances were neglected."""
+    state = fed(30, 1.3).state_dict()
+    del state["covariances"]
+    corrections = Corrections()
+    corrections.load_state_dict(state)
+    assert corrections.factor(DRAFT, 16, SHARE) == fed(30, 1.3).factor(DRAFT, 16, SHARE)
+
+
+def test_of_corrections_by_drafter_only_what_all_steps_share_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     """A checkpoint of the time before corrections were by kind of pass."""
+    caplog.set_level("INFO")
     old = {"common": [0.3, 0.01], "prefill": [0.1, 0.2], "noise": 0.001, "drafters": [["", 0.1, 0.01], ["w4", 0.5, 0.01]]}
     corrections = Corrections()
     corrections.load_state_dict(old | {"cells": [["w4", 3, 2, 0.4, 0.1]]})
     assert corrections.factor(DRAFT, 4, SHARE) == corrections.factor(OFF, 4, 0.0) == pytest.approx(exp(0.3))
+    assert [record.message for record in caplog.records if "by drafter" in record.message]
 
 
 @pytest.mark.parametrize(
@@ -258,13 +305,21 @@ def test_of_corrections_by_drafter_only_what_all_steps_share_is_taken() -> None:
         {"noise": 0.0},
         {"kinds": [["draft w4", 0.1, float("nan")]]},
         {"cells": [["verify 3", 2, float("inf"), 0.1]]},
+        {"kinds": [["verify", 0.1, 0.1]], "covariances": [[0.2]]},
+        {"kinds": [["verify", 0.1, 0.1]], "covariances": [[float("nan")]]},
+        {"kinds": [["verify", 0.1, 0.1]], "covariances": [[0.0], [0.0]]},
+        {"kinds": [["verify", 0.1, 0.1]], "covariances": 3},
+        {"kinds": [["", 0.1, 0.1]]},
+        {"drafters": "garbage"},
+        {"drafters": [["w4", float("nan"), 0.1]]},
+        {"drafters": 3},
     ],
     ids=str,
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(damage: dict[str, object]) -> None:
     corrections = fed(20, 1.5)
     before = corrections.state_dict()
-    with pytest.raises(ValueError, match=r"a correction of|a noise of"):
+    with pytest.raises(ValueError, match=r"corrections of another form|a correction of|a noise of|covariance"):
         corrections.load_state_dict({**Corrections().state_dict(), **damage})
     assert corrections.state_dict() == before
 

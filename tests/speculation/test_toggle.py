@@ -73,14 +73,15 @@ def test_right_predictions_lose_next_to_nothing(mode: str) -> None:
     assert {arm.speculates for arm in machine.arms} == {True, False}
 
 
+@pytest.mark.parametrize("timed", [True, False], ids=["timed", "untimed"])
 @pytest.mark.parametrize("bias", ALL_FACTORS)
 @pytest.mark.parametrize("mode", ["toggle", "adaptive"])
-def test_predictions_wrong_by_two_are_put_right(mode: str, bias: tuple[float, float, float]) -> None:
-    machine = Machine(passes())
+def test_predictions_wrong_by_two_are_put_right(mode: str, bias: tuple[float, float, float], timed: bool) -> None:
+    machine = Machine(passes(), times_drafting=timed)
     toggle = Toggle(SpeculationConfig(mode=mode), FORMATS[:1], CalibratedCost(passes(*bias)), machine.clock)
     shares = losses(machine, toggle, 4)
     assert shares[0] < 0.12
-    assert sum(shares[2:]) / 2 < 0.025
+    assert sum(shares[2:]) / 2 < (0.025 if timed else 0.035)
 
 
 @pytest.mark.parametrize("mode", ["toggle", "adaptive"])

@@ -31,7 +31,7 @@ OBEYED: Mapping[str, str] = {
     "speculation.toggle": "max_speculative_tokens acceptance_window probe_interval probe_steps bootstrap_seconds",
     "speculation.toggle.ladder": "rungs raise_above lower_below persistence",
     "speculation.drafter": "format group_size alternatives lm_head overrides statistics_tokens statistics_interval",
-    "speculation.ngram": "max_ngram min_ngram",
+    "speculation.ngram": "max_ngram min_ngram window",
     "coordinator": "policy dispatch lock_step window_seconds stall_seconds",
     "algorithm": "name clip_ratio_low clip_ratio_high normalize_advantages kl_coefficient kl_estimator kl_placement "
     "entropy_coefficient aggregation",

@@ -25,6 +25,7 @@ from erollout.resharding.transport import ProcessGroupTransport
 from erollout.resilience.unattended import ignore, never
 from erollout.rewards.failures import AllScoringFailed, FailureLog
 from erollout.rewards.pool import RewardPool
+from erollout.rollout.coordination import Coordination
 from erollout.rollout.decode_replica import DecodeReplica, sampling_params
 from erollout.rollout.partial import PartialRollouts, RolloutInterrupted, as_partial, fitting, merge_samples
 from erollout.rollout.summary import RolloutSummary
@@ -93,12 +94,20 @@ class RolloutWorker:
         self._stop_requested = stop_requested
         self.replica = DecodeReplica(config, architecture, context, tokenizer, stop_requested, alive)
         self.engine, self.speculation = self.replica.engine, self.replica.speculation
-        self.coordination = self.replica.coordination
         self.resharder = self._build_resharder(architecture)
         self._failures = FailureLog()
         self._states: tuple[str, ...] = ()
         """Speculation state (on or off) by batch size when reasons were last logged."""
         self._said_broken = False
+
+    @property
+    def coordination(self) -> Coordination:
+        """What steers the next rollout; benchmarks put one in the place of another."""
+        return self.replica.coordination
+
+    @coordination.setter
+    def coordination(self, coordination: Coordination) -> None:
+        self.replica.coordination = coordination
 
     def refit(self, policy: dict[str, Tensor], policy_version: int) -> RefitStats:
         """Reshard the policy's weights from the training layout, and requantise the drafter as they arrive."""

@@ -12,6 +12,7 @@ from tiny_runs import tiny_tree, train_here
 from tiny_speculation import NGramProposer
 from torch import Tensor
 
+from erollout.configuration.speculation import NGramConfig
 from erollout.engine import self_test
 from erollout.engine.model import linear
 from erollout.engine.model.linear import TorchLinear
@@ -66,7 +67,7 @@ def test_a_kernel_that_breaks_it_is_named(monkeypatch: pytest.MonkeyPatch, caplo
 def test_coupled_drafts_are_refused_where_they_would_change_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(linear.LINEAR_KERNELS, "torch", Careless)
     engine = make_engine("llama", kernels="torch")
-    proposers = {"": NGramProposer(engine)}
+    proposers = {"": NGramProposer(NGramConfig(), engine.cache.device)}
     with pytest.raises(UserError, match=r"verification = coupled .*layers of 128 x 64.* = rejection") as refusal:
         engine.speculate(proposers)
     assert "rollout.kernels" in str(refusal.value) and "\n" not in str(refusal.value)

@@ -17,7 +17,7 @@ from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import initialize, shut_down
 from erollout.policy.families import policy_architecture
 from erollout.policy.hf_io import check_weights
-from erollout.rollout.decode_replica import DecodeReplica
+from erollout.rollout.decode_replica import DecodeReplica, with_ends
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.types import FinishReason, Rollout, RolloutRequest, SamplingParams
 
@@ -176,7 +176,8 @@ class GenerationEngine:
         Raises UserError for an impossible prompt or parameter.
         """
         texts, ids = self._tokenized(prompts)
-        sampling = self._with_ends(sampling or SamplingParams())
+        sampling = sampling or SamplingParams()
+        sampling = replace(sampling, stop_token_ids=with_ends(sampling.stop_token_ids, self._ends))
         seed, self._calls = (self.config.train.seed, self._calls), self._calls + 1
         requests = [RolloutRequest(i, tokens, n, sampling, request_seed(*seed, i)) for i, tokens in enumerate(ids)]
         replica = self._replica
@@ -230,10 +231,6 @@ class GenerationEngine:
             texts.append(prompt if isinstance(prompt, str) else None)
             ids.append(tuple(tokens))
         return texts, ids
-
-    def _with_ends(self, sampling: SamplingParams) -> SamplingParams:
-        known = (*(end for end in self._ends if end is not None), *sampling.stop_token_ids)
-        return replace(sampling, stop_token_ids=tuple(dict.fromkeys(known)))
 
     def _learn(self, rollouts: Sequence[Rollout]) -> None:
         """Weight the drafter's requantisation by the activations of the first call, as training does."""

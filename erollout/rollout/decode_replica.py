@@ -87,6 +87,11 @@ class DecodeReplica:
         return rollouts, self.coordination.end(decisions)
 
 
+def with_ends(stop_token_ids: Sequence[int], ends: Sequence[int | None]) -> tuple[int, ...]:
+    """Ids that end a response: end-of-sequence ids of model and tokenizer (None: it has none), then the others, once each."""
+    return tuple(dict.fromkeys((*(end for end in ends if end is not None), *stop_token_ids)))
+
+
 def sampling_params(rollout: RolloutConfig, ends: Sequence[int | None], temperature: float | None = None) -> SamplingParams:
     """Parameters of the configured distribution.
 
@@ -94,7 +99,6 @@ def sampling_params(rollout: RolloutConfig, ends: Sequence[int | None], temperat
         ends: end-of-sequence ids of model and tokenizer.
         temperature: instead of the configured one, as in evaluation.
     """
-    known = (*(end for end in ends if end is not None), *rollout.stop_token_ids)
     return SamplingParams(
         temperature=rollout.temperature if temperature is None else temperature,
         top_k=rollout.top_k,
@@ -102,7 +106,7 @@ def sampling_params(rollout: RolloutConfig, ends: Sequence[int | None], temperat
         min_p=rollout.min_p,
         repetition_penalty=rollout.repetition_penalty,
         max_tokens=rollout.max_tokens,
-        stop_token_ids=tuple(dict.fromkeys(known)),
+        stop_token_ids=with_ends(rollout.stop_token_ids, ends),
         stop=rollout.stop,
         ignore_eos=rollout.ignore_eos,
     )

@@ -166,7 +166,6 @@ class RolloutWorker:
         if trains:
             self._say_why(summary)
             self._say_broken(result.speculation, step)
-        if trains:
             self.coordination.lengths = tuple(sorted(len(s.rollout.response_ids) for s in result.scored))
         return result
 

@@ -1,7 +1,7 @@
 """Rows that show what was sampled: for the samples table, and whole steps as JSON lines."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,10 @@ def sample_rows(scored: Iterable[ScoredRollout], data: PromptDataset, text: Call
     return [_row(sample, data.item(sample.rollout.prompt_index), text(sample.rollout)) for sample in scored]
 
 
-def write_rollouts(path: Path, scored: Iterable[ScoredRollout], data: PromptDataset, text: Callable[[Rollout], str]) -> None:
+def write_rollouts(path: Path, scored: Sequence[ScoredRollout], data: PromptDataset, text: Callable[[Rollout], str]) -> None:
     """Write one JSON line per response: as in the samples table, with token ids, log-probs and version. Raises OSError."""
-    lines = []
-    for sample in scored:
-        row = _row(sample, data.item(sample.rollout.prompt_index), text(sample.rollout))
-        lines.append(json.dumps(row | asdict(sample.rollout), ensure_ascii=False, default=str))
+    rows = zip(sample_rows(scored, data, text), scored, strict=True)
+    lines = [json.dumps(row | asdict(sample.rollout), ensure_ascii=False, default=str) for row, sample in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode(errors="surrogatepass"))
 

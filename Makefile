@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-tp2 demo-tp2pp2 demo-rollout test test-full test-unit test-cluster check lint clean
+.PHONY: install demo demo-tp2 demo-tp2pp2 demo-rollout test test-full test-unit test-cluster check lint docs clean
 
 install: $(INSTALLED)
 
@@ -53,6 +53,10 @@ lint: install
 	$(BIN)/mypy
 
 check: lint test-unit
+
+# README's pages as a site, in build/site.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info erollout/kernels/_native*.so

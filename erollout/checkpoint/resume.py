@@ -42,7 +42,7 @@ OBEYED: Mapping[str, str] = {
     "optimizer": "lr min_lr lr_decay_style lr_warmup_steps weight_decay adam_beta1 adam_beta2 adam_eps clip_grad",
     "train": "steps global_batch_size max_tokens_per_micro_batch recompute_granularity output_dir save_rollouts",
     "supervised": "steps batch_size",
-    "tracking": "enabled uri run_name num_sample_rollouts train_samples_interval system_metrics",
+    "tracking": "enabled uri run_name num_sample_rollouts train_samples_interval system_metrics figures",
     "checkpoint": "directory interval keep_last asynchronous resume export_path",
     "fault_tolerance": "heartbeat_seconds hang_seconds max_nonfinite_steps checksum_interval",
 }

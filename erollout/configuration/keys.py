@@ -277,6 +277,8 @@ class TrackingConfig:
     """Steps between two whose training responses go to the samples table too; 0: none."""
     system_metrics: bool = True
     """Track processor, memory, disk, network and GPU of rank 0's machine."""
+    figures: bool = True
+    """Draw figures of the rollout at each evaluation and at the end, and the curves of the run. They take a second or two."""
 
 
 @section

@@ -53,7 +53,8 @@ def restored(run: RunningWorld, actor: Actor) -> tuple[Checkpointer, RunState]:
 def cadence(config: Config, steps: int, evaluates: bool) -> Cadence:
     """Intervals of saving, evaluating and logging in a run of `steps` steps."""
     evaluation = config.evaluation.interval if evaluates else 0
-    return Cadence(steps, config.checkpoint.interval, config.fault_tolerance.checksum_interval, evaluation)
+    checksum, figures = config.fault_tolerance.checksum_interval, config.tracking.figures
+    return Cadence(steps, config.checkpoint.interval, checksum, evaluation, figures)
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class Cadence:
     checkpoint: int
     checksum: int
     evaluation: int = 0
+    figures: bool = True
+    """Whether figures are drawn at each evaluation and after the last step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,8 @@ class RunLoop:
         self.services.tracker.log_metrics(self.step, metrics)
         self.services.tracker.log_samples(self.step, report.samples, "training")
         self.services.report(self.step, metrics)
-        if self.context.rank == 0 and (self._due(self.cadence.evaluation) or self.step == self.cadence.steps):
+        draws = self.cadence.figures and (self._due(self.cadence.evaluation) or self.step == self.cadence.steps)
+        if self.context.rank == 0 and draws:
             for name, figure in report.figures().items():
                 self.services.tracker.log_figure(f"{name}_step_{self.step:08d}", figure)
 

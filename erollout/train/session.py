@@ -82,7 +82,7 @@ def _export(run: RunningWorld, actor: Actor) -> None:
 
 
 def _log_figures(run: RunningWorld, tracker: Tracker) -> None:
-    if run.context.rank:
+    if run.context.rank or not run.config.tracking.figures:
         return
     history = _history(run.config.train.output_dir)
     for name, draw in (("reward", reward_curve), ("response_lengths", response_lengths), ("phase_seconds", phase_seconds)):

@@ -217,10 +217,20 @@ def test_more_ranks_than_a_machine_can_hold_are_refused(config: str) -> None:
     assert "parallel.world_size = 65536" in line and "erollout launch" in line
 
 
-def test_a_terminal_without_a_character_ends_nothing(tmp_path: Path) -> None:
-    config = str(write_config(tmp_path, train={"output_dir": str(tmp_path / "Zürich → 東京")}))
-    environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(command("train", "--config", config, "--dry-run"), env=environment, capture_output=True, timeout=200)
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("name", ["status", pytest.param("train", marks=pytest.mark.full)])
+def test_a_terminal_without_a_character_ends_nothing(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "Zürich → 東京"
+    if name == "status":
+        (run / "checkpoints").mkdir(parents=True)
+        arguments, utf8 = ["launch", "status", str(run)], "1"
+    else:
+        config = str(write_config(tmp_path, train={"output_dir": str(run)}))
+        arguments, utf8 = ["train", "--config", config, "--dry-run"], "0"
+    environment = ENVIRONMENT | ASCII | {"PYTHONUTF8": utf8}
+    done = subprocess.run(command(*arguments), env=environment, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert b"Z\\xfcrich" in done.stdout
 

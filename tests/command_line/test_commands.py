@@ -14,7 +14,8 @@ from ranks import RankPool
 from tiny_runs import ARCHITECTURE, all_rows, history, tiny_tree, train_here, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from erollout.command_line.demo import demo_commands
+from erollout import __version__
+from erollout.command_line.demo import _run, demo_commands
 from erollout.types import Rollout
 
 
@@ -116,7 +117,14 @@ def test_plot_and_rollout_work_on_what_the_demo_made(demo: tuple[Path, Outcome],
     assert not (tmp_path / "none").exists(), "a rollout alone records nothing"
 
 
+def test_commands_run_until_one_fails_and_each_is_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run([["--version"], ["tarin"], ["--version"]]) == 2
+    printed = capfd.readouterr()
+    assert printed.out.count(__version__) == 1 and "did you mean train?" in printed.err
+
+
 @pytest.mark.end_to_end
+@pytest.mark.full
 def test_a_command_of_the_demo_that_fails_ends_it_with_its_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It is a process of its own, which says why."""
     config = write_config(tmp_path, model={"architecture": None, "path": str(tmp_path / "warm-start")})
@@ -175,7 +183,7 @@ def test_dry_run_shows_what_is_read_what_the_model_sees_and_what_scores(tmp_path
 def test_run_without_tracking_keeps_its_metrics_and_has_no_store(rank_pool: RankPool, tmp_path: Path) -> None:
     rank_pool.run(1, train_here, tiny_tree(tmp_path, train={"steps": 1}))
     assert history(tmp_path)[0]["step"] == 1
-    assert not list(tmp_path.rglob("mlflow.db"))
+    assert not list(tmp_path.rglob("mlflow.db")) and not list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.distributed

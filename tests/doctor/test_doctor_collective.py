@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from commands import ENVIRONMENT
 from ranks import RankPool
+from warm import start
 
 from erollout.doctor import collective
 from erollout.doctor.judgement import Attendance, judge_arrivals, judge_reach, judge_sums
@@ -30,17 +32,21 @@ SECONDS = 120
 class Nodes:
     """Processes that are named as a scheduler names them."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.port = secrets.choice(range(FIRST_PORT, FIRST_PORT + NUM_PORTS))
-        self._processes: dict[str, subprocess.Popen[str]] = {}
+        self._folder = folder
+        self._processes: dict[str, Any] = {}
 
-    def start(
-        self, name: str, *options: str, program: tuple[str, ...] = ("-m", "erollout.cli", "doctor", "--collective")
-    ) -> None:
-        command = [sys.executable, *program, "--head", f"127.0.0.1:{self.port}", "--interface", "lo", *options]
+    def start(self, name: str, *options: str, program: str | None = None) -> None:
+        """`program`: Python that takes the options, in a fresh interpreter, instead of the command."""
+        arguments = ["--head", f"127.0.0.1:{self.port}", "--interface", "lo", *options]
         environment = ENVIRONMENT | {"SLURMD_NODENAME": name}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        self._processes[name] = subprocess.Popen(command, env=environment, **pipes)
+        if program is None:
+            self._processes[name] = start(["doctor", "--collective", *arguments], environment, self._folder / name)
+        else:
+            with open(self._folder / name, "w") as output:
+                command = [sys.executable, "-c", program, *arguments]
+                self._processes[name] = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
     def wait_for_head(self) -> None:
         """Whoever is there by now."""
@@ -51,18 +57,18 @@ class Nodes:
 
     def wait(self) -> dict[str, tuple[int, list[str]]]:
         """Status and lines of each."""
-        outputs = {name: process.communicate(timeout=SECONDS)[0].splitlines() for name, process in self._processes.items()}
-        return {name: (process.returncode, outputs[name]) for name, process in self._processes.items()}
+        statuses = {name: process.wait(SECONDS) for name, process in self._processes.items()}
+        return {name: (status, (self._folder / name).read_text().splitlines()) for name, status in statuses.items()}
 
     def end(self) -> None:
         for process in self._processes.values():
             process.kill()
-            process.communicate()
+            process.wait(SECONDS)
 
 
 @pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    found = Nodes()
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    found = Nodes(tmp_path_factory.mktemp("nodes"))
     yield found
     found.end()
 
@@ -84,13 +90,13 @@ def test_three_nodes_meet(nodes: Nodes, tmp_path: Path) -> None:
 @pytest.mark.end_to_end
 def test_one_that_does_not_come_is_named(nodes: Nodes) -> None:
     for name in ("n1", "n2"):
-        nodes.start(name, *_options(3, wait=20), "--expect", "n1,n2,n3")
+        nodes.start(name, *_options(3, wait=8), "--expect", "n1,n2,n3")
     outcomes = nodes.wait()
-    named = [lines for _, lines in outcomes.values() if "node n3 bad: did not arrive within 20 s" in lines]
+    named = [lines for _, lines in outcomes.values() if "node n3 bad: did not arrive within 8 s" in lines]
     assert len(named) == 1, "by the head, and by it alone"
     for name, (status, lines) in outcomes.items():
         assert status == 1 and lines[-1] == f"node {name} ok"
-        assert any(line.startswith("error: nodes: 2 of 3 nodes arrived within 20 s: n") for line in lines)
+        assert any(line.startswith("error: nodes: 2 of 3 nodes arrived within 8 s: n") for line in lines)
 
 
 ABSENT_MINDED = """
@@ -119,9 +125,9 @@ def test_one_that_comes_and_is_not_reached_is_named(change: str, reason: str, no
     program = ABSENT_MINDED.format(change=f"_Peer = collective.Peer\ncollective.REACH_SECONDS = 15\n{change}")
     head = "from erollout.doctor import collective\nfrom erollout.cli import main\nimport sys\ncollective.REACH_SECONDS = 15\n"
     for name in ("n1", "n2"):
-        nodes.start(name, *_options(3), program=("-c", f"{head}sys.exit(main(['doctor', '--collective', *sys.argv[1:]]))"))
+        nodes.start(name, *_options(3), program=f"{head}sys.exit(main(['doctor', '--collective', *sys.argv[1:]]))")
     nodes.wait_for_head()
-    nodes.start("n3", *_options(3), program=("-c", program))
+    nodes.start("n3", *_options(3), program=program)
     outcomes = nodes.wait()
     del outcomes["n3"]
     assert all(status == 1 and lines[-1] == f"node {name} ok" for name, (status, lines) in outcomes.items()), outcomes

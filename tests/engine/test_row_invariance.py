@@ -31,15 +31,18 @@ LEVELS: dict[str, tuple[str, dict[str, str]]] = {
     "avx512-bf16": ("avx512_bf16", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512"}),
 }
 """By name: what the processor must have for the level to differ from its own, and the variables."""
+SLOW = ("two-threads", "compatible")
 
 
-@pytest.mark.parametrize("level", ["own", *(pytest.param(level, marks=pytest.mark.full) for level in LEVELS if level != "own")])
-def test_bits_do_not_depend_on_the_company(level: str) -> None:
+@pytest.mark.parametrize(
+    ("level", "step"),
+    [("own", 13), *(pytest.param(level, 13 if level in SLOW else 1, marks=pytest.mark.full) for level in LEVELS)],
+)
+def test_bits_do_not_depend_on_the_company(level: str, step: int) -> None:
     needs, variables = LEVELS[level]
     if needs and needs not in processor_flags():
         pytest.skip(f"this processor has no {needs}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     script = Path(__file__).parents[1] / "row_invariance.py"
-    step = "13" if level in ("two-threads", "compatible") else "1"  # these are slow
-    done = subprocess.run([sys.executable, script, step], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, script, str(step)], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -170,7 +170,7 @@ def _train_with_a_stop(tree: dict[str, Any]) -> None:
     begin = Coordination.begin
 
     def interrupted(self: Coordination, *args: Any) -> Recorder:
-        return Recorder(begin(self, *args), [Event(1, "stop", 15.0)] if dist.get_rank() == 1 else [])
+        return Recorder(begin(self, *args), [Event(1, "stop", 6.0)] if dist.get_rank() == 1 else [])
 
     Coordination.begin = interrupted  # type: ignore[assignment,method-assign]
     train_here(tree)

@@ -1,14 +1,12 @@
 """Training with speculation: the same samples, so the same run, and what a run says about its drafts."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ENVIRONMENT
-from ranks import RankPool
-from tiny_runs import history, tiny_tree, train_here, write_config
+from ranks import RankFailure, RankPool
+from tiny_runs import history, tiny_tree, train_here
 
 SPECULATION: dict[str, Any] = {"mode": "always", "num_speculative_tokens": 3, "drafter": {"format": "w4a16", "group_size": 16}}
 NGRAM = {"proposer": "ngram", "num_speculative_tokens": 3, "ngram": {"max_ngram": 3, "min_ngram": 1}}
@@ -120,14 +118,21 @@ def test_a_run_resumes_with_another_proposer(rank_pool: RankPool, tmp_path: Path
     ]
 
 
+def train_without_modelopt(tree: dict[str, Any]) -> None:
+    """For RankPool.run, on a new worker: none of our modules that import ModelOpt is there yet."""
+    imported = [name for name in sys.modules if name.partition(".")[0] == "modelopt"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("modelopt", "modelopt.torch", "modelopt.torch.quantization", *imported):
+            patch.setitem(sys.modules, name, None)
+        assert "erollout.drafter.calibrators" not in sys.modules
+        train_here(tree)
+
+
+@pytest.mark.distributed
 def test_ngram_drafts_do_without_modelopt(tmp_path: Path) -> None:
-    """A run of the command from start to end, where importing ModelOpt fails."""
-    speculation = NGRAM | {"mode": "always"}
-    config = write_config(tmp_path, speculation=speculation, train={"steps": 1, "output_dir": str(tmp_path / "run")})
-    code = (
-        "import sys; sys.modules['modelopt'] = None\n"
-        f"from erollout.cli import main; assert main(['train', '--config', {str(config)!r}]) == 0\n"
-        "assert not [name for name in sys.modules if name.startswith('modelopt.')]"
-    )
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=280)
-    assert history(tmp_path)[0]["speculation/drafts"] > 0
+    """A run from start to end, where importing ModelOpt fails."""
+    with RankPool() as pool:
+        pool.run(1, train_without_modelopt, _tree(tmp_path, "run", train={"steps": 1}, speculation=NGRAM | {"mode": "always"}))
+        assert history(tmp_path)[0]["speculation/drafts"] > 0
+        with pytest.raises(RankFailure, match="modelopt"):
+            pool.run(1, train_without_modelopt, _tree(tmp_path, "other", train={"steps": 1}, speculation=SPECULATION))

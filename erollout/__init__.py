@@ -1,6 +1,7 @@
 """RL post-training of language models on Megatron-core, with rollouts made fast without changing what is sampled.
 
-`Engine` generates with a model; `load_config`, `train`, `supervised`, `evaluate` and `compare` are the commands as functions.
+`Engine` generates with a model; `load_config`, `train`, `supervised`, `evaluate`, `compare` and `export` are the commands as
+functions; `find_policy` finds the checkpoint of a run, for `Engine` and `evaluate`.
 They are loaded when first used: importing the package imports nothing else.
 """
 
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from erollout.api.commands import compare, evaluate, supervised, train
+    from erollout.api.export import export
     from erollout.api.generation import GenerationEngine as Engine
+    from erollout.checkpoint.saved_policy import find_policy
     from erollout.config import Config, load_config
     from erollout.errors import UserError
     from erollout.types import SamplingParams
@@ -22,6 +25,8 @@ __all__ = [
     "UserError",
     "compare",
     "evaluate",
+    "export",
+    "find_policy",
     "load_config",
     "supervised",
     "train",
@@ -34,6 +39,8 @@ _HOMES = {
     "UserError": "errors:UserError",
     "compare": "api.commands:compare",
     "evaluate": "api.commands:evaluate",
+    "export": "api.export:export",
+    "find_policy": "checkpoint.saved_policy:find_policy",
     "load_config": "config:load_config",
     "supervised": "api.commands:supervised",
     "train": "api.commands:train",

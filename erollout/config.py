@@ -155,8 +155,8 @@ def _check_consistency(config: Config) -> None:
         raise UserError("set exactly one of model.path (a Hugging Face directory) and model.architecture (random weights)")
     if not config.tokenizer_path:
         raise UserError("model.tokenizer is not set and there is no model.path to take it from; set model.tokenizer")
-    if data.kind == "file" and not data.train_files:
-        raise UserError("data.train_files is empty but data.kind = file; name at least one JSONL, JSON or parquet file")
+    if not data.test_files:
+        require_training_data(config)
     if data.kind == "reasoning_gym" and not data.tasks:
         raise UserError("data.tasks is empty but data.kind = reasoning_gym; name at least one task")
     if "{prompt}" not in data.instruction:
@@ -206,13 +206,20 @@ def _check_consistency(config: Config) -> None:
         )
 
 
-def require_groups(config: Config) -> None:
-    """Check, for training, that groups have several samples, which advantages need. Raises UserError."""
+def require_trainable(config: Config) -> None:
+    """Check what reinforcement learning needs: data, and groups of several samples for advantages. Raises UserError."""
+    require_training_data(config)
     if config.rollout.group_size == 1:
         raise UserError(
             f"rollout.group_size = 1: {config.algorithm.name.upper()} compares a response with the others to its prompt, and "
             "every advantage would be 0; set it to 2 or more (8 is the default)"
         )
+
+
+def require_training_data(config: Config) -> None:
+    """Check, for training, that there are files to train on: commands that only sample need none. Raises UserError."""
+    if config.data.kind == "file" and not config.data.train_files:
+        raise UserError("data.train_files is empty but data.kind = file; name at least one JSONL, JSON or parquet file")
 
 
 def _check_coordinator(config: Config) -> None:

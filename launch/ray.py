@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from erollout.config import load_config, require_groups
+from erollout.config import load_config, require_trainable
 from erollout.configuration.arguments import add_run_arguments, overrides
 from erollout.environment import variable
 from erollout.errors import UserError
@@ -75,7 +75,7 @@ def _job(options: argparse.Namespace) -> RayJob:
     if options.cpus_per_rank == 0 and not options.gpus_per_rank:
         raise UserError("--cpus-per-rank = 0 needs --gpus-per-rank: ranks must reserve something on a node")
     config = load_config(options.config, overrides(options))
-    require_groups(config)
+    require_trainable(config)
     wanted, ranks = config.parallel.world_size, options.nodes * options.ranks_per_node
     if wanted not in (None, ranks):
         raise UserError(

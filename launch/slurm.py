@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from erollout.checkpoint.resume import check_newest
-from erollout.config import ParallelConfig, RolloutConfig, load_config, require_groups
+from erollout.config import ParallelConfig, RolloutConfig, load_config, require_trainable
 from erollout.configuration.arguments import add_run_arguments, overrides
 from erollout.errors import UserError
 from erollout.launch.plan import Plan, batch_script, describe, seconds_of, written
@@ -77,7 +77,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     _check_numbers(options)
     site = load_site(options.site) if options.site else Site()
     config = with_absolute_paths(load_config(options.config, overrides(options)))
-    require_groups(config)
+    require_trainable(config)
     run = RunDirectory(Path(config.train.output_dir))
     ranks = options.gpus_per_node or options.ranks_per_node
     _check_ranks(config.parallel, config.rollout, options.nodes, ranks)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from erollout.config import Config, load_config, require_groups
+from erollout.config import Config, load_config, require_trainable
 from erollout.configuration.arguments import add_run_arguments, overrides
 from erollout.environment import STORE, loopback_variables, set_variable, variable
 from erollout.errors import UserError
@@ -114,7 +114,7 @@ def _check(options: argparse.Namespace) -> Config:
     if options.head is not None:
         find_head(options.head)  # also where a single node needs none, to try a command for several
     config = load_config(options.config, overrides(options))
-    require_groups(config)
+    require_trainable(config)
     wanted, ranks = config.parallel.world_size, options.nodes * options.nproc_per_node
     if wanted not in (None, ranks):
         raise UserError(

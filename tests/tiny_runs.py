@@ -90,4 +90,4 @@ def sft_here(tree: dict[str, Any]) -> None:
 def rollout_here(tree: dict[str, Any], out: str) -> None:
     from erollout.api import sampling
 
-    sampling.rollout(build_config(tree), out)
+    sampling.report(build_config(tree), None, out)

@@ -1,7 +1,8 @@
 """The commands as functions, in this process: alone, or on every rank that torchrun or another launcher has started."""
 
 from erollout.api import sampling
-from erollout.config import Config, require_groups
+from erollout.checkpoint.saved_policy import SavedPolicy
+from erollout.config import Config, require_trainable, require_training_data
 from erollout.environment import is_rank
 from erollout.errors import UserError
 from erollout.parallel.groups import expected_world_size
@@ -11,21 +12,27 @@ from erollout.train import session
 
 def train(config: Config) -> None:
     """Train by reinforcement learning, from the newest checkpoint if there is one, as `erollout train`. Raises UserError."""
-    require_groups(config)
+    require_trainable(config)
     _require_ranks(config)
     session.train(config)
 
 
 def supervised(config: Config) -> None:
     """Fine-tune on prompts with given answers, as `erollout sft`. Raises UserError."""
+    require_training_data(config)
     _require_ranks(config)
     session.supervised(config)
 
 
-def evaluate(config: Config) -> dict[str, float]:
-    """Metrics of the configured model on the held-out prompts: `evaluation/pass_at_1`, ... Raises UserError."""
+def evaluate(policy: Config | SavedPolicy) -> dict[str, float]:
+    """Metrics on the held-out prompts of a configured model or of a run's checkpoint (`find_policy`), as `erollout evaluate`.
+
+    Returns: as tracked in training (`evaluation/pass_at_1`, ...), and prompts, responses, tokens, seconds, tokens/s. Raises
+    UserError.
+    """
+    config, saved = (policy, None) if isinstance(policy, Config) else (policy.config, policy)
     _require_ranks(config)
-    return sampling.evaluate(config).metrics
+    return sampling.evaluate(config, saved).metrics
 
 
 def compare(config: Config) -> dict[str, Comparison]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from erollout.checkpoint.checkpointer import load_policy
+from erollout.checkpoint.saved_policy import SavedPolicy
 from erollout.config import Config, build_config
 from erollout.configuration.yaml_tree import apply_override
 from erollout.data.tokenizer import load_tokenizer
@@ -91,8 +93,10 @@ class GenerationEngine:
     all results.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, saved: SavedPolicy | None = None) -> None:
         """From a configuration, of which the sections model, rollout, speculation, coordinator and parallel are used.
+
+        saved: a checkpoint's weights instead of those of the configured model.
 
         Raises UserError for what this machine or model can't have.
         """
@@ -106,7 +110,10 @@ class GenerationEngine:
             context = initialize(config)
             opened.callback(shut_down, context)
             self._replica = DecodeReplica(config, architecture, context, self.tokenizer)
-            self._replica.load_weights(config.model, config.train.seed)
+            if saved is None:
+                self._replica.load_weights(config.model, config.train.seed)
+            else:
+                self._replica.refit(load_policy(saved.path, config, context), saved.step)
             self._opened = opened.pop_all()
         self._ends = (*architecture.eos_token_ids, self.tokenizer.eos_token_id)
         self._calls = 0
@@ -114,7 +121,7 @@ class GenerationEngine:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        source: str | Path | SavedPolicy,
         speculation: Mode = "off",
         *,
         num_speculative_tokens: int = 3,
@@ -128,10 +135,10 @@ class GenerationEngine:
         seed: int = 0,
         overrides: Sequence[str] = (),
     ) -> Self:
-        """An engine with a model of a local Hugging Face directory. Raises UserError.
+        """An engine with a model of a local Hugging Face directory, or of a run's checkpoint. Raises UserError.
 
         Args:
-            path: directory with config.json, safetensors and tokenizer.
+            source: directory with config.json, safetensors and tokenizer; or what `find_policy` found.
             speculation: as `speculation.mode`.
             drafter: as `speculation.drafter.format`.
             verification: `coupled`: the samples are those without speculation (`erollout config keys verification`).
@@ -144,7 +151,7 @@ class GenerationEngine:
             overrides: further keys as on the command line, `rollout.kernels=torch`; they win.
         """
         tree: dict[str, Any] = {
-            "model": {"path": str(path), "max_position_embeddings": max_model_len},
+            "model": _model(source, max_model_len),
             "rollout": {
                 "dtype": dtype,
                 "tensor_model_parallel_size": tensor_parallel_size,
@@ -162,7 +169,8 @@ class GenerationEngine:
         }
         for override in overrides:
             apply_override(tree, override, Config)
-        return cls(build_config(tree, "Engine.from_pretrained"))
+        config = build_config(tree, "Engine.from_pretrained")
+        return cls(config, source if isinstance(source, SavedPolicy) else None)
 
     def generate(
         self, prompts: str | Tokens | Sequence[str | Tokens], sampling: SamplingParams | None = None, n: int = 1
@@ -243,3 +251,11 @@ class GenerationEngine:
     def _completion(self, rollout: Rollout) -> Completion:
         text = self._replica.engine.response_text(rollout.response_ids)
         return Completion(text, rollout.response_ids, rollout.rollout_logprobs, rollout.raw_logprobs, rollout.finish_reason)
+
+
+def _model(source: str | Path | SavedPolicy, max_model_len: int | None) -> dict[str, Any]:
+    """The section `model` of an engine's configuration."""
+    if not isinstance(source, SavedPolicy):
+        return {"path": str(source), "max_position_embeddings": max_model_len}
+    longest = {} if max_model_len is None else {"max_position_embeddings": max_model_len}
+    return source.config.to_dict()["model"] | longest

@@ -1,4 +1,4 @@
-"""The commands that sample with the model's weights and train nothing, on every rank: rollout, compare, calibrate sweep."""
+"""The commands that sample with a model's weights and train nothing, on every rank: evaluate, compare, calibrate sweep."""
 
 import json
 import logging
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from erollout.calibration.measure import sweep_grid, sweep_into
+from erollout.checkpoint.saved_policy import SavedPolicy
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
 from erollout.drafter.registry import proposer_kind
@@ -31,18 +32,40 @@ class Evaluation:
     rows: list[dict[str, object]]
     """A row per response: reward, task, prompt, reference, text, token ids, log-probs, ..."""
     metrics: dict[str, float]
-    """As tracked in training: `evaluation/pass_at_1`, ...; and responses, tokens, seconds, tokens/s."""
+    """As tracked in training: `evaluation/pass_at_1`, ...; and prompts, responses, tokens, seconds, tokens/s."""
+    num_held_out: int
+    """Prompts in the test data; those beyond `evaluation.num_prompts` were not sampled."""
+
+    def table(self) -> list[tuple[str, object]]:
+        """Names and values for a table: accuracy, rewards, amounts, lengths, speed; with several tasks also by task."""
+        found, prompts = self.metrics, int(self.metrics["prompts"])
+        all_of_them = f"{prompts:,}" if prompts == self.num_held_out else f"{prompts:,} of {self.num_held_out:,}"
+        limited = "" if prompts == self.num_held_out else " (evaluation.num_prompts)"
+        rates = [(_rate(name), value) for name, value in found.items() if "/pass_at_" in name or name.endswith("/reward_mean")]
+        failed = int(found["evaluation/scoring_errors"])
+        return [
+            ("prompts", all_of_them + limited),
+            ("responses", f"{int(found['responses']):,}"),
+            *rates,
+            ("truncated", f"{found['evaluation/truncated_fraction']:.1%}"),
+            ("mean length", f"{found['evaluation/response_length_mean']:.1f} tokens"),
+            *([("not scored", f"{failed:,}, which count as rewards.error_value")] if failed else []),
+            ("tokens/s", f"{found['tokens/s']:.1f}"),
+        ]
 
 
-def evaluate(config: Config) -> Evaluation:
-    """Sample the held-out prompts and score them. Collective. Raises UserError."""
-    with _sampling(config, "rollout") as (_, worker, data):
+def evaluate(config: Config, saved: SavedPolicy | None = None) -> Evaluation:
+    """Sample the held-out prompts and score them. Collective. Raises UserError.
+
+    saved: the policy to sample from; None: the model that the configuration names.
+    """
+    with _sampling(config, saved) as (_, worker, data):
         if worker.speculation is not None and worker.speculation.wants_rollouts:
             logging.getLogger(__name__).info(
                 "speculation.drafter.format = %s: this command makes one rollout only, so there is none to learn from",
                 config.speculation.drafter.format,
             )
-        result = worker.evaluate(data, step=0)
+        result = worker.evaluate(data, step=saved.step if saved else 0)  # as the run itself does after that step
         shown = sample_rows(result.scored, data, worker.text)
         rows = [
             {
@@ -58,16 +81,19 @@ def evaluate(config: Config) -> Evaluation:
         seconds = max(report["seconds"] for report in result.reports)
         tokens = sum(report["tokens"] for report in result.reports)
         metrics = evaluation_metrics(result.scored, sum(result.failures.values()))
-        metrics |= {"responses": len(rows), "tokens": int(tokens), "seconds": seconds, "tokens/s": tokens / seconds}
-        return Evaluation(rows, metrics)
+        prompts = len({s.rollout.prompt_index for s in result.scored})
+        metrics |= {"prompts": prompts, "responses": len(rows), "tokens": int(tokens), "seconds": seconds}
+        return Evaluation(rows, metrics | {"tokens/s": tokens / seconds}, len(data))
 
 
-def rollout(config: Config, out: str) -> None:
-    """Sample the held-out prompts, score them, and write one JSON line per response."""
-    found = evaluate(config)
+def report(config: Config, saved: SavedPolicy | None, out: str | None) -> None:
+    """Evaluate, print a table and, with `out`, write one JSON line per response. Collective. Raises UserError."""
+    found = evaluate(config, saved)
     if current_rank() == 0:
-        _write_lines(Path(out), found.rows)
-        print_summary([*found.metrics.items(), ("written to", out)])
+        if out is not None:
+            _write_lines(Path(out), found.rows)
+        policy = str(saved.path) if saved else config.model.path or "random weights (model.architecture)"
+        print_summary([("policy", policy), *found.table(), *([("written to", out)] if out else [])])
 
 
 def compare_modes(config: Config) -> dict[str, Comparison]:
@@ -77,7 +103,7 @@ def compare_modes(config: Config) -> dict[str, Comparison]:
     """
     if config.speculation.mode == "off":
         raise UserError("speculation.mode = off: there is nothing to compare with; set it to always")
-    with _sampling(config, "compare") as (world, worker, data):
+    with _sampling(config) as (world, worker, data):
         first, requantize = drafter_as_in_training(worker, data)
         comparisons = compare_held_out(worker, data)
         if world.context.rank == 0:
@@ -115,14 +141,21 @@ def sweep(config: Config, out: str, grid: Mapping[str, tuple[int, ...]], minutes
 
 
 @contextmanager
-def _sampling(config: Config, command: str) -> Iterator[tuple[World, RolloutWorker, PromptDataset]]:
-    """A worker with the model's weights, and the held-out prompts."""
+def _sampling(config: Config, saved: SavedPolicy | None = None) -> Iterator[tuple[World, RolloutWorker, PromptDataset]]:
+    """A worker with a policy's weights, and the held-out prompts."""
     with joined(config) as world, reward_pool(config.rewards, world.resolved) as rewards:
         world.fix_date()
         data = world.resolved.test_data
         if data is None:
-            raise UserError(f"data.test_files is empty: `erollout {command}` samples the test prompts; name at least one file")
-        yield world, sampling_worker(world, rewards), data
+            raise UserError("data.test_files is empty: this command samples the test prompts; name at least one file")
+        yield world, sampling_worker(world, rewards, saved), data
+
+
+def _rate(metric: str) -> str:
+    """`evaluation/gsm/pass_at_1` as it is called in a table."""
+    *task, name = metric.split("/")[1:]
+    known = {"pass_at_1": "accuracy (pass@1)", "reward_mean": "mean reward"}
+    return ", ".join([known.get(name, name.replace("pass_at_", "pass@")), *task])
 
 
 def _write_lines(path: Path, rows: list[dict[str, object]]) -> None:

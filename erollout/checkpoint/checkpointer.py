@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from erollout.checkpoint.manifest import (
@@ -39,9 +41,13 @@ from erollout.checkpoint.manifest import (
 )
 from erollout.checkpoint.resume import RunKind, changes, configuration, drawn, identity, read_state, require_resumable
 from erollout.checkpoint.writing import Writing
+from erollout.config import Config
 from erollout.errors import UserError, foreign_code
 from erollout.parallel.collectives import all_gather, from_rank_zero, on_rank_zero
+from erollout.parallel.groups import ParallelContext
 from erollout.policy.actor import Actor
+from erollout.policy.families import policy_architecture
+from erollout.policy.model import build_model, local_tensors, transformer_config
 from erollout.policy.optimizer import restore_optimizer
 from erollout.rollout.partial import PartialRollouts
 from erollout.security.unpickling import load_metadata
@@ -189,13 +195,7 @@ class Checkpointer:
         require_resumable(path, document, self.actor.architecture, self.actor.config, self.kind)
         self._on_rank_zero(lambda: _require_plain(path))
         updates = document["scheduler"]["num_steps"] - 1  # as in Actor.num_updates
-        expected = self._sharded_state(updates, is_loading=True)
-        try:
-            loaded = dist_checkpointing.load(expected, str(path))
-        except _FAILURES as error:
-            raise UserError(
-                f"can't load checkpoint {path}: {_reason(error)}; move that directory away to use the one before"
-            ) from error
+        loaded = _load_sharded(path, self._sharded_state(updates, is_loading=True))
         self.actor.module.load_state_dict(loaded["model"])
         restore_optimizer(
             self.actor.optimizer, self.actor.scheduler, loaded["optimizer"] if updates else None, document["scheduler"]
@@ -307,6 +307,35 @@ class Checkpointer:
                 raise UserError(str(error)) from error
 
         on_rank_zero(run)
+
+
+def load_policy(checkpoint: Path, config: Config, context: ParallelContext) -> dict[str, Tensor]:
+    """This rank's parameters of a checkpoint's policy in the training layout, without an optimizer. Collective.
+
+    Returns tensors named as in training_placement(). Raises UserError, on all ranks alike, for a damaged checkpoint.
+    """
+    path = Path(from_rank_zero(str(checkpoint)))  # ranks may have found another newest one while the run goes on
+    found = all_gather(damage(path, context.rank, context.world_size))
+    if reason := next((reason for reason in found if reason is not None), None):
+        raise UserError(f"checkpoint {path} is damaged: {reason}; restore its files, or name another one with --step")
+    on_rank_zero(lambda: _require_plain(path))
+    model_parallel_cuda_manual_seed(config.train.seed)  # without it no module can be built
+    architecture = policy_architecture(config.model)
+    module = build_model(architecture, transformer_config(architecture, config.model, config.parallel)).to(context.device)
+    loaded = _load_sharded(path, {"model": module.sharded_state_dict()})
+    module.load_state_dict(loaded["model"])
+    return local_tensors(module)
+
+
+def _load_sharded(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of a checkpoint in the layout of `expected`, whose tensors are overwritten. Collective. Raises UserError."""
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(expected, str(path))
+    except _FAILURES as error:
+        raise UserError(
+            f"can't load checkpoint {path}: {_reason(error)}; move that directory away to use the one before"
+        ) from error
+    return loaded
 
 
 def partial_rollouts_file(index: int) -> str:

@@ -133,7 +133,7 @@ def require_resumable(
             f"checkpoint {path} is from a {document['kind']} run, this is a {kind} run; set train.output_dir to another place "
             "(a policy is handed on by checkpoint.export_path and model.path)"
         )
-    _require_model(path, document["identity"], identity(architecture, config.model, config.optimizer))
+    require_model(path, document, architecture, config)
     for change in changes(document.get("configuration", {}), config):
         if change.key == "model.architecture":  # covered by the model's identity
             continue
@@ -185,7 +185,9 @@ def read_state(path: Path) -> dict[str, Any]:
     return document
 
 
-def _require_model(path: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def require_model(path: Path, document: Mapping[str, Any], architecture: Architecture, config: Config) -> None:
+    """Raise UserError if the checkpoint at `path`, with this STATE file, has another model, dtype or optimizer layout."""
+    saved, mine = document["identity"], identity(architecture, config.model, config.optimizer)
     there, here = saved["architecture"], mine["architecture"]
     for key in here:
         if there.get(key) != here[key]:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from erollout import __version__
 from erollout.calibration.commands import add_commands
+from erollout.command_line.export import add_command as add_export
 from erollout.command_line.generate import add_command as add_generate
+from erollout.command_line.policy_source import PolicySource, add_policy_arguments, read_policy
 from erollout.command_line.show_config import add_command as add_config
-from erollout.config import Config, load_config, require_groups
+from erollout.config import Config, load_config, require_trainable, require_training_data
 from erollout.configuration.arguments import Commands, Parser, add_overrides, add_run_arguments, overrides
 from erollout.doctor.commands import add_command as add_doctor
 from erollout.environment import is_elastic, is_rank, launcher_environment
@@ -66,7 +69,9 @@ def parser() -> Parser:
     commands: Commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _command(commands, "train", _train, "train a policy by reinforcement learning")
     _command(commands, "sft", _sft, "fine-tune a policy on prompts with given answers")
-    rollout = _command(commands, "rollout", _rollout, "sample responses to held-out prompts and score them")
+    evaluate = _policy_command(commands, "evaluate", "sample responses to held-out prompts, score them, print a table")
+    evaluate.add_argument("--out", metavar="FILE", help="JSONL file to write as well, one line per response")
+    rollout = _policy_command(commands, "rollout", "sample responses to held-out prompts, score them, write them")
     rollout.add_argument("--out", required=True, metavar="FILE", help="JSONL file to write, one line per response")
     _command(commands, "compare", _compare, "compare sampling of held-out prompts with speculation off and on")
     demo = _demo_command(commands, "demo", _demo, "run the whole demo: tokenizer, warm-up, reinforcement learning, comparison")
@@ -78,6 +83,7 @@ def parser() -> Parser:
         "--warm-start", metavar="FILE", default="configs/demo-rollout-sft.yaml", help="config of the fine-tuning"
     )
     add_generate(commands)
+    add_export(commands)
     add_commands(commands, _sweep)
     add_command(commands)
     add_launch_commands(commands)
@@ -93,9 +99,21 @@ def parser() -> Parser:
 def _command(commands: Commands, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     add_run_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print layouts, sizes and memory, then stop")
+    _add_dry_run(parser)
     parser.set_defaults(run=run)
     return parser
+
+
+def _policy_command(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    add_policy_arguments(parser)
+    _add_dry_run(parser)
+    parser.set_defaults(run=_evaluate)
+    return parser
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print layouts, sizes and memory, then stop")
 
 
 def _demo_command(commands: Commands, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
@@ -107,28 +125,37 @@ def _demo_command(commands: Commands, name: str, run: Callable[..., int], text: 
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
-    return _on_ranks(
-        options, arguments, _training, lambda session, config: session.train(config), "reinforcement learning", require_groups
-    )
+    read = partial(_read_config, check=require_trainable)
+    return _on_ranks(options, arguments, _training, lambda run, it: run.train(it.config), read, "reinforcement learning")
 
 
 def _sft(options: argparse.Namespace, arguments: list[str]) -> int:
-    return _on_ranks(options, arguments, _training, lambda session, config: session.supervised(config), "supervised")
+    read = partial(_read_config, check=require_training_data)
+    return _on_ranks(options, arguments, _training, lambda run, it: run.supervised(it.config), read, "supervised")
 
 
-def _rollout(options: argparse.Namespace, arguments: list[str]) -> int:
-    return _on_ranks(options, arguments, _sampling, lambda sampling, config: sampling.rollout(config, options.out))
+def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
+    return _on_ranks(
+        options, arguments, _sampling, lambda sampling, it: sampling.report(it.config, it.saved, options.out), read_policy
+    )
 
 
 def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
-    return _on_ranks(options, arguments, _sampling, lambda sampling, config: sampling.compare_modes(config))
+    return _on_ranks(options, arguments, _sampling, lambda sampling, it: sampling.compare_modes(it.config))
 
 
 def _sweep(options: argparse.Namespace, arguments: list[str]) -> int:
     grid = {name: getattr(options, name) or () for name in ("batches", "contexts", "drafts")}
     return _on_ranks(
-        options, arguments, _sampling, lambda sampling, config: sampling.sweep(config, options.out, grid, options.minutes)
+        options, arguments, _sampling, lambda sampling, it: sampling.sweep(it.config, options.out, grid, options.minutes)
     )
+
+
+def _read_config(options: argparse.Namespace, check: Callable[[Config], None] | None = None) -> PolicySource:
+    config = load_config(options.config, overrides(options))
+    if check is not None:
+        check(config)
+    return PolicySource(config)
 
 
 def _demo(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -154,9 +181,9 @@ def _on_ranks(
     options: argparse.Namespace,
     arguments: list[str],
     load: Callable[[], ModuleType],
-    work: Callable[[ModuleType, Config], None],
+    work: Callable[[ModuleType, PolicySource], None],
+    read: Callable[[argparse.Namespace], PolicySource] = _read_config,
     kind: "RunKind | None" = None,
-    check: Callable[[Config], None] | None = None,
 ) -> int:
     """Do the work here when this is a rank; otherwise check the configuration and start the ranks on this machine.
 
@@ -164,9 +191,8 @@ def _on_ranks(
     """
     module: ModuleType | None = None
     with starting(speaks=not is_rank()):  # the whole process: a library may swallow an interrupt while loading
-        config = load_config(options.config, overrides(options))  # before the imports, which take seconds
-        if check is not None:
-            check(config)
+        source = read(options)  # before the imports, which take seconds
+        config = source.config
         if not is_rank():
             print("Loading torch and transformers, checking the configuration ...", file=sys.stderr, flush=True)
         from erollout.parallel.groups import expected_world_size
@@ -193,7 +219,7 @@ def _on_ranks(
             )
     if module is None:
         return launch_local(arguments, world_size)
-    work(module, config)
+    work(module, source)
     return 0
 
 

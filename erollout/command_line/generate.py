@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from erollout.configuration.arguments import Commands, add_overrides
+from erollout.configuration.arguments import Commands, add_overrides, add_step
 from erollout.errors import UserError
 
 
@@ -14,7 +14,10 @@ def add_command(commands: Commands) -> None:
     """Add `generate`."""
     text = "complete prompts with a model, with speculation as asked for"
     parser = commands.add_parser("generate", help=text, description=text)
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory")
+    policy = parser.add_mutually_exclusive_group(required=True)
+    policy.add_argument("--model", metavar="DIR", help="Hugging Face directory")
+    policy.add_argument("--run", dest="directory", metavar="DIR", help="train.output_dir of a run: sample from its checkpoint")
+    add_step(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help="text file with a prompt per line; - for standard input")
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
@@ -35,13 +38,18 @@ def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
     prompts = [*options.prompt, *(_lines(options.prompts) if options.prompts else [])]
     if not prompts:
         raise UserError("no prompt is given; add --prompt TEXT or --prompts FILE")
+    if options.model is not None and options.step is not None:
+        raise UserError(f"--step = {options.step} is the step of a run's checkpoint; give --run DIR instead of --model")
+    from erollout.checkpoint.saved_policy import find_policy
+
+    source = options.model or find_policy(options.directory, options.step)
     from erollout.api.generation import GenerationEngine  # takes seconds, so after the checks
     from erollout.parallel.groups import current_rank
     from erollout.types import SamplingParams
 
     sampling = SamplingParams(temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens)
     with GenerationEngine.from_pretrained(
-        options.model, options.speculation, seed=options.seed, overrides=options.overrides
+        source, options.speculation, seed=options.seed, overrides=options.overrides
     ) as engine:
         result = engine.generate([engine.chat(text) if options.chat else text for text in prompts], sampling, options.n)
     if current_rank():

@@ -59,6 +59,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
 
 
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of a run's checkpoint."""
+    parser.add_argument("--step", type=int, metavar="N", help="step of the run's checkpoint (default: the newest)")
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add overrides of configuration values."""
     parser.add_argument(

@@ -20,6 +20,8 @@ def build_datasets(
 ) -> tuple[PromptDataset, PromptDataset | None]:
     """(train, test); no test set for kind `file` without data.test_files. Raises UserError for an impossible configuration.
 
+    Without data.train_files, for commands that don't train, the test set stands for both.
+
     A kind's module is imported on demand: reasoning-gym and pyarrow take a second each.
     """
     renderer = PromptRenderer(data, tokenizer)
@@ -50,18 +52,28 @@ def _file_datasets(
     if both := {Path(path).resolve() for path in data.train_files} & {Path(path).resolve() for path in data.test_files}:
         raise UserError(f"{both.pop()} is in data.train_files and in data.test_files; hold other rows out for the test")
     task = data.tasks[0].name if data.tasks else None
+    if not data.train_files:
+        test = _held_out(data, limits, renderer, task)
+        return test, test
     train_source = FileSource(data.train_files, data.prompt_column, data.answer_column, task, data.train_seed)
     train = PromptDataset(train_source, renderer, limits)
     train.check(train_source.items)
     if not data.test_files:
         return train, None
-    test_source = FileSource(data.test_files, data.prompt_column, data.answer_column, task, None)
-    test = PromptDataset(test_source, renderer, limits)
-    test.check(test_source.items)
+    test = _held_out(data, limits, renderer, task)
     seen = {str(item.question) for item in train_source.items}
-    shared = sum(str(item.question) in seen for item in test_source.items)
+    shared = sum(str(test.item(index).question) in seen for index in range(len(test)))
     if shared:
         logger.warning(
-            "%d of %d test questions are also in data.train_files: held-out accuracy will be too high", shared, len(test_source)
+            "%d of %d test questions are also in data.train_files: held-out accuracy will be too high", shared, len(test)
         )
     return train, test
+
+
+def _held_out(data: DataConfig, limits: PromptLimits, renderer: PromptRenderer, task: str | None) -> PromptDataset:
+    from erollout.data.dataset_file import FileSource
+
+    source = FileSource(data.test_files, data.prompt_column, data.answer_column, task, None)
+    test = PromptDataset(source, renderer, limits)
+    test.check(source.items)
+    return test

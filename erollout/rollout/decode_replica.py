@@ -1,9 +1,13 @@
 """One rank's part of a decode replica: engine, proposers of drafts, and its coordination with the other replicas."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config, ModelConfig, RolloutConfig
@@ -14,12 +18,24 @@ from erollout.engine.proposers.proposer_set import ProposerSet, RequantizeStats
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.architecture import Architecture
 from erollout.policy.initialization import first_weights
+from erollout.resharding.executor import Resharder, ReshardStats, wire_dtype
+from erollout.resharding.planner import plan_for_rank
+from erollout.resharding.transport import ProcessGroupTransport
 from erollout.resilience.unattended import ignore, never
 from erollout.rollout.coordination import Coordination
 from erollout.rollout.summary import RolloutSummary
 from erollout.types import Rollout, RolloutRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RefitStats:
+    """Cost of a refit on this rank."""
+
+    reshard: ReshardStats
+    requantize: RequantizeStats | None
+    """Cost of requantising; None: no drafter. Its seconds are part of the reshard's, during which it runs."""
 
 
 class DecodeReplica:
@@ -39,6 +55,7 @@ class DecodeReplica:
             stop_requested: whether a stop was requested in this process, which interrupts a rollout.
             alive: called at each step of the engine as a sign of life.
         """
+        self.config = config
         self.context = context
         length = config.model.max_position_embeddings or architecture.max_position_embeddings
         self.engine = Engine(architecture, config.rollout, context.decode_group, context.device, tokenizer, length)
@@ -58,6 +75,22 @@ class DecodeReplica:
         if self.speculation is not None:
             self.speculation.all_landed()
         return self.weights_updated(0)
+
+    def refit(self, policy: Mapping[str, Tensor], policy_version: int) -> RefitStats:
+        """Reshard the policy's weights from the training layout, and requantise the drafter as they arrive.
+
+        policy: this rank's parameters, named as in training_placement().
+        """
+        stats = self._resharder.run(policy, self.engine.local_tensors())
+        return RefitStats(stats, self.weights_updated(policy_version))
+
+    @cached_property
+    def _resharder(self) -> Resharder:
+        context, architecture = self.context, self.engine.architecture
+        sent = wire_dtype(*(getattr(torch, part.dtype) for part in (self.config.model, self.config.rollout)))
+        plan = plan_for_rank(architecture, context.train, context.decode, context.rank, decode_placement, sent.itemsize)
+        hook = self.speculation.tensor_landed if self.speculation is not None else None
+        return Resharder(plan, ProcessGroupTransport(None, context.device), sent, context.device, hook)
 
     def weights_updated(self, policy_version: int) -> RequantizeStats | None:
         """Declare that engine and proposers hold this version."""

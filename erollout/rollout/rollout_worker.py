@@ -2,39 +2,32 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
-from erollout.engine.model.decode_layout import decode_placement
 from erollout.engine.proposers.proposer_set import RequantizeStats
 from erollout.engine.sampling.random import request_seed
 from erollout.parallel.collectives import all_gather
 from erollout.parallel.groups import ParallelContext
 from erollout.policy.architecture import Architecture
-from erollout.resharding.executor import Resharder, ReshardStats, wire_dtype
-from erollout.resharding.planner import plan_for_rank
-from erollout.resharding.transport import ProcessGroupTransport
 from erollout.resilience.unattended import ignore, never
 from erollout.rewards.failures import AllScoringFailed, FailureLog
 from erollout.rewards.pool import RewardPool
 from erollout.rollout.coordination import Coordination
-from erollout.rollout.decode_replica import DecodeReplica, sampling_params
+from erollout.rollout.decode_replica import DecodeReplica, RefitStats, sampling_params
 from erollout.rollout.partial import PartialRollouts, RolloutInterrupted, as_partial, fitting, merge_samples
 from erollout.rollout.summary import RolloutSummary
 from erollout.speculation.statistics import SpeculationStatistics, looks_broken, merge
 from erollout.types import PartialRollout, Prompt, Reward, Rollout, RolloutRequest, SamplingParams, ScoredRollout
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1
 """Streams of random numbers, so that evaluation never repeats the noise of training."""
@@ -58,15 +51,6 @@ class RolloutResult:
     """Number of their tokens, which were not sampled again."""
     failures: Counter[str] = field(default_factory=Counter)
     """Number of responses without a score, by kind of failure."""
-
-
-@dataclass(frozen=True, slots=True)
-class RefitStats:
-    """Cost of a refit on this rank."""
-
-    reshard: ReshardStats
-    requantize: RequantizeStats | None
-    """Cost of requantising; None: no drafter. Its seconds are part of the reshard's, during which it runs."""
 
 
 class RolloutWorker:
@@ -94,7 +78,6 @@ class RolloutWorker:
         self._stop_requested = stop_requested
         self.replica = DecodeReplica(config, architecture, context, tokenizer, stop_requested, alive)
         self.engine, self.speculation = self.replica.engine, self.replica.speculation
-        self.resharder = self._build_resharder(architecture)
         self._failures = FailureLog()
         self._states: tuple[str, ...] = ()
         """Speculation state (on or off) by batch size when reasons were last logged."""
@@ -109,10 +92,9 @@ class RolloutWorker:
     def coordination(self, coordination: Coordination) -> None:
         self.replica.coordination = coordination
 
-    def refit(self, policy: dict[str, Tensor], policy_version: int) -> RefitStats:
+    def refit(self, policy: Mapping[str, Tensor], policy_version: int) -> RefitStats:
         """Reshard the policy's weights from the training layout, and requantise the drafter as they arrive."""
-        stats = self.resharder.run(policy, self.engine.local_tensors())
-        return RefitStats(stats, self.replica.weights_updated(policy_version))
+        return self.replica.refit(policy, policy_version)
 
     def load_weights(self) -> RequantizeStats | None:
         """Load the configured model's weights, for sampling without training. Returns None without a drafter."""
@@ -291,12 +273,6 @@ class RolloutWorker:
             "decode_steps": float(stats.steps),
             "scoring_errors": float(sum(r.error is not None for r in rewards.values())),
         }
-
-    def _build_resharder(self, architecture: Architecture) -> Resharder:
-        context, sent = self.context, wire_dtype(DTYPES[self.config.model.dtype], DTYPES[self.config.rollout.dtype])
-        plan = plan_for_rank(architecture, context.train, context.decode, context.rank, decode_placement, sent.itemsize)
-        hook = self.speculation.tensor_landed if self.speculation is not None else None
-        return Resharder(plan, ProcessGroupTransport(None, context.device), sent, context.device, hook)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from erollout.checkpoint.checkpointer import Checkpointer, RunState
+from erollout.checkpoint.checkpointer import Checkpointer, RunState, load_policy
+from erollout.checkpoint.saved_policy import SavedPolicy
 from erollout.config import Config, RewardsConfig
 from erollout.data.description import describe_datasets
 from erollout.parallel.collectives import on_rank_zero
@@ -29,10 +30,13 @@ def reward_pool(options: RewardsConfig, resolved: Resolved) -> RewardPool:
     return RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
 
 
-def sampling_worker(world: World, rewards: RewardPool) -> RolloutWorker:
-    """A worker with the configured model's weights, for sampling without training."""
+def sampling_worker(world: World, rewards: RewardPool, saved: SavedPolicy | None = None) -> RolloutWorker:
+    """A worker for sampling without training, with a checkpoint's weights, or with those of the configured model."""
     worker = RolloutWorker(world.config, world.resolved.architecture, world.context, world.resolved.tokenizer, rewards)
-    worker.load_weights()
+    if saved is None:
+        worker.load_weights()
+    else:
+        worker.refit(load_policy(saved.path, world.config, world.context), saved.step)
     return worker
 
 

@@ -9,7 +9,8 @@ from erollout.calibration.devices import Hardware
 from erollout.config import TrackingConfig
 from erollout.engine.proposers.proposer_set import RequantizeStats
 from erollout.policy.architecture import Architecture
-from erollout.rollout.rollout_worker import RefitStats, RolloutResult
+from erollout.rollout.decode_replica import RefitStats
+from erollout.rollout.rollout_worker import RolloutResult
 from erollout.security.redaction import redact
 from erollout.speculation.statistics import SpeculationStatistics
 from erollout.tracking.address import store_uri

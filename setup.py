@@ -96,14 +96,15 @@ setup(
     # at the top of the tree, and installed inside the package, to avoid common names
     packages=[
         *find_packages(include=["erollout", "erollout.*"]),
+        "erollout.configs",
         "erollout.launch",
         "erollout.megatron_patches",
         "erollout.slurm",
     ],
     ext_modules=native_extensions(),
     cmdclass={"build_ext": BuildNative},
-    package_dir={"erollout.launch": "launch", "erollout.megatron_patches": "megatron_patches", "erollout.slurm": "slurm"},
-    package_data={"erollout.slurm": ["*.sbatch", "sites/*.yaml"]},
+    package_dir={f"erollout.{name}": name for name in ("configs", "launch", "megatron_patches", "slurm")},
+    package_data={"erollout": ["py.typed"], "erollout.configs": ["*.yaml"], "erollout.slurm": ["*.sbatch", "sites/*.yaml"]},
     # Versions that were installed and tested together on CPU; torch's CUDA build of the same version serves GPUs.
     install_requires=[
         "torch==2.13.0",

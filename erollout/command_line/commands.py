@@ -21,6 +21,7 @@ from erollout.command_line.policy_source import PolicySource, add_policy_argumen
 from erollout.command_line.show_config import add_command as add_config
 from erollout.config import Config, load_config, require_trainable, require_training_data
 from erollout.configuration.arguments import Commands, Parser, add_overrides, add_run_arguments, overrides
+from erollout.configuration.shipped import shipped_config
 from erollout.doctor.commands import add_command as add_doctor
 from erollout.environment import is_elastic, is_rank, launcher_environment
 from erollout.errors import UserError
@@ -74,14 +75,10 @@ def parser() -> Parser:
     rollout = _policy_command(commands, "rollout", "sample responses to held-out prompts, score them, write them")
     rollout.add_argument("--out", required=True, metavar="FILE", help="JSONL file to write, one line per response")
     _command(commands, "compare", _compare, "compare sampling of held-out prompts with speculation off and on")
-    demo = _demo_command(commands, "demo", _demo, "run the whole demo: tokenizer, warm-up, reinforcement learning, comparison")
-    demo.add_argument("--warm-start", metavar="FILE", default="configs/demo-sft.yaml", help="config of the supervised warm-up")
-    demo_rollout = _demo_command(
-        commands, "demo-rollout", _demo_rollout, "fetch a small model, fine-tune it on a task, compare rollouts"
-    )
-    demo_rollout.add_argument(
-        "--warm-start", metavar="FILE", default="configs/demo-rollout-sft.yaml", help="config of the fine-tuning"
-    )
+    text = "run the whole demo: tokenizer, warm-up, reinforcement learning, comparison"
+    _demo_command(commands, "demo", _demo, text, "config of the supervised warm-up")
+    text = "fetch a small model, fine-tune it on a task, compare rollouts"
+    _demo_command(commands, "demo-rollout", _demo_rollout, text, "config of the fine-tuning")
     add_generate(commands)
     add_export(commands)
     add_commands(commands, _sweep)
@@ -116,12 +113,17 @@ def _add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, print layouts, sizes and memory, then stop")
 
 
-def _demo_command(commands: Commands, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+def _demo_command(commands: Commands, name: str, run: Callable[..., int], text: str, warm_start: str) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the demo")
+    shipped = "(default: the one that comes with erollout)"
+    parser.add_argument(
+        "--config", metavar="FILE", default=shipped_config(f"{name}.yaml"), help=f"YAML file of the demo {shipped}"
+    )
+    parser.add_argument(
+        "--warm-start", metavar="FILE", default=shipped_config(f"{name}-sft.yaml"), help=f"{warm_start} {shipped}"
+    )
     add_overrides(parser)
     parser.set_defaults(run=run)
-    return parser
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:

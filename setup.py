@@ -125,11 +125,12 @@ setup(
         "packaging>=24",
         "pyarrow>=19.0",
         "jinja2>=3.1",  # chat templates
+        "matplotlib>=3.9",  # every run draws figures
     ],
     extras_require={
         # importing megatron.core with the bare transformer-engine package raises: only with its CUDA parts
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.11.0", "nvidia-ml-py>=13"],
-        "mlflow": ["mlflow==3.17.2", "matplotlib>=3.9"],  # server, pages and figures
+        "mlflow": ["mlflow==3.17.2"],  # server and pages
         "modelopt": ["nvidia-modelopt==0.47.0", "requests"],
         "deepspeed": ["deepspeed==0.19.8"],
         "ray": ["ray==2.60.0"],

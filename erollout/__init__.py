@@ -1,7 +1,7 @@
 """RL post-training of language models on Megatron-core, with rollouts made fast without changing what is sampled.
 
 `Engine` generates with a model; `load_config`, `train`, `supervised`, `evaluate`, `compare` and `export` are the commands as
-functions; `find_policy` finds the checkpoint of a run, for `Engine` and `evaluate`.
+functions; `find_policy` finds a run's checkpoint, for `Engine` and `evaluate`; `read_metrics` reads what a run has tracked.
 They are loaded when first used: importing the package imports nothing else.
 """
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from erollout.checkpoint.saved_policy import find_policy
     from erollout.config import Config, load_config
     from erollout.errors import UserError
+    from erollout.tracking.journal import read_metrics
     from erollout.types import SamplingParams
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "export",
     "find_policy",
     "load_config",
+    "read_metrics",
     "supervised",
     "train",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "export": "api.export:export",
     "find_policy": "checkpoint.saved_policy:find_policy",
     "load_config": "config:load_config",
+    "read_metrics": "tracking.journal:read_metrics",
     "supervised": "api.commands:supervised",
     "train": "api.commands:train",
 }

@@ -78,7 +78,7 @@ LIBRARIES = {
     "ray": ("launch", "schedulers.ray_cluster", "rewards"),
     "reasoning_gym": ("data", "rewards"),
     "math_verify": ("rewards",),
-    "pyarrow": ("data",),
+    "pyarrow": ("data", "tracking.table"),
 }
 """Who may import a library: a package, or a single module of it. Imports for type checkers alone are free."""
 

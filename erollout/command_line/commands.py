@@ -17,6 +17,7 @@ from erollout import __version__
 from erollout.calibration.commands import add_commands
 from erollout.command_line.export import add_command as add_export
 from erollout.command_line.generate import add_command as add_generate
+from erollout.command_line.metrics import add_command as add_metrics
 from erollout.command_line.policy_source import PolicySource, add_policy_arguments, read_policy
 from erollout.command_line.show_config import add_command as add_config
 from erollout.config import Config, load_config, require_trainable, require_training_data
@@ -60,6 +61,13 @@ def run_command(arguments: Sequence[str]) -> int:
     except UserError as error:
         _print_error(error)
         return 2
+    except ModuleNotFoundError as error:  # installed without an optional part, as matplotlib
+        if error.name is None or error.name.partition(".")[0] == "erollout":
+            raise
+        package = error.name.partition(".")[0]
+        fix = "install erollout with its requirements (pip install -e .[mlflow,modelopt] in its checkout)"
+        _print_error(UserError(f"the Python package {package} is missing; {fix}"))
+        return 2
     return status
 
 
@@ -81,6 +89,7 @@ def parser() -> Parser:
     _demo_command(commands, "demo-rollout", _demo_rollout, text, "config of the fine-tuning")
     add_generate(commands)
     add_export(commands)
+    add_metrics(commands)
     add_commands(commands, _sweep)
     add_command(commands)
     add_launch_commands(commands)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from erollout.errors import UserError
 from erollout.tracking import metrics as names
-from erollout.tracking.journal import journal_path, read_history
+from erollout.tracking.journal import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,13 +93,9 @@ def save(figure: "Figure", out: str | Path) -> None:
 
 def plot_run(run: str | Path, out: str | Path) -> None:
     """Save the reward curve of a run, named by its output directory or its journal, as PNG, SVG or PDF. Raises UserError."""
-    journal = journal_path(run) if Path(run).is_dir() else Path(run)
-    try:
-        history = read_history(journal)
-    except OSError as error:
-        raise UserError(f"can't read the metrics {journal}: {error.strerror}; name the output directory of a run") from error
+    history = read_metrics(run)
     if not any(names.REWARD in row for row in history):
-        raise UserError(f"{journal} holds no {names.REWARD}: the run has not finished a step of training yet")
+        raise UserError(f"{run} holds no {names.REWARD}: the run has not finished a step of training yet")
     save(reward_curve(history), out)
 
 

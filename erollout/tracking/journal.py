@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from erollout.errors import UserError
 from erollout.resilience.atomic_write import write_atomically
 from erollout.tracking.records import decode
 
@@ -140,6 +141,18 @@ def read_history(path: str | Path) -> list[dict[str, float]]:
         {name: value for name, value in history[step].items() if not name.startswith("system/")} for step in sorted(history)
     ]
     return [row for row in rows if len(row) > 1]
+
+
+def read_metrics(run: str | Path) -> list[dict[str, float]]:
+    """What a run has tracked, as read_history. Raises UserError if there is no journal.
+
+    run: its `train.output_dir`, or its journal.
+    """
+    journal = journal_path(run) if Path(run).is_dir() else Path(run)
+    try:
+        return read_history(journal)
+    except OSError as error:
+        raise UserError(f"can't read the metrics {journal}: {error.strerror}; name the train.output_dir of a run") from error
 
 
 def _encode(value: Any) -> Any:

@@ -67,6 +67,7 @@ LIBRARIES = {
         "rollout.rollout_worker",
         "rollout.decode_replica",
         "tracking.metrics",
+        "tracking.profiler",
     ),
     "megatron": ("checkpoint.checkpointer", "checkpoint.writing", "megatron_patches", "parallel.groups", "policy"),
     "transformers": ("data", "engine", "train.preflight", "rollout.rollout_worker", "rollout.decode_replica"),

@@ -41,6 +41,7 @@ OBEYED: Mapping[str, str] = {
     "evaluation": "interval num_prompts samples_per_prompt temperature",
     "optimizer": "lr min_lr lr_decay_style lr_warmup_steps weight_decay adam_beta1 adam_beta2 adam_eps clip_grad",
     "train": "steps global_batch_size max_tokens_per_micro_batch recompute_granularity output_dir save_rollouts",
+    "train.profile": "steps",
     "supervised": "steps batch_size",
     "tracking": "enabled uri run_name num_sample_rollouts train_samples_interval system_metrics figures",
     "checkpoint": "directory interval keep_last asynchronous resume export_path",

@@ -236,6 +236,13 @@ class OptimizerConfig:
 
 
 @section
+class ProfileConfig:
+    steps: tuple[bounds.Steps, ...] = ()
+    """Numbers of steps that torch's profiler traces, as [10, 12], in which they take longer. Each rank writes a Chrome trace to
+    <train.output_dir>/profile, with the phases of the step and of the engine as named ranges."""
+
+
+@section
 class TrainConfig:
     steps: bounds.Steps = 100
     """RL steps of the run: one rollout each."""
@@ -251,6 +258,7 @@ class TrainConfig:
     """Directory of the run: checkpoints, journal, MLflow store, logs, decisions. One run at a time owns it."""
     save_rollouts: bool = False
     """Write every response of each step, with token ids and log-probs, to <train.output_dir>/rollouts, one JSON line each."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @section

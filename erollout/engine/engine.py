@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from erollout.config import RolloutConfig
 from erollout.data.response_text import ResponseText
 from erollout.engine.block_manager import BlockManager
+from erollout.engine.generation_stats import GenerationStats
 from erollout.engine.kv_cache import KVCache, num_blocks
 from erollout.engine.model.factory import model_class
 from erollout.engine.model.linear import resolve_linear_kernel
@@ -36,26 +37,8 @@ from erollout.errors import UserError
 from erollout.policy.architecture import Architecture
 from erollout.speculation.statistics import SpeculationStatistics
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
+from erollout.tracking.profiler import span
 from erollout.types import FinishReason, PartialRollout, Rollout, RolloutRequest
-
-
-@dataclass(slots=True)
-class GenerationStats:
-    """Statistics of one call to generate or run."""
-
-    prefill_tokens: int = 0
-    """Number of prefilled prompt tokens: each prompt once per group, more after a preemption."""
-    recomputed_tokens: int = 0
-    """Number of response tokens prefilled again, after a preemption or a migration."""
-    decode_tokens: int = 0
-    """Number of sampled tokens."""
-    steps: int = 0
-    """Number of forward passes."""
-    preemptions: int = 0
-    seconds: float = 0.0
-    running: list[int] = field(default_factory=list)
-    """Number of sequences in each forward pass."""
-    speculation: SpeculationStatistics = field(default_factory=SpeculationStatistics)
 
 
 @dataclass(slots=True)
@@ -213,7 +196,8 @@ class Engine:
     def _step(self, generation: _Generation, arm: Arm, on_finished: Callable[[Rollout], None] | None) -> StepOutcome:
         """Run one forward pass with its drafts, append the tokens, and report the outcome."""
         started = time.perf_counter()
-        batch = generation.scheduler.schedule(arm.num_speculative_tokens)
+        with span("engine/schedule"):
+            batch = generation.scheduler.schedule(arm.num_speculative_tokens)
         self._count(batch)
         load = _load(batch, generation.scheduler)
         self.cache.copy_blocks(batch.copies)
@@ -221,7 +205,8 @@ class Engine:
         columns, drafts, timed = [(0, 0)] * len(batch.scheduled), None, False
         if step.requested:
             began = time.perf_counter()
-            found, columns = self._draft(arm, batch, generation.scheduler)
+            with span("engine/draft"):
+                found, columns = self._draft(arm, batch, generation.scheduler)
             step.seconds_drafting = time.perf_counter() - began
             drafts = found if any(number for _, number in columns) else None
             timed = found.on_host or self.cache.device.type == "cpu"
@@ -275,13 +260,15 @@ class Engine:
             statistics: the outcomes of the drafts are added to it.
         """
         scheduler = generation.scheduler
-        logits = self.runner.run(batch, drafts.runs(columns) if drafts is not None else None)
+        with span("engine/verify"):
+            logits = self.runner.run(batch, drafts.runs(columns) if drafts is not None else None)
         sampled, candidates, rows = _candidates(scheduler, batch, columns)
         if not sampled:
             return []
         if len(rows) != logits.shape[0]:
             logits = logits.index_select(0, torch.tensor(rows, device=logits.device))
-        runs = self.verifier.verify(logits, candidates, drafts)
+        with span("engine/sample"):
+            runs = self.verifier.verify(logits, candidates, drafts)
         finished = []
         for sequence, candidate, run in zip(sampled, candidates, runs, strict=True):
             emitted = self._append(generation, sequence, run)

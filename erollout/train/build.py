@@ -15,6 +15,7 @@ from erollout.resilience.unattended import ignore
 from erollout.rewards.pool import RewardPool
 from erollout.rollout.rollout_worker import RolloutWorker
 from erollout.tracking.console import StepReporter
+from erollout.tracking.profiler import StepProfiler
 from erollout.tracking.tracker import RunStatus, create_tracker
 from erollout.train.loop import Cadence, RunServices
 from erollout.train.preflight import Resolved, resolved_facts
@@ -72,14 +73,15 @@ def tracked(run: RunningWorld, state: RunState, total_steps: int) -> Iterator[tu
     if run.context.rank == 0:
         for split, description in describe_datasets(config.data, run.resolved.train_data, run.resolved.test_data).items():
             tracker.log_dataset(description, split)
+    profiled = StepProfiler(config.train.profile.steps, config.train.output_dir, run.context.rank)
     stops = partial(stop.agree, device=run.context.device)
     status: RunStatus = "FAILED"
     try:
         if run.context.rank == 0:
             with StepReporter(total_steps, state.step) as reporter:
-                yield RunServices(tracker, reporter.update, stops, run.watchdog.enter), run_id
+                yield RunServices(tracker, reporter.update, stops, run.watchdog.enter, profiled), run_id
         else:
-            yield RunServices(tracker, ignore, stops, run.watchdog.enter), run_id
+            yield RunServices(tracker, ignore, stops, run.watchdog.enter, profiled), run_id
         status = "FINISHED" if stop.agreed is None else "KILLED"
     except KeyboardInterrupt:
         status = "KILLED"

@@ -4,7 +4,7 @@ Every rank runs it; only rank 0 tracks and prints.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +14,7 @@ from erollout.resilience.unattended import ignore, never
 from erollout.rewards.failures import AllScoringFailed
 from erollout.rollout.partial import RolloutInterrupted
 from erollout.tracking.metrics import PhaseTimer, memory_metrics
+from erollout.tracking.profiler import span
 from erollout.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class RunServices:
     """Whether the ranks agree to stop after the given number of steps. Collective."""
     enter: Callable[[int, str], None] = ignore
     """Tells this rank's watchdog that a phase begins, in the step after the given number of steps."""
+    profiled: Callable[[int], AbstractContextManager[None]] = nullcontext  # type: ignore[assignment]  # it yields what it is given
+    """Context of a step, by its number from 1, in which it is profiled if that was asked for."""
 
 
 class Phases:
@@ -56,7 +59,7 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._enter(self._step, name)
-        with self._timer(name):
+        with self._timer(name), span(f"step/{name}"):
             yield
 
     def seconds(self) -> dict[str, float]:
@@ -171,7 +174,8 @@ class RunLoop:
         self._changed = False
 
     def _train_step(self) -> None:
-        report = self.training.train_step(self.step, Phases(self.step, self.services.enter))
+        with self.services.profiled(self.step + 1):
+            report = self.training.train_step(self.step, Phases(self.step, self.services.enter))
         samples, tokens = self.state.samples + report.trained.samples, self.state.tokens + report.trained.tokens
         self.state = replace(self.state, step=self.step + 1, samples=samples, tokens=tokens)
         self._changed = True

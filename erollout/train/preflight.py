@@ -87,6 +87,7 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
     check_places(config)
     if kind is not None:
         check_newest(architecture, config, kind)
+        _check_profile(config, kind)
     scorer = build_scorer(config.rewards, config.data)
     with _probe(scorer, config.rewards, rolls_out and scores) as probe:
         train_data, test_data = build_datasets(
@@ -227,6 +228,14 @@ def _check_pool(options: RewardsConfig) -> None:
     """Check the Ray cluster before models are loaded; each rank that scores joins it later."""
     if options.pool == "ray" and current_rank() == 0:
         find_cluster("auto", "rewards.pool = ray")
+
+
+def _check_profile(config: Config, kind: RunKind) -> None:
+    """Check that the run makes the steps that are to be profiled."""
+    key, last = ("supervised.steps", config.supervised.steps) if kind == "supervised" else ("train.steps", config.train.steps)
+    for step in config.train.profile.steps:
+        if step > last:
+            raise UserError(f"train.profile.steps = {step} is no step of the run, which has {key} = {last}; lower it")
 
 
 def _check_store(config: Config) -> None:

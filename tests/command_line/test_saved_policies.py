@@ -111,12 +111,13 @@ def test_rows_of_ones_own_are_all_sampled(run: Path, rank_pool: RankPool, tmp_pa
 @pytest.mark.distributed
 def test_what_a_run_does_not_have_is_refused_in_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "begun" / "tracking").mkdir(parents=True)
     (tmp_path / "begun" / "tracking" / "metrics.jsonl").write_text("")
     config, export = str(write_config(tmp_path)), ("export", "--out", str(tmp_path / "out"))
     for arguments, words in (
         ([*export, "--run", str(tmp_path / "none")], ["--run", "none is no directory"]),
-        ([*export, "--run", str(tmp_path)], ["holds no run", "train.output_dir"]),
+        ([*export, "--run", str(tmp_path / "empty")], ["holds no run", "train.output_dir"]),
         ([*export, "--run", str(tmp_path / "begun")], ["has no checkpoint", "checkpoint.interval"]),
         ([*export, "--run", str(run), "--step", "3"], ["--step = 3", "there are 2, 4"]),
         (["generate", "--prompt", "1", "--run", str(run), "--step", "1"], ["--step = 1", "there are 2, 4"]),

@@ -58,13 +58,13 @@ def _checkpoints(run: Path) -> list[Path]:
     """A run's complete checkpoints, of which there is at least one. Raises UserError."""
     if not run.is_dir():
         raise UserError(f"--run = {run} is no directory; name the train.output_dir of a run")
+    if found := complete_checkpoints(run / "checkpoints"):
+        return found
     file = config_file(run)
-    elsewhere = [load_config(file).checkpoint_directory] if file else []
-    for directory in (run / "checkpoints", *elsewhere):
-        if found := complete_checkpoints(directory):
-            return found
     if file is None and not journal_path(run).is_file():
         raise UserError(f"--run = {run} holds no run; name the train.output_dir of one")
+    if file is not None and (found := complete_checkpoints(load_config(file).checkpoint_directory)):
+        return found
     raise UserError(f"--run = {run} has no checkpoint; checkpoint.interval = N saves one every N steps and at the end")
 
 

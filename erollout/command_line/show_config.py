@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+from erollout.checkpoint.saved_policy import config_file
 from erollout.config import Config, load_config, load_layers
 from erollout.configuration.arguments import Commands, add_run_arguments, overrides
 from erollout.configuration.reference import key_references
@@ -108,6 +109,7 @@ def _file(name: str) -> Path:
     path = Path(name)
     if not path.is_dir():
         return path
-    if not (path / "config.yaml").is_file():
+    file = config_file(path)
+    if file is None:
         raise UserError(f"{name} is a directory without config.yaml: name the output directory of a run, or a YAML file")
-    return path / "config.yaml"
+    return file

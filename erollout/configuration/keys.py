@@ -174,7 +174,7 @@ class DataConfig:
     train_files: tuple[bounds.Location, ...] = ()
     """`.jsonl`, `.json` (a list of rows), both also as `.gz`, or `.parquet`; for kind `file`."""
     test_files: tuple[bounds.Location, ...] = ()
-    """Held-out rows for `evaluation`, `erollout rollout` and `erollout compare`; the same formats."""
+    """Held-out rows for `evaluation`, `erollout evaluate`, `rollout` and `compare`; the same formats."""
     prompt_column: str = "prompt"
     """Column with text or chat messages (also as JSON text). A dotted name reads a field: `reward_model.ground_truth`."""
     answer_column: str = "answer"

@@ -107,7 +107,7 @@ def test_plot_and_rollout_work_on_what_the_demo_made(demo: tuple[Path, Outcome],
         1, invoke_here, "rollout", "--config", str(folder / "demo.yaml"), "--out", str(out), *options
     )[0]
     assert ended.status == 0, ended.stderr
-    assert "pass_at_2" in ended.stdout and "tokens/s" in ended.stdout
+    assert "pass@2" in ended.stdout and "tokens/s" in ended.stdout
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 16
     for row in rows:

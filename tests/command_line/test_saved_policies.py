@@ -78,12 +78,28 @@ def test_generate_takes_a_run_and_what_is_exported_from_it(run: Path, rank_pool:
     assert texts[0] == texts[1] and texts[1] != texts[2]
 
 
+def rollout_here(run: str, out: str) -> None:
+    """For RankPool.run: the newest checkpoint in the run's own layout."""
+    from erollout.api import sampling
+
+    saved = find_policy(run)
+    sampling.report(saved.config, saved, out)
+
+
+@pytest.mark.distributed
+def test_two_ranks_read_a_checkpoint_as_one_does(run: Path, rank_pool: RankPool, tmp_path: Path) -> None:
+    rank_pool.run(2, rollout_here, str(run), str(tmp_path / "two.jsonl"))
+    _on_one_rank(rank_pool, "rollout", "--run", str(run), "--out", str(tmp_path / "one.jsonl"), *ONE_RANK)
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+    assert invoke("config", "diff", str(run), str(run)).stdout == "no difference\n"
+
+
 @pytest.mark.distributed
 def test_an_evaluation_repeats_that_of_the_run(run: Path, rank_pool: RankPool, tmp_path: Path) -> None:
     own = {row["step"]: row for row in all_rows(run.parent) if "evaluation/reward_mean" in row}
-    for step, arguments in ((2, ["evaluate", "--step", "2"]), (4, ["rollout"])):
+    for step, which in ((2, ["--step", "2"]), (4, [])):
         out = tmp_path / f"{step}.jsonl"
-        ended = _on_one_rank(rank_pool, *arguments, "--run", str(run), "--out", str(out), *ONE_RANK)
+        ended = _on_one_rank(rank_pool, "evaluate", *which, "--run", str(run), "--out", str(out), *ONE_RANK)
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert sum(row["reward"] for row in rows) / len(rows) == pytest.approx(own[step]["evaluation/reward_mean"], abs=1e-12)
         length = sum(len(row["response_ids"]) for row in rows) / len(rows)

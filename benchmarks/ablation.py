@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from math import exp, inf, log2
+from itertools import repeat
+from math import comb, exp, inf, log2
 from random import Random
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +32,7 @@ from erollout.calibration.file import load_calibration
 from erollout.config import CoordinatorConfig
 from erollout.configuration.speculation import SpeculationConfig
 from erollout.coordinator.state_machine import StateMachine
+from erollout.engine.scheduler import ScheduledSequence
 from erollout.simulation.cluster import Cluster
 from erollout.simulation.draft_outcomes import SimulatedAcceptance
 from erollout.simulation.replica import Limits
@@ -40,6 +42,7 @@ from erollout.simulation.workload import LengthSource, Lognormal, parse_lengths
 from erollout.speculation.cost.corrections import Corrections
 from erollout.speculation.cost.cost_model import CalibratedCost, PassTimes
 from erollout.speculation.cost.roofline import ModelSize, Pass, PassCost, Roofline
+from erollout.speculation.statistics import SpeculationStatistics
 from erollout.speculation.step import Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 
@@ -89,6 +92,8 @@ class Scenario:
     formats: Sequence[str] = FORMATS[:1]
     times_drafting: bool = True
     """Whether the host's clock tells how long drafting takes."""
+    coverage: float = 1.0
+    """Probability that the proposer has a draft for a sequence, as an n-gram proposer's; drawn for each sequence and step."""
 
 
 def _falling(progress: float, context: float) -> float:
@@ -123,6 +128,8 @@ SCENARIOS: dict[str, Scenario] = {
     "formats": Scenario(bias={("draft", "w4"): 1.6, ("draft", "w8"): 0.6}, formats=FORMATS),
     "noise": Scenario(noise=0.25, outliers=0.03),
     "untimed": Scenario(errors=0.15, bias={("draft", "w4"): 1.5}, times_drafting=False),
+    "half covered": Scenario(coverage=0.5, errors=0.15),
+    "rarely covered": Scenario(coverage=0.1, errors=0.15),
 }
 
 
@@ -172,15 +179,29 @@ class World(Truth):
     def step_seconds(self, arm: Arm, load: Load) -> float:
         if load.prefill_tokens or not load.decoding:
             return self._cost.step_seconds(arm, load)
-        n = arm.num_speculative_tokens
-        if not n:
+        if not arm.speculates:
             return self._slowed("target", "", load, 0)
-        return self.drafting_seconds(arm, load) + self._slowed("verify", "", load, n)
+        batch, coverage = load.decoding, self.scenario.coverage
+        if coverage == 1:
+            return self.covered_seconds(arm, load, batch)
+        chances = [comb(batch, k) * coverage**k * (1 - coverage) ** (batch - k) for k in range(batch + 1)]
+        return sum(chance * self.covered_seconds(arm, load, k) for k, chance in enumerate(chances))
+
+    def covered_seconds(self, arm: Arm, load: Load, drafts: int) -> float:
+        """Seconds of a decode step in which so many of its sequences have a draft."""
+        n = arm.num_speculative_tokens * drafts / load.decoding
+        passed = self._slowed("verify", "", load, n) if drafts else self._slowed("target", "", load, 0)
+        return self.drafting_seconds(arm, load) + passed
+
+    def seconds_per_token(self, arm: Arm, load: Load) -> float:
+        accepted = self.acceptance.length(arm.num_speculative_tokens) - 1
+        decoding = Load(load.decoding, load.context)
+        return self.step_seconds(arm, decoding) / (1 + self.scenario.coverage * accepted)
 
     def drafting_seconds(self, arm: Arm, load: Load) -> float:
         return arm.num_speculative_tokens * self._slowed("draft", arm.format, load, arm.num_speculative_tokens)
 
-    def _slowed(self, kind: Pass, format: str, load: Load, n: int) -> float:
+    def _slowed(self, kind: Pass, format: str, load: Load, n: float) -> float:
         context = 8 * round(load.context / 8) + 1.0
         return self.scenario.slow(self.now, kind) * self.pass_seconds(kind, format, load.decoding, context, n)
 
@@ -189,11 +210,27 @@ class World(Truth):
 
 
 class WorldReplica(StepwiseReplica):
+    _covered: Iterator[bool] = iter(())
+    """Whether the proposer has a draft, by sequence of the step that decodes."""
+
     def _seconds(self, arm: Arm, load: Load) -> float:
         world = self.truth
         assert isinstance(world, World)
         slow = 1 + 9 * world.random.random() if world.random.random() < world.scenario.outliers else 1.0
-        return slow * super()._seconds(arm, load)
+        slow *= super()._seconds(arm, load) / world.step_seconds(arm, load)
+        coverage = world.scenario.coverage
+        if coverage == 1 or not arm.speculates or load.prefill_tokens:
+            self._covered = repeat(True)
+            return slow * world.step_seconds(arm, load)
+        covered = [world.random.random() < coverage for _ in range(load.decoding)]
+        self._covered = iter(covered)
+        return slow * world.covered_seconds(arm, load, sum(covered))
+
+    def _advance(self, item: ScheduledSequence, statistics: SpeculationStatistics) -> None:
+        if item.num_drafts and not next(self._covered):
+            self.blocks.truncate(item.sequence.block_table, item.end)
+            item = replace(item, num_drafts=0)
+        super()._advance(item, statistics)
 
 
 class Watched:
@@ -218,6 +255,8 @@ class Watched:
         if arm.speculates and load.decoding and not load.prefill_tokens and world.scenario.times_drafting:
             share = world.drafting_seconds(arm, load) / world.step_seconds(arm, load)
             outcome = replace(outcome, seconds_drafting=share * outcome.seconds)
+        if world.scenario.coverage < 1:
+            outcome = replace(outcome, requested=arm.num_speculative_tokens * load.decoding)
         self.world.now += outcome.seconds
         self.world.progress += outcome.emitted / self.tokens
         self.toggle.observe(outcome)

@@ -52,6 +52,7 @@ from erollout.parallel.groups import ParallelContext, initialize, shut_down
 from erollout.policy.actor import Actor
 from erollout.rewards.pool import RewardPool
 from erollout.rollout.coordination import Coordination
+from erollout.rollout.decode_replica import DecodeReplica
 from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.speculation.trace import DecisionTrace
@@ -168,7 +169,8 @@ class Bench:
         self._limits = prompt_limits(config.model, config.rollout, resolved.architecture)
         options = config.rewards
         self.rewards = RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
-        self.worker = RolloutWorker(config, resolved.architecture, context, resolved.tokenizer, self.rewards)
+        replica = DecodeReplica(config, resolved.architecture, context, resolved.tokenizer)
+        self.worker = RolloutWorker(config, replica, self.rewards)
         self.worker.load_weights()
 
     def arm(self, mode: str, num_speculative_tokens: int | None = None, **coordinator: object) -> Coordination:

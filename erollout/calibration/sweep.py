@@ -32,6 +32,7 @@ from erollout.engine.orders import Orders
 from erollout.engine.proposers.base import DraftRequest, Drafts, Proposer
 from erollout.engine.scheduler import Batch
 from erollout.errors import UserError
+from erollout.parallel.groups import device_name
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.types import PartialRollout, RolloutRequest, SamplingParams
 
@@ -107,7 +108,7 @@ def identify(engine: Engine, formats: Sequence[str]) -> Identity:
 def hardware_name(device: torch.device) -> str:
     """Name of the GPU, or of the CPU with the number of threads per rank."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -8,11 +8,12 @@ from typing import Any
 
 from erollout.config import DataConfig
 from erollout.data.prompts import PromptDataset
+from erollout.errors import UserError
 from erollout.types import DatasetDescription
 
 
 def describe_datasets(data: DataConfig, train: PromptDataset, test: PromptDataset | None) -> dict[str, DatasetDescription]:
-    """Descriptions by split, `training` and `evaluation`. Reads dataset files once more. Raises OSError."""
+    """Descriptions by split, `training` and `evaluation`. Reads dataset files once more. Raises UserError."""
     found = {"training": _describe(data, train, data.train_files, data.train_seed, data.train_size)}
     if test is not None:
         found["evaluation"] = _describe(data, test, data.test_files, data.test_seed, data.test_size)
@@ -46,6 +47,9 @@ def _kind(value: Any) -> str:
 def _digest_of_files(files: Sequence[str]) -> str:
     total = hashlib.sha256()
     for path in files:
-        with Path(path).open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with Path(path).open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"data file {path} can't be read any more: {error}; put it back and start again") from None
     return total.hexdigest()[:32]

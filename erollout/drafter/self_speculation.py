@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from erollout.configuration.speculation import SpeculationConfig
 from erollout.drafter.activation_statistics import InputStatistics, collect
 from erollout.drafter.assignment import LM_HEAD, assign_formats
@@ -19,6 +17,7 @@ from erollout.engine.engine import Engine
 from erollout.engine.proposers.proposer_set import ProposerSet, RequantizeStats
 from erollout.engine.proposers.quantized_policy import ModelProposer
 from erollout.parallel.collectives import from_rank_zero
+from erollout.parallel.groups import device_name
 from erollout.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -113,9 +112,8 @@ class SelfSpeculation(ProposerSet):
         """The setting that a choice of formats holds for, as JSON."""
         engine, device = self.engine, self.engine.cache.device
         drafter = json.loads(json.dumps(asdict(self.options.drafter)))  # type: ignore[call-overload]  # see Config
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         kind = [engine.kernel, engine.rollout.dtype, engine.rollout.tensor_model_parallel_size, engine.architecture.num_layers]
-        return {"drafter": drafter, "device": device_name, "engine": kind}
+        return {"drafter": drafter, "device": device_name(device), "engine": kind}
 
     def _measure(self, generation: int) -> dict[str, InputStatistics]:
         """Measure statistics on the known tokens, for every drafter's next requantisation."""

@@ -36,8 +36,7 @@ class ParallelContext:
 
     @property
     def device_name(self) -> str:
-        """Name of this rank's GPU, else the kind of device."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return device_name(self.device)
 
     @property
     def data_parallel_rank(self) -> int:
@@ -53,6 +52,11 @@ class ParallelContext:
         """The one rank of its training model replica that holds the loss: tensor rank 0 of the last pipeline stage."""
         tensor, _, pipeline = self.train.coordinates(self.rank)
         return tensor == 0 and pipeline == self.train.pipeline - 1
+
+
+def device_name(device: torch.device) -> str:
+    """Name of a GPU, else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def resolve_layouts(config: Config, world_size: int) -> tuple[TrainLayout, DecodeLayout]:

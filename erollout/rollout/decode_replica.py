@@ -57,6 +57,8 @@ class DecodeReplica:
         """
         self.config = config
         self.context = context
+        self.tokenizer = tokenizer
+        self.stop_requested = stop_requested
         length = config.model.max_position_embeddings or architecture.max_position_embeddings
         self.engine = Engine(architecture, config.rollout, context.decode_group, context.device, tokenizer, length)
         self.speculation: ProposerSet | None = None

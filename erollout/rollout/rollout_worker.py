@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from erollout.config import Config
 from erollout.data.prompts import PromptDataset
 from erollout.engine.proposers.proposer_set import RequantizeStats
 from erollout.engine.sampling.random import request_seed
 from erollout.parallel.collectives import all_gather
-from erollout.parallel.groups import ParallelContext
-from erollout.policy.architecture import Architecture
-from erollout.resilience.unattended import ignore, never
 from erollout.rewards.failures import AllScoringFailed, FailureLog
 from erollout.rewards.pool import RewardPool
 from erollout.rollout.coordination import Coordination
@@ -56,28 +52,12 @@ class RolloutResult:
 class RolloutWorker:
     """This rank's part of a decode replica. All methods are collective over the world."""
 
-    def __init__(
-        self,
-        config: Config,
-        architecture: Architecture,
-        context: ParallelContext,
-        tokenizer: PreTrainedTokenizerBase,
-        rewards: RewardPool,
-        stop_requested: Callable[[], bool] = never,
-        alive: Callable[[], None] = ignore,
-    ) -> None:
-        """
-        Args:
-            stop_requested: whether a stop was requested in this process, which interrupts a rollout.
-            alive: called at each step of the engine as a sign of life.
-        """
+    def __init__(self, config: Config, replica: DecodeReplica, rewards: RewardPool) -> None:
         self.config = config
-        self.context = context
-        self.tokenizer = tokenizer
+        self.context = replica.context
+        self.replica = replica
         self.rewards = rewards
-        self._stop_requested = stop_requested
-        self.replica = DecodeReplica(config, architecture, context, tokenizer, stop_requested, alive)
-        self.engine, self.speculation = self.replica.engine, self.replica.speculation
+        self.engine, self.speculation = replica.engine, replica.speculation
         self._failures = FailureLog()
         self._states: tuple[str, ...] = ()
         """Speculation state (on or off) by batch size when reasons were last logged."""
@@ -180,7 +160,7 @@ class RolloutWorker:
 
     def sampling_params(self, temperature: float | None = None) -> SamplingParams:
         """Parameters of the configured distribution; evaluation may have its own temperature."""
-        ends = (*self.engine.architecture.eos_token_ids, self.tokenizer.eos_token_id)
+        ends = (*self.engine.architecture.eos_token_ids, self.replica.tokenizer.eos_token_id)
         return sampling_params(self.config.rollout, ends, temperature)
 
     def _scoring(self, prompts: dict[int, Prompt]) -> Callable[[Rollout], None]:
@@ -242,11 +222,12 @@ class RolloutWorker:
         """Gather all replicas' rollouts and rewards on every rank."""
         contribution: _Contribution | None = None
         if self.context.is_decode_leader:
-            rewards = self.rewards.collect(self._stop_requested)
+            rewards = self.rewards.collect(self.replica.stop_requested)
             failed = len(rewards) < len(rollouts) or any(reward.error is not None for reward in rewards.values())
+            was_cut = failed and self.replica.stop_requested()
             report = self._report(rollouts, rewards)
             speculation = self.engine.stats.speculation
-            contribution = _Contribution(rollouts, rewards, report, speculation, summary, failed and self._stop_requested())
+            contribution = _Contribution(rollouts, rewards, report, speculation, summary, was_cut)
         return [part for part in all_gather(contribution) if part is not None]
 
     def _count_failures(self, parts: "list[_Contribution]", step: int) -> Counter[str]:

@@ -13,6 +13,7 @@ from erollout.parallel.groups import current_rank
 from erollout.policy.actor import Actor
 from erollout.resilience.unattended import ignore
 from erollout.rewards.pool import RewardPool
+from erollout.rollout.decode_replica import DecodeReplica
 from erollout.rollout.rollout_worker import RolloutWorker
 from erollout.tracking.console import StepReporter
 from erollout.tracking.profiler import StepProfiler
@@ -33,7 +34,8 @@ def reward_pool(options: RewardsConfig, resolved: Resolved) -> RewardPool:
 
 def sampling_worker(world: World, rewards: RewardPool, saved: SavedPolicy | None = None) -> RolloutWorker:
     """A worker for sampling without training, with a checkpoint's weights, or with those of the configured model."""
-    worker = RolloutWorker(world.config, world.resolved.architecture, world.context, world.resolved.tokenizer, rewards)
+    replica = DecodeReplica(world.config, world.resolved.architecture, world.context, world.resolved.tokenizer)
+    worker = RolloutWorker(world.config, replica, rewards)
     if saved is None:
         worker.load_weights()
     else:
@@ -45,7 +47,8 @@ def training_worker(run: RunningWorld, rewards: RewardPool) -> RolloutWorker:
     """A worker that gets its weights from the actor, and stops with the run."""
     resolved = run.resolved
     stop_requested, alive = run.stop.is_requested, run.watchdog.alive
-    return RolloutWorker(run.config, resolved.architecture, run.context, resolved.tokenizer, rewards, stop_requested, alive)
+    replica = DecodeReplica(run.config, resolved.architecture, run.context, resolved.tokenizer, stop_requested, alive)
+    return RolloutWorker(run.config, replica, rewards)
 
 
 def restored(run: RunningWorld, actor: Actor) -> tuple[Checkpointer, RunState]:
@@ -67,11 +70,12 @@ def tracked(run: RunningWorld, state: RunState, total_steps: int) -> Iterator[tu
     """Context with the services of a tracked run, and its run id. How it ends determines the run's status."""
     config, stop, tracker = run.config, run.stop, create_tracker(run.context.rank)
     facts = resolved_facts(run.resolved)
+    datasets = on_rank_zero(lambda: describe_datasets(config.data, run.resolved.train_data, run.resolved.test_data))
     # an error of rank 0 is raised on every rank
     run_id = on_rank_zero(lambda: tracker.start(config, facts, state.run_id, config.train.output_dir, state.step))
     tracker.log_config_artifacts(config, facts)
     if run.context.rank == 0:
-        for split, description in describe_datasets(config.data, run.resolved.train_data, run.resolved.test_data).items():
+        for split, description in datasets.items():
             tracker.log_dataset(description, split)
     profiled = StepProfiler(config.train.profile.steps, config.train.output_dir, run.context.rank)
     stops = partial(stop.agree, device=run.context.device)

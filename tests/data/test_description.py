@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 
 from erollout.config import DataConfig
@@ -10,6 +11,7 @@ from erollout.data.datasets import build_datasets
 from erollout.data.description import describe_datasets
 from erollout.data.prompts import PromptLimits
 from erollout.data.tokenizer import save_character_tokenizer
+from erollout.errors import UserError
 from erollout.rollout.sample_rows import sample_rows, write_rollouts
 from erollout.types import Rollout, ScoredRollout
 
@@ -46,6 +48,14 @@ def test_files_are_described_by_rows_columns_and_content(tmp_path: Path) -> None
     assert describe_datasets(again, *_build(tmp_path, again))["training"].digest == training.digest
     changed = _files(copied, answer=3)
     assert describe_datasets(changed, *_build(tmp_path, changed))["training"].digest != training.digest
+
+
+def test_a_file_that_has_gone_is_one_line(tmp_path: Path) -> None:
+    data = _files(tmp_path)
+    built = _build(tmp_path, data)
+    Path(data.test_files[0]).unlink()
+    with pytest.raises(UserError, match=r"held\.jsonl can't be read any more"):
+        describe_datasets(data, *built)
 
 
 def test_generated_items_are_described_by_what_determines_them(tmp_path: Path) -> None:

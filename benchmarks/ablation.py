@@ -1,7 +1,7 @@
 """Regret of the toggle with each of its mechanisms off in turn, under scenarios that go wrong in different ways.
 
     python benchmarks/ablation.py                                # everything: about 15 CPU minutes on one core
-    python benchmarks/ablation.py --scenarios stationary tenant --without probes backoff
+    python benchmarks/ablation.py --scenarios stationary tenant --without probes corrections
     python benchmarks/ablation.py --calibration FILE --lengths rollouts.jsonl --scenarios stationary errors
 
 Rollouts are those of erollout/simulation: scheduler, toggle, probes, acceptance estimates and corrections of a real run under a
@@ -105,6 +105,11 @@ def _changing(progress: float, context: float) -> float:
     return 0.45 if int(progress) % 2 and 0.3 < progress % 1 < 0.7 else 0.93
 
 
+def _jump(seconds: float, kind: Pass) -> float:
+    """After five seconds drafting takes three times as long, and all passes are a fifth slower, for good."""
+    return {"target": 1.2, "draft": 3.6, "verify": 1.2}[kind] if seconds > 5 else 1.0
+
+
 def _tenant(seconds: float, kind: Pass) -> float:
     """Another process takes memory bandwidth for a second out of three."""
     return {"target": 1.6, "draft": 1.5, "verify": 1.15}[kind] if seconds % 3 < 1 else 1.0
@@ -115,6 +120,7 @@ SCENARIOS: dict[str, Scenario] = {
     "by context": Scenario(_falling),
     "acceptance": Scenario(_changing),
     "drift": Scenario(slow=lambda seconds, kind: 1 + (0.04 if kind == "draft" else 0.02) * min(seconds, 20)),
+    "jump": Scenario(slow=_jump),
     "tenant": Scenario(slow=_tenant),
     "refill": Scenario(_falling, prompts=4 * PROMPTS),
     "long tail": Scenario(_falling, sigma=1.6),
@@ -128,6 +134,7 @@ SCENARIOS: dict[str, Scenario] = {
     "formats": Scenario(bias={("draft", "w4"): 1.6, ("draft", "w8"): 0.6}, formats=FORMATS),
     "noise": Scenario(noise=0.25, outliers=0.03),
     "untimed": Scenario(errors=0.15, bias={("draft", "w4"): 1.5}, times_drafting=False),
+    "hopeless": Scenario(slow=lambda seconds, kind: 8.0 if kind == "draft" else 1.0, bias={("draft", "w4"): 8.0}),
     "half covered": Scenario(coverage=0.5, errors=0.15),
     "rarely covered": Scenario(coverage=0.1, errors=0.15),
 }
@@ -302,19 +309,18 @@ def _ignored(*arguments: object, **keywords: object) -> None:
 _observe = Corrections.observe
 
 
-def _untimed(corrections: Corrections, arm: Arm, batch: int, drafting: float, ratio: float, _: float | None) -> None:
+def _untimed(corrections: Corrections, arm: Arm, batch: int, drafting: float, ratio: float, _: float | None = None) -> None:
     _observe(corrections, arm, batch, drafting, ratio)
 
 
-TOGGLE, PROBES, ACCEPTANCE, CORRECTIONS, BACKOFF = (
-    f"erollout.speculation.{name}" for name in ("toggle", "probes", "acceptance", "cost.corrections", "backoff")
+TOGGLE, PROBES, ACCEPTANCE, CORRECTIONS = (
+    f"erollout.speculation.{name}" for name in ("toggle", "probes", "acceptance", "cost.corrections")
 )
 MECHANISMS: dict[str, dict[str, Any]] = {
     "probes": {"probe_interval": 0},
     "probes: budget": {f"{PROBES}.FIRST_STEPS": inf},
     "probes: first at once": {f"{PROBES}.AT_ONCE": 50},
     "probes: two steps": {"probe_steps": 1},
-    "backoff": {f"{BACKOFF}.LOSS": inf},
     "corrections": {f"{CORRECTIONS}.Corrections.observe": _ignored},
     "corrections: common": {f"{CORRECTIONS}._COMMON": 1e-12},
     "corrections: kind of pass": {f"{CORRECTIONS}._KIND": 1e-12},

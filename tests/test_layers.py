@@ -151,7 +151,6 @@ PURE = (
     "speculation.acceptance",
     "speculation.cost.corrections",
     "speculation.cost.cost_model",
-    "speculation.backoff",
     "speculation.ladder",
     "speculation.cost.measured_table",
     "speculation.probes",

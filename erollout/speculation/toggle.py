@@ -14,7 +14,6 @@ from typing import Any
 
 from erollout.configuration.speculation import SpeculationConfig
 from erollout.speculation.acceptance import AcceptanceByContext
-from erollout.speculation.backoff import Backoff
 from erollout.speculation.cost.cost_model import CostModel
 from erollout.speculation.ladder import Ladder
 from erollout.speculation.probes import Probes
@@ -23,6 +22,8 @@ from erollout.speculation.trace import DecisionTrace, Reason, StepDecision
 
 logger = logging.getLogger(__name__)
 
+_LOSS_TO_LOG = 0.01
+"""Least share of a rollout's seconds lost to speculation that is logged."""
 _LOSS_TO_WARN_OF = 0.1
 """Seconds lost in a rollout from which on the log line is a warning."""
 
@@ -59,7 +60,6 @@ class Toggle:
         self.acceptance = {format: AcceptanceByContext(options.toggle.acceptance_window) for format in formats}
         self.ladder = Ladder(options.toggle.ladder) if options.mode == "ladder" else None
         self.probes = Probes(options.toggle.probe_interval, options.toggle.probe_steps)
-        self.backoff = Backoff()
         self.trace = DecisionTrace()
         """The decisions of the present rollout, or of the last one."""
         self._clock = clock
@@ -150,7 +150,7 @@ class Toggle:
         )
 
     def end_rollout(self, acceptance_rate: float | None = None) -> None:
-        """Close the rollout's trace; where speculation lost time over the whole rollout, log it and start a backoff.
+        """Close the rollout's trace, and log it if speculation lost time. What was learnt from it decides the next one.
 
         Args:
             acceptance_rate: acceptance rate of the whole cluster, for the ladder; None: that of this replica.
@@ -163,19 +163,11 @@ class Toggle:
         if self.ladder is not None and drafted:
             self.ladder.end_rollout(accepted / drafted if acceptance_rate is None else acceptance_rate)
         saved = trace.saved(self.cost.step_seconds, probes=False)
-        held = self.backoff.end_rollout(saved, trace.seconds)
-        if held:
-            lost = -sum(saved.values())
-            logger.log(
-                logging.WARNING if lost >= _LOSS_TO_WARN_OF else logging.INFO,
-                "speculation lost %.3g s of this rollout's %.3g s; it is off %s",
-                lost,
-                trace.seconds,
-                ", ".join(
-                    f"at {2 ** (size - 1)}-{2**size - 1} sequences for the next {self.backoff.left[size]} rollouts"
-                    for size in held
-                ),
-            )
+        lost = -sum(saved.values())
+        if lost > _LOSS_TO_LOG * trace.seconds:
+            where = [f"{-gain:.3g} s at {2 ** (size - 1)}-{2**size - 1} sequences" for size, gain in saved.items() if gain < 0]
+            level = logging.WARNING if lost >= _LOSS_TO_WARN_OF else logging.INFO
+            logger.log(level, "speculation lost %.3g s of this rollout's %.3g s: %s", lost, trace.seconds, ", ".join(where))
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the last complete rollout; empty before the first."""
@@ -203,13 +195,12 @@ class Toggle:
         )
 
     def state_dict(self) -> dict[str, object]:
-        """State for the checkpoint, as JSON: acceptance, online costs, ladder, probes and backoff."""
+        """State for the checkpoint, as JSON: acceptance, online costs, ladder and probes."""
         return {
             "acceptance": {format: known.state_dict() for format, known in self.acceptance.items()},
             "cost": self.cost.state_dict(),
             "ladder": None if self.ladder is None else self.ladder.state_dict(),
             "probes": self.probes.state_dict(),
-            "backoff": self.backoff.state_dict(),
             "endings": [self._ended, self._emitted],
         }
 
@@ -218,7 +209,7 @@ class Toggle:
 
         Raises ValueError for an invalid state, and leaves all as it was.
         """
-        acceptance, ladder, probes, backoff = deepcopy((self.acceptance, self.ladder, self.probes, self.backoff))
+        acceptance, ladder, probes = deepcopy((self.acceptance, self.ladder, self.probes))
         try:
             for format, known in state["acceptance"].items():
                 if format in acceptance:
@@ -230,7 +221,6 @@ class Toggle:
             if ladder is not None and state["ladder"] is not None:
                 ladder.load_state_dict(state["ladder"])
             probes.load_state_dict(state["probes"])
-            backoff.load_state_dict(state["backoff"] if "backoff" in state else state["hold"])  # its former name
             ended, emitted = map(float, state["endings"])
             if not 0 <= ended <= emitted < inf:
                 raise ValueError(f"{ended} endings in {emitted} tokens")
@@ -238,7 +228,7 @@ class Toggle:
                 self.cost.load_state_dict(state["cost"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"no state of a toggle: {error!r}") from error
-        self.acceptance, self.ladder, self.probes, self.backoff = acceptance, ladder, probes, backoff
+        self.acceptance, self.ladder, self.probes = acceptance, ladder, probes
         self._ended, self._emitted = ended, emitted
         self._start_over()
 
@@ -250,7 +240,7 @@ class Toggle:
             if not load.prefill_tokens:
                 return self._taken(self.probes.arm, Reason.PROBE)
             self.probes.cancel()
-        reason = self._choose(load.decoding)
+        reason = self._choose()
         if self._fresh and self._learns and not load.prefill_tokens and self.probes.may_start():
             self._start_probe(load)
             if self.probes.arm is not None:
@@ -263,11 +253,8 @@ class Toggle:
             return self._decision
         return replace(self._decision, reason=Reason.EMPTY)
 
-    def _choose(self, batch: int) -> Reason:
-        """Take the best arm. A margin for changes gains nothing in simulated rollouts (docs/benchmarks/ablation.md)."""
-        if self.backoff.holds(batch):
-            self._current = 0
-            return Reason.HELD
+    def _choose(self) -> Reason:
+        """Take the best arm. Neither a margin nor a backoff gains in simulated rollouts (docs/benchmarks/ablation.md)."""
         reason = Reason.KEPT if self._best == self._current else Reason.BETTER
         self._current = self._best
         return reason
@@ -371,7 +358,6 @@ class Toggle:
             "saved_seconds": sum(trace.saved(self.cost.step_seconds).values()),
             "regret_seconds": trace.regret(in_hindsight, self._arms),
             "predicted_over_measured": trace.predicted_over_measured,
-            "sizes_in_backoff": float(len(self.backoff.left)),
         }
         for format, known_acceptance in self.acceptance.items():
             known_lengths = known_acceptance.whole.lengths(options.num_speculative_tokens, 1.0, known_acceptance.proposed.value)
@@ -390,7 +376,6 @@ class Toggle:
 _BECAUSE = {
     Reason.PROBE: " (a probe)",
     Reason.IMPOSED: " (the cluster's choice)",
-    Reason.HELD: " (backoff: it lost time in earlier rollouts)",
 }
 
 

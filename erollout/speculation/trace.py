@@ -40,9 +40,7 @@ class Reason(IntEnum):
     """It is being probed."""
     IMPOSED = 5
     """The cluster imposed it."""
-    HELD = 6
-    """Backoff: speculation lost time in earlier rollouts."""
-    EMPTY = 7
+    EMPTY = 6
     """The arm's proposer had nothing to propose: the pass was autoregressive."""
 
 

@@ -19,6 +19,7 @@ same load with every draft length fixed (`--table-draws`, `--longest`). Adaptive
 Sections:
   tail      long-tailed lengths: prompts with a lognormal number of terms, natural stops, by number of sequences and by group
   base      SmolLM2-135M-Instruct before it was taught, asked about the same sums: high entropy
+  forced    the same with lognormal lengths that are forced: a tail without teaching, for machines where that takes an hour
   batches   equal lengths, so that the batch is constant: 1 to 64 sequences at once
   policies  the coordinator's policies on even and on uneven replicas, mode adaptive
 """
@@ -33,6 +34,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +62,7 @@ from erollout.train.groups import GroupCollector
 from erollout.train.loop import Phases
 from erollout.train.preflight import preflight, prompt_limits
 from erollout.train.trainer import Trainer
-from erollout.types import Prompt
+from erollout.types import Prompt, RolloutRequest
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo-rollout.yaml"
 BASE_POLICY = "~/.cache/erollout/smollm2-135m-instruct"
@@ -115,6 +117,34 @@ class LongTailedSums:
 
 
 @dataclass(frozen=True, slots=True)
+class ForcedLengths:
+    """Lognormal lengths of responses, in tokens, whatever the policy writes."""
+
+    median: float = 60.0
+    sigma: float = 1.0
+    longest: int = 400
+
+    def of(self, index: int) -> int:
+        """That of a prompt, drawn from its index alone."""
+        length = round(random.Random(index).lognormvariate(math.log(self.median), self.sigma))
+        return min(max(length, 8), self.longest)
+
+
+class ForcedWorker(RolloutWorker):
+    """Asks for responses of given lengths."""
+
+    lengths: ForcedLengths | None = None
+    """None: natural stops."""
+
+    def requests(self, *args: Any) -> list[RolloutRequest]:
+        requests = super().requests(*args)
+        if self.lengths is None:
+            return requests
+        forced = {r.prompt_index: self.lengths.of(r.prompt_index) for r in requests}
+        return [replace(r, sampling=replace(r.sampling, max_tokens=forced[r.prompt_index], ignore_eos=True)) for r in requests]
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """Workload of a draw."""
 
@@ -125,6 +155,7 @@ class Load:
     at_once: int = 64
     max_tokens: int | None = None
     """Length of every response; None: natural stops."""
+    lengths: ForcedLengths | None = None
     source: LongTailedSums = LongTailedSums()
 
     @property
@@ -170,7 +201,7 @@ class Bench:
         options = config.rewards
         self.rewards = RewardPool(resolved.scorer, options.num_workers, options.timeout_seconds, options.error_value)
         replica = DecodeReplica(config, resolved.architecture, context, resolved.tokenizer)
-        self.worker = RolloutWorker(config, replica, self.rewards)
+        self.worker = ForcedWorker(config, replica, self.rewards)
         self.worker.load_weights()
 
     def arm(self, mode: str, num_speculative_tokens: int | None = None, **coordinator: object) -> Coordination:
@@ -220,7 +251,7 @@ class Bench:
 
     def _rollout(self, coordination: Coordination, load: Load, prompts: Sequence[Prompt], draw: int) -> Outcome:
         worker = self.worker
-        worker.coordination = coordination
+        worker.coordination, worker.lengths = coordination, load.lengths
         worker.engine.rollout = replace(self.config.rollout, max_num_seqs=load.at_once)
         sampling = worker.sampling_params()
         if load.max_tokens is not None:
@@ -412,7 +443,14 @@ def tail_section(bench: Bench, options: argparse.Namespace) -> list[str]:
 
 
 def base_section(bench: Bench, options: argparse.Namespace) -> list[str]:
-    load = Load("base policy, 16 per replica", 16)
+    return _of_one_load(bench, options, Load("base policy, 16 per replica", 16))
+
+
+def forced_section(bench: Bench, options: argparse.Namespace) -> list[str]:
+    return _of_one_load(bench, options, Load("base policy, forced tail, 16 per replica", 16, lengths=ForcedLengths()))
+
+
+def _of_one_load(bench: Bench, options: argparse.Namespace, load: Load) -> list[str]:
     modes = tuple(mode for mode in MODES[:-1] if mode in options.modes)
     draws = bench.measure(bench.arms(modes, load, options), load, options.draws)
     lines = [f"### {load.name}", "", describe(draws), "", *_table(MODE_COLUMNS, mode_rows(draws, None))]
@@ -466,6 +504,7 @@ def policies_section(bench: Bench, options: argparse.Namespace) -> list[str]:
 SECTIONS: dict[str, tuple[str, Callable[[Bench, argparse.Namespace], list[str]]]] = {
     "tail": ("Long-tailed lengths", tail_section),
     "base": ("Before it was taught", base_section),
+    "forced": ("Before it was taught, with long-tailed lengths", forced_section),
     "batches": ("Equal lengths", batches_section),
     "policies": ("Coordinator policies", policies_section),
 }
@@ -481,7 +520,7 @@ def run(options: argparse.Namespace) -> list[str]:
         try:
             for name in options.sections:
                 began, (title, section) = time.perf_counter(), SECTIONS[name]
-                base = name == "base" and options.base_policy
+                base = name in ("base", "forced") and options.base_policy
                 policy = [f"model.path={options.base_policy}", *BASE_SETTINGS] if base else []
                 bench = Bench(load_config(options.config, [*settings, *policy]), context, options.decisions)
                 with bench.rewards:
@@ -506,15 +545,17 @@ def _rank_main(rank: int, options: argparse.Namespace, folder: str) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[name for name in SECTIONS if name != "forced"])
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=list(MODES), help="of sections tail and base; off must be one"
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="of sections tail, base and forced; off must be one"
     )
     parser.add_argument("--loads", type=int, default=len(TAILS), help="of section tail: how many of its loads")
     parser.add_argument("--longest", type=int, default=6, help="longest draft of the oracle's table")
     parser.add_argument("--table-draws", type=int, default=1, help="rollouts of each draft length for the oracle's table")
     parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--base-policy", default=BASE_POLICY, help="directory of the policy of section base; empty: the same")
+    parser.add_argument(
+        "--base-policy", default=BASE_POLICY, help="policy directory of sections base and forced; empty: the same"
+    )
     parser.add_argument("--draws", type=int, default=3, help="of each load with natural stops")
     parser.add_argument("--steps", type=int, default=1, help="whole RL steps for the other phases' seconds; 0: none")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])

@@ -228,6 +228,7 @@ def test_threads_change_no_number() -> None:
     assert torch.equal(one.values, three.values) and torch.equal(one.scales, three.scales)
 
 
+@pytest.mark.full
 @pytest.mark.end_to_end
 @pytest.mark.skipif(why_unavailable() is not None or shutil.which("g++") is None, reason="needs g++ and the native kernels")
 def test_native_quantisation_under_sanitizers(tmp_path: Path) -> None:

@@ -236,6 +236,7 @@ def _unbroken(rank_pool: RankPool, folder: Path, steps: int, **sections: Any) ->
     return folder
 
 
+@pytest.mark.full  # quick: test_interrupted_runs, and test_watchdog_launched where a launcher is killed
 @pytest.mark.end_to_end
 @pytest.mark.timeout(900)  # three starts
 def test_a_run_that_is_disturbed_in_every_way_ends_as_one_that_was_left_alone(rank_pool: RankPool, tmp_path: Path) -> None:

@@ -510,6 +510,7 @@ def test_disabled_tracking_still_keeps_the_journal(tmp_path: Path) -> None:
 # --- a server that goes away -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full  # quick: a damaged store that is put back, records that a store does not take for now
 @pytest.mark.end_to_end
 def test_server_that_goes_away_gets_everything_later(tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture) -> None:
     tracker, run_id = begin(tmp_path, uri=server.uri)

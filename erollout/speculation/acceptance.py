@@ -2,7 +2,8 @@
 
 For each position there are two decaying counts: drafts that reached it (all tokens before it were accepted), and those whose
 token was accepted there as well. A position with few drafts takes over the rate of the one before it: acceptance is nearly flat
-in depth. When the latest drafts contradict the counts, most of the counts are dropped at once.
+in depth. When the latest drafts contradict the counts, most of the counts are dropped at once: a collapse from 0.95 to 0.3 is
+noticed within 60 drafts instead of 220 (tests/speculation/test_acceptance.py), which matters where few sequences are left.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Regret of the toggle with each of its mechanisms off in turn, under scenarios that go wrong in different ways.
 
-    python benchmarks/ablation.py                                # everything: about 15 CPU minutes on one core
+    python benchmarks/ablation.py                                # everything: about 50 minutes of CPU time
     python benchmarks/ablation.py --scenarios stationary tenant --without probes corrections
     python benchmarks/ablation.py --calibration FILE --lengths rollouts.jsonl --scenarios stationary errors
 

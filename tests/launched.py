@@ -45,6 +45,7 @@ class Launched:
         for process in self.alive():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        self.process.kill()  # whatever was found
         self.process.wait(30)
 
     def alive(self) -> list[psutil.Process]:

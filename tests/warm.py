@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 import psutil
 from ranks import HAS_GPU, worker_context
 
+_CLOCK_STEP = 3.0
+"""Seconds by which the start of a process, as psutil derives it from the time of boot, may differ from one look to the next."""
 FORKED = "EROLLOUT_TEST_FORKED"
 """Directory in the environment of a warm command: one file for each of its forked processes: pid, start, rank."""
 
@@ -77,7 +79,8 @@ def forked(folder: Path) -> dict[psutil.Process, int | None]:
     for file in folder.iterdir() if folder.exists() else ():
         with suppress(psutil.Error, ValueError):  # it has ended; the file is being written
             process, (began, rank) = psutil.Process(int(file.name)), file.read_text().split()
-            if process.create_time() == float(began) and process.status() != psutil.STATUS_ZOMBIE:
+            same = abs(process.create_time() - float(began)) < _CLOCK_STEP
+            if same and process.status() != psutil.STATUS_ZOMBIE:
                 found[process] = None if rank == "-" else int(rank)
     return found
 

@@ -224,14 +224,14 @@ class WorldReplica(StepwiseReplica):
         world = self.truth
         assert isinstance(world, World)
         slow = 1 + 9 * world.random.random() if world.random.random() < world.scenario.outliers else 1.0
-        slow *= super()._seconds(arm, load) / world.step_seconds(arm, load)
+        seconds = slow * super()._seconds(arm, load)
         coverage = world.scenario.coverage
         if coverage == 1 or not arm.speculates or load.prefill_tokens:
             self._covered = repeat(True)
-            return slow * world.step_seconds(arm, load)
+            return seconds
         covered = [world.random.random() < coverage for _ in range(load.decoding)]
         self._covered = iter(covered)
-        return slow * world.covered_seconds(arm, load, sum(covered))
+        return seconds * world.covered_seconds(arm, load, sum(covered)) / world.step_seconds(arm, load)
 
     def _advance(self, item: ScheduledSequence, statistics: SpeculationStatistics) -> None:
         if item.num_drafts and not next(self._covered):

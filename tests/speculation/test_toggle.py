@@ -306,8 +306,9 @@ def test_the_loss_of_probes_alone_is_not_logged(caplog: pytest.LogCaptureFixture
     """A model on which drafts never pay, in rollouts of which the first probes are a good part."""
     machine = Machine(passes(draft=5.0))
     toggle = Toggle(SpeculationConfig(mode="adaptive"), FORMATS[:1], Learner(passes(draft=5.0)), machine.clock)
-    for _ in range(5):
-        machine.rollout(toggle, [12, 20, 30], toggle.arms)
+    with caplog.at_level(logging.INFO):
+        for _ in range(5):
+            machine.rollout(toggle, [12, 20, 30], toggle.arms)
     assert any(arm.speculates for arm in machine.arms)
     assert not caplog.records
 
@@ -315,6 +316,7 @@ def test_the_loss_of_probes_alone_is_not_logged(caplog: pytest.LogCaptureFixture
 def test_rollouts_that_gain_log_no_loss(caplog: pytest.LogCaptureFixture) -> None:
     machine = Machine(passes())
     toggle = toggle_of(machine, "adaptive")
+    caplog.set_level(logging.INFO)
     for rollout in range(4):
         machine.rollout(toggle, long_tailed(32, rollout), toggle.arms)
         assert not caplog.records and toggle.metrics()["saved_seconds"] > 0

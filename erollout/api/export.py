@@ -49,7 +49,7 @@ def export(
     warnings.filterwarnings("ignore", module=r"megatron\.")
     context = initialize(config)
     try:
-        tensors = load_policy(saved.path, config, context)
+        tensors, _ = load_policy(saved, config, context)
         architecture = policy_architecture(config.model)
         export_policy(destination, architecture, context.train, tensors, dtype or config.model.dtype, config.tokenizer_path)
     finally:

@@ -113,7 +113,7 @@ class GenerationEngine:
             if saved is None:
                 self._replica.load_weights(config.model, config.train.seed)
             else:
-                self._replica.refit(load_policy(saved.path, config, context), saved.step)
+                self._replica.refit(*load_policy(saved, config, context))
             self._opened = opened.pop_all()
         self._ends = (*architecture.eos_token_ids, self.tokenizer.eos_token_id)
         self._calls = 0

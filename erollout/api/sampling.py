@@ -65,7 +65,7 @@ def evaluate(config: Config, saved: SavedPolicy | None = None) -> Evaluation:
                 "speculation.drafter.format = %s: this command makes one rollout only, so there is none to learn from",
                 config.speculation.drafter.format,
             )
-        result = worker.evaluate(data, step=saved.step if saved else 0)  # as the run itself does after that step
+        result = worker.evaluate(data, step=worker.engine.policy_version or 0)  # as the run itself does after that step
         shown = sample_rows(result.scored, data, worker.text)
         rows = [
             {

@@ -40,6 +40,7 @@ from erollout.checkpoint.manifest import (
     write_manifest,
 )
 from erollout.checkpoint.resume import RunKind, changes, configuration, drawn, identity, read_state, require_resumable
+from erollout.checkpoint.saved_policy import SavedPolicy
 from erollout.checkpoint.writing import Writing
 from erollout.config import Config
 from erollout.errors import UserError, foreign_code
@@ -172,7 +173,7 @@ class Checkpointer:
         """
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self._complete()):
-            reason = self._damage(path)
+            reason = _damage(path)
             if reason is None:
                 self._on_rank_zero(lambda: _set_aside(damaged))
                 for other, why in damaged:
@@ -220,11 +221,6 @@ class Checkpointer:
         self._on_rank_zero(lambda: finish_publishing(self.directory))
         found = complete_checkpoints(self.directory) if dist.get_rank() == 0 else []
         return from_rank_zero(found)
-
-    def _damage(self, path: Path) -> str | None:
-        """The first damage found by any rank, each of which reads its share of the files."""
-        found = all_gather(damage(path, dist.get_rank(), dist.get_world_size()))
-        return next((reason for reason in found if reason is not None), None)
 
     @contextmanager
     def _saving(self, target: Path) -> Iterator[None]:
@@ -296,35 +292,46 @@ class Checkpointer:
             remove(old)
 
     def _on_rank_zero(self, action: Callable[[], None]) -> None:
-        """Run on rank 0 while the others wait; if it fails, all ranks fail with the same message."""
-
-        def run() -> None:
-            try:
-                action()
-            except OSError as error:
-                raise UserError(f"checkpoint.directory = {self.directory}: {error.strerror} ({error.filename})") from error
-            except ValueError as error:
-                raise UserError(str(error)) from error
-
-        on_rank_zero(run)
+        _on_rank_zero(self.directory, action)
 
 
-def load_policy(checkpoint: Path, config: Config, context: ParallelContext) -> dict[str, Tensor]:
-    """This rank's parameters of a checkpoint's policy in the training layout, without an optimizer. Collective.
+def load_policy(saved: SavedPolicy, config: Config, context: ParallelContext) -> tuple[dict[str, Tensor], int]:
+    """This rank's parameters of a checkpoint's policy in the training layout, without an optimizer, and their step. Collective.
 
-    Returns tensors named as in training_placement(). Raises UserError, on all ranks alike, for a damaged checkpoint.
+    Rank 0's checkpoint counts: while the run goes on, ranks may have found another newest one. Tensors are named as in
+    training_placement(). Raises UserError, on all ranks alike, for a damaged checkpoint.
     """
-    path = Path(from_rank_zero(str(checkpoint)))  # ranks may have found another newest one while the run goes on
-    found = all_gather(damage(path, context.rank, context.world_size))
-    if reason := next((reason for reason in found if reason is not None), None):
+    name, step = from_rank_zero((str(saved.path), saved.step))
+    path = Path(name)
+    if reason := _damage(path):
         raise UserError(f"checkpoint {path} is damaged: {reason}; restore its files, or name another one with --step")
-    on_rank_zero(lambda: _require_plain(path))
+    _on_rank_zero(path, lambda: _require_plain(path))
     model_parallel_cuda_manual_seed(config.train.seed)  # without it no module can be built
     architecture = policy_architecture(config.model)
     module = build_model(architecture, transformer_config(architecture, config.model, config.parallel)).to(context.device)
     loaded = _load_sharded(path, {"model": module.sharded_state_dict()})
     module.load_state_dict(loaded["model"])
-    return local_tensors(module)
+    return local_tensors(module), step
+
+
+def _on_rank_zero(directory: Path, action: Callable[[], None]) -> None:
+    """Run on rank 0 while the others wait; if it fails, all ranks fail with the same message."""
+
+    def run() -> None:
+        try:
+            action()
+        except OSError as error:
+            raise UserError(f"checkpoint.directory = {directory}: {error.strerror} ({error.filename})") from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    on_rank_zero(run)
+
+
+def _damage(path: Path) -> str | None:
+    """The first damage found by any rank, each of which reads its share of the files. Collective."""
+    found = all_gather(damage(path, dist.get_rank(), dist.get_world_size()))
+    return next((reason for reason in found if reason is not None), None)
 
 
 def _load_sharded(path: Path, expected: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import re
 import shutil
 import time
 import zlib
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STATE = "state.json"
 REPLACED = ".replaced"
+_NAME = re.compile(r"step_[0-9]+")
 _CHUNK_BYTES = 2**22
 _READ_AGAIN_AFTER = (1.0, 4.0)
 """Pauses in seconds before a failed read is retried."""
@@ -62,10 +64,10 @@ def write_manifest(directory: Path, checksums: Mapping[str, str] | None = None) 
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoint directories with a manifest, oldest first."""
+    """Checkpoint directories with a manifest, oldest first; a copy under another name, as step_00000004_best, is none."""
     if not directory.is_dir():
         return []
-    return sorted(p for p in directory.glob("step_*") if not p.suffix and (p / MANIFEST).is_file())
+    return sorted(p for p in directory.glob("step_*") if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file())
 
 
 def publish(written: Path, target: Path) -> None:

@@ -42,7 +42,7 @@ def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
         raise UserError(f"--step = {options.step} is the step of a run's checkpoint; give --run DIR instead of --model")
     from erollout.checkpoint.saved_policy import find_policy
 
-    source = options.model or find_policy(options.directory, options.step)
+    source = find_policy(options.directory, options.step) if options.model is None else options.model
     from erollout.api.generation import GenerationEngine  # takes seconds, so after the checks
     from erollout.parallel.groups import current_rank
     from erollout.types import SamplingParams

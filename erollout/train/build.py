@@ -39,7 +39,7 @@ def sampling_worker(world: World, rewards: RewardPool, saved: SavedPolicy | None
     if saved is None:
         worker.load_weights()
     else:
-        worker.refit(load_policy(saved.path, world.config, world.context), saved.step)
+        worker.refit(*load_policy(saved, world.config, world.context))
     return worker
 
 

@@ -181,7 +181,8 @@ def test_checkpoints_are_listed_oldest_first(tmp_path: Path) -> None:
     for name in names:
         _saved(tmp_path, name)
     (tmp_path / "step_notes.txt").write_text("a file")
-    _saved(tmp_path, "other")
+    for name in ("other", "step_00000100_best", "step_00000100_1", "step_00000100.partial"):
+        _saved(tmp_path, name)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000020", "step_00000100", "step_00001000"]
 
 

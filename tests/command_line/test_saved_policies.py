@@ -94,6 +94,25 @@ def test_two_ranks_read_a_checkpoint_as_one_does(run: Path, rank_pool: RankPool,
     assert invoke("config", "diff", str(run), str(run)).stdout == "no difference\n"
 
 
+def rollout_of_another(run: str, out: str) -> None:
+    """For RankPool.run(2, ...): rank 1 has found an older checkpoint than rank 0, as while a run goes on."""
+    import torch.distributed as dist
+
+    from erollout.api import sampling
+
+    saved = find_policy(run, step=2 if dist.get_rank() else 4)
+    sampling.report(saved.config, saved, out)
+
+
+@pytest.mark.distributed
+def test_ranks_that_found_different_checkpoints_sample_from_that_of_rank_0(
+    run: Path, rank_pool: RankPool, tmp_path: Path
+) -> None:
+    rank_pool.run(2, rollout_here, str(run), str(tmp_path / "newest.jsonl"))
+    rank_pool.run(2, rollout_of_another, str(run), str(tmp_path / "another.jsonl"))
+    assert (tmp_path / "another.jsonl").read_text() == (tmp_path / "newest.jsonl").read_text()
+
+
 @pytest.mark.distributed
 def test_an_evaluation_repeats_that_of_the_run(run: Path, rank_pool: RankPool, tmp_path: Path) -> None:
     own = {row["step"]: row for row in all_rows(run.parent) if "evaluation/reward_mean" in row}
@@ -137,6 +156,7 @@ def test_what_a_run_does_not_have_is_refused_in_one_line(run: Path, tmp_path: Pa
         ([*export, "--run", str(tmp_path / "begun")], ["has no checkpoint", "checkpoint.interval"]),
         ([*export, "--run", str(run), "--step", "3"], ["--step = 3", "there are 2, 4"]),
         (["generate", "--prompt", "1", "--run", str(run), "--step", "1"], ["--step = 1", "there are 2, 4"]),
+        (["generate", "--prompt", "1", "--model", ""], ["model.path"]),
         (["export", "--run", str(run), "--out", str(tmp_path / "taken")], ["--out", "not an empty directory"]),
         ([*export, "--run", str(run), "model.tokenizer=nowhere"], ["model.tokenizer"]),
         (["evaluate"], ["no policy is named", "--run DIR"]),

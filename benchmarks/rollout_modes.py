@@ -463,7 +463,7 @@ def batches_section(bench: Bench, options: argparse.Namespace) -> list[str]:
     source = LongTailedSums((Tail(20, 0.0),))
     for batch in sorted(options.batches, reverse=True):  # the largest first: costs are measured up to it
         tokens = options.batch_tokens if batch > 4 else 2 * options.batch_tokens
-        draws = bench.measure(arms, Load(f"batch {batch}", batch, batch, batch, tokens, source), options.batch_draws)
+        draws = bench.measure(arms, Load(f"batch {batch}", batch, batch, batch, tokens, source=source), options.batch_draws)
         better = min(("off", "always"), key=lambda arm: _ratio(draws, arm, "off").middle)
         speed = [f"{_median(draws[arm], lambda o: o.tokens / o.seconds):.0f}" for arm in arms]
         against = [str(_ratio(draws, arm, better)) for arm in ("toggle", "adaptive")]

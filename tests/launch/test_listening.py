@@ -77,9 +77,9 @@ def test_a_run_on_one_machine_can_be_reached_from_no_other(
             return steps_recorded(tmp_path) > 0
 
         run.wait_until(has_trained)
-        places.update(listening(run.alive()))
         with socket.create_server((address, 0)) as control:  # the neighbour does reach this machine
-            ports = [control.getsockname()[1], *sorted({port for _, port in places})]
+            places.update(now := listening(run.alive()))  # a port closed since may be another process's
+            ports = [control.getsockname()[1], *sorted({port for _, port in now})]
             command = [*there, sys.executable, "-c", TRY, address, *map(str, ports)]
             tried = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout.splitlines()
     assert tried == [f"open {ports[0]}", *(f"refused {port}" for port in ports[1:])]

@@ -329,7 +329,6 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "corrections: clip": {f"{CORRECTIONS}.CLIP": inf},
     "corrections: lasting change": {f"{CORRECTIONS}.PERSISTENCE": 1 << 30},
     "corrections: blame": {f"{CORRECTIONS}.COMMON_BLAME": 1.0},
-    "corrections: noise level": {f"{CORRECTIONS}.NOISE_RATE": 0.0},
     "acceptance: by context": {f"{ACCEPTANCE}.WHOLE_DRAFTS": 1e12},
     "acceptance: contradiction": {f"{ACCEPTANCE}.CONTRADICTION": inf},
     "acceptance: carried less": {f"{ACCEPTANCE}.CARRIED": 1.0},

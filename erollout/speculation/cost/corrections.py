@@ -30,9 +30,6 @@ PERSISTENCE = 5
 COMMON_BLAME = 16.0
 """Variance that a lasting change adds to the common part, over what it adds to others: most often the machine has changed.
 Were it equal, arms that don't run would keep predictions of before."""
-NOISE_RANGE = (0.005, 0.3)
-"""Least and largest accepted standard deviation of a step's time, relative."""
-NOISE_RATE = 0.05
 SMALLEST_FACTOR = 0.01
 """Least ratio of measured over predicted seconds: a smaller one comes from a clock that jumped."""
 
@@ -57,7 +54,7 @@ class _Part:
 _COMMON, _KIND, _CELL = 0.2**2, 0.3**2, 0.1**2
 """Prior variances, beyond which no walk leads."""
 _NOISE = 0.15**2
-"""Assumed variance of a step's log time at first: were it too small, a few noisy steps would settle what each pass takes."""
+"""Assumed variance of a step's log time. One that is learnt gains nothing (docs/benchmarks/ablation.md)."""
 _COMMON_WALK, _KIND_WALK, _CELL_WALK = 4e-4, 1e-6, 1e-6
 """Variance added per step to each part that the step touches."""
 _PREFILL = 1.0
@@ -140,7 +137,6 @@ class Corrections:
         self._cells: dict[tuple[str, int], _Part] = {}
         """By kind (and draft length), and logarithm of a batch size."""
         self._prefill = _Part(_PREFILL)
-        self._noise = _NOISE
         self._steps: list[float] = []
         """Consecutive clipped surprises of steps, or of what is left of them without their drafting; all of one sign."""
         self._drafts: list[float] = []
@@ -171,7 +167,7 @@ class Corrections:
         """Learn from a pass that consists mostly of prompt tokens, as `observe`."""
         surprise = log(max(ratio, SMALLEST_FACTOR) / self.prefill_factor())
         self._prefill.widen(_KIND_WALK, _PREFILL)
-        total = self._prefill.variance + self._noise
+        total = self._prefill.variance + _NOISE
         limit = CLIP * total**0.5
         self._prefill.learn(1.0, max(-limit, min(limit, surprise)), total)
 
@@ -229,15 +225,14 @@ class Corrections:
         joint = self._joint
         products = joint.products(shares)
         variance = sum([share * products[index] for index, share in shares]) + _variance(cells)
-        limit = CLIP * (variance + self._noise) ** 0.5
+        limit = CLIP * (variance + _NOISE) ** 0.5
         change = _change(run, surprise, limit)
         if change is None:
             surprise = max(-limit, min(limit, surprise))
-            self._learn_noise(surprise * surprise - variance)
         elif change * change > variance:
             self._jump(shares, cells, change * change - variance)
             surprise, variance, products = change, change * change, joint.products(shares)
-        total = variance + self._noise
+        total = variance + _NOISE
         joint.learn(products, surprise, total)
         for part, share in cells:
             part.learn(share, surprise, total)
@@ -261,11 +256,6 @@ class Corrections:
         for part, _ in cells:
             part.variance += each
 
-    def _learn_noise(self, variance: float) -> None:
-        low, high = NOISE_RANGE
-        self._noise += NOISE_RATE * (max(0.0, variance) - self._noise)
-        self._noise = max(low * low, min(high * high, self._noise))
-
     def forget(self, format: str) -> None:
         """Drop what was learnt about one drafter."""
         kind = f"draft {format}"
@@ -278,7 +268,6 @@ class Corrections:
         return {
             "common": [joint.values[0], rows[0][0]],
             "prefill": [self._prefill.value, self._prefill.variance],
-            "noise": self._noise,
             "kinds": [[kind, joint.values[index], rows[index][index]] for kind, index in joint.index.items() if index],
             "covariances": [row[:index] for index, row in enumerate(rows) if index],
             "cells": [[kind, node, part.value, part.variance] for (kind, node), part in self._cells.items()],
@@ -290,7 +279,7 @@ class Corrections:
         Raises ValueError for an impossible state, and leaves all as it was.
         """
         try:
-            common, prefill, noise = _part(*state["common"]), _part(*state["prefill"]), float(state["noise"])
+            common, prefill = _part(*state["common"]), _part(*state["prefill"])
             by_drafter = [(str(drafter), _part(*part)) for drafter, *part in state.get("drafters", ())]
             known = {"kinds": (), "cells": ()} if "drafters" in state else state
             kinds = {str(kind): _part(*part) for kind, *part in known["kinds"]}
@@ -298,15 +287,13 @@ class Corrections:
             joint = _restored(common, kinds, known.get("covariances", ()))
         except (KeyError, TypeError) as error:
             raise ValueError(f"corrections of another form: {error!r}") from error
-        if not 0 < noise < inf:
-            raise ValueError(f"a noise of {noise}")
         if by_drafter:
             logger.info(
                 "the checkpoint corrects the costs of whole steps by drafter; only what all steps share is taken, and what is "
                 "specific to drafters is learnt anew"
             )
         self._joint, self._prefill, self._cells = joint, prefill, cells
-        self._noise, self._steps, self._drafts = noise, [], []
+        self._steps, self._drafts = [], []
 
 
 def _passes(arm: Arm, drafting: float) -> _Passes:

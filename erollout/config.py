@@ -222,6 +222,14 @@ def require_training_data(config: Config) -> None:
         raise UserError("data.train_files is empty but data.kind = file; name at least one JSONL, JSON or parquet file")
 
 
+def without_training_data(config: Config) -> Config:
+    """The configuration without its training files, for commands that sample test prompts only: the files may be elsewhere."""
+    tree = config.to_dict()
+    if config.data.test_files:
+        tree["data"]["train_files"] = []
+    return build_config(tree)
+
+
 def _check_coordinator(config: Config) -> None:
     if config.coordinator.lock_step and config.coordinator.policy != "cluster":
         raise UserError(

@@ -2,7 +2,7 @@
 
 from erollout.api import sampling
 from erollout.checkpoint.saved_policy import SavedPolicy
-from erollout.config import Config, require_trainable, require_training_data
+from erollout.config import Config, require_trainable, require_training_data, without_training_data
 from erollout.environment import is_rank
 from erollout.errors import UserError
 from erollout.parallel.groups import expected_world_size
@@ -32,7 +32,7 @@ def evaluate(policy: Config | SavedPolicy) -> dict[str, float]:
     """
     config, saved = (policy, None) if isinstance(policy, Config) else (policy.config, policy)
     _require_ranks(config)
-    return sampling.evaluate(config, saved).metrics
+    return sampling.evaluate(without_training_data(config), saved).metrics
 
 
 def compare(config: Config) -> dict[str, Comparison]:

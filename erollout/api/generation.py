@@ -164,6 +164,7 @@ class GenerationEngine:
                 "verification": verification,
                 "drafter": {"format": drafter},
             },
+            "parallel": {"tensor_model_parallel_size": tensor_parallel_size if isinstance(source, SavedPolicy) else 1},
             "train": {"seed": seed},
             "data": {"kind": "chain_sum_cot"},  # not used, but a configuration has one
         }

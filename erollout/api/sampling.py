@@ -22,6 +22,7 @@ from erollout.rollout.sample_rows import sample_rows
 from erollout.tracking.console import print_summary, print_table
 from erollout.train.build import reward_pool, sampling_worker
 from erollout.train.evaluation import evaluation_metrics
+from erollout.train.preflight import require_writable
 from erollout.train.world import World, joined
 
 
@@ -103,6 +104,7 @@ def compare_modes(config: Config) -> dict[str, Comparison]:
     """
     if config.speculation.mode == "off":
         raise UserError("speculation.mode = off: there is nothing to compare with; set it to always")
+    require_writable("train.output_dir", Path(config.train.output_dir))
     with _sampling(config) as (world, worker, data):
         first, requantize = drafter_as_in_training(worker, data)
         comparisons = compare_held_out(worker, data)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from erollout.checkpoint.manifest import STATE, complete_checkpoints
-from erollout.checkpoint.resume import read_state, require_model
+from erollout.checkpoint.resume import OBEYED, REFUSED, UNREAD, read_state, require_model
 from erollout.config import Config, build_config, load_config
-from erollout.configuration.renamed import use_present_names
+from erollout.configuration.renamed import present_name
 from erollout.configuration.yaml_tree import apply_override, joined
 from erollout.errors import UserError
 from erollout.policy.architecture import Architecture, RopeScaling
@@ -18,14 +18,17 @@ from erollout.tracking.journal import journal_path
 
 @dataclass(frozen=True, slots=True)
 class SavedPolicy:
-    """A checkpoint to sample from or to export, and a configuration that needs nothing else of the run but its tokenizer."""
+    """A checkpoint to sample from or to export."""
 
     path: Path
     """Directory of the checkpoint."""
     step: int
     """Number of steps that the policy has been trained for."""
     config: Config
-    """The run's, with `model.architecture` instead of `model.path`: the weights are the checkpoint's."""
+    """The run's, with `model.architecture` instead of `model.path`: the weights are the checkpoint's.
+
+    Tokenizer, test files and reward function are read where the run read them; overrides of `find_policy` name other places.
+    """
 
 
 def find_policy(run: str | Path, step: int | None = None, overrides: Sequence[str] = ()) -> SavedPolicy:
@@ -73,13 +76,15 @@ def _configuration(path: Path, document: Mapping[str, Any], run: Path, overrides
     if "configuration" not in document:
         raise UserError(f"checkpoint {path} is of a version that saved no configuration; resume the run to save another one")
     tree: dict[str, Any] = {}
+    known = {f"{section}.{name}" for section, names in OBEYED.items() for name in names.split()} | {*REFUSED, *UNREAD}
     for key, value in document["configuration"].items():
-        *sections, name = key.split(".")
+        if present_name(key) not in known:  # as when a run resumes: keys of other versions are ignored
+            continue
+        *sections, name = present_name(key).split(".")
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
         node[name] = value
-    use_present_names(tree)
     model = tree["model"]
     model["tokenizer"] = model.get("tokenizer") or model.get("path")
     model |= {"path": None, "architecture": hf_config(_architecture(path, document), model["dtype"])}

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -61,12 +62,12 @@ def run_command(arguments: Sequence[str]) -> int:
     except UserError as error:
         _print_error(error)
         return 2
-    except ModuleNotFoundError as error:  # installed without an optional part, as matplotlib
+    except ModuleNotFoundError as error:  # installed without an optional part, as matplotlib, or a program of the user's
         if error.name is None or error.name.partition(".")[0] == "erollout":
             raise
-        package = error.name.partition(".")[0]
-        fix = "install erollout with its requirements (pip install -e .[mlflow,modelopt] in its checkout)"
-        _print_error(UserError(f"the Python package {package} is missing; {fix}"))
+        package, importer = error.name.partition(".")[0], traceback.extract_tb(error.__traceback__)[-1].filename
+        fix = "install it (erollout's requirements: pip install -e .[mlflow,modelopt] in its checkout)"
+        _print_error(UserError(f"the Python package {package}, which {importer} imports, is missing; {fix}"))
         return 2
     return status
 

@@ -29,9 +29,10 @@ def dry_run(config: Config, kind: RunKind | None = None) -> str:
     published = published_architecture(path) if path is not None and not Path(path).exists() else None
     if path is None or published is None:
         resolved = preflight(config, kind)
-        return "\n".join([*_describe(config, resolved, rolls_out), *_lines(_items(config, resolved, rolls_out))])
+        return "\n".join([*_describe(config, resolved, rolls_out), *_lines(_items(config, resolved, kind))])
     sizes = work_out(config, published, rolls_out)
-    check_places(config)
+    if kind is not None:
+        check_places(config)
     note = f"weights, tokenizer, data and scorer: model.path = {path} is not there; {fetch_line('model.path', path)}"
     missing = [file for file in (*config.data.train_files, *config.data.test_files) if not Path(file).exists()]
     more = [f"{'':<{_WIDTH}}  {file} is not there either" for file in missing]
@@ -57,17 +58,19 @@ def _lines(values: dict[str, str]) -> list[str]:
     return [f"{name:<{_WIDTH}}  {value}" for name, value in values.items()]
 
 
-def _items(config: Config, resolved: Resolved, rolls_out: bool) -> dict[str, str]:
+def _items(config: Config, resolved: Resolved, kind: RunKind | None) -> dict[str, str]:
     """Amount of data, the first item as the model reads it, and the reward function."""
     train, test = resolved.train_data, resolved.test_data
     noun = "row" if config.data.kind == "file" else "generated item"
-    first = 0 if rolls_out else len(train) - 1
-    prompt = train.prompt(first)
+    amounts = f"{_count(len(test), noun) if test is not None else 'none'} to test on"
+    shown = test if kind is None and test is not None else train
+    first = len(train) - 1 if kind == "supervised" else 0
+    prompt = shown.prompt(first)
     lines = {
-        "data": f"{_count(len(train), noun)} to train on, {_count(len(test), noun) if test is not None else 'none'} to test on",
+        "data": amounts if kind is None else f"{_count(len(train), noun)} to train on, {amounts}",
         "first prompt": f"{_beginning(prompt.text)}, {_count(len(prompt.prompt_ids), 'token')}",
     }
-    if not rolls_out:
+    if kind == "supervised":
         return lines | {"its solution": _beginning(train.solution(first) or "")}
     record = prompt.item.get("entry", prompt.item)
     scorer = resolved.scorer

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erollout.config import Config, build_config, load_config
+from erollout.config import Config, build_config, load_config, without_training_data
 from erollout.configuration.arguments import add_overrides, add_step
 from erollout.configuration.yaml_tree import apply_override, joined
 from erollout.errors import UserError
@@ -16,7 +16,6 @@ from erollout.errors import UserError
 if TYPE_CHECKING:
     from erollout.checkpoint.saved_policy import SavedPolicy
 
-_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 _ALL = 10**7
 """More prompts than a test file has."""
 
@@ -43,16 +42,17 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
 def read_policy(options: argparse.Namespace) -> PolicySource:
     """What the options name. Raises UserError."""
     _check(options)
-    files = [word for word in options.test if not _OVERRIDE.match(word)]  # --test takes all words that follow
-    named = [*_test_data(files), *_model(options.model), *(w for w in options.test if w not in files), *options.overrides]
+    words = joined(options.test)
+    files = list(takewhile(lambda word: not _is_override(word), words))  # --test takes all words that follow
+    named = [*_test_data(files), *_model(options.model), *words[len(files) :], *options.overrides]
     if options.directory is not None:
         from erollout.checkpoint.saved_policy import find_policy
 
         saved = find_policy(options.directory, options.step, named)
-        saved = replace(saved, config=_without_training_data(saved.config))
+        saved = replace(saved, config=without_training_data(saved.config))
         return PolicySource(saved.config, saved)
     if options.config is not None:
-        return PolicySource(_without_training_data(load_config(options.config, named)))
+        return PolicySource(without_training_data(load_config(options.config, named)))
     tree: dict[str, Any] = {}
     for override in joined(named):
         apply_override(tree, override, Config)
@@ -71,6 +71,12 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--model needs test data; give --config FILE, which names them and the reward, or --test FILE")
 
 
+def _is_override(word: str) -> bool:
+    """Whether a word is `section.key=value`, and no file."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "." in key and key.partition(".")[0] in Config.__annotations__
+
+
 def _test_data(files: Sequence[str]) -> list[str]:
     """Overrides for test rows of these files."""
     if not files:
@@ -86,11 +92,3 @@ def _model(directory: str | None) -> list[str]:
     own = any(Path(directory).expanduser().glob("tokenizer*"))
     path = f"model.path={json.dumps(directory, ensure_ascii=False)}"
     return [path, "model.architecture=null", "checkpoint.export_path=null", *(["model.tokenizer=null"] if own else [])]
-
-
-def _without_training_data(config: Config) -> Config:
-    """A configuration that reads no training files, which may be large, or elsewhere by now."""
-    tree = config.to_dict()
-    if config.data.kind == "file" and config.data.test_files:
-        tree["data"]["train_files"] = []
-    return build_config(tree)

@@ -148,7 +148,9 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
 
     run: its `train.output_dir`, or its journal.
     """
-    journal = journal_path(run) if Path(run).is_dir() else Path(run)
+    journal = Path(run).expanduser()
+    if journal.is_dir():
+        journal = journal_path(journal)
     try:
         return read_history(journal)
     except OSError as error:

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch.autograd import profiler
 
-from erollout.errors import UserError
-
 logger = logging.getLogger(__name__)
 
 _NOTHING = nullcontext()
@@ -31,7 +29,7 @@ class StepProfiler:
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[None]:
-        """Context of step number `step`, from 1. Raises UserError if its profile can't be written."""
+        """Context of step number `step`, from 1. A profile that can't be written is an error in the log; the run goes on."""
         if step not in self.steps:
             yield
             return
@@ -43,6 +41,9 @@ class StepProfiler:
             self.directory.mkdir(parents=True, exist_ok=True)
             profiled.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"train.profile.steps: {path} can't be written: {error}; free space or leave {step} out") from error
+            logger.error(
+                "train.profile.steps: rank %d can't write %s: %s; free space or leave %d out", self.rank, path, error, step
+            )
+            return
         if self.rank == 0:
             logger.info("profile of step %d: %s, a file per rank; open it in https://ui.perfetto.dev", step, path)

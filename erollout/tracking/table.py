@@ -1,9 +1,11 @@
 """A table of runs' metrics in a file: columns run, step, metric, value; a row per metric of each step."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 from erollout.errors import UserError
+from erollout.resilience.atomic_write import write_atomically
 from erollout.tracking.journal import read_metrics
 
 FORMATS = (".csv", ".parquet")
@@ -33,10 +35,11 @@ def write_table(runs: Sequence[str], out: str) -> int:
     kinds = (pa.string(), pa.int64(), pa.string(), pa.float64())
     names = ("run", "step", "metric", "value")
     columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
-    table = pa.table(columns, names)
+    content = BytesIO()
+    (pa.csv.write_csv if path.suffix == ".csv" else pa.parquet.write_table)(pa.table(columns, names), content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        (pa.csv.write_csv if path.suffix == ".csv" else pa.parquet.write_table)(table, path)
+        write_atomically(path, content.getvalue())
     except OSError as error:
         raise UserError(f"--out = {out} can't be written: {error.strerror or error}; choose another place") from error
     return len(rows)

@@ -83,9 +83,9 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
         _check_pool(config.rewards)
     if config.model.path is not None:
         check_weights(config.model.path, architecture)
-    _check_export(config)
-    check_places(config)
     if kind is not None:
+        _check_export(config)
+        check_places(config)
         check_newest(architecture, config, kind)
         _check_profile(config, kind)
     scorer = build_scorer(config.rewards, config.data)
@@ -97,7 +97,8 @@ def preflight(config: Config, kind: RunKind | None = None, scores: bool = True) 
         if probe is not None:
             is_built_in = config.data.kind == "file" and config.rewards.function is None
             _check_scorer(probe, train_data, test_data, reads_references=is_built_in)
-    _check_store(config)
+    if kind is not None:
+        _check_store(config)
     return Resolved(
         **{field.name: getattr(sizes, field.name) for field in fields(sizes)},
         tokenizer=tokenizer,

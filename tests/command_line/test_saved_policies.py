@@ -132,8 +132,17 @@ def test_an_evaluation_repeats_that_of_the_run(run: Path, rank_pool: RankPool, t
 def test_rows_of_ones_own_are_all_sampled(run: Path, rank_pool: RankPool, tmp_path: Path) -> None:
     rows = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(7)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    test = ["--test", str(tmp_path / "rows.jsonl"), "data.prompt_column=question", "rewards.function=null", *ONE_RANK]
+    file = ["--test", str(tmp_path / "rows.jsonl")]
+    for value in (["data.args.x1=2"], ["rewards.threshold", "=", "1"], ["rollout.stop=[a, b]"], ["rollout.stop =", "[a, b]"]):
+        line = invoke("evaluate", "--run", str(run), *file, *value, "model.typo=1").error()
+        assert "typo" in line, f"{value} is no file: {line}"
+    test = [*file, "data.prompt_column=question", "rewards.function=null", *ONE_RANK]
+    dry = invoke("evaluate", "--run", str(run), *test, "--dry-run").stdout
+    assert "7 rows to test on" in dry and "to train on" not in dry and "0+1=" in dry
+    (run / "verdict").unlink()
+    (run / "verdict").mkdir()  # nothing is written into the run
     ended = _on_one_rank(rank_pool, "evaluate", "--run", str(run), *test)
+    (run / "verdict").rmdir()
     assert "│ 7" in ended.stdout and not (tmp_path / "out.jsonl").exists()
     model = ["--model", str(run.parent / "exported"), "--out", str(tmp_path / "out.jsonl"), *test]
     sizes = ["rollout.kv_cache_gib=0.01", "rollout.max_prompt_tokens=16", "rollout.max_tokens=8"]
@@ -184,4 +193,8 @@ def test_damaged_and_former_checkpoints_are_refused(run: Path, rank_pool: RankPo
     (newest / "state.json").write_text(json.dumps({key: state[key] for key in state if key != "configuration"}))
     with pytest.raises(UserError, match="saved no configuration"):
         find_policy(copy)
+    older = copy / "checkpoints" / "step_00000002" / "state.json"
+    state = json.loads(older.read_text())
+    state["configuration"] |= {"train.key_of_another_version": 1}
+    older.write_text(json.dumps(state))
     assert find_policy(copy, 2).config.train.output_dir == str(copy)

@@ -64,4 +64,4 @@ def test_what_makes_no_table_is_refused_in_one_line(run: Path, tmp_path: Path, m
         assert word in invoke("metrics", "--run", str(directory), "--out", out).error()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     line = invoke("metrics", "--run", str(run), "--out", str(tmp_path / "a.csv")).error()
-    assert "the Python package pyarrow is missing" in line and "pip install" in line
+    assert "the Python package pyarrow, which" in line and "table.py imports, is missing" in line and "pip install" in line

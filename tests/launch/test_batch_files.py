@@ -1,4 +1,4 @@
-"""The batch files without a cluster: what shell and linter say, and that what they read is documented and is what is sent."""
+"""Batch files and Dockerfiles, unused: what shell and linters say; that what they read is documented and is what is sent."""
 
 import re
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
+CONTAINERS = sorted((ROOT / "launch" / "containers").glob("*.Dockerfile"))
 README = ROOT / "slurm" / "README.md"
 
 every_file = pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
@@ -20,6 +21,27 @@ def _variables(*files: Path) -> set[str]:
 
 def test_the_files_are_there() -> None:
     assert [file.stem for file in FILES] == ["benchmark", "calibrate", "train"]
+    assert [file.stem for file in CONTAINERS] == ["cpu", "cuda"]
+
+
+@pytest.mark.parametrize("file", CONTAINERS, ids=[file.stem for file in CONTAINERS])
+def test_a_dockerfile_installs_what_the_setup_asks_for(file: Path) -> None:
+    linter = str(Path(sys.executable).with_name("hadolint"))
+    done = subprocess.run([linter, str(file)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    text, setup = file.read_text(), (ROOT / "setup.py").read_text()
+    (torch,) = re.findall(r"\btorch==[\d.]+", text)
+    assert f'"{torch}"' in setup
+    (extras,) = re.findall(r'"\.\[([\w,]+)\]"', text)
+    assert all(f'        "{extra}": [' in setup for extra in extras.split(","))
+    assert f"docker build -f {file.relative_to(ROOT)} " in text, "it says how it is built"
+
+
+def test_the_sites_with_containers_name_the_images_that_are_built() -> None:
+    sites = [file.read_text() for file in (ROOT / "slurm" / "sites").glob("*.yaml")]
+    named = {image for text in sites for image in re.findall(r"^  image: (\S+)", text, re.MULTILINE)}
+    text = (ROOT / "launch" / "containers" / "cuda.Dockerfile").read_text()
+    assert len(named) == 2 and all(image in text for image in named)
 
 
 @every_file

@@ -58,10 +58,10 @@ from erollout.rollout.decode_replica import DecodeReplica
 from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.speculation.statistics import SpeculationStatistics, merge
 from erollout.speculation.trace import DecisionTrace
-from erollout.train.groups import GroupCollector
-from erollout.train.loop import Phases
-from erollout.train.preflight import preflight, prompt_limits
-from erollout.train.trainer import Trainer
+from erollout.training.groups import GroupCollector
+from erollout.training.loop import Phases
+from erollout.training.preflight import preflight, prompt_limits
+from erollout.training.trainer import Trainer
 from erollout.types import Prompt, RolloutRequest
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo-rollout.yaml"

@@ -147,7 +147,7 @@ def _report(options: argparse.Namespace, first: Attempt, attempts: list[Attempt]
     rows = [[name, f"{seconds:.2f}"] for name, seconds in [*parts, ("all", sum(seconds for _, seconds in parts))]]
     imports = [
         [f"of these, import of {name} alone", f"{_import_seconds(name):.2f}"]
-        for name in ("erollout.launch.local", "erollout.train.session")
+        for name in ("erollout.launch.local", "erollout.training.session")
     ]
     print_table(["from the start to the end of the first step", "seconds"], [*rows, *imports])
 

@@ -1,6 +1,6 @@
 """Hooks of mkdocs: links from pages to files of the repository outside docs/ work in the built site too.
 
-A page is written for the repository: `../erollout/train/trainer.py`. The site has a page for each such file, made from the same
+A page is written for the repository (`../erollout/training/trainer.py`). The site has a page for each such file, made from this
 checkout, so it needs neither an address of the repository nor a network, and never shows code of another version.
 """
 

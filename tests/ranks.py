@@ -21,7 +21,7 @@ from typing import Any
 START_SECONDS = 200
 """For new workers and their imports."""
 IMPORTED = (
-    "erollout.train.session",
+    "erollout.training.session",
     "erollout.api.sampling",
     "erollout.command_line.commands",
     "transformers.models.llama.modeling_llama",

@@ -28,11 +28,11 @@ LAYERS = (
     ("resharding", "algorithm", "engine"),
     ("drafter", "coordinator"),
     ("calibration",),
-    ("checkpoint", "train.evaluation", "simulation", "rollout.control"),
+    ("checkpoint", "training.evaluation", "simulation", "rollout.control"),
     ("rollout",),
-    ("plots.rollout_figures", "train.preflight", "train.step_metrics"),
-    ("train", "doctor"),
-    ("train.session", "launch.scorer_files"),
+    ("plots.rollout_figures", "training.preflight", "training.step_metrics"),
+    ("training", "doctor"),
+    ("training.session", "launch.scorer_files"),
     ("api",),
     ("launch.run_directory", "launch.snapshot"),
     ("launch.plan", "launch.ray_job", "launch.status"),
@@ -70,7 +70,7 @@ LIBRARIES = {
         "tracking.profiler",
     ),
     "megatron": ("checkpoint.checkpointer", "checkpoint.writing", "megatron_patches", "parallel.groups", "policy"),
-    "transformers": ("data", "engine", "train.preflight", "rollout.rollout_worker", "rollout.decode_replica"),
+    "transformers": ("data", "engine", "training.preflight", "rollout.rollout_worker", "rollout.decode_replica"),
     "mlflow": ("tracking",),
     "matplotlib": ("plots",),
     "modelopt": ("drafter",),
@@ -126,7 +126,7 @@ PURE = (
     "engine.sequence",
     "environment",
     "errors",
-    "train.evaluation",
+    "training.evaluation",
     "configuration.hub",
     "rollout.partial",
     "rollout.summary",
@@ -418,8 +418,8 @@ def test_the_environment_is_read_in_one_module(modules: dict[str, Module]) -> No
 SOURCES = {
     "erollout/__init__.py": "",
     "erollout/config.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\nelse:\n    import ray\n",
-    "erollout/types.py": "def f():\n    import torch.nn\n    from erollout.train import trainer\n",
-    "erollout/train/trainer.py": "import os\nfrom erollout.config import Config\nprint(os.environ['A'])\n",
+    "erollout/types.py": "def f():\n    import torch.nn\n    from erollout.training import trainer\n",
+    "erollout/training/trainer.py": "import os\nfrom erollout.config import Config\nprint(os.environ['A'])\n",
     "erollout/engine/__init__.py": "",
     "erollout/engine/scheduler.py": "from .cache import Cache\nfrom os import getenv\n",
     "erollout/engine/cache.py": "import torch\nfrom erollout.engine import scheduler\nimport erollout.algorithm.x\n",
@@ -453,7 +453,7 @@ def test_each_rule_finds_what_breaks_it(wrong: dict[str, Module]) -> None:
     assert _places(import_cycles(wrong)) == ["erollout/engine/cache.py:2", "erollout/engine/scheduler.py:1"]
     assert _places(two_way_packages(wrong)) == ["erollout/algorithm/x.py:3"]
     assert _places(misplaced_libraries(wrong)) == ["erollout/algorithm/x.py:2", "erollout/config.py:5", "erollout/types.py:2"]
-    assert _places(environment_reads(wrong)) == ["erollout/engine/scheduler.py:2", "erollout/train/trainer.py:3"]
+    assert _places(environment_reads(wrong)) == ["erollout/engine/scheduler.py:2", "erollout/training/trainer.py:3"]
     assert _places(impurities(wrong, "erollout.engine.scheduler")) == [
         "erollout/algorithm/x.py:2",
         "erollout/engine/cache.py:1",

@@ -76,13 +76,13 @@ def steps_recorded(folder: Path, name: str = "run") -> int:
 
 def train_here(tree: dict[str, Any]) -> None:
     """For RankPool.run: a training run on the ranks of the world that is there."""
-    from erollout.train import session
+    from erollout.training import session
 
     session.train(build_config(tree))
 
 
 def sft_here(tree: dict[str, Any]) -> None:
-    from erollout.train import session
+    from erollout.training import session
 
     session.supervised(build_config(tree))
 

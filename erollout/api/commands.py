@@ -7,7 +7,7 @@ from erollout.environment import is_rank
 from erollout.errors import UserError
 from erollout.parallel.groups import expected_world_size
 from erollout.rollout.compare import Comparison
-from erollout.train import session
+from erollout.training import session
 
 
 def train(config: Config) -> None:

@@ -20,10 +20,10 @@ from erollout.rollout.compare import WHERE, Comparison, compare_held_out, drafte
 from erollout.rollout.rollout_worker import RolloutWorker
 from erollout.rollout.sample_rows import sample_rows
 from erollout.tracking.console import print_summary, print_table
-from erollout.train.build import reward_pool, sampling_worker
-from erollout.train.evaluation import evaluation_metrics
-from erollout.train.preflight import require_writable
-from erollout.train.world import World, joined
+from erollout.training.build import reward_pool, sampling_worker
+from erollout.training.evaluation import evaluation_metrics
+from erollout.training.preflight import require_writable
+from erollout.training.world import World, joined
 
 
 @dataclass(frozen=True, slots=True)

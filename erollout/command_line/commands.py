@@ -208,7 +208,7 @@ def _on_ranks(
         if not is_rank():
             print("Loading torch and transformers, checking the configuration ...", file=sys.stderr, flush=True)
         from erollout.parallel.groups import expected_world_size
-        from erollout.train.preflight import preflight, require_writable
+        from erollout.training.preflight import preflight, require_writable
 
         if (out := getattr(options, "out", None)) is not None:
             require_writable("--out", Path(out).parent)
@@ -247,7 +247,7 @@ def _require_room(world_size: int) -> int:
 
 
 def _training() -> ModuleType:
-    from erollout.train import session
+    from erollout.training import session
 
     return session
 

@@ -10,7 +10,7 @@ from erollout.drafter.registry import proposer_kind
 from erollout.policy.families import published_architecture
 from erollout.security.redaction import redact
 from erollout.tracking.address import has_own_store, store_uri, uri_source
-from erollout.train.preflight import Resolved, Sizes, check_places, preflight, work_out
+from erollout.training.preflight import Resolved, Sizes, check_places, preflight, work_out
 
 _SHOWN = 16
 """Largest number of replicas listed."""

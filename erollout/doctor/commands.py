@@ -146,7 +146,7 @@ def _run_of(config: Config) -> Iterator[Finding]:
 
 
 def _preflight(config: Config) -> Finding:
-    from erollout.train.preflight import preflight
+    from erollout.training.preflight import preflight
 
     try:
         preflight(config)

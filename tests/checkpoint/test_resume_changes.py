@@ -116,7 +116,7 @@ OTHERS: dict[str, Any] = {
 
 
 def refused_train(tree: dict[str, Any]) -> str:
-    from erollout.train import session
+    from erollout.training import session
 
     with pytest.raises(UserError) as refusal:
         session.train(build_config(tree))
@@ -204,8 +204,8 @@ def hyper_parameters(tree: dict[str, Any]) -> tuple[list[dict[str, Any]], list[s
     """Hyper-parameters of every parameter group after the checkpoint is loaded, and the log lines about it."""
     import logging
 
-    from erollout.train import session
-    from erollout.train.loop import RunLoop
+    from erollout.training import session
+    from erollout.training.loop import RunLoop
 
     said: list[str] = []
     handler = logging.Handler()

@@ -315,8 +315,8 @@ def test_a_batch_script_is_one_process_whatever_its_job_asked_for(monkeypatch: p
 def locked_places(tree: dict[str, Any]) -> list[str]:
     """The locks of a run that trains, and whether they are there when its verdict is written."""
     from erollout.resilience import stopping
-    from erollout.train import session
-    from erollout.train.loop import RunLoop
+    from erollout.training import session
+    from erollout.training.loop import RunLoop
 
     found: list[str] = []
     output = Path(tree["train"]["output_dir"])

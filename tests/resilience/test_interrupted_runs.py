@@ -118,7 +118,7 @@ def _asks_in_rollout(patch: pytest.MonkeyPatch, stream: int, step: int, response
 def _asks_in_update(patch: pytest.MonkeyPatch, step: int) -> None:
     import torch.distributed as dist
 
-    from erollout.train.updates import Updates
+    from erollout.training.updates import Updates
 
     make = Updates.make
 
@@ -132,7 +132,7 @@ def _asks_in_update(patch: pytest.MonkeyPatch, step: int) -> None:
 
 def _terminates_in_scoring(patch: pytest.MonkeyPatch, step: int) -> None:
     from erollout.rewards.pool import RewardPool
-    from erollout.train.trainer import Trainer
+    from erollout.training.trainer import Trainer
 
     collect, submit, train_step = RewardPool.collect, RewardPool.submit, Trainer.train_step
     now, held = [-1], []

@@ -32,7 +32,7 @@ def invoke_here(*arguments: str) -> Outcome:
 
 def failing_train(tree: dict[str, Any], largest_file: int | None = None) -> str:
     """For RankPool.run: the message that a training run ends with; files may grow to `largest_file` bytes."""
-    from erollout.train import session
+    from erollout.training import session
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -26,7 +26,7 @@ from erollout.speculation.cost.roofline import PassCost, Roofline
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.toggle import Toggle
 from erollout.speculation.trace import DecisionTrace, Reason, StepDecision
-from erollout.train.preflight import preflight
+from erollout.training.preflight import preflight
 
 DRAFTER = {"format": "w4a16", "group_size": 16}
 ADAPTIVE: dict[str, Any] = {

@@ -5,7 +5,7 @@ from tiny_runs import ARCHITECTURE
 
 from erollout.calibration.devices import find_hardware
 from erollout.policy.families import read_architecture
-from erollout.train.step_metrics import uniform_groups, update_metrics
+from erollout.training.step_metrics import uniform_groups, update_metrics
 from erollout.types import Rollout, ScoredRollout
 
 

@@ -18,9 +18,9 @@ from erollout.rollout.rollout_worker import RolloutWorker
 from erollout.tracking.console import StepReporter
 from erollout.tracking.profiler import StepProfiler
 from erollout.tracking.tracker import RunStatus, create_tracker
-from erollout.train.loop import Cadence, RunServices
-from erollout.train.preflight import Resolved, resolved_facts
-from erollout.train.world import RunningWorld, World
+from erollout.training.loop import Cadence, RunServices
+from erollout.training.preflight import Resolved, resolved_facts
+from erollout.training.world import RunningWorld, World
 
 
 def reward_pool(options: RewardsConfig, resolved: Resolved) -> RewardPool:

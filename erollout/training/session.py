@@ -12,14 +12,14 @@ from erollout.policy.hf_export import export_policy
 from erollout.tracking.console import print_summary
 from erollout.tracking.journal import journal_path, read_history
 from erollout.tracking.tracker import Tracker
-from erollout.train.build import cadence, restored, reward_pool, tracked, training_worker
-from erollout.train.groups import GroupCollector
-from erollout.train.loop import RunLoop
-from erollout.train.preflight import resolved_facts
-from erollout.train.sft import SupervisedTrainer
-from erollout.train.step_metrics import summary_rows
-from erollout.train.trainer import Trainer
-from erollout.train.world import RunningWorld, running
+from erollout.training.build import cadence, restored, reward_pool, tracked, training_worker
+from erollout.training.groups import GroupCollector
+from erollout.training.loop import RunLoop
+from erollout.training.preflight import resolved_facts
+from erollout.training.sft import SupervisedTrainer
+from erollout.training.step_metrics import summary_rows
+from erollout.training.trainer import Trainer
+from erollout.training.world import RunningWorld, running
 
 logger = logging.getLogger(__name__)
 

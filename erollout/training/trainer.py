@@ -16,12 +16,12 @@ from erollout.plots.rollout_figures import rollout_figures
 from erollout.policy.actor import Actor
 from erollout.rewards.failures import AllScoringFailed
 from erollout.rollout.partial import RolloutInterrupted
-from erollout.train.evaluation import evaluation_metrics
-from erollout.train.groups import GroupCollector
-from erollout.train.loop import Phases, StepReport
-from erollout.train.sample_log import SampleLog
-from erollout.train.step_metrics import rollout_metrics, update_metrics
-from erollout.train.updates import Updates
+from erollout.training.evaluation import evaluation_metrics
+from erollout.training.groups import GroupCollector
+from erollout.training.loop import Phases, StepReport
+from erollout.training.sample_log import SampleLog
+from erollout.training.step_metrics import rollout_metrics, update_metrics
+from erollout.training.updates import Updates
 from erollout.types import ScoredRollout
 
 

@@ -19,7 +19,7 @@ from erollout.parallel.groups import ParallelContext, current_rank, initialize, 
 from erollout.resilience.stopping import Stop, say, stoppable
 from erollout.resilience.watchdog import Watchdog, at_most
 from erollout.tracking.log import configure_logging
-from erollout.train.preflight import Resolved, preflight
+from erollout.training.preflight import Resolved, preflight
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from erollout.data.cursor import DataCursor
 from erollout.data.prompts import PromptDataset
 from erollout.policy.actor import Actor
 from erollout.policy.batch import TrainSample
-from erollout.train.loop import Phases, StepReport, Trained
-from erollout.train.updates import Updates
+from erollout.training.loop import Phases, StepReport, Trained
+from erollout.training.updates import Updates
 
 
 @dataclass

@@ -12,7 +12,7 @@ from erollout.data.prompts import PromptDataset
 from erollout.rollout.partial import PartialRollouts, RolloutInterrupted, as_partial, merge_samples
 from erollout.rollout.rollout_worker import TRAINING_STREAM, RolloutResult, RolloutWorker
 from erollout.speculation.statistics import merge
-from erollout.train.loop import Trained
+from erollout.training.loop import Trained
 from erollout.types import Prompt, ScoredRollout
 
 Group = list[ScoredRollout]

@@ -102,3 +102,9 @@ def test_the_command_completes_prompts(model: Path, tmp_path: Path) -> None:
     assert shown.stdout == f"1+1={rows[0]['completions'][0]['text']}\n"
     assert "no prompt is given" in invoke("generate", "--model", str(model)).error()
     assert "can't be read" in invoke("generate", "--model", str(model), "--prompts", str(tmp_path)).error()
+
+
+def test_no_exported_name_is_a_module() -> None:
+    """Importing the module would replace the function."""
+    package = Path(erollout.__file__).parent
+    assert not [name for name in erollout.__all__ if (package / name).exists() or (package / f"{name}.py").exists()]

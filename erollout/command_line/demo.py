@@ -29,7 +29,7 @@ def demo_commands(config_path: str, warm_start_path: str, overrides: Sequence[st
         return
     print(
         f"Rollouts of the trained policy with speculation off and {config.speculation.mode}. A step of so small a model is "
-        "mostly the work around its matrix products, which drafts multiply. `make demo-rollout` shows a model whose steps wait "
+        "mostly the work around its matrix products, which drafts multiply. `erollout demo-rollout` shows a model whose steps wait "
         "for memory.",
         flush=True,
     )

@@ -15,6 +15,18 @@ settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a table marked `quick(every=n)`, only each n-th case is for `make test`."""
+    seen: dict[str, int] = {}
+    for item in items:
+        if mark := item.get_closest_marker("quick"):
+            table = item.nodeid.partition("[")[0]
+            if seen.setdefault(table, 0) % mark.kwargs["every"]:
+                item.add_marker("full")
+            seen[table] += 1
+
+
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[RankPool]:
     """`rank_pool.run(world_size, function, *args)`: a function on every rank of a real gloo world."""

@@ -31,6 +31,7 @@ def check_pool(engine: Engine) -> None:
     assert engine.blocks.num_free == engine.blocks.num_blocks
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("drafter", [*NOISE, "ngram"])
 def test_coupled_samples_are_bit_equal_to_those_without_drafts(drafter: str, dtype: str) -> None:
@@ -109,6 +110,7 @@ def test_a_proposer_may_have_fewer_drafts_than_asked(verification: Verification)
             )
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("drafter", ["same", "good", "ngram"])
 def test_coupled_samples_under_every_filter_and_a_penalty(drafter: str) -> None:
     requests = make_requests(PROCESSED)
@@ -118,6 +120,7 @@ def test_coupled_samples_under_every_filter_and_a_penalty(drafter: str) -> None:
         assert engine.stats.speculation.acceptance_rate == 1  # the drafter applies the same settings, to its own drafts too
 
 
+@pytest.mark.quick(every=5)
 @pytest.mark.parametrize("verification", VERIFICATIONS)
 @pytest.mark.parametrize("name", ["llama3-tied-wide", "qwen2-tied", "qwen3-tied"])
 def test_greedy_tokens_are_those_without_drafts(name: str, verification: Verification) -> None:
@@ -173,6 +176,7 @@ def test_a_stop_string_ends_a_response_inside_an_accepted_run() -> None:
     assert stopped[0, 0][0] == free[0, 0][0][:4] and stopped[0, 0][3] == "stop"
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("drafter", ["same", "good", "bad", "ngram"])
 def test_rejection_under_preemption(drafter: str) -> None:
     """Its samples differ from those without drafts, and with the passes that they are drafted in; neighbours don't matter."""

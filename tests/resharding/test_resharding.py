@@ -155,6 +155,7 @@ def test_any_dtypes_and_bucket_size(
     _reshard_in_one_process(architecture, case, source, target, max(size, 40))
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("case", EVERY_PAIR)
 def test_peers_agree_on_every_message(case: Case) -> None:
     plans = [_plan(TIED, case, rank) for rank in range(case[0].world_size)]
@@ -166,6 +167,7 @@ def test_peers_agree_on_every_message(case: Case) -> None:
     assert all(4 * bucket.numel <= 2000 for plan in plans for bucket in plan.sends)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("case", EVERY_PAIR)
 def test_no_deadlock_with_one_step_at_a_time(case: Case) -> None:
     """Ranks that leave a step only when its messages have met their other ends all come to the end."""

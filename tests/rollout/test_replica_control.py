@@ -242,6 +242,7 @@ def test_one_replica_takes_everything_and_asks_nobody() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("speculation", [OFF_MODE, ADAPTIVE], ids=["off", "toggle"])
 def test_dynamic_dispatch_gives_every_prompt_once(rank_pool: RankPool, world_size: int, speculation: dict[str, Any]) -> None:

@@ -99,6 +99,7 @@ def workload_of(*lengths: tuple[int, ...], prompt: int = 5) -> Workload:
     return Workload(np.full(len(lengths), prompt), np.array(lengths))
 
 
+@pytest.mark.quick(every=7)
 @pytest.mark.parametrize("stepwise", [True, False], ids=KINDS)
 @pytest.mark.parametrize("dispatch", ["static", "dynamic"])
 @pytest.mark.parametrize("policy", ["replica", "cluster", "makespan"])
@@ -176,6 +177,7 @@ def test_a_prompt_that_others_wait_for_stays(kind: str) -> None:
     assert replica.release(5) == [] and replica.outstanding == 2
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("arms", [(OFF,), (Arm(FORMAT, 3),), (Arm(FORMAT, 7),), (OFF, Arm(FORMAT, 1), Arm(FORMAT, 4))], ids=str)
 @pytest.mark.parametrize("group", [1, 8])
 def test_jumps_agree_with_steps(arms: tuple[Arm, ...], group: int) -> None:
@@ -226,6 +228,7 @@ def test_noise_leaves_the_mean() -> None:
     assert noisy == pytest.approx(quiet, rel=0.05) and noisy != quiet
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("slots", [2, 24])
 @pytest.mark.parametrize("mode", ["toggle", "adaptive"])
 def test_with_a_right_cost_model_the_toggle_is_never_worse(mode: str, slots: int) -> None:

@@ -72,6 +72,7 @@ def test_right_predictions_lose_next_to_nothing(mode: str) -> None:
     assert {arm.speculates for arm in machine.arms} == {True, False}
 
 
+@pytest.mark.quick(every=5)
 @pytest.mark.parametrize("timed", [True, False], ids=["timed", "untimed"])
 @pytest.mark.parametrize("bias", ALL_FACTORS)
 @pytest.mark.parametrize("mode", ["toggle", "adaptive"])
@@ -505,6 +506,7 @@ def covered(
     return machine, toggle
 
 
+@pytest.mark.quick(every=5)
 @pytest.mark.parametrize("bias", [RIGHT, (1.0, 1.0, 1 / 1.6)], ids=["calibrated", "verify-too-cheap"])
 @pytest.mark.parametrize("rate", [0.3, 0.7])
 @pytest.mark.parametrize("coverage", [0.1, 0.3, 0.6])

@@ -29,6 +29,7 @@ def _tree(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_trains(name: str, rank_pool: RankPool, tmp_path: Path) -> None:
     tree = _tree(tmp_path, **VARIANTS[name])

@@ -82,6 +82,7 @@ def pool(nodes: Nodes) -> Iterator[RewardPool]:
         yield pool
 
 
+@pytest.mark.full
 def test_rewards_are_those_of_the_process_pool(pool: RewardPool) -> None:
     responses = [f"value {index / 7}" for index in range(40)] + ["raise no idea", "value nan"]
     ours = score(pool, *responses)

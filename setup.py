@@ -104,7 +104,12 @@ setup(
     ext_modules=native_extensions(),
     cmdclass={"build_ext": BuildNative},
     package_dir={f"erollout.{name}": name for name in ("configs", "launch", "megatron_patches", "slurm")},
-    package_data={"erollout": ["py.typed"], "erollout.configs": ["*.yaml"], "erollout.slurm": ["*.sbatch", "sites/*.yaml"]},
+    package_data={
+        "erollout": ["py.typed"],
+        "erollout.configs": ["*.yaml"],
+        "erollout.report": ["*.html"],
+        "erollout.slurm": ["*.sbatch", "sites/*.yaml"],
+    },
     # Versions that were installed and tested together on CPU; torch's CUDA build of the same version serves GPUs.
     install_requires=[
         "torch==2.13.0",
@@ -124,7 +129,7 @@ setup(
         "rich>=14.0",
         "packaging>=24",
         "pyarrow>=19.0",
-        "jinja2>=3.1",  # chat templates
+        "jinja2>=3.1",  # chat templates, and the page of `erollout report`
         "matplotlib>=3.9",  # every run draws figures
     ],
     extras_require={

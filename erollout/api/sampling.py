@@ -15,11 +15,12 @@ from erollout.drafter.registry import proposer_kind
 from erollout.errors import UserError
 from erollout.parallel.groups import current_rank
 from erollout.plots.rollout_figures import rollout_figures
-from erollout.plots.training_curves import save
+from erollout.plots.style import save
 from erollout.rollout.compare import WHERE, Comparison, compare_held_out, drafter_as_in_training
 from erollout.rollout.rollout_worker import RolloutWorker
 from erollout.rollout.sample_rows import sample_rows
 from erollout.tracking.console import print_summary, print_table
+from erollout.tracking.parameters import config_subject
 from erollout.training.build import reward_pool, sampling_worker
 from erollout.training.evaluation import evaluation_metrics
 from erollout.training.preflight import require_writable
@@ -114,7 +115,7 @@ def compare_modes(config: Config) -> dict[str, Comparison]:
                 print_summary(comparison.rows(), title=f"speculation off and {options.mode}, {case}")
                 print_table(WHERE, comparison.where(), title="where the seconds of a rollout go, and where speculation was on")
             last = comparison.on[-1]
-            for name, figure in rollout_figures(last, worker.coordination.last).items():
+            for name, figure in rollout_figures(last, worker.coordination.last, config_subject(config)).items():
                 save(figure, figures / f"{name}.png")
             facts = {
                 "drafts": f"{', '.join(proposer_kind(options).drafters(options))}, {options.verification}",

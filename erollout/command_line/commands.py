@@ -19,7 +19,9 @@ from erollout.calibration.commands import add_commands
 from erollout.command_line.export import add_command as add_export
 from erollout.command_line.generate import add_command as add_generate
 from erollout.command_line.metrics import add_command as add_metrics
+from erollout.command_line.plot import add_command as add_plot
 from erollout.command_line.policy_source import PolicySource, add_policy_arguments, read_policy
+from erollout.command_line.report import add_command as add_report
 from erollout.command_line.show_config import add_command as add_config
 from erollout.config import Config, load_config, require_trainable, require_training_data
 from erollout.configuration.arguments import Commands, Parser, add_overrides, add_run_arguments, overrides
@@ -96,10 +98,8 @@ def parser() -> Parser:
     add_launch_commands(commands)
     add_doctor(commands)
     add_config(commands)
-    plot = commands.add_parser("plot", help="plot the training curves of a run")
-    plot.add_argument("--run", required=True, dest="directory", metavar="DIR", help="train.output_dir of the run")
-    plot.add_argument("--out", required=True, metavar="FILE", help="PNG file to write")
-    plot.set_defaults(run=_plot)
+    add_plot(commands)
+    add_report(commands)
     return parser
 
 
@@ -180,13 +180,6 @@ def _demo_rollout(options: argparse.Namespace, arguments: list[str]) -> int:
     from erollout.command_line.demo import run_demo_rollout
 
     return run_demo_rollout(options.config, options.warm_start, options.overrides)
-
-
-def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
-    from erollout.plots.training_curves import plot_run
-
-    plot_run(options.directory, options.out)
-    return 0
 
 
 def _on_ranks(

@@ -37,7 +37,7 @@ def decisions(
     _draw_times(axes[1], trace)
     if step_seconds is not None:
         _draw_saved(axes[2], trace, step_seconds)
-    axes[-1].set_xlabel("step", color=INK)
+    axes[-1].set_xlabel("decode step", color=INK)
     axes[-1].set_xlim(0, len(trace))
     return made
 

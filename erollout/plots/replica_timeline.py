@@ -85,6 +85,7 @@ def occupancy(lanes: Sequence[Lane], transfers: Sequence[Transfer] = (), title: 
     bar = made.colorbar(scale, ax=[together, each], aspect=35, pad=0.01, ticks=whole, label=label)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED)
+    bar.ax.yaxis.label.set_color(INK)
     return made
 
 
@@ -135,7 +136,7 @@ def _draw_sum(axes: "Axes", lanes: Sequence[Lane]) -> None:
     axes.stairs(drafting, edges, fill=True, color=SERIES[0], label="with drafts")
     axes.stairs(total, edges, baseline=drafting, fill=True, color=OFF_COLOR, label="off")
     axes.set_ylim(0, max(1.0, max(total)) * 1.05)
-    axes.legend(frameon=False, labelcolor=INK, loc="upper right", fontsize=8, ncols=2)
+    axes.legend(frameon=False, labelcolor=INK, loc="lower right", bbox_to_anchor=(1.0, 0.98), fontsize=8, ncols=2)
 
 
 def _draw_lanes(axes: "Axes", lanes: Sequence[Lane], scale: "ScalarMappable") -> None:

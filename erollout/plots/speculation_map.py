@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0, 2.5, 3.0)
-"""Speed-ups with a contour, besides 1."""
+LEVELS = (0.5, 0.75, 1.25, 1.5, 2.0, 3.0)
+"""Speed-ups with a contour, besides 1: few, so that their labels have room."""
+_PALE = 0.75
+"""Opacity of the regions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +69,14 @@ def _draw_regions(axes: "Axes", prediction: Prediction, colors: dict[Arm, str]) 
     index = {arm: number for number, arm in enumerate(arms)}
     cells = [[index[arm] for arm in row] for row in prediction.best]
     edges = _edges(prediction.batches), _edges(prediction.contexts)
-    axes.pcolormesh(*edges, cells, cmap=ListedColormap(list(colors.values())), vmin=-0.5, vmax=len(arms) - 0.5, alpha=0.75)
+    axes.pcolormesh(*edges, cells, cmap=ListedColormap(list(colors.values())), vmin=-0.5, vmax=len(arms) - 0.5, alpha=_PALE)
 
 
 def _draw_contours(axes: "Axes", prediction: Prediction) -> None:
     if len(prediction.batches) < 2 or len(prediction.contexts) < 2:
         return
+    from matplotlib.patheffects import withStroke
+
     values = [value for row in prediction.speed_up for value in row]
     for levels, width in ((LEVELS, 0.8), ((1.0,), 2.4)):
         inside = [level for level in levels if min(values) < level < max(values)]
@@ -81,7 +85,9 @@ def _draw_contours(axes: "Axes", prediction: Prediction) -> None:
                 prediction.batches, prediction.contexts, prediction.speed_up, levels=inside, colors=INK, linewidths=width
             )
             if levels is LEVELS:
-                axes.clabel(lines, fmt="%g×", fontsize=8)
+                for text in axes.clabel(lines, fmt="%g×", fontsize=9, inline=False):
+                    text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+                    text.set_zorder(6)  # above the measured points
 
 
 def _draw_measured(axes: "Axes", measured: Sequence[Measurement], colors: dict[Arm, str]) -> None:
@@ -110,7 +116,7 @@ def _explain(axes: "Axes", prediction: Prediction, measured: Sequence[Measuremen
         return Line2D([], [], linestyle="none", label=label, **style)  # type: ignore[arg-type]
 
     shown = {arm for row in prediction.best for arm in row} | {m.best for m in measured}
-    handles: list[Patch | Line2D] = [Patch(color=colors[arm], label=str(arm)) for arm in colors if arm in shown]
+    handles: list[Patch | Line2D] = [Patch(color=colors[arm], alpha=_PALE, label=str(arm)) for arm in colors if arm in shown]
     handles.append(Line2D([], [], color=INK, linewidth=2.4, label="drafting breaks even"))
     if measured:
         wrong, other = sum(map(_wrong, measured)), sum(map(_other_arm, measured))

@@ -10,6 +10,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,44 +118,64 @@ class Journal:
         return offset if 0 <= offset <= size else 0
 
 
-def read_history(path: str | Path) -> list[dict[str, float]]:
-    """One dict per step, ascending, with `step` and all its metrics except system metrics.
-
-    An attempt that resumes from a checkpoint repeats the steps after it; earlier records of them are dropped. Raises OSError if
-    there is no journal.
-    """
-    history: dict[int, dict[str, float]] = {}
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """All readable records of a journal file, oldest first; warns of others. Raises OSError if there is no journal."""
+    records = []
     damaged = 0
     with open(path, "rb") as file:
         for line in file:
-            if (record := decode(line)) is None:
+            if (record := decode(line)) is not None:
+                records.append(record)
+            else:
                 damaged += bool(line.strip())
-                continue
-            if record["kind"] == "start" and record.get("step") is not None:
-                history = {step: row for step, row in history.items() if step <= record["step"]}
-            if record["kind"] == "metrics":
-                row = history.setdefault(record["step"], {"step": record["step"]})
-                row.update({name: float(value) for name, value in (record["values"] | record.get("repeated", {})).items()})
     if damaged:
         logger.warning("%s: skipped %d unreadable lines", path, damaged)
+    return records
+
+
+def load_records(path: str | Path) -> list[dict[str, Any]]:
+    """As read_records. Raises UserError if there is no journal."""
+    try:
+        return read_records(path)
+    except OSError as error:
+        raise UserError(f"can't read the metrics {path}: {error.strerror}; name the train.output_dir of a run") from error
+
+
+def history_of(records: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """One dict per step, ascending, with `step` and all its metrics except system metrics.
+
+    An attempt that resumes from a checkpoint repeats the steps after it; earlier records of them are dropped.
+    """
+    history: dict[int, dict[str, float]] = {}
+    for record in records:
+        if record["kind"] == "start" and record.get("step") is not None:
+            history = {step: row for step, row in history.items() if step <= record["step"]}
+        if record["kind"] == "metrics":
+            row = history.setdefault(record["step"], {"step": record["step"]})
+            row.update({name: float(value) for name, value in (record["values"] | record.get("repeated", {})).items()})
     rows = [
         {name: value for name, value in history[step].items() if not name.startswith("system/")} for step in sorted(history)
     ]
     return [row for row in rows if len(row) > 1]
 
 
+def read_history(path: str | Path) -> list[dict[str, float]]:
+    """The history of a journal file, as history_of. Raises OSError if there is no journal."""
+    return history_of(read_records(path))
+
+
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
-    """What a run has tracked, as read_history. Raises UserError if there is no journal.
+    """What a run has tracked, as history_of. Raises UserError if there is no journal.
 
     run: its `train.output_dir`, or its journal.
     """
-    journal = Path(run).expanduser()
-    if journal.is_dir():
-        journal = journal_path(journal)
-    try:
-        return read_history(journal)
-    except OSError as error:
-        raise UserError(f"can't read the metrics {journal}: {error.strerror}; name the train.output_dir of a run") from error
+    return history_of(load_records(journal_of(run)))
+
+
+def journal_of(run: str | Path) -> Path:
+    """The journal of a run that is named by its `train.output_dir`, or by its journal."""
+    path = Path(run).expanduser()
+    return journal_path(path) if path.is_dir() else path
 
 
 def _encode(value: Any) -> Any:

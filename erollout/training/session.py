@@ -1,16 +1,19 @@
 """A training run from its configuration to its end, on every rank: reinforcement learning, or supervised fine-tuning."""
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 
 from erollout.algorithm import build_algorithm
 from erollout.config import Config
 from erollout.data.cursor import DataCursor
-from erollout.plots.training_curves import phase_seconds, response_lengths, reward_curve
+from erollout.plots.run_figures import OVER_STEPS
+from erollout.plots.training_curves import NoData
 from erollout.policy.actor import Actor
 from erollout.policy.hf_export import export_policy
 from erollout.tracking.console import print_summary
 from erollout.tracking.journal import journal_path, read_history
+from erollout.tracking.recorded_run import read_run
 from erollout.tracking.tracker import Tracker
 from erollout.training.build import cadence, restored, reward_pool, tracked, training_worker
 from erollout.training.groups import GroupCollector
@@ -84,9 +87,10 @@ def _export(run: RunningWorld, actor: Actor) -> None:
 def _log_figures(run: RunningWorld, tracker: Tracker) -> None:
     if run.context.rank or not run.config.tracking.figures:
         return
-    history = _history(run.config.train.output_dir)
-    for name, draw in (("reward", reward_curve), ("response_lengths", response_lengths), ("phase_seconds", phase_seconds)):
-        tracker.log_figure(name, draw(history))
+    recorded = [read_run(run.config.train.output_dir)]
+    for name in ("reward", "curves", "response_lengths", "phase_seconds"):
+        with suppress(NoData):  # a full disk may have cost the records
+            tracker.log_figure(name, OVER_STEPS[name](recorded))
 
 
 def _history(output_dir: str) -> list[dict[str, float]]:

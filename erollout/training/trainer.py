@@ -16,6 +16,7 @@ from erollout.plots.rollout_figures import rollout_figures
 from erollout.policy.actor import Actor
 from erollout.rewards.failures import AllScoringFailed
 from erollout.rollout.partial import RolloutInterrupted
+from erollout.tracking.parameters import config_subject
 from erollout.training.evaluation import evaluation_metrics
 from erollout.training.groups import GroupCollector
 from erollout.training.loop import Phases, StepReport
@@ -57,7 +58,8 @@ class Trainer:
         metrics |= rollouts.metrics | seconds
         shape, ranks = self.actor.architecture, self.context.world_size
         metrics |= update_metrics(shape, rollouts.samples, seconds["seconds/update"], ranks, self.hardware)
-        figures = partial(rollout_figures, rollouts.results[-1], self.worker.coordination.last)
+        subject = f"{config_subject(self.config)}, step {step + 1}"
+        figures = partial(rollout_figures, rollouts.results[-1], self.worker.coordination.last, subject)
         shown = self.samples.of_step(step, rollouts.samples)
         return StepReport(metrics, figures, shown, rollouts.trained, self.groups.epochs)
 

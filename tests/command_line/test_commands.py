@@ -90,7 +90,7 @@ def test_demo_is_tracked_and_its_model_loads_in_transformers(demo: tuple[Path, O
     assert run.info.status == "FINISHED" and run.data.params["train.steps"] == "2"
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2]
     files = {file.path for top in ("config", "figures") for file in client.list_artifacts(run.info.run_id, top)}
-    assert {"config/config.yaml", "figures/reward.png"} <= files
+    assert {"config/config.yaml", "figures/reward.png", "figures/curves.png"} <= files
     model, tokenizer = (auto.from_pretrained(folder / "trained") for auto in (AutoModelForCausalLM, AutoTokenizer))
     assert model.config.vocab_size == ARCHITECTURE["vocab_size"] and tokenizer.eos_token == "<eos>"
 

@@ -1,5 +1,6 @@
 """Pictures: they can be drawn and saved for whatever there is to show, and show what they are given."""
 
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,8 +14,7 @@ from erollout.plots.decision_timeline import decisions
 from erollout.plots.replica_timeline import MOST_LANES, Lane, Transfer, occupancy
 from erollout.plots.simulated_rollouts import Bar, rollout_times, utilisation
 from erollout.plots.speculation_map import Measurement, Prediction, boundary
-from erollout.plots.style import OFF_COLOR, arm_colors
-from erollout.plots.training_curves import save
+from erollout.plots.style import OFF_COLOR, arm_colors, data_address, figure, label, run_colors, save
 from erollout.speculation.step import OFF, Arm, Load, StepOutcome
 from erollout.speculation.trace import Bin, DecisionTrace, Reason, StepDecision
 
@@ -100,8 +100,8 @@ def test_boundary_counts_disagreements(tmp_path: Path) -> None:
     figure = boundary(PREDICTION, measured)
     text = drawn(figure, tmp_path)
     assert "5 measured" in text and "1 best with another arm" in text and "2 on the wrong side" in text
-    for label in ("off", "w4a8 n=3", "w8a8 n=2", "drafting breaks even", "1.3×"):
-        assert label in text.splitlines()
+    for words in ("off", "w4a8 n=3", "w8a8 n=2", "drafting breaks even", "1.25×"):
+        assert words in text.splitlines()
     assert figure.axes[0].get_xscale() == "log" and [t.get_text() for t in figure.axes[0].get_xticklabels()][:2] == ["1", "2"]
 
 
@@ -152,8 +152,16 @@ def trace_of(steps: int, probes: bool = True) -> DecisionTrace:
 def test_decisions_show_arms_probes_and_what_was_saved(tmp_path: Path) -> None:
     figure = decisions(trace_of(100), lambda arm, load: 0.01)
     text = drawn(figure, tmp_path)
-    for label in ("off", "w4a8 n=3", "decoding", "probe (10)", "predicted for the chosen arm", "measured (median)", "step"):
-        assert label in text.splitlines()
+    for words in (
+        "off",
+        "w4a8 n=3",
+        "decoding",
+        "probe (10)",
+        "predicted for the chosen arm",
+        "measured (median)",
+        "decode step",
+    ):
+        assert words in text.splitlines()
     assert "1.00 s of 3.00 s\n(33.3%)" in text  # 50 steps of 20 ms did what 200 of 10 ms would have done
     assert len(figure.axes) == 3
     batch, times, saved = figure.axes
@@ -175,8 +183,8 @@ def test_decisions_without_costs_probes_or_steps(tmp_path: Path) -> None:
 def test_simulated_times(tmp_path: Path) -> None:
     bars = [Bar("off", "replica", 100.0, 2.0), Bar("always", "replica", 107.0, 2.0), Bar("adaptive", "makespan", 80.0)]
     text = drawn(rollout_times(bars), tmp_path).splitlines()
-    for label in ("off", "always", "adaptive", "replica", "makespan", "100 s", "+7%", "80 s", "rollout seconds"):
-        assert label in text
+    for words in ("off", "always", "adaptive", "replica", "makespan", "100 s", "+7%", "80 s", "rollout seconds"):
+        assert words in text
 
 
 def test_simulated_utilisation(tmp_path: Path) -> None:
@@ -187,6 +195,25 @@ def test_simulated_utilisation(tmp_path: Path) -> None:
 def test_simulations_of_nothing(tmp_path: Path) -> None:
     assert "nothing" in drawn(rollout_times([]), tmp_path)
     assert "no steps" in drawn(utilisation({}), tmp_path)
+
+
+def test_an_address_holds_letters_as_shapes_and_many_points_as_pixels() -> None:
+    small, large = figure(2, 2, "名 $x^{2"), figure(2, 2, "many")  # neither a formula, nor a warning for each letter
+    large.subplots().scatter(range(20_000), range(20_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data_address(small).startswith("data:image/svg+xml;base64,")
+    assert data_address(large).startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 40])
+def test_runs_have_colours_of_their_own(count: int) -> None:
+    assert len({*run_colors(count)}) == count
+
+
+def test_a_name_as_a_label() -> None:
+    assert label("_$a$") == "\u200b_\\$a\\$" and label("runs/a") == "runs/a"
+    assert label("first/" + 90 * "x" + "/last").startswith("first/xx...x") and len(label(99 * "x")) == 44
 
 
 def test_more_drafts_are_darker_and_drafters_have_their_own_hues() -> None:

@@ -30,7 +30,8 @@ from rich.console import Console
 from erollout.config import Config, build_config, load_config
 from erollout.errors import UserError
 from erollout.launch.meeting import FIRST_PORT, NUM_PORTS
-from erollout.plots.training_curves import phase_seconds, plot_run, response_lengths, reward_curve
+from erollout.plots.style import save
+from erollout.plots.training_curves import phase_seconds, response_lengths, reward_curve
 from erollout.security.redaction import redact
 from erollout.tracking.address import sqlite_uri
 from erollout.tracking.console import StepReporter, format_duration, print_summary, print_table
@@ -39,6 +40,7 @@ from erollout.tracking.journal import Journal, JournalEntry, journal_path, read_
 from erollout.tracking.log import configure_logging
 from erollout.tracking.metrics import PhaseTimer, memory_metrics, percentiles, summarize_lengths
 from erollout.tracking.provenance import checkout
+from erollout.tracking.recorded_run import read_run
 from erollout.tracking.store import MlflowStore
 from erollout.tracking.tracker import NullTracker, Tracker, create_tracker
 from erollout.types import DatasetDescription
@@ -815,26 +817,26 @@ def test_figures_show_the_history(tmp_path: Path) -> None:
         lengths = {f"response_length/{name}": value for name, value in summarize_lengths([step, 2 * step]).items()}
         tracker.log_metrics(step, STEP | {"reward/mean": step / 30} | accuracy | lengths)
     tracker.finish("FINISHED")
-    history = read_history(journal_path(tmp_path))
-    reward = reward_curve(history).axes[0]
+    runs = [read_run(tmp_path)]
+    reward = reward_curve(runs).axes[0]
     assert [len(line.get_xdata()) for line in reward.lines] == [30, 30, 3]
     assert reward.get_xlabel() == "step" and reward.get_ylabel()
-    assert [text.get_text() for text in response_lengths(history).axes[0].get_legend().get_texts()] == [
+    assert [text.get_text() for text in response_lengths(runs).axes[0].get_legend().get_texts()] == [
         "p99",
         "p90",
         "p50",
-        "mean",
+        "max_tokens 256:\nabove this axis",
     ]
-    phases = phase_seconds(history).axes[0]
+    phases = phase_seconds(runs).axes[0]
     assert [text.get_text() for text in phases.get_legend().get_texts()] == ["other", "update", "rollout"]
     assert phases.dataLim.y1 == pytest.approx(4.0)
 
-    plot_run(tmp_path, tmp_path / "docs" / "reward.png")
+    save(reward_curve(runs), tmp_path / "docs" / "reward.png")
     assert (tmp_path / "docs" / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(UserError, match="can't write the figure"):
-        plot_run(journal_path(tmp_path), tmp_path / "reward.nonsense")
+        save(reward_curve([read_run(journal_path(tmp_path))]), tmp_path / "reward.nonsense")
     with pytest.raises(UserError, match="can't read the metrics"):
-        plot_run(tmp_path / "nothing.jsonl", tmp_path / "x.png")
+        read_run(tmp_path / "nothing.jsonl")
 
 
 def test_redaction_keeps_everything_but_the_credentials() -> None:

@@ -1,0 +1,1 @@
+"""A page on recorded runs: one HTML file with everything in it."""

@@ -17,7 +17,7 @@ settings.load_profile("busy machine")
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a table marked `quick(every=n)`, only each n-th case is for `make test`."""
+    """Keep only each n-th case of a table marked `quick(every=n)` for `make test`."""
     seen: dict[str, int] = {}
     for item in items:
         if mark := item.get_closest_marker("quick"):

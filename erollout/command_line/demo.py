@@ -29,8 +29,8 @@ def demo_commands(config_path: str, warm_start_path: str, overrides: Sequence[st
         return
     print(
         f"Rollouts of the trained policy with speculation off and {config.speculation.mode}. A step of so small a model is "
-        "mostly the work around its matrix products, which drafts multiply. `erollout demo-rollout` shows a model whose steps wait "
-        "for memory.",
+        "mostly the work around its matrix products, which drafts multiply. `erollout demo-rollout` shows a model whose steps "
+        "wait for memory.",
         flush=True,
     )
     trained = (f"model.path={config.checkpoint.export_path}", "checkpoint.export_path=null")

@@ -24,16 +24,38 @@ def test_scancel_saves_and_never_revives(cluster: Cluster, run: Run) -> None:
 
 
 def test_the_time_limit(cluster: Cluster, tmp_path: Path, rank_pool: RankPool) -> None:
-    """Slurm gives the signal up to a minute early, and a limit is at least a minute: steps of a second, for two minutes."""
-    steps = 75
+    """Slurm gives the signal up to a minute early, and limits are in minutes: steps of a second, for more than a job's time."""
+    steps = 120
     run = Run(tmp_path / "it", steps, interval=1000, rewards={"function": "unhurried_scorer:a_second"})
     unbroken = Run(tmp_path / "unbroken", steps, interval=1000, rewards=AT_ONCE)
     rank_pool.run(2, train_here, unbroken.tree)
-    job = cluster.launch(run, UNCHECKED, "--time", "00:02:00", "--grace", "50")
-    ended = cluster.wait(job, seconds=600)
+    job = cluster.launch(run, UNCHECKED, "--time", "00:03:00", "--grace", "50")
+    ended = cluster.wait(job, seconds=700)
     assert ended.state == "COMPLETED" and 1 <= ended.restarts <= 6 and run.verdict == "done", cluster.logs(job)()
     assert run.lost() == 0
     run.assert_equal(unbroken)
+
+
+SLOW_TO_LOAD = """
+import os, time
+
+if "SLURM_JOB_ID" in os.environ:
+    time.sleep(65)
+
+
+def score(prompt, response):
+    return 1.0
+"""
+
+
+def test_a_time_limit_that_is_over_before_the_first_step_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    run = Run(tmp_path / "it", 5, rewards={"function": "slow_to_load.py:score", "timeout_seconds": 300})
+    (run.config.parent / "slow_to_load.py").write_text(SLOW_TO_LOAD)
+    job = cluster.launch(run, UNCHECKED, "--time", "00:02:00", "--grace", "59")
+    ended = cluster.wait(job, seconds=700)
+    assert (ended.state, ended.restarts) == ("FAILED", 2), cluster.logs(job)()
+    last = (run.directory / f"slurm-{job}.out").read_text().splitlines()[-1]
+    assert "three times in a row" in last and "--time" in last and "--grace" in last, last
 
 
 def test_a_job_whose_nodes_another_one_takes(cluster: Cluster, run: Run, unbroken: Run) -> None:
@@ -66,7 +88,8 @@ def test_a_job_that_is_asked_to_stop_while_its_ranks_start(cluster: Cluster, run
     cluster.output("scancel", "--batch", "--signal=TERM", str(job))
     ended = cluster.wait(job)
     assert ended.restarts == 0 and run.verdict in (None, "stopped"), cluster.logs(job)()
-    assert max(run.steps, default=0) <= 1 and not cluster.processes(job), cluster.logs(job)()
+    assert max(run.steps, default=0) <= 1, cluster.logs(job)()
+    wait_for(lambda: not cluster.processes(job), "its processes go on", 20, cluster.logs(job))
 
 
 def test_a_bad_node_is_named_and_left_out(nodes: Cluster, run: Run, unbroken: Run) -> None:

@@ -1,6 +1,8 @@
 """Sections of a report: what they show of the runs, or why there is nothing to show."""
 
+import base64
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from erollout.plots.run_figures import OVER_STEPS, draw
@@ -32,7 +34,11 @@ PICTURES = (
     ("Training curves", "curves", ""),
     ("Response lengths", "response_lengths", "Truncated responses reached rollout.max_tokens; their reward is noise."),
     ("Time", "phase_seconds", "Wall seconds of rank 0."),
-    ("Occupancy and speculation", "occupancy", "The newest rollout with a trace. White: the replica waits for the others."),
+    (
+        "Occupancy and speculation",
+        "occupancy",
+        "The newest rollout on record. White: the replica waits for the others.",
+    ),
     ("Acceptance of drafts", "acceptance", "Steps in which nothing was drafted are left out."),
     ("The toggle's boundary", "boundary", "Drafts pay at batch sizes where their line is below that of off."),
     ("Decisions", "decisions", "Step by step, on one replica."),
@@ -59,8 +65,20 @@ def _pictures(runs: Sequence[RecordedRun], title: str, figure: str, explanation:
         try:
             pictures.append(Picture(data_address(draw(figure, shown)), f"{title}: {', '.join(run.name for run in shown)}"))
         except NoData as reason:
-            missing.append(str(reason))
+            if figure == "occupancy" and (drawn := _drawn_by_the_run(shown[0])):
+                pictures.append(drawn)
+            else:
+                missing.append(str(reason))
     return Section(title, [explanation] * bool(pictures and explanation) + missing, pictures)
+
+
+def _drawn_by_the_run(run: RecordedRun) -> Picture | None:
+    """The newest occupancy that the run itself drew: without speculation there are no traces to draw it from."""
+    files = sorted((run.path / "tracking" / "figures").glob("occupancy_step_*.png"))
+    with suppress(OSError):
+        data = base64.b64encode(files[-1].read_bytes()).decode() if files else ""
+        return Picture(f"data:image/png;base64,{data}", f"Occupancy: {run.name}") if data else None
+    return None
 
 
 def _samples(runs: Sequence[RecordedRun]) -> Section:

@@ -78,7 +78,7 @@ def attempts(run: RecordedRun, titled: bool) -> Table:
     rows = []
     for before, attempt in zip([None, *run.attempts], run.attempts, strict=False):
         rows.append([str(attempt.number), _date(attempt.began), _duration(attempt.last - attempt.began), *_facts(run, attempt)])
-        rows[-1] += [_steps(attempt), attempt.status, _repeated(before, attempt), _changed(attempt)]
+        rows[-1] += [_steps(attempt), _end(run, attempt), _repeated(before, attempt), _changed(attempt)]
     header = ["attempt", "began", "lasted", "host", "job", "steps", "end", "steps repeated", "keys changed"]
     return Table(header, rows, run.name if titled else "")
 
@@ -122,6 +122,10 @@ def _facts(run: RecordedRun, attempt: RecordedAttempt) -> list[str]:
     return [_text(known.get("host")), _text(known.get("job"))]
 
 
+def _end(run: RecordedRun, attempt: RecordedAttempt) -> str:
+    return attempt.status or ("none recorded: running or killed" if attempt is run.attempts[-1] else "killed")
+
+
 def _steps(attempt: RecordedAttempt) -> str:
     began = "" if attempt.resumed_from is None else f"from {attempt.resumed_from} "
     saved = f", saved at {', '.join(map(str, attempt.saved[-3:]))}" if attempt.saved else ""
@@ -147,6 +151,10 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _steps_key(run: RecordedRun) -> str:
+    return "train.steps" if run.has(names.REWARD) else "supervised.steps"
 
 
 def _number(value: float, form: str = "") -> str:
@@ -197,10 +205,10 @@ def _last(name: str) -> Callable[[RecordedRun], str]:
 _FACTS: tuple[tuple[str, Callable[[RecordedRun], str]], ...] = (
     ("directory", lambda run: str(run.path)),
     ("model", lambda run: run.model),
-    ("steps", lambda run: f"{run.step} of {run.parameters.get('train.steps', UNKNOWN)}"),
+    ("steps", lambda run: f"{run.step} of {run.parameters.get(_steps_key(run), UNKNOWN)}"),
     ("began", lambda run: _date(run.attempts[0].began) if run.attempts else UNKNOWN),
     ("attempts", lambda run: str(len(run.attempts))),
-    ("end", lambda run: run.attempts[-1].status if run.attempts else UNKNOWN),
+    ("end", lambda run: _end(run, run.attempts[-1]) if run.attempts else UNKNOWN),
     (f"reward, first and last {FEW} steps", _ends(names.REWARD)),
     ("held-out prompts solved, first and last", _first_and_last(names.ACCURACY)),
     ("held-out reward, first and last", _first_and_last(names.EVALUATION_REWARD)),

@@ -29,7 +29,8 @@ class RecordedAttempt:
     """Its last complete step; None: none."""
     saved: list[int] = field(default_factory=list)
     """Steps of its checkpoints."""
-    status: str = "no end recorded: running or killed"
+    status: str = ""
+    """How it ended; empty: that is not recorded."""
     changed: dict[str, str] = field(default_factory=dict)
     """Keys that it changed, with their new values."""
 

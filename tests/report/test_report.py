@@ -106,7 +106,7 @@ def test_a_report_says_what_is_missing_and_why(page: Page, runs: list[Path]) -> 
 
 def test_a_report_tells_of_restarts(page: Page) -> None:
     text = " ".join(page.sections["Attempts and restarts"].split())
-    assert "to 35, saved at 30 no end recorded: running or killed" in text
+    assert "to 35, saved at 30 killed" in text
     assert "from 30 to 60 finished 5" in text  # five steps were repeated
 
 
@@ -138,6 +138,18 @@ def test_saved_rollouts_are_the_samples_of_a_run_without_evaluation(tmp_path: Pa
     assert invoke("report", str(run), "--out", str(out)).status == 0
     samples = Page(out.read_text()).sections["Samples"]
     assert "Training prompts of step 3" in samples and samples.count("<i>5") == 8 and without not in samples
+
+
+def test_an_occupancy_that_the_run_drew_is_shown_where_no_trace_is_left(tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "run", 3, kind="sft"), tmp_path / "a.html"
+    (figures := run / "tracking" / "figures").mkdir()
+    for step, content in ((1, b"older"), (2, b"newest")):
+        (figures / f"occupancy_step_{step:08d}.png").write_bytes(content)
+    assert invoke("report", str(run), "--out", str(out)).status == 0
+    made = Page(out.read_text())
+    assert f"data:image/png;base64,{base64.b64encode(b'newest').decode()}" in made.sources
+    assert "no traces" not in made.sections["Occupancy and speculation"] and "no traces" in made.sections["Decisions"]
+    assert "3 of 100" in made.sections["At a glance"]  # supervised.steps
 
 
 def test_runs_of_one_name_are_told_apart_by_their_directories(tmp_path: Path) -> None:

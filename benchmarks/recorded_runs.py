@@ -140,7 +140,7 @@ UNCLOCKED = (
     "rollout/preemptions",
 )
 """Further metrics of a run of one rank that always drafts."""
-SPEEDS = ("per_second", "seconds")
+SPEEDS = ("per_second", "seconds", "teraflops")
 STATE = ("step", "kind", "identity", "scheduler", "history", "date")
 """Recorded keys of a checkpoint's state.json: not the MLflow run, the configuration (with its paths) and timings."""
 

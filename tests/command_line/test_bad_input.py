@@ -248,7 +248,8 @@ def test_the_least_and_the_largest_number_are_honoured_or_refused_in_one_line(ke
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """By path; without what Python compiles of a scorer."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
 
 
 def test_without_any_of_it_the_configuration_is_accepted(config: str) -> None:

@@ -107,4 +107,5 @@ def test_the_command_completes_prompts(model: Path, tmp_path: Path) -> None:
 def test_no_exported_name_is_a_module() -> None:
     """Importing the module would replace the function."""
     package = Path(erollout.__file__).parent
-    assert not [name for name in erollout.__all__ if (package / name).exists() or (package / f"{name}.py").exists()]
+    modules = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    assert not modules & set(erollout.__all__)

@@ -32,7 +32,7 @@ class Section:
 PICTURES = (
     ("Reward and held-out prompts", "reward", ""),
     ("Training curves", "curves", ""),
-    ("Response lengths", "response_lengths", "Truncated responses reached rollout.max_tokens and were scored without their end."),
+    ("Response lengths", "response_lengths", "Truncated responses reached rollout.max_tokens; they are scored as they are."),
     ("Time", "phase_seconds", "Wall seconds of rank 0."),
     (
         "Occupancy and speculation",

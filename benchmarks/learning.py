@@ -37,6 +37,7 @@ from erollout import Config, load_config, read_metrics, train
 from erollout.doctor.cpu import processor
 from erollout.parallel.groups import expected_world_size
 from erollout.plots import style
+from erollout.resilience.stopping import VERDICT
 from erollout.tracking import metrics as names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +68,7 @@ def main() -> None:
     parser.add_argument("--out", default="build/learning", help="directory of the runs")
     parser.add_argument("--figure", default=None, help="file of the curves; default: learning.png in --out")
     parser.add_argument("overrides", nargs="*", help="key=value of all runs")
-    options, more = parser.parse_known_args()
-    options.overrides += more
+    options = parser.parse_intermixed_args()
     _warm_up(load_config(options.config, options.overrides), options.warm_start)
     runs: dict[str, list[History]] = {arm: [] for arm in options.arms}
     for seed in range(options.seeds):
@@ -96,7 +96,8 @@ def _run(options: argparse.Namespace, arm: str, seed: int) -> History:
     keys = (f"train.seed={seed}", f"train.output_dir={directory}", "checkpoint.interval=0", "checkpoint.export_path=null")
     overrides = [*options.overrides, *mode, *ARMS[arm], *keys, f"tracking.run_name={arm}-{seed}"]
     config = load_config(options.config, overrides)
-    if not (directory / "verdict").is_file():
+    verdict = directory / VERDICT
+    if not verdict.is_file() or verdict.read_text().strip() != "done":
         ranks = expected_world_size(config.parallel)
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--no-python"]
         directory.mkdir(parents=True, exist_ok=True)
